@@ -1,0 +1,132 @@
+"""MiniLM-L6 and how good its sentence embeddings are: shared by the demo and tests/test_minilm.py.
+
+Quality is the correlation of embedding similarities with human ratings of the Lee news documents: 50 documents,
+1225 pairs, each rated by about ten people (Lee, Pincombe and Welsh 2005). `scripts/assets.py` fetches model and data.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from assets import ASSETS
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import BertConfig, BertModel
+from transformers.utils import logging
+
+MODEL_FOLDER = ASSETS / "minilm"
+DENSE_FILE = MODEL_FOLDER / "model.safetensors"
+LEE_FOLDER = ASSETS / "lee"
+
+ENCODER_LAYERS = ["encoder.layer.*"]  # 36 of the model's 37 Linears; the other is BertModel's pooler, unused here
+MAX_TOKENS = 256  # what the model was published with
+
+
+def load_dense(folder: Path = MODEL_FOLDER) -> nn.Module:
+    """Load the pretrained model, float32, in eval mode."""
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # "Loading weights": it takes 50 ms
+    model: nn.Module = BertModel.from_pretrained(folder, dtype=torch.float32)
+    return model.eval()
+
+
+def build_fresh(folder: Path = MODEL_FOLDER) -> nn.Module:
+    """Build the same architecture with random weights, in eval mode: what a saved file is loaded onto."""
+    model: nn.Module = BertModel(BertConfig.from_pretrained(folder))
+    return model.eval()
+
+
+def encoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Return the 36 Linears that ENCODER_LAYERS names, by name, as far as they are Linears (a CSRLinear is none)."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith("encoder.layer.")
+    }
+
+
+def load_tokenizer(max_tokens: int = MAX_TOKENS, folder: Path = MODEL_FOLDER) -> Tokenizer:
+    """Load the tokenizer, cutting at `max_tokens` and padding to the longest text of a batch.
+
+    The file itself asks for exactly 128 tokens, which would cut the longer documents and pad the shorter ones.
+    """
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_truncation(max_tokens)
+    tokenizer.enable_padding(pad_id=0, pad_token="[PAD]")
+    return tokenizer
+
+
+def embed(texts: Sequence[str], model: nn.Module, *, batch_size: int = 25, progress: str | None = None) -> Tensor:
+    """Embed each text: the mean over its tokens, scaled to length 1.
+
+    Returns (len(texts), hidden_size). `progress` names a progress bar; without it there is none.
+    """
+    tokenizer = load_tokenizer()
+    batches = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
+    pooled = []
+    with torch.inference_mode():
+        for batch in tqdm(batches, desc=progress, disable=progress is None, unit="batch"):
+            encodings = tokenizer.encode_batch(list(batch))
+            ids = torch.tensor([encoding.ids for encoding in encodings])
+            mask = torch.tensor([encoding.attention_mask for encoding in encodings])
+            hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
+            pooled.append((hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True))
+    return nn.functional.normalize(torch.cat(pooled), dim=1)
+
+
+def lee_documents(folder: Path = LEE_FOLDER) -> list[str]:
+    """Read the 50 news documents."""
+    return (folder / "lee.cor").read_text(encoding="latin-1").splitlines()
+
+
+def lee_ratings(folder: Path = LEE_FOLDER) -> NDArray[np.float64]:
+    """Read the mean human ratings: (50, 50), above the diagonal the similarity of each pair, 0 to 1."""
+    return np.loadtxt(folder / "similarities0-1.txt")
+
+
+def lee_correlation(embeddings: Tensor, ratings: NDArray[np.float64]) -> float:
+    """Compute Pearson's r between the embeddings' cosines and the human ratings, over all pairs of documents.
+
+    embeddings is (documents, hidden), of length 1; ratings is (documents, documents), only its upper triangle is read.
+    """
+    rows, columns = np.triu_indices(len(ratings), k=1)
+    return _pearson(_cosines(embeddings)[rows, columns], ratings[rows, columns])
+
+
+def lee_interval(
+    embeddings: Tensor, ratings: NDArray[np.float64], *, n_samples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Compute the 95% interval of `lee_correlation` over which documents happened to be rated.
+
+    A bootstrap over documents, not over pairs, since pairs that share a document are not independent. A document
+    drawn twice makes a pair with itself, similar by construction; such pairs are left out.
+    """
+    rows, columns = np.triu_indices(len(ratings), k=1)
+    cosines = _cosines(embeddings)
+    rated = np.triu(ratings, k=1) + np.triu(ratings, k=1).T
+    generator = np.random.default_rng(seed)
+    correlations = []
+    for _ in range(n_samples):
+        drawn = generator.integers(len(ratings), size=len(ratings))
+        left, right = drawn[rows], drawn[columns]
+        left, right = left[left != right], right[left != right]
+        correlations.append(_pearson(cosines[left, right], rated[left, right]))
+    low, high = np.quantile(correlations, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def mean_cosine(embeddings: Tensor, reference: Tensor) -> float:
+    """Average the cosine between each text's two embeddings; both (texts, hidden), of length 1."""
+    return float((embeddings.double() * reference.double()).sum(1).mean())
+
+
+def _cosines(embeddings: Tensor) -> NDArray[np.float64]:
+    wide = embeddings.double()
+    cosines: NDArray[np.float64] = (wide @ wide.T).numpy()
+    return cosines
+
+
+def _pearson(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    return float(np.corrcoef(x, y)[0, 1])
