@@ -1,0 +1,13 @@
+"""The errors and the warning that are this library's own. Wrong arguments are plain ValueError and TypeError."""
+
+
+class CheckpointError(ValueError):
+    """A file that is no valid checkpoint, or not one for the given model. The message says what is wrong and where."""
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be followed. The message names the file, the line and the key."""
+
+
+class LeftDenseWarning(UserWarning):
+    """Some layers were left dense on purpose. The message says which, why, and their share of the parameters."""

@@ -1,0 +1,150 @@
+"""From weights and one target to a mask for each: method, pattern and allocation put together.
+
+Everything here is a function of tensors; modules come in prune.py and layers/.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from sparsify.allocation import ALLOCATIONS, check_sparsity, erk, n_removed, uniform
+from sparsify.match import matching
+from sparsify.methods import Method, score
+from sparsify.patterns import (
+    Pattern,
+    check_fits,
+    expand_units,
+    keep_largest,
+    nm_mask,
+    parse_pattern,
+    unit_any,
+    unit_scores,
+)
+
+Allocation = str | Mapping[str, float]
+
+
+def make_masks(
+    weights: Mapping[str, Tensor],
+    sparsity: float | None,
+    *,
+    masks: Mapping[str, Tensor],
+    method: str | Method = "magnitude",
+    pattern: str = "unstructured",
+    allocation: Allocation = "uniform",
+    seed: int | None = None,
+) -> dict[str, Tensor]:
+    """Return a new bool mask (True = kept) for each weight (out, in); nothing given is changed.
+
+    The target is absolute: `masks` are the present ones, and what they remove is removed first, so that a higher target
+    only takes away and a lower one only gives back. The removed units number exactly round(sparsity x units), over
+    each layer, or over all layers together for the allocations "global" and "erk".
+    Raises ValueError, naming the layer, for whatever cannot be done exactly.
+    """
+    parsed = parse_pattern(pattern)
+    shapes = {name: (int(weight.shape[0]), int(weight.shape[1])) for name, weight in weights.items()}
+    n_zeros = n_removed_units(shapes, sparsity, parsed, allocation)
+    units = {name: _units(name, weight, masks[name], parsed, method, seed) for name, weight in weights.items()}
+    if parsed.is_nm:
+        ranked = {name: _prefer_kept(scores, kept, n_keep=0) for name, (scores, kept) in units.items()}
+        return {name: nm_mask(scores, parsed.keep, parsed.group) for name, scores in ranked.items()}
+    if n_zeros is None:
+        kept = _keep_together(units, _checked(sparsity))
+    else:
+        kept = {}
+        for name, (scores, before) in units.items():
+            n_keep = scores.numel() - n_zeros[name]
+            kept[name] = keep_largest([_prefer_kept(scores, before, n_keep)], n_keep)[0]
+    return {name: expand_units(kept[name], parsed, shapes[name]) for name in weights}
+
+
+def n_removed_units(
+    shapes: Mapping[str, tuple[int, int]], sparsity: float | None, pattern: Pattern, allocation: Allocation
+) -> dict[str, int] | None:
+    """Return how many units each layer loses, from shapes (out, in) alone; None for "global", which needs scores.
+
+    Raises ValueError, naming the layer, where a shape, pattern, allocation and target do not go together.
+    """
+    for name, shape in shapes.items():
+        check_fits(pattern, shape, name)
+    n_units = {name: pattern.n_units(shape) for name, shape in shapes.items()}
+    if pattern.is_nm:
+        _check_nm(pattern, sparsity, allocation)
+        return {
+            name: (out * inner // pattern.group) * (pattern.group - pattern.keep)
+            for name, (out, inner) in shapes.items()
+        }
+    if isinstance(allocation, Mapping):
+        if sparsity is not None:
+            raise ValueError(f"sparsity={sparsity} has no effect beside an allocation for each layer; leave it out")
+        return {name: n_removed(s, n_units[name]) for name, s in layer_targets(allocation, shapes).items()}
+    if allocation not in ALLOCATIONS:
+        raise ValueError(f"allocation {allocation!r} is none of: {', '.join(ALLOCATIONS)}, or a dict of layer patterns")
+    target = _checked(sparsity)
+    if allocation == "uniform":
+        return uniform(n_units, target)
+    sizes = {name: math.prod(pattern.unit_shape(shape)) for name, shape in shapes.items()}
+    if len(set(sizes.values())) > 1:
+        (one, a), (other, b) = sorted(sizes.items(), key=lambda item: item[1])[:: len(sizes) - 1]
+        raise ValueError(
+            f"allocation {allocation!r} needs units of one size, but with pattern {pattern.text!r} a unit has {a} weights in {one} "
+            f"and {b} in {other}; use allocation 'uniform'"
+        )
+    return erk(n_units, shapes, target) if allocation == "erk" else None
+
+
+def layer_targets(allocation: Mapping[str, float], names: Mapping[str, object]) -> dict[str, float]:
+    """Return each layer's sparsity: the first pattern that matches it decides; every layer and pattern must match."""
+    targets: dict[str, float] = {}
+    for pattern, sparsity in allocation.items():
+        check_sparsity(sparsity, f"the sparsity of {pattern!r}")
+        for name in matching(pattern, list(names)):
+            targets.setdefault(name, float(sparsity))
+    if missing := [name for name in names if name not in targets]:
+        raise ValueError(
+            f"the allocation says nothing for {missing[0]!r} ({len(missing)} layers); add '*' as its last pattern, or exclude them"
+        )
+    return {name: targets[name] for name in names}
+
+
+def _units(
+    name: str, weight: Tensor, mask: Tensor, pattern: Pattern, method: str | Method, seed: int | None
+) -> tuple[Tensor, Tensor]:
+    """Return scores and present masks, both per unit."""
+    scores = score(name, weight.detach().masked_fill(~mask, 0), method, seed)
+    return unit_scores(scores, pattern), unit_any(mask, pattern)
+
+
+def _prefer_kept(scores: Tensor, kept: Tensor, n_keep: int, n_kept: int | None = None) -> Tensor:
+    """Rank what is kept now above what is not, and let the scores decide in whichever of both the cut falls."""
+    if n_kept is None:
+        n_kept = int(kept.sum())
+    return scores.masked_fill(~kept, -math.inf) if n_keep <= n_kept else scores.masked_fill(kept, math.inf)
+
+
+def _keep_together(units: Mapping[str, tuple[Tensor, Tensor]], sparsity: float) -> dict[str, Tensor]:
+    """Rank the units of all layers against each other."""
+    total = sum(scores.numel() for scores, _ in units.values())
+    n_keep = total - n_removed(sparsity, total)
+    n_kept = sum(int(kept.sum()) for _, kept in units.values())
+    ranked = [_prefer_kept(scores, kept, n_keep, n_kept) for scores, kept in units.values()]
+    return dict(zip(units, keep_largest(ranked, n_keep), strict=True))
+
+
+def _check_nm(pattern: Pattern, sparsity: float | None, allocation: Allocation) -> None:
+    if allocation != "uniform":
+        raise ValueError(
+            f"allocation {allocation!r} has no effect with pattern {pattern.text}, which fixes every layer's sparsity"
+        )
+    fixed = 1 - pattern.keep / pattern.group
+    if sparsity is not None and not math.isclose(check_sparsity(sparsity), fixed, abs_tol=1e-9):
+        raise ValueError(f"pattern {pattern.text} means sparsity {fixed:g}, got {sparsity:g}; leave the sparsity out")
+
+
+def _checked(sparsity: float | None) -> float:
+    if sparsity is None:
+        raise ValueError("a sparsity is needed (a fraction between 0 and 1)")
+    return check_sparsity(sparsity)

@@ -1,0 +1,89 @@
+"""Which layers a user means: globs, `re:` patterns and types, with an error for whatever matches nothing."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from torch import nn
+
+#: A glob over dotted names ("encoder.*.query"), "re:" and a regular expression for the whole name, or a module type:
+#: then every layer of that type, or inside a module of that type, is meant.
+Selector = str | type[nn.Module]
+
+
+def matching(pattern: str, names: Collection[str]) -> list[str]:
+    """Return the names that a glob or `re:` pattern matches; raise ValueError with near names if there are none.
+
+    >>> matching("*.fc1", ["a.fc1", "a.fc2"]), matching(r"re:a\\.fc\\d", ["a.fc1", "a.fc2"])
+    (['a.fc1'], ['a.fc1', 'a.fc2'])
+    """
+    if pattern.startswith("re:"):
+        try:
+            regex = re.compile(pattern[3:])
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no valid regular expression: {error}") from None
+        found = [name for name in names if regex.fullmatch(name)]
+    else:
+        found = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+    if not found:
+        raise ValueError(f"{pattern!r} matches no layer; {_near(pattern, names)}")
+    return found
+
+
+def select(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    include: Selector | Sequence[Selector] | None = None,
+    exclude: Selector | Sequence[Selector] | None = None,
+) -> list[str]:
+    """Return the names of `layers` that any `include` (None: all) and no `exclude` means, in the model's order.
+
+    A layer used in several places answers to each of its names. A selector that means no layer is a ValueError.
+    """
+    names_of: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names_of.setdefault(id(module), []).append(name)
+    aliases = {alias: name for name, layer in layers.items() for alias in names_of.get(id(layer), [name])}
+
+    def meant(selectors: Selector | Sequence[Selector] | None) -> set[str]:
+        found: set[str] = set()
+        for selector in _as_sequence(selectors):
+            if isinstance(selector, str):
+                found |= {aliases[alias] for alias in matching(selector, aliases)}
+            else:
+                found |= _of_type(selector, model, layers)
+        return found
+
+    chosen = set(layers) if include is None else meant(include)
+    chosen -= meant(exclude)
+    return [name for name in layers if name in chosen]
+
+
+def _as_sequence(selectors: Selector | Sequence[Selector] | None) -> Sequence[Selector]:
+    if selectors is None:
+        return ()
+    sequence = (selectors,) if isinstance(selectors, (str, type)) else tuple(selectors)
+    for selector in sequence:
+        if not isinstance(selector, str) and not (isinstance(selector, type) and issubclass(selector, nn.Module)):
+            raise TypeError(f"a layer is selected by a pattern or a module type, got {selector!r}")
+    return sequence
+
+
+def _of_type(kind: type[nn.Module], model: nn.Module, layers: Mapping[str, nn.Module]) -> set[str]:
+    inside = {id(child) for module in model.modules() if isinstance(module, kind) for child in module.modules()}
+    found = {name for name, layer in layers.items() if id(layer) in inside}
+    if not found:
+        types = sorted({type(module).__name__ for module in model.modules()})
+        raise ValueError(f"type {kind.__name__} matches no layer; the model has: {', '.join(types)}")
+    return found
+
+
+def _near(pattern: str, names: Iterable[str]) -> str:
+    names = list(names)
+    if inside := [name for name in names if name.startswith(f"{pattern}.")]:
+        return f"for the {len(inside)} layers inside {pattern!r} write {pattern + '.*'!r}"
+    near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
+    return f"near names: {', '.join(map(repr, near))}" if near else "there is no layer to choose from"
