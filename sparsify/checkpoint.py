@@ -1,0 +1,279 @@
+"""Save a model's sparse layers compactly, and load them onto a fresh dense model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from sparsify import container
+from sparsify.container import LayerEntry
+from sparsify.convert import Model, layers_of_type, replace
+from sparsify.errors import CheckpointError
+from sparsify.formats import (
+    CSR,
+    Bitmask,
+    bitmask_bytes,
+    check_csr,
+    csr_bytes,
+    csr_to_dense,
+    dense_to_csr,
+    pack_bitmask,
+    unpack_bitmask,
+)
+from sparsify.layers import CSRLinear, SparseLinear
+from sparsify.report import Report, Row
+
+#: The tensors that hold the weight of layer NAME: NAME.weight.PART, or NAME.weight itself for "dense".
+_PARTS: dict[str, tuple[str, ...]] = {"csr": CSR._fields, "bitmask": Bitmask._fields, "dense": ()}
+
+#: The state that a layer's own entry stands for; all other state is stored under its own name.
+_OWN_STATE = ("weight", "mask", *CSR._fields)
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a converted or exported model to one safetensors file.
+
+    The weight of each SparseLinear, CSRLinear and nn.Linear is stored as CSR, bitmask or dense, whichever is smallest, all
+    other state as it is. The file is written beside its place and moved there when complete: a crash leaves the old one.
+    Raises ValueError if the model holds state that is no tensor, or on the meta device.
+    """
+    layers: dict[str, LayerEntry] = {}
+    tensors: dict[str, Tensor] = {}
+    state = model.state_dict(keep_vars=True)
+    for name, module in _linear_layers(model).items():
+        entry, parts = _pack(module)
+        if entry.module == "Linear" and entry.format == "dense":
+            continue
+        layers[name] = entry
+        tensors |= {_join(name, "weight", part): tensor for part, tensor in parts.items()}
+    for name in _own_keys(model, layers):
+        state.pop(name, None)
+    aliases: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name}: a checkpoint holds tensors only, got {type(value).__name__} (get_extra_state?)")
+        if first.setdefault(id(value), name) != name:
+            aliases[name] = first[id(value)]
+        elif name in tensors:
+            raise ValueError(f"{name}: this name is also needed for a packed weight; rename the parameter")
+        else:
+            tensors[name] = value
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise ValueError(f"{name}: it is on the meta device and has no data; load the model's weights first")
+    container.write(path, layers, aliases, tensors)
+
+
+def load(path: str | os.PathLike[str], model: Model) -> Model:
+    """Load a file written by `save` onto a fresh dense model of the same architecture, in place, and return the model.
+
+    The saved sparse layers take the place of the model's Linears; all other tensors are copied into the model, or
+    assigned where it is on the meta device. Raises CheckpointError, before the model is touched, if the file
+    is not a whole, unaltered checkpoint, or is one of another architecture.
+
+    >>> model = sparsify.prune(sparsify.convert(nn.Sequential(nn.Linear(8, 4))), 0.5)
+    >>> save(sparsify.export(model), tmp_path / "model.safetensors")
+    >>> load(tmp_path / "model.safetensors", nn.Sequential(nn.Linear(8, 4)))[0]
+    CSRLinear(in_features=8, out_features=4, bias=True, sparsity=0.5)
+    """
+    header, tensors = container.read(path)
+    try:
+        weights = _take_weights(header.layers, tensors)
+        for alias, name in header.aliases.items():
+            if name not in tensors or alias in tensors:
+                raise CheckpointError(f"the header says {alias!r} is the same tensor as {name!r}, which cannot be")
+        tensors |= {alias: tensors[name] for alias, name in header.aliases.items()}
+        _check_layers(model, header.layers, weights)
+        _check_rest(model, header.layers, tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    modules = dict(model.named_modules())
+    replace(model, {modules[name]: _make(entry, modules[name], weights[name]) for name, entry in header.layers.items()})
+    _fill(model, tensors)
+    return model
+
+
+def inspect(path: str | os.PathLike[str]) -> Report:
+    """List the layers that a file holds, without a model; bytes are those in the file.
+
+    Everything is checked as in `load`. Raises CheckpointError.
+    """
+    header, tensors = container.read(path)
+    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
+    rows = []
+    for name, entry in header.layers.items():
+        used = [key for key in _part_names(name, entry) if key in sizes]
+        try:
+            csr = _take_weights({name: entry}, tensors)[name]
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+        n_weights = entry.out_features * entry.in_features
+        sparsity = 1 - csr.values.numel() / n_weights if n_weights else 0.0
+        n_bytes = sum(sizes[key] for key in used)
+        rows.append(Row(name, entry.shape, sparsity, entry.format, n_bytes, n_weights * csr.values.element_size()))
+    return Report(tuple(rows))
+
+
+def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers whose weights are stored packed: ours, and every plain nn.Linear that owns its weight alone."""
+    used: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            used[id(parameter)] = used.get(id(parameter), 0) + 1
+    return {
+        name: module
+        for name, module in layers_of_type(model, nn.Module).items()
+        if isinstance(module, (SparseLinear, CSRLinear))
+        or (type(module) is nn.Linear and used.get(id(module._parameters.get("weight"))) == 1)
+    }
+
+
+def _own_keys(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Return the state_dict keys that the entries of these layers stand for, under every name such a layer has."""
+    ids = {id(model.get_submodule(name)) for name in names}
+    return {
+        _join(name, key)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if id(module) in ids
+        for key in _OWN_STATE
+    }
+
+
+def _pack(module: nn.Module) -> tuple[LayerEntry, dict[str, Tensor]]:
+    """Choose the smallest format for a layer's weight, and pack it."""
+    if isinstance(module, CSRLinear):
+        weight, mask = csr_to_dense(module.csr, (module.out_features, module.in_features))
+    else:
+        assert isinstance(module, nn.Linear)
+        weight = module.weight.detach()
+        mask = module.mask if isinstance(module, SparseLinear) else _not_zero(weight)
+    shape, n_kept, itemsize = (weight.shape[0], weight.shape[1]), int(mask.sum()), weight.element_size()
+    sizes = {"bitmask": bitmask_bytes(shape, n_kept, itemsize), "csr": csr_bytes(shape, n_kept, itemsize)}
+    if torch.equal(mask, _not_zero(weight)):  # only then do dense weights say which are kept
+        sizes["dense"] = weight.numel() * itemsize
+    chosen = min(sizes, key=lambda name: sizes[name])
+    entry = LayerEntry(module=type(module).__name__, format=chosen, out_features=shape[0], in_features=shape[1])
+    if chosen == "dense":
+        return entry, {"": weight}
+    return entry, (dense_to_csr if chosen == "csr" else pack_bitmask)(weight, mask)._asdict()
+
+
+def _not_zero(weight: Tensor) -> Tensor:
+    """Say which weights have any bit set: -0.0 is stored like any other value."""
+    return (weight != 0) | weight.signbit()
+
+
+def _part_names(name: str, entry: LayerEntry) -> list[str]:
+    return [_join(name, "weight", part) for part in _PARTS[entry.format]] or [_join(name, "weight")]
+
+
+def _take_weights(layers: Mapping[str, LayerEntry], tensors: dict[str, Tensor]) -> dict[str, CSR]:
+    """Take the parts of every packed weight out of `tensors`, check them, and return them as CSR."""
+    weights = {}
+    for name, entry in layers.items():
+        parts = _part_names(name, entry)
+        if missing := [key for key in parts if key not in tensors]:
+            raise CheckpointError(f"{name}: the tensor {missing[0]!r} is missing")
+        taken = [tensors.pop(key) for key in parts]
+        try:
+            weights[name] = _as_csr(entry, taken)
+        except ValueError as error:
+            raise CheckpointError(f"{name or '(root)'}: {error}") from None
+    return weights
+
+
+def _as_csr(entry: LayerEntry, parts: list[Tensor]) -> CSR:
+    if entry.format == "csr":
+        csr = CSR(*parts)
+        check_csr(csr, entry.shape)
+        return csr
+    if entry.format == "bitmask":
+        return dense_to_csr(*unpack_bitmask(Bitmask(*parts), entry.shape))
+    if parts[0].shape != entry.shape or not parts[0].is_floating_point():
+        raise ValueError(
+            f"a dense weight must be floating of shape {entry.shape}, got {parts[0].dtype} {tuple(parts[0].shape)}"
+        )
+    return dense_to_csr(parts[0], _not_zero(parts[0]))
+
+
+def _check_layers(model: nn.Module, layers: Mapping[str, LayerEntry], weights: Mapping[str, CSR]) -> None:
+    modules = dict(model.named_modules())
+    for name, entry in layers.items():
+        module = modules.get(name)
+        if not isinstance(module, nn.Linear):
+            raise CheckpointError(
+                f"for another architecture: it has a layer {name or '(root)'!r}, the model has "
+                + ("none of that name" if module is None else f"a {type(module).__name__} there")
+            )
+        if (module.out_features, module.in_features) != entry.shape:
+            raise CheckpointError(
+                f"for another architecture: {name or '(root)'} is {entry.shape} in the file, "
+                f"{(module.out_features, module.in_features)} in the model"
+            )
+        _check_dtype(name, weights[name].values, module.weight)
+
+
+def _check_rest(model: nn.Module, layers: Mapping[str, LayerEntry], tensors: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError unless the remaining tensors are exactly the model's remaining state."""
+    for prefix, module in model.named_modules():
+        for key in module._non_persistent_buffers_set:
+            if (buffer := module._buffers.get(key)) is not None and buffer.is_meta:
+                raise CheckpointError(
+                    f"{_join(prefix, key)} is on the meta device and in no checkpoint (a non-persistent buffer); build the model on the CPU"
+                )
+    own = _own_keys(model, layers)
+    expected = {name: value for name, value in model.state_dict(keep_vars=True).items() if name not in own}
+    missing, odd = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+    if missing or odd:
+        raise CheckpointError(
+            f"for another architecture: the file lacks {missing[:3]} ({len(missing)} tensors) and has {odd[:3]} ({len(odd)}) too many"
+        )
+    for name, value in expected.items():
+        if isinstance(value, Tensor):
+            if value.shape != tensors[name].shape:
+                raise CheckpointError(
+                    f"for another architecture: {name} is {tuple(tensors[name].shape)} in the file, {tuple(value.shape)} in the model"
+                )
+            _check_dtype(name, tensors[name], value)
+
+
+def _check_dtype(name: str, stored: Tensor, wanted: Tensor) -> None:
+    if stored.dtype != wanted.dtype:
+        raise CheckpointError(
+            f"{name} is {stored.dtype} in the file, {wanted.dtype} in the model; make it model.to({stored.dtype})"
+        )
+
+
+def _make(entry: LayerEntry, old: nn.Module, csr: CSR) -> nn.Module:
+    """Build the saved layer around the old one's bias, on its device."""
+    assert isinstance(old, nn.Linear)
+    device = torch.device("cpu") if old.weight.is_meta else old.weight.device
+    layer = CSRLinear(entry.in_features, entry.out_features, CSR(*(part.to(device) for part in csr)), old.bias)
+    if entry.module == "CSRLinear":
+        return layer
+    sparse = layer.to_sparse()
+    sparse.weight.requires_grad_(old.weight.requires_grad)
+    return sparse if entry.module == "SparseLinear" else sparse.to_linear()
+
+
+def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy the tensors in; on the meta device assign them, and tie again what was tied."""
+    tied: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            tied.setdefault(id(parameter), []).append((module, key))
+    places = {name: place for name, place in model.state_dict(keep_vars=True).items() if name in tensors}
+    on_meta = any(place.is_meta for place in places.values())
+    state = {name: tensors[name] if place.is_meta else tensors[name].to(place.device) for name, place in places.items()}
+    model.load_state_dict(state, strict=False, assign=on_meta)
+    for (first, first_key), *others in tied.values():
+        for module, key in others:
+            module._parameters[key] = first._parameters[first_key]
+
+
+def _join(*names: str) -> str:
+    return ".".join(name for name in names if name)
