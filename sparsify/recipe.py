@@ -1,0 +1,262 @@
+"""Recipes: a YAML file that says which layers are pruned how far, how and when. docs/recipes.md describes the keys.
+
+A recipe is read, its variables are put in, and every key is checked; whatever is wrong becomes one RecipeError that names the
+file, the line and the key, and the nearest valid word.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from torch import nn
+
+from sparsify.allocation import ALLOCATIONS, check_sparsity
+from sparsify.convert import Model, plan_convert, sparse_layers
+from sparsify.errors import RecipeError
+from sparsify.masks import Allocation, layer_targets, make_masks, n_removed_units
+from sparsify.match import select
+from sparsify.methods import METHODS, takes_seed
+from sparsify.patterns import parse_pattern
+from sparsify.schedules import Schedule
+from sparsify.yaml_file import Value, YamlFile, nearest, read_yaml, substitute
+
+_STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Group(BaseModel):
+    """Layers that are pruned in the same way. Sparsities are absolute fractions of zeros."""
+
+    model_config = _STRICT
+
+    layers: list[str] = Field(["*"], description="globs or re: patterns over layer names")
+    exclude: list[str] = Field([], description="patterns of layers to leave out")
+    sparsity: float | None = Field(
+        None, description="the final fraction of zeros; left out with N:M or an allocation per layer"
+    )
+    method: str = Field("magnitude", description=f"one of: {', '.join(METHODS)}")
+    pattern: str = Field("unstructured", description='unstructured, rows, columns, N:M ("2:4"), blocks ("4x1")')
+    allocation: str | dict[str, float] = Field("uniform", description=f"{', '.join(ALLOCATIONS)}, or pattern: sparsity")
+    schedule: Schedule = Field(Schedule(), description="when; constant: at once")
+    seed: int | None = Field(None, description="for methods that draw random numbers")
+
+    @field_validator("sparsity")
+    @classmethod
+    def _fraction(cls, sparsity: float | None) -> float | None:
+        return sparsity if sparsity is None else check_sparsity(sparsity)
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, method: str) -> str:
+        if method not in METHODS:
+            raise ValueError(f"there is no method {method!r}{nearest(method, METHODS)}")
+        return method
+
+    @field_validator("pattern")
+    @classmethod
+    def _valid_pattern(cls, pattern: str) -> str:
+        return parse_pattern(pattern).text
+
+    @field_validator("allocation")
+    @classmethod
+    def _known_allocation(cls, allocation: Allocation) -> Allocation:
+        if isinstance(allocation, str) and allocation not in ALLOCATIONS:
+            raise ValueError(f"there is no allocation {allocation!r}{nearest(allocation, ALLOCATIONS)}")
+        return allocation
+
+    @model_validator(mode="after")
+    def _reaches_its_target(self) -> Group:
+        """Refuse what cannot end at exactly the target, whatever the model."""
+        pattern = parse_pattern(self.pattern)
+        n_removed_units({}, self.sparsity, pattern, self.allocation if isinstance(self.allocation, str) else {})
+        if self.seed is not None and not takes_seed(METHODS[self.method]):
+            raise ValueError(f"'seed' has no effect with method {self.method!r}; take it out")
+        if isinstance(self.allocation, dict):
+            if self.sparsity is not None:
+                raise ValueError("'sparsity' has no effect beside an allocation for each layer; take it out")
+            finals = [check_sparsity(s, f"the sparsity of {name!r}") for name, s in self.allocation.items()]
+        else:
+            finals = [1 - pattern.keep / pattern.group if pattern.is_nm else check_sparsity(self.sparsity or 0.0)]
+        kind, points = self.schedule.kind, self.schedule.points
+        if pattern.is_nm and kind not in ("constant", "one-shot"):
+            raise ValueError(
+                f"pattern {self.pattern} has one sparsity only, so the schedule must be constant or one-shot"
+            )
+        if kind == "steps" and (len(finals) > 1 or points[-1][1] != finals[0]):
+            raise ValueError(f"the last of the schedule's points must be the target {finals}, got {points[-1][1]}")
+        if self.schedule.initial > min(finals, default=1.0):
+            raise ValueError(f"the schedule's initial {self.schedule.initial} lies above the target {min(finals)}")
+        for final in finals:
+            self.schedule.sparsity_at((self.schedule.start + self.schedule.ends) / 2, final)
+        return self
+
+
+class Recipe(BaseModel):
+    """A checked recipe. Read one with `load_recipe`, or build it in Python with the same fields."""
+
+    model_config = _STRICT
+
+    version: Literal[1] = 1
+    description: str = ""
+    vars: dict[str, Any] = Field({}, description="values for ${name} elsewhere in the file")
+    groups: list[Group] = Field(min_length=1)
+
+
+def load_recipe(path: str | os.PathLike[str], **variables: Value) -> Recipe:
+    """Read and check a recipe file; keyword arguments override its variables.
+
+    Raises RecipeError, naming file, line and key, and OSError if the file cannot be opened.
+    """
+    file = read_yaml(path)
+    if not isinstance(file.content, dict):
+        raise file.error((), f"a recipe is a mapping with the keys {', '.join(Recipe.model_fields)}")
+    declared = file.content.get("vars") or {}
+    if not isinstance(declared, dict):
+        raise file.error(("vars",), "vars is a mapping from name to value")
+    for name in variables:
+        if name not in declared:
+            raise file.error(
+                ("vars",) if "vars" in file.content else (),
+                f"there is no variable {name!r} to set{nearest(name, declared)}",
+            )
+    values: dict[str, Value] = {**declared, **variables}
+    body: dict[str, Value] = {key: value for key, value in file.content.items() if key != "vars"}
+    for name in declared:
+        if f"${{{name}}}" not in _strings(body):
+            raise file.error(
+                ("vars", name), f"the variable {name!r} is used nowhere; write ${{{name}}} where it belongs"
+            )
+    content = substitute(file, body, values)
+    assert isinstance(content, dict)
+    try:
+        return Recipe.model_validate({**content, "vars": values})
+    except ValidationError as error:
+        raise _explain(file, error) from None
+
+
+def assign_layers(recipe: Recipe, model: nn.Module) -> list[dict[str, tuple[int, int]]]:
+    """Return, for each group, its layers and their weights' shapes (out, in); the model is not touched.
+
+    Raises ValueError if a pattern matches nothing, if two groups claim one layer, or if a target cannot be
+    met exactly. The model may be converted or not.
+    """
+    plan = plan_convert(model)
+    layers = {name: model.get_submodule(name) for name in model_order(model, (*plan.swap, *plan.already))}
+    owner: dict[str, int] = {}
+    groups = []
+    for number, group in enumerate(recipe.groups):
+        where = f"groups.{number}"
+        try:
+            names = select(model, layers, group.layers, group.exclude)
+            shapes = {name: _shape(layers[name]) for name in names}
+            if not names:
+                raise ValueError("no layer is left after 'exclude'")
+            n_removed_units(shapes, group.sparsity, parse_pattern(group.pattern), group.allocation)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        for name in names:
+            if name in owner:
+                raise ValueError(f"{where}: {name!r} is already in groups.{owner[name]}; a layer belongs to one group")
+            owner[name] = number
+        groups.append(shapes)
+    return groups
+
+
+def apply(model: Model, recipe: Recipe) -> Model:
+    """Prune a converted model as the recipe says, now, in place, and return the model.
+
+    Raises ValueError if a schedule needs training (use a Pruner in the training loop), before any mask is changed.
+    """
+    for number, group in enumerate(recipe.groups):
+        if group.schedule.kind not in ("constant", "one-shot"):
+            raise ValueError(
+                f"groups.{number}: a {group.schedule.kind} schedule is followed while training; "
+                "use sparsify.Pruner(model, recipe) in the loop, or a recipe with a constant schedule"
+            )
+    masks = {}
+    for group, shapes in zip(recipe.groups, assign_layers(recipe, model), strict=True):
+        masks |= group_masks(model, group, list(shapes))
+    for name, layer in sparse_layers(model).items():
+        if name in masks:
+            layer.set_mask(masks[name])
+    return model
+
+
+def group_masks(model: nn.Module, group: Group, names: list[str], time: float | None = None) -> dict[str, Any]:
+    """Return the masks that a group's layers get at a time (None: at the end); nothing is changed."""
+    layers = sparse_layers(model)
+    if missing := [name for name in names if name not in layers]:
+        raise ValueError(f"{missing[0]}: not converted; call sparsify.convert(model) first")
+
+    def target(final: float) -> float:
+        return final if time is None else group.schedule.sparsity_at(time, final)
+
+    def masks_of(chosen: list[str], sparsity: float | None, allocation: str) -> dict[str, Any]:
+        return make_masks(
+            {name: layers[name].weight for name in chosen},
+            sparsity,
+            masks={name: layers[name].mask for name in chosen},
+            method=group.method,
+            pattern=group.pattern,
+            allocation=allocation,
+            seed=group.seed,
+        )
+
+    if isinstance(group.allocation, dict):
+        finals = layer_targets(group.allocation, dict.fromkeys(names))
+        return {name: masks_of([name], target(finals[name]), "uniform")[name] for name in names}
+    if parse_pattern(group.pattern).is_nm:
+        started = time is None or time >= group.schedule.update_times()[0]
+        return masks_of(names, None, "uniform") if started else {}
+    assert group.sparsity is not None
+    return masks_of(names, target(group.sparsity), group.allocation)
+
+
+def model_order(model: nn.Module, names: tuple[str, ...]) -> list[str]:
+    """Sort layer names as the model has them."""
+    wanted = set(names)
+    return [name for name, _ in model.named_modules() if name in wanted]
+
+
+def _shape(layer: nn.Module) -> tuple[int, int]:
+    assert isinstance(layer, nn.Linear)
+    return layer.out_features, layer.in_features
+
+
+def _strings(content: Value) -> set[str]:
+    """Return every string in a recipe."""
+    if isinstance(content, dict):
+        return set().union(*(_strings(value) for value in content.values()))
+    if isinstance(content, list):
+        return set().union(*(_strings(value) for value in content))
+    return {content} if isinstance(content, str) else set()
+
+
+def _explain(file: YamlFile, error: ValidationError) -> RecipeError:
+    """Turn pydantic's first finding into a sentence with file, line and key."""
+    first = error.errors()[0]
+    place = tuple(
+        key for key in first["loc"] if key in ("groups", "schedule") or isinstance(key, int) or _is_key(file, key)
+    )
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        place = first["loc"]
+        message = f"unknown key {place[-1]!r}{nearest(str(place[-1]), _known_keys(place[:-1]))}"
+    elif first["type"] == "missing":
+        message = f"the key {first['loc'][-1]!r} is missing"
+    elif first["type"] == "literal_error" and isinstance(first["input"], str):
+        expected = [word.strip("' ") for word in first["ctx"]["expected"].replace(" or ", ",").split(",")]
+        message = f"{first['input']!r} is not valid here{nearest(first['input'], expected)}"
+    return file.error(place, message)
+
+
+def _is_key(file: YamlFile, key: str | int) -> bool:
+    return any(key in place for place in file.lines)
+
+
+def _known_keys(place: tuple[str | int, ...]) -> list[str]:
+    if place and place[-1] == "schedule":
+        return [field.name for field in fields(Schedule)]
+    return list(Group.model_fields if place else Recipe.model_fields)
