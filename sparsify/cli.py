@@ -1,0 +1,251 @@
+"""The command line: sparsify compress | inspect | plan | schema.
+
+Exit codes: 0 done; 2 wrong arguments, model or weights; 3 a recipe that cannot be followed; 4 an invalid checkpoint;
+5 a file that cannot be opened or written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tqdm import tqdm
+
+import sparsify
+from sparsify.errors import CheckpointError, LeftDenseWarning, RecipeError
+from sparsify.methods import METHODS
+from sparsify.models import build_model, load_weights
+from sparsify.plan import PlannedLayer, plan
+from sparsify.recipe import Recipe, assign_layers, load_recipe
+from sparsify.report import Report, table
+
+_MODEL_HELP = "torchvision:NAME, hf:FOLDER, or package.module:builder"
+_MAX_COLUMNS = 6
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    warnings.simplefilter("always", LeftDenseWarning)
+    warnings.showwarning = _show_warning
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except RecipeError as error:
+        return _fail(3, error)
+    except CheckpointError as error:
+        return _fail(4, error)
+    except (ValueError, TypeError) as error:
+        return _fail(2, error)
+    except OSError as error:
+        return _fail(5, error)
+    return 0
+
+
+def compress(arguments: argparse.Namespace) -> None:
+    """Build a model, prune it, export it, and save it; then read the file back and compare."""
+    recipe = _recipe_of(arguments)
+    out = Path(arguments.out)
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}")
+    with tqdm(
+        total=5, desc="build the model", bar_format="{desc:<28}{bar}| {n_fmt}/{total_fmt}", disable=arguments.json
+    ) as bar:
+        model = _model_of(arguments)
+        _advance(bar, "convert its layers")
+        names = [f"re:{_escape(name)}" for group in assign_layers(recipe, model) for name in group]
+        model = sparsify.convert(model, include=names)
+        _advance(bar, "prune")
+        sparsify.apply(model, recipe)
+        _advance(bar, "export")
+        fast = sparsify.export(model)
+        _advance(bar, f"save {out.name}")
+        sparsify.save(fast, out)
+        _advance(bar, "done")
+    report, stored = sparsify.report(fast), sparsify.inspect(out)
+    if arguments.json:
+        _print_json(
+            {"file": str(out), "file_bytes": out.stat().st_size, "in_memory": _rows(report), "in_file": _rows(stored)}
+        )
+        return
+    print(report)
+    print(f"\n{out}: {out.stat().st_size:,} bytes")
+    print(f"next: sparsify inspect {out}")
+    print(f"      python: model = sparsify.load({str(out)!r}, the_dense_model)")
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    """List what a file holds."""
+    report = sparsify.inspect(arguments.file)
+    n_bytes = os.path.getsize(arguments.file)
+    if arguments.json:
+        _print_json({"file": arguments.file, "file_bytes": n_bytes, "in_file": _rows(report)})
+        return
+    print(report)
+    print(
+        f"\n{arguments.file}: {n_bytes:,} bytes, of which {n_bytes - report.total.n_bytes:,} for other tensors and the header"
+    )
+
+
+def plan_recipe(arguments: argparse.Namespace) -> None:
+    """Print every layer of a recipe, its target at each update, and the size it will have."""
+    recipe = load_recipe(arguments.recipe, **_variables(arguments.set))
+    layers = plan(recipe, _model_of(arguments))
+    n_bytes, dense_bytes = sum(x.n_bytes for x in layers), sum(x.dense_bytes for x in layers)
+    if arguments.json:
+        keys = ("name", "group", "shape", "unit", "targets", "ranked", "n_bytes", "dense_bytes")
+        _print_json(
+            {
+                "layers": [{key: getattr(layer, key) for key in keys} for layer in layers],
+                "n_bytes": n_bytes,
+                "dense_bytes": dense_bytes,
+            }
+        )
+        return
+    for number in range(len(recipe.groups)):
+        print(f"groups.{number}")
+        print(_plan_table([layer for layer in layers if layer.group == number]), end="\n\n")
+    if any(layer.ranked for layer in layers):
+        print("~ layers ranked together: each one's part is taken from the present weights, and moves with training")
+    print(
+        f"{len(layers)} layers: {n_bytes:,} bytes in the file, {n_bytes / max(dense_bytes, 1):.3f} of dense {dense_bytes:,}"
+    )
+
+
+def schema(arguments: argparse.Namespace) -> None:
+    """Print the JSON schema of recipes, for editors."""
+    _print_json(Recipe.model_json_schema())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sparsify", description="Prune a PyTorch model and keep only what is left.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        return sub
+
+    def model_arguments(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--model", required=True, metavar="MODEL", help=_MODEL_HELP)
+        sub.add_argument("--weights", metavar="FILE", help=".safetensors, or .pt opened with weights_only")
+        sub.add_argument(
+            "--set", action="append", default=[], metavar="NAME=VALUE", help="override a variable of the recipe"
+        )
+
+    sub = command("compress", compress, "Prune a trained model, export it, and save it to one file.")
+    model_arguments(sub)
+    sub.add_argument("--recipe", metavar="FILE", help="a YAML recipe; or say it all with the options below")
+    sub.add_argument("--sparsity", type=float, help="fraction of zeros, 0 to 1")
+    sub.add_argument("--method", help=f"one of: {', '.join(METHODS)} (default: magnitude)")
+    sub.add_argument("--pattern", help='unstructured (default), rows, columns, "2:4", "4x1" ...')
+    sub.add_argument("--allocation", help="uniform (default), global, erk")
+    sub.add_argument("--include", action="append", metavar="PATTERN", help="layers to prune (default: all)")
+    sub.add_argument("--exclude", action="append", metavar="PATTERN", help="layers to leave dense")
+    sub.add_argument("--seed", type=int, help="for methods that draw random numbers")
+    sub.add_argument("--out", required=True, metavar="FILE", help="the file to write (.safetensors)")
+    sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+    sub = command("inspect", inspect, "List the layers in a file, without building the model.")
+    sub.add_argument("file", metavar="FILE")
+    sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+    sub = command("plan", plan_recipe, "Show what a recipe would do to a model, and do nothing.")
+    sub.add_argument("recipe", metavar="RECIPE")
+    model_arguments(sub)
+    sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+    command("schema", schema, "Print the JSON schema of recipes, for editors.")
+    return parser
+
+
+def _recipe_of(arguments: argparse.Namespace) -> Recipe:
+    """Read the recipe file, or make one group of the options."""
+    options = {
+        key: getattr(arguments, key) for key in ("sparsity", "method", "pattern", "allocation", "exclude", "seed")
+    }
+    options["layers"] = arguments.include
+    given = {key: value for key, value in options.items() if value is not None}
+    if arguments.recipe:
+        if given:
+            raise ValueError(
+                f"--{'include' if 'layers' in given else next(iter(given))} has no effect beside --recipe; use --set NAME=VALUE for its variables"
+            )
+        return load_recipe(arguments.recipe, **_variables(arguments.set))
+    if arguments.set:
+        raise ValueError("--set has no effect without --recipe")
+    if not given:
+        raise ValueError("say what to do with --recipe FILE or --sparsity FRACTION")
+    return Recipe(groups=[given])  # type: ignore[list-item]
+
+
+def _model_of(arguments: argparse.Namespace) -> Any:
+    model = build_model(arguments.model)
+    if arguments.weights:
+        load_weights(model, arguments.weights)
+    return model
+
+
+def _variables(settings: Sequence[str]) -> dict[str, Any]:
+    """Read NAME=VALUE; the value is YAML, so that 0.5, [a, b] and true mean what they mean in a recipe."""
+    variables = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"--set {setting}: write NAME=VALUE")
+        try:
+            variables[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {setting}: {error}") from None
+    return variables
+
+
+def _plan_table(layers: Sequence[PlannedLayer]) -> str:
+    """Show a group's layers; of many updates the first, some between, and the last."""
+    n = len(layers[0].targets)
+    step = -(-n // _MAX_COLUMNS)
+    shown = sorted({*range(0, n, step), n - 1})
+    head = ["layer", "shape", *(f"{layers[0].unit} {layers[0].targets[i][0]:g}" for i in shown), "bytes", "of dense"]
+    lines = [head]
+    for x in layers:
+        mark = "~" if x.ranked else ""
+        targets = [f"{mark}{x.targets[i][1]:.4f}" for i in shown]
+        share = f"{x.n_bytes / max(x.dense_bytes, 1):.3f}"
+        lines.append([x.name or "(root)", f"{x.shape[0]}x{x.shape[1]}", *targets, f"{x.n_bytes:,}", share])
+    return table(lines)
+
+
+def _rows(report: Report) -> list[dict[str, Any]]:
+    return [vars(row) for row in (*report, report.total)]
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def _escape(name: str) -> str:
+    return "".join(c if c.isalnum() or c == "_" else f"\\{c}" for c in name)
+
+
+def _advance(bar: Any, text: str) -> None:
+    bar.update(1)
+    bar.set_description(text)
+
+
+def _fail(code: int, error: Exception) -> int:
+    print(f"sparsify: {error}", file=sys.stderr)
+    return code
+
+
+def _show_warning(message: Warning | str, *_: Any) -> None:
+    print(f"sparsify: note: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
