@@ -35,8 +35,6 @@ OUT = ASSETS / "demo"
 N_TOKENS = 128
 REPEATS = {1: 40, 32: 10}  # batch size -> timed runs of each model
 
-Row = tuple[str, str, str]
-
 
 def main() -> None:
     """Prune and save here, measure in a new process, print the table."""
@@ -92,15 +90,13 @@ def measure(file: Path) -> dict[str, Any]:
         "sparse": minilm.embed(documents, sparse, progress="quality, sparse"),
     }
     times_ms = {batch: latency_ms({"dense": dense, "sparse": sparse}, batch) for batch in REPEATS}
-    measured: dict[str, Any] = {
-        name: {
-            "lee": minilm.lee_correlation(embeddings[name], ratings),
-            "lee_interval": minilm.lee_interval(embeddings[name], ratings),
-            "cosine": minilm.mean_cosine(embeddings[name], embeddings["dense"]),
-            "times_ms": {str(batch): times_ms[batch][name] for batch in REPEATS},
+    measured: dict[str, Any] = {}
+    for name, vectors in embeddings.items():
+        measured[name] = {
+            "lee": [minilm.lee_correlation(vectors, ratings), *minilm.lee_interval(vectors, ratings)],
+            "cosine": minilm.mean_cosine(vectors, embeddings["dense"]),
+            **{f"ms_batch_{batch}": times_ms[batch][name] for batch in REPEATS},
         }
-        for name in embeddings
-    }
     formats = Counter(row.format for row in sparsify.report(sparse) if row.name.startswith("encoder.layer."))
     sparse_bytes = resident_bytes(sparse)
     # Last, since it takes the CSR layers apart: count zeros in the weights themselves, whatever format held them.
@@ -119,7 +115,7 @@ def measure(file: Path) -> dict[str, Any]:
         "file_bytes": file.stat().st_size,
         "weight_bytes": sparse_bytes,
     }
-    return measured | {"n_layers": len(weights), "formats": formats}
+    return measured | {"formats": ", ".join(f"{n} {name}" for name, n in formats.items())}
 
 
 def resident_bytes(model: nn.Module) -> int:
@@ -134,7 +130,7 @@ def latency_ms(models: dict[str, nn.Module], batch: int) -> dict[str, list[float
     with torch.inference_mode():
         for model in models.values():
             model(ids)  # warm-up
-        for _ in tqdm(range(REPEATS[batch]), desc=f"latency, batch {batch}", unit="round"):
+        for _ in tqdm(range(REPEATS[batch]), desc=f"latency, batch {batch}", unit="round", disable=None):
             for name, model in models.items():
                 started = time.perf_counter()
                 model(ids)
@@ -143,40 +139,33 @@ def latency_ms(models: dict[str, nn.Module], batch: int) -> dict[str, list[float
 
 
 def comparison(measured: dict[str, Any]) -> str:
-    """Lay out what `measure` found: one line per measure, dense beside sparse."""
+    """Lay out what `measure` found: one line per measure, dense beside sparse, and how many times the dense value."""
     dense, sparse = measured["dense"], measured["sparse"]
-
-    def row(label: str, value: Callable[[dict[str, Any]], str]) -> Row:
-        return label, value(dense), value(sparse)
-
-    rows = [
-        ("MiniLM-L6", "dense", "sparse"),
-        row("parameters, non-zero", lambda side: f"{side['n_parameters']:,}"),
-        row(f"sparsity of the {measured['n_layers']} encoder layers", lambda side: f"{side['sparsity']:.2%}"),
-        row("file", lambda side: f"{side['file_bytes'] / 1e6:.1f} MB"),
-        row("weights in memory", lambda side: f"{side['weight_bytes'] / 1e6:.1f} MB"),
-        *(_latency_row(batch, dense, sparse) for batch in REPEATS),
-        row("Lee correlation [95% interval]", lambda side: _interval(side["lee"], side["lee_interval"])),
-        row("mean cosine to the dense embeddings", lambda side: f"{side['cosine']:.3f}"),
-    ]
-    return f"""{table(rows)}
+    lines = [("MiniLM-L6", "dense", "sparse", "sparse/dense")]
+    for label, key, text, with_ratio in MEASURES:
+        ratio = f"{_middle(sparse[key]) / _middle(dense[key]):.2f}x" if with_ratio else ""
+        lines.append((label, text(dense[key]), text(sparse[key]), ratio))
+    return f"""{table(lines)}
 
 latency: median (fastest to slowest) of {" and ".join(map(str, REPEATS.values()))} runs taken in turns, \
 {torch.get_num_threads()} threads, {_processor()}, torch {torch.__version__}
-the encoder's layers run as: {", ".join(f"{n} {name}" for name, n in measured["formats"].items())}"""
+the encoder's Linear layers, by format: {measured["formats"]}"""
 
 
-def _latency_row(batch: int, dense: dict[str, Any], sparse: dict[str, Any]) -> Row:
-    label = f"latency, batch {batch} x {N_TOKENS} tokens"
-    return label, _spread(dense["times_ms"][str(batch)]), _spread(sparse["times_ms"][str(batch)])
+def _middle(value: float | list[float]) -> float:
+    return median(value) if isinstance(value, list) else value
+
+
+def _megabytes(n_bytes: int) -> str:
+    return f"{n_bytes / 1e6:.1f} MB"
 
 
 def _spread(times_ms: list[float]) -> str:
     return f"{median(times_ms):.1f} ({min(times_ms):.1f} to {max(times_ms):.1f}) ms"
 
 
-def _interval(value: float, interval: tuple[float, float]) -> str:
-    return f"{value:.3f} [{interval[0]:.2f}, {interval[1]:.2f}]"
+def _interval(value: list[float]) -> str:
+    return f"{value[0]:.3f} [{value[1]:.2f}, {value[2]:.2f}]"
 
 
 def _processor() -> str:
@@ -188,6 +177,18 @@ def _processor() -> str:
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
 
+
+# One line of the table each: label, key in what `measure` returns, how to print the value, whether a ratio makes sense.
+MEASURES: list[tuple[str, str, Callable[[Any], str], bool]] = [
+    ("parameters, non-zero", "n_parameters", "{:,}".format, True),
+    ("sparsity of the encoder's layers", "sparsity", "{:.2%}".format, False),
+    ("file", "file_bytes", _megabytes, True),
+    ("weights in memory", "weight_bytes", _megabytes, True),
+    (f"latency, batch 1 x {N_TOKENS} tokens", "ms_batch_1", _spread, True),
+    (f"latency, batch 32 x {N_TOKENS} tokens", "ms_batch_32", _spread, True),
+    ("Lee correlation [95% interval]", "lee", _interval, False),
+    ("mean cosine to the dense embeddings", "cosine", "{:.3f}".format, False),
+]
 
 if __name__ == "__main__":
     main()

@@ -61,13 +61,13 @@ def load_tokenizer(max_tokens: int = MAX_TOKENS, folder: Path = MODEL_FOLDER) ->
 def embed(texts: Sequence[str], model: nn.Module, *, batch_size: int = 25, progress: str | None = None) -> Tensor:
     """Embed each text: the mean over its tokens, scaled to length 1.
 
-    Returns (len(texts), hidden_size). `progress` names a progress bar; without it there is none.
+    Returns (len(texts), hidden_size). `progress` names a progress bar; without it, or in a log file, there is none.
     """
     tokenizer = load_tokenizer()
     batches = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
     pooled = []
     with torch.inference_mode():
-        for batch in tqdm(batches, desc=progress, disable=progress is None, unit="batch"):
+        for batch in tqdm(batches, desc=progress, disable=None if progress else True, unit="batch"):
             encodings = tokenizer.encode_batch(list(batch))
             ids = torch.tensor([encoding.ids for encoding in encodings])
             mask = torch.tensor([encoding.attention_mask for encoding in encodings])

@@ -1,18 +1,13 @@
 """The whole flow on a real pretrained model: MiniLM-L6, its published numbers, and what pruning does to them."""
 
-import sys
 from pathlib import Path
 
+import assets
 import pytest
 import torch
 from torch import nn
 
 import sparsify
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import assets  # noqa: E402
 
 for name in ("minilm", "lee"):
     if assets.missing_files(name):
@@ -84,6 +79,8 @@ def test_save_is_small_and_loads_onto_a_fresh_model(
     sparsify.save(fast, file)
     loaded = sparsify.load(file, minilm.build_fresh())
 
+    csr_layers = [name for name, module in loaded.named_modules() if isinstance(module, sparsify.CSRLinear)]
+    assert csr_layers == list(minilm.encoder_linears(dense))
     outputs = minilm.embed(SENTENCES, loaded)
     assert torch.equal(outputs, minilm.embed(SENTENCES, fast))
     torch.testing.assert_close(outputs, minilm.embed(SENTENCES, model), rtol=0, atol=1e-5)
