@@ -1,8 +1,8 @@
 """Prune a PyTorch model, export it to sparse layers, save it small, run it fast.
 
 model = sparsify.convert(model)                      # every nn.Linear -> SparseLinear, outputs unchanged
-sparsify.prune(model, 0.9)                           # masks; or sparsify.apply(model, recipe), or a Pruner while training
-fast = sparsify.export(model)                        # SparseLinear -> CSRLinear
+sparsify.prune(model, 0.9)                           # masks; or sparsify.apply(model, recipe), or a Pruner while
+training fast = sparsify.export(model)                        # SparseLinear -> CSRLinear
 sparsify.save(fast, "model.safetensors")
 fast = sparsify.load("model.safetensors", MyModel()) # onto a fresh dense model
 """

@@ -36,9 +36,9 @@ _OWN_STATE = ("weight", "mask", *CSR._fields)
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a converted or exported model to one safetensors file.
 
-    The weight of each SparseLinear, CSRLinear and nn.Linear is stored as CSR, bitmask or dense, whichever is smallest, all
-    other state as it is. The file is written beside its place and moved there when complete: a crash leaves the old one.
-    Raises ValueError if the model holds state that is no tensor, or on the meta device.
+    The weight of each SparseLinear, CSRLinear and nn.Linear is stored as CSR, bitmask or dense, whichever is smallest,
+    all other state as it is. The file is written beside its place and moved there when complete: a crash leaves the old
+    one. Raises ValueError if the model holds state that is no tensor, or on the meta device.
     """
     layers: dict[str, LayerEntry] = {}
     tensors: dict[str, Tensor] = {}
@@ -156,7 +156,9 @@ def _pack(module: nn.Module) -> tuple[LayerEntry, dict[str, Tensor]]:
     if torch.equal(mask, _not_zero(weight)):  # only then do dense weights say which are kept
         sizes["dense"] = weight.numel() * itemsize
     chosen = min(sizes, key=lambda name: sizes[name])
-    entry = LayerEntry(module=type(module).__name__, format=chosen, out_features=shape[0], in_features=shape[1])
+    entry = LayerEntry.model_validate(
+        {"module": type(module).__name__, "format": chosen, "out_features": shape[0], "in_features": shape[1]}
+    )
     if chosen == "dense":
         return entry, {"": weight}
     return entry, (dense_to_csr if chosen == "csr" else pack_bitmask)(weight, mask)._asdict()
@@ -223,20 +225,23 @@ def _check_rest(model: nn.Module, layers: Mapping[str, LayerEntry], tensors: Map
         for key in module._non_persistent_buffers_set:
             if (buffer := module._buffers.get(key)) is not None and buffer.is_meta:
                 raise CheckpointError(
-                    f"{_join(prefix, key)} is on the meta device and in no checkpoint (a non-persistent buffer); build the model on the CPU"
+                    f"{_join(prefix, key)} is on the meta device and, being a non-persistent buffer, in no checkpoint; "
+                    "build the model on the CPU"
                 )
     own = _own_keys(model, layers)
     expected = {name: value for name, value in model.state_dict(keep_vars=True).items() if name not in own}
     missing, odd = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
     if missing or odd:
         raise CheckpointError(
-            f"for another architecture: the file lacks {missing[:3]} ({len(missing)} tensors) and has {odd[:3]} ({len(odd)}) too many"
+            f"for another architecture: the file lacks {len(missing)} of the model's tensors {missing[:3]} "
+            f"and has {len(odd)} too many {odd[:3]}"
         )
     for name, value in expected.items():
         if isinstance(value, Tensor):
             if value.shape != tensors[name].shape:
                 raise CheckpointError(
-                    f"for another architecture: {name} is {tuple(tensors[name].shape)} in the file, {tuple(value.shape)} in the model"
+                    f"for another architecture: {name} is {tuple(tensors[name].shape)} in the file, "
+                    f"{tuple(value.shape)} in the model"
                 )
             _check_dtype(name, tensors[name], value)
 

@@ -32,11 +32,12 @@ _MAX_COLUMNS = 6
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    warnings.simplefilter("always", LeftDenseWarning)
-    warnings.showwarning = _show_warning
     arguments = _parser().parse_args(argv)
     try:
-        arguments.run(arguments)
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", LeftDenseWarning)
+            warnings.showwarning = _show_warning
+            arguments.run(arguments)
     except RecipeError as error:
         return _fail(3, error)
     except CheckpointError as error:
@@ -59,8 +60,9 @@ def compress(arguments: argparse.Namespace) -> None:
     ) as bar:
         model = _model_of(arguments)
         _advance(bar, "convert its layers")
-        names = [f"re:{_escape(name)}" for group in assign_layers(recipe, model) for name in group]
-        model = sparsify.convert(model, include=names)
+        assign_layers(recipe, model)
+        for group in recipe.groups:
+            model = sparsify.convert(model, include=group.layers, exclude=group.exclude)
         _advance(bar, "prune")
         sparsify.apply(model, recipe)
         _advance(bar, "export")
@@ -88,9 +90,7 @@ def inspect(arguments: argparse.Namespace) -> None:
         _print_json({"file": arguments.file, "file_bytes": n_bytes, "in_file": _rows(report)})
         return
     print(report)
-    print(
-        f"\n{arguments.file}: {n_bytes:,} bytes, of which {n_bytes - report.total.n_bytes:,} for other tensors and the header"
-    )
+    print(f"\n{arguments.file}: {n_bytes:,} bytes, {n_bytes - report.total.n_bytes:,} of it other tensors and header")
 
 
 def plan_recipe(arguments: argparse.Namespace) -> None:
@@ -113,9 +113,8 @@ def plan_recipe(arguments: argparse.Namespace) -> None:
         print(_plan_table([layer for layer in layers if layer.group == number]), end="\n\n")
     if any(layer.ranked for layer in layers):
         print("~ layers ranked together: each one's part is taken from the present weights, and moves with training")
-    print(
-        f"{len(layers)} layers: {n_bytes:,} bytes in the file, {n_bytes / max(dense_bytes, 1):.3f} of dense {dense_bytes:,}"
-    )
+    share = n_bytes / max(dense_bytes, 1)
+    print(f"{len(layers)} layers: {n_bytes:,} bytes in the file, {share:.3f} of dense {dense_bytes:,}")
 
 
 def schema(arguments: argparse.Namespace) -> None:
@@ -174,15 +173,16 @@ def _recipe_of(arguments: argparse.Namespace) -> Recipe:
     given = {key: value for key, value in options.items() if value is not None}
     if arguments.recipe:
         if given:
+            option = "include" if "layers" in given else next(iter(given))
             raise ValueError(
-                f"--{'include' if 'layers' in given else next(iter(given))} has no effect beside --recipe; use --set NAME=VALUE for its variables"
+                f"--{option} has no effect beside --recipe; set the recipe's variables with --set NAME=VALUE"
             )
         return load_recipe(arguments.recipe, **_variables(arguments.set))
     if arguments.set:
         raise ValueError("--set has no effect without --recipe")
     if not given:
         raise ValueError("say what to do with --recipe FILE or --sparsity FRACTION")
-    return Recipe(groups=[given])  # type: ignore[list-item]
+    return Recipe.model_validate({"groups": [given]})
 
 
 def _model_of(arguments: argparse.Namespace) -> Any:
@@ -229,10 +229,6 @@ def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
 
 
-def _escape(name: str) -> str:
-    return "".join(c if c.isalnum() or c == "_" else f"\\{c}" for c in name)
-
-
 def _advance(bar: Any, text: str) -> None:
     bar.update(1)
     bar.set_description(text)
@@ -243,7 +239,7 @@ def _fail(code: int, error: Exception) -> int:
     return code
 
 
-def _show_warning(message: Warning | str, *_: Any) -> None:
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     print(f"sparsify: note: {message}", file=sys.stderr)
 
 

@@ -1,7 +1,8 @@
-"""The file: safetensors with a header that lists every tensor and what it is for. docs/formats.md gives it byte by byte.
+"""The file: safetensors with a header that lists every tensor and what it is for. docs/formats.md gives it byte by
+byte.
 
-Writing is atomic. Reading trusts nothing: no pickle, and every tensor must be listed with the SHA-256 of its dtype, shape and
-bytes, and the header with its own, so that no flipped or missing byte goes unnoticed.
+Writing is atomic. Reading trusts nothing: no pickle, and every tensor must be listed with the SHA-256 of its dtype,
+shape and bytes, and the header with its own, so that no flipped or missing byte goes unnoticed.
 """
 
 from __future__ import annotations
@@ -167,5 +168,6 @@ def _read_tensor(file: Any, name: str, sha256: str, path: str | os.PathLike[str]
 def _sha256(tensor: Tensor) -> str:
     """Hash "F32 3,4 " (dtype and shape) and the bytes in row-major order."""
     digest = hashlib.sha256(f"{DTYPES[tensor.dtype]} {','.join(map(str, tensor.shape))} ".encode())
-    digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    raw: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    digest.update(raw)
     return digest.hexdigest()

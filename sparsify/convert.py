@@ -44,9 +44,9 @@ def convert(
 ) -> Model:
     """Swap every nn.Linear of a model for a SparseLinear, in place, and return the model.
 
-    Nothing is pruned yet: all outputs stay as they were, bit for bit, and so do Parameter objects, names, devices, dtypes,
-    flags and hooks. A Linear pruned by torch.nn.utils.prune or torch.ao.pruning keeps its mask. Layers are chosen by globs
-    over their names, "re:" patterns, or module types; see `sparsify.match.Selector`.
+    Nothing is pruned yet: all outputs stay as they were, bit for bit, and so do Parameter objects, names, devices,
+    dtypes, flags and hooks. A Linear pruned by torch.nn.utils.prune or torch.ao.pruning keeps its mask. Layers are
+    chosen by globs over their names, "re:" patterns, or module types; see `sparsify.match.Selector`.
 
     Layers that cannot be swapped stay dense, and one LeftDenseWarning names them and their share of the parameters.
     Raises ValueError, before anything is changed, for a selector that matches nothing, for a weight shared with another

@@ -16,8 +16,8 @@ Format = Literal["auto", "csr", "dense"]
 def export(model: Model, *, format: Format = "auto") -> Model:
     """Return a copy for inference in which each SparseLinear is a CSRLinear, or a plain nn.Linear.
 
-    The model itself stays as it was, and the copy shares every tensor that does not change. format: "csr" packs every layer,
-    "dense" none (zeros in the weights), "auto" those that take less memory packed than dense.
+    The model itself stays as it was, and the copy shares every tensor that does not change. format: "csr" packs every
+    layer, "dense" none (zeros in the weights), "auto" those that take less memory packed than dense.
     Outputs equal the masked model's. Raises ValueError if there is nothing to export or the model cannot be copied.
 
     >>> model = sparsify.convert(torch.nn.Sequential(torch.nn.Linear(8, 4)))

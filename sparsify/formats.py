@@ -1,6 +1,7 @@
 """How the kept weights are stored: CSR and bitmask, as plain tensors. Packing, unpacking, checking, sizes.
 
-A weight is (out_features, in_features). Which weights are kept is a mask's word: a kept weight may be zero, and is stored.
+A weight is (out_features, in_features). Which weights are kept is a mask's word: a kept weight may be zero, and is
+stored.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ MAX_INT32 = 2**31 - 1
 
 
 class CSR(NamedTuple):
-    """Compressed rows: row i holds values[crow[i]:crow[i+1]], in columns col[crow[i]:crow[i+1]], strictly increasing."""
+    """
+
+    Ompressed rows: row i holds values[crow[i]:crow[i+1]], in columns col[crow[i]:crow[i+1]], strictly increasing.
+    """
 
     crow: Tensor  # int32 (out_features + 1)
     col: Tensor  # uint8, uint16 or int32 (n_kept)
@@ -24,7 +28,10 @@ class CSR(NamedTuple):
 
 
 class Bitmask(NamedTuple):
-    """One bit a weight in row-major order, the first in the lowest bit, the last byte padded with 0; then the kept values."""
+    """One bit a weight in row-major order, the first in the lowest bit, the last byte padded with 0.
+
+    Then the kept values.
+    """
 
     bits: Tensor  # uint8 (ceil(out_features * in_features / 8))
     values: Tensor  # (n_kept)
@@ -95,7 +102,8 @@ def check_csr(csr: CSR, shape: tuple[int, int]) -> None:
         raise ValueError(f"column indices for {inner} columns must be {col_dtype(inner)}, got {col.dtype}")
     if not values.is_floating_point() or values.dim() != 1 or values.shape != col.shape:
         raise ValueError(
-            f"values and column indices must be one list each of one length, got {values.dtype} {tuple(values.shape)} and {tuple(col.shape)}"
+            "values and column indices must be one list each, of one length, "
+            f"got {values.dtype} {tuple(values.shape)} and {tuple(col.shape)}"
         )
     if crow.is_meta:
         return

@@ -6,7 +6,7 @@ themselves (a fresh bias-free layer may hold some): `masks_from_zeros` is asked 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ def remove_prune_hook(module: nn.Module) -> None:
 
 
 def _from_fake_sparsity(linear: nn.Linear) -> MaskedParts:
-    chain = linear.parametrizations
+    chain: Any = linear.parametrizations
     if set(chain.keys()) != {"weight"} or len(chain["weight"]) != 1 or not _is_fake_sparsity(chain["weight"][0]):
         raise ValueError("it is parametrized; fold that with torch.nn.utils.parametrize.remove_parametrizations first")
     return MaskedParts(chain["weight"].original, _as_bool(chain["weight"][0].mask))

@@ -90,8 +90,8 @@ def n_removed_units(
     if len(set(sizes.values())) > 1:
         (one, a), (other, b) = sorted(sizes.items(), key=lambda item: item[1])[:: len(sizes) - 1]
         raise ValueError(
-            f"allocation {allocation!r} needs units of one size, but with pattern {pattern.text!r} a unit has {a} weights in {one} "
-            f"and {b} in {other}; use allocation 'uniform'"
+            f"allocation {allocation!r} needs units of one size, but with pattern {pattern.text!r} a unit has "
+            f"{a} weights in {one} and {b} in {other}; use allocation 'uniform'"
         )
     return erk(n_units, shapes, target) if allocation == "erk" else None
 
@@ -105,7 +105,8 @@ def layer_targets(allocation: Mapping[str, float], names: Mapping[str, object]) 
             targets.setdefault(name, float(sparsity))
     if missing := [name for name in names if name not in targets]:
         raise ValueError(
-            f"the allocation says nothing for {missing[0]!r} ({len(missing)} layers); add '*' as its last pattern, or exclude them"
+            f"the allocation says nothing for {missing[0]!r} ({len(missing)} layers); "
+            "add '*' as its last pattern, or exclude them"
         )
     return {name: targets[name] for name in names}
 

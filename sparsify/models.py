@@ -16,8 +16,9 @@ from torch import Tensor, nn
 def build_model(spec: str) -> nn.Module:
     """Build the model that a name stands for, in eval mode.
 
-    "torchvision:NAME" has random weights, "hf:FOLDER" loads the weights in a folder written by save_pretrained (nothing is
-    downloaded), "package.module:builder" calls a function of no arguments. Raises ValueError with the way out.
+    "torchvision:NAME" has random weights, "hf:FOLDER" loads the weights in a folder written by save_pretrained
+    (nothing is downloaded), "package.module:builder" calls a function of no arguments. Raises ValueError with the way
+    out.
     """
     source, _, name = spec.partition(":")
     if not name:
@@ -37,7 +38,8 @@ def build_model(spec: str) -> nn.Module:
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Load a dense state_dict from .safetensors, or from .pt/.pth/.bin opened with weights_only, so that it runs no code.
+    """Load a dense state_dict from .safetensors, or from .pt/.pth/.bin opened with weights_only, so that it runs no
+    code.
 
     Raises ValueError if the file is neither, or is not for this model.
     """

@@ -17,10 +17,10 @@ from sparsify.recipe import Recipe, assign_layers, group_masks
 class Pruner:
     """Follow a recipe's schedules: call `step()` after each `optimizer.step()`.
 
-    Masks move when a schedule says so; in between, and whatever the optimizer does, masked weights are exactly zero. With the
-    `optimizer` given, its state of newly masked weights (momentum, Adam's moments) is cleared too, so that they do not
-    push on what is gone. `steps_per_epoch` is needed by schedules in epochs, `total_steps` lets a schedule that would
-    not end in time fail now rather than miss its target.
+    Masks move when a schedule says so; in between, and whatever the optimizer does, masked weights are exactly zero.
+    With the `optimizer` given, its state of newly masked weights (momentum, Adam's moments) is cleared too, so that
+    they do not push on what is gone. `steps_per_epoch` is needed by schedules in epochs, `total_steps` lets a schedule
+    that would not end in time fail now rather than miss its target.
 
     >>> model = sparsify.convert(nn.Sequential(nn.Linear(8, 4)))
     >>> recipe = sparsify.Recipe(groups=[{"sparsity": 0.5, "schedule": {"kind": "linear", "end": 2, "every": 1}}])

@@ -1,7 +1,7 @@
 """Recipes: a YAML file that says which layers are pruned how far, how and when. docs/recipes.md describes the keys.
 
-A recipe is read, its variables are put in, and every key is checked; whatever is wrong becomes one RecipeError that names the
-file, the line and the key, and the nearest valid word.
+A recipe is read, its variables are put in, and every key is checked; whatever is wrong becomes one RecipeError that
+names the file, the line and the key, and the nearest valid word.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ from dataclasses import fields
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from sparsify.allocation import ALLOCATIONS, check_sparsity
 from sparsify.convert import Model, plan_convert, sparse_layers
 from sparsify.errors import RecipeError
 from sparsify.masks import Allocation, layer_targets, make_masks, n_removed_units
-from sparsify.match import select
 from sparsify.methods import METHODS, takes_seed
 from sparsify.patterns import parse_pattern
 from sparsify.schedules import Schedule
@@ -142,21 +141,19 @@ def assign_layers(recipe: Recipe, model: nn.Module) -> list[dict[str, tuple[int,
     Raises ValueError if a pattern matches nothing, if two groups claim one layer, or if a target cannot be
     met exactly. The model may be converted or not.
     """
-    plan = plan_convert(model)
-    layers = {name: model.get_submodule(name) for name in model_order(model, (*plan.swap, *plan.already))}
     owner: dict[str, int] = {}
     groups = []
     for number, group in enumerate(recipe.groups):
         where = f"groups.{number}"
         try:
-            names = select(model, layers, group.layers, group.exclude)
-            shapes = {name: _shape(layers[name]) for name in names}
-            if not names:
+            plan = plan_convert(model, include=group.layers, exclude=group.exclude)
+            shapes = {name: _shape(model.get_submodule(name)) for name in (*plan.already, *plan.swap)}
+            if not shapes:
                 raise ValueError("no layer is left after 'exclude'")
             n_removed_units(shapes, group.sparsity, parse_pattern(group.pattern), group.allocation)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-        for name in names:
+        for name in shapes:
             if name in owner:
                 raise ValueError(f"{where}: {name!r} is already in groups.{owner[name]}; a layer belongs to one group")
             owner[name] = number
@@ -175,7 +172,7 @@ def apply(model: Model, recipe: Recipe) -> Model:
                 f"groups.{number}: a {group.schedule.kind} schedule is followed while training; "
                 "use sparsify.Pruner(model, recipe) in the loop, or a recipe with a constant schedule"
             )
-    masks = {}
+    masks: dict[str, Tensor] = {}
     for group, shapes in zip(recipe.groups, assign_layers(recipe, model), strict=True):
         masks |= group_masks(model, group, list(shapes))
     for name, layer in sparse_layers(model).items():
@@ -184,7 +181,7 @@ def apply(model: Model, recipe: Recipe) -> Model:
     return model
 
 
-def group_masks(model: nn.Module, group: Group, names: list[str], time: float | None = None) -> dict[str, Any]:
+def group_masks(model: nn.Module, group: Group, names: list[str], time: float | None = None) -> dict[str, Tensor]:
     """Return the masks that a group's layers get at a time (None: at the end); nothing is changed."""
     layers = sparse_layers(model)
     if missing := [name for name in names if name not in layers]:
@@ -193,7 +190,7 @@ def group_masks(model: nn.Module, group: Group, names: list[str], time: float | 
     def target(final: float) -> float:
         return final if time is None else group.schedule.sparsity_at(time, final)
 
-    def masks_of(chosen: list[str], sparsity: float | None, allocation: str) -> dict[str, Any]:
+    def masks_of(chosen: list[str], sparsity: float | None, allocation: str) -> dict[str, Tensor]:
         return make_masks(
             {name: layers[name].weight for name in chosen},
             sparsity,
@@ -212,12 +209,6 @@ def group_masks(model: nn.Module, group: Group, names: list[str], time: float | 
         return masks_of(names, None, "uniform") if started else {}
     assert group.sparsity is not None
     return masks_of(names, target(group.sparsity), group.allocation)
-
-
-def model_order(model: nn.Module, names: tuple[str, ...]) -> list[str]:
-    """Sort layer names as the model has them."""
-    wanted = set(names)
-    return [name for name, _ in model.named_modules() if name in wanted]
 
 
 def _shape(layer: nn.Module) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from sparsify.allocation import check_sparsity
 
@@ -32,7 +32,7 @@ class Schedule:
     so often; before `start` nothing is pruned. steps: `points` of (time, sparsity), each holding until the next.
     """
 
-    __pydantic_config__ = {"extra": "forbid"}  # read from a recipe, an unknown key is an error
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # in a recipe, an unknown key is an error
 
     kind: Kind = "constant"
     unit: Literal["steps", "epochs"] = "steps"
@@ -119,7 +119,8 @@ def _exponential(x: float, initial: float, final: float, power: float) -> float:
     if final == initial:
         return 1.0
     density = (1 - initial) * ((1 - final) / (1 - initial)) ** x
-    return (1 - density - initial) / (final - initial)
+    way: float = (1 - density - initial) / (final - initial)
+    return way
 
 
 #: Fraction of the way from initial to final, at a fraction x of the time.

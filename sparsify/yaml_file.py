@@ -66,7 +66,10 @@ def read_yaml(path: str | os.PathLike[str]) -> YamlFile:
 
 
 def substitute(file: YamlFile, content: Value, variables: Mapping[str, Value], place: Place = ()) -> Value:
-    """Replace each string that is exactly "${name}" by the variable of that name. Raises RecipeError for an unknown one."""
+    """Replace each string that is exactly "${name}" by the variable of that name.
+
+    Raises RecipeError for an unknown one.
+    """
     if isinstance(content, dict):
         return {key: substitute(file, value, variables, (*place, key)) for key, value in content.items()}
     if isinstance(content, list):
@@ -107,7 +110,7 @@ def _build(node: yaml.Node, place: Place, lines: dict[Place, int], path: str) ->
         return [_build(item, (*place, i), lines, path) for i, item in enumerate(node.value)]
     loader = yaml.SafeLoader("")
     try:
-        value = loader.construct_object(node)  # type: ignore[no-untyped-call]
+        value = loader.construct_object(node)
     except (ValueError, yaml.YAMLError) as error:
         raise RecipeError(f"{path}, line {node.start_mark.line + 1}: cannot read {node.value!r}: {error}") from None
     if value is not None and not isinstance(value, (bool, int, float, str)):

@@ -27,7 +27,8 @@ def linear_csr(
 ) -> Tensor:
     """Multiply x (..., in_features) by a CSR weight (out_features, in_features) and add the bias.
 
-    x, values and bias have one dtype. The gradient reaches x and bias. Raises RuntimeError for another dtype or size of x.
+    x, values and bias have one dtype. The gradient reaches x and bias. Raises RuntimeError for another dtype or size
+    of x.
     """
     result: Tensor = torch.ops.sparsify.linear_csr(x, crow, col, values, in_features, bias)
     return result

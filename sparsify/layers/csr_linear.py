@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,10 @@ from sparsify.layers.sparse_linear import SparseLinear
 class CSRLinear(nn.Module):
     """A linear layer over a weight in CSR format, held in plain buffers.
 
-    `crow` int32 (out_features + 1), `col` uint8, uint16 or int32 (n_kept), whichever is the narrowest, `values` (n_kept) in the
-    layer's dtype; `bias` is a Parameter or None. Being plain tensors, they survive deepcopy, pickle, state_dict, `.to()`,
-    torch.compile and torch.export. The gradient reaches the input and the bias, not the values: train a SparseLinear instead.
+    `crow` int32 (out_features + 1), `col` uint8, uint16 or int32 (n_kept), whichever is the narrowest, `values`
+    (n_kept) in the layer's dtype; `bias` is a Parameter or None. Being plain tensors, they survive deepcopy, pickle,
+    state_dict, `.to()`, torch.compile and torch.export. The gradient reaches the input and the bias, not the values:
+    train a SparseLinear instead.
 
     >>> layer = CSRLinear.from_sparse(SparseLinear(8, 4, 0.75, seed=1))
     >>> layer.n_kept, layer.col.dtype, layer(torch.ones(2, 8)).shape
@@ -27,6 +28,7 @@ class CSRLinear(nn.Module):
     crow: Tensor
     col: Tensor
     values: Tensor
+    bias: nn.Parameter | None
 
     def __init__(self, in_features: int, out_features: int, csr: CSR, bias: nn.Parameter | None = None) -> None:
         super().__init__()
@@ -45,12 +47,13 @@ class CSRLinear(nn.Module):
         """Unpack into a SparseLinear that can be trained again; the bias is shared."""
         weight, mask = csr_to_dense(self.csr, (self.out_features, self.in_features))
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight, linear.bias = nn.Parameter(weight), self.bias
+        linear.weight = nn.Parameter(weight)
+        linear.register_parameter("bias", self.bias)
         return SparseLinear.from_linear(linear, mask).train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer to (..., in_features); returns (..., out_features)."""
-        values, bias = self.values, self.bias
+        values, bias = self.values, cast(Tensor | None, self.bias)
         device = input.device.type
         if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
@@ -94,7 +97,7 @@ class CSRLinear(nn.Module):
         """Load another set of kept weights of the same layer shape, after checking that they are a valid CSR weight."""
         given = [state_dict.get(prefix + name) for name in CSR._fields]
         if all(isinstance(tensor, Tensor) for tensor in given):
-            csr = CSR(*given)
+            csr = CSR(*given)  # type: ignore[arg-type]
             try:
                 check_csr(csr, (self.out_features, self.in_features))
             except ValueError as error:

@@ -16,11 +16,11 @@ class SparseLinear(nn.Linear):
     """A Linear whose weight is used as weight * mask.
 
     `weight` is a dense Parameter (out_features, in_features), `mask` a bool buffer of the same shape, True = kept.
-    Masked weights are set to exactly zero whenever the mask changes, get a gradient of exactly zero, and take no part in the
-    forward whatever an optimizer makes of them. It is an nn.Linear, so code that asks for one finds one.
+    Masked weights are set to exactly zero whenever the mask changes, get a gradient of exactly zero, and take no part
+    in the forward whatever an optimizer makes of them. It is an nn.Linear, so code that asks for one finds one.
 
-    `sparsity` is the fraction of zeros to start with, chosen by `method` in `pattern` (see `prune`); a seed is for methods that
-    draw random numbers, as the default one does.
+    `sparsity` is the fraction of zeros to start with, chosen by `method` in `pattern` (see `prune`); a seed is for
+    methods that draw random numbers, as the default one does.
 
     >>> layer = SparseLinear(8, 4, 0.75, seed=1)
     >>> layer.sparsity, layer(torch.ones(2, 8)).shape
@@ -74,7 +74,10 @@ class SparseLinear(nn.Linear):
         return F.linear(input, self.masked_weight(), self.bias)
 
     def masked_weight(self) -> Tensor:
-        """Return weight * mask; unlike a product, NaN and Inf in a masked weight come to nothing, and so do their gradients."""
+        """Return weight * mask.
+
+        Unlike a product, NaN and Inf in a masked weight come to nothing, and so do their gradients.
+        """
         return torch.where(self.mask, self.weight, 0.0)
 
     @property
@@ -92,7 +95,8 @@ class SparseLinear(nn.Linear):
     ) -> None:
         """Move the mask to a new absolute sparsity, now: at any point of training.
 
-        A higher sparsity removes the lowest of the kept weights; a lower one gives masked weights back, which start at zero.
+        A higher sparsity removes the lowest of the kept weights; a lower one gives masked weights back, which start at
+        zero.
         """
         masks = make_masks(
             {"weight": self.weight}, sparsity, masks={"weight": self.mask}, method=method, pattern=pattern, seed=seed
