@@ -51,7 +51,10 @@ def main() -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     suffix = "" if options.sparsity is None else f"-sparsity-{options.sparsity:g}"
     file = OUT / f"minilm-{options.recipe.stem}{suffix}.safetensors"
-    compress(options.recipe, options.sparsity, file)
+    try:
+        compress(options.recipe, options.sparsity, file)
+    except (OSError, ValueError) as error:  # a recipe that is not there, is wrong, or needs training
+        sys.exit(f"scripts/demo: {error}")
     print("measuring dense and sparse in a new process")
     child = subprocess.run(
         [sys.executable, __file__, "--measure", str(file)], check=True, stdout=subprocess.PIPE, text=True
