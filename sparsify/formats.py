@@ -75,7 +75,8 @@ def dense_to_csr(weight: Tensor, mask: Tensor) -> CSR:
 def csr_to_dense(csr: CSR, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Unpack into (weight, mask), both of the given shape; removed weights are zero."""
     flat = csr_positions(csr, shape[1])
-    weight = csr.values.new_zeros(math.prod(shape)).scatter(0, flat, csr.values)
+    # index_put, not scatter: on the CPU scatter rewrites the payload of a bfloat16 NaN.
+    weight = csr.values.new_zeros(math.prod(shape)).index_put((flat,), csr.values)
     mask = torch.zeros(math.prod(shape), dtype=torch.bool, device=flat.device).scatter(0, flat, True)
     return weight.reshape(shape), mask.reshape(shape)
 
