@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import secrets
 from collections.abc import Mapping
@@ -19,7 +20,6 @@ import pydantic_core
 import safetensors
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsify.errors import CheckpointError
@@ -87,16 +87,21 @@ def write(
     if target.is_dir():
         raise IsADirectoryError(f"cannot save to {path}: it is a folder")
     for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPES:
-            raise ValueError(f"{name}: a file cannot hold {tensor.dtype}")
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    hashes = {name: _sha256(tensor) for name, tensor in plain.items()}
+        if tensor.dtype not in DTYPES or name == "__metadata__":
+            raise ValueError(f"{name}: a file cannot hold {tensor.dtype} of this name")
+    # Safetensors' own order: the widest first, so that each tensor lies at a multiple of its element's size.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    plain = {name: tensors[name].detach().cpu().contiguous() for name in order}
+    hashes = {name: _sha256(plain[name]) for name in tensors}
     text = Header(version=VERSION, layers=dict(layers), aliases=dict(aliases), tensors=hashes).model_dump_json()
     metadata = {"format": "pt", "sparsify": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
     try:
-        save_file(plain, temporary, metadata)
-        with open(temporary, "rb") as file:
+        with open(temporary, "xb") as file:
+            file.write(_safetensors_header(plain, metadata))
+            for tensor in plain.values():
+                file.write(_raw(tensor))
+            file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
     finally:
@@ -165,9 +170,29 @@ def _read_tensor(file: Any, name: str, sha256: str, path: str | os.PathLike[str]
     return tensor
 
 
+def _safetensors_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Return what stands before the tensors' bytes: the length of a JSON object, and the object, padded with spaces.
+
+    Not safetensors.torch.save_file: that writes the metadata in another order each time, makes the file private,
+    refuses tensors that overlap in memory, and reports a full disk by an error of its own.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        entries[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
 def _sha256(tensor: Tensor) -> str:
     """Hash "F32 3,4 " (dtype and shape) and the bytes in row-major order."""
     digest = hashlib.sha256(f"{DTYPES[tensor.dtype]} {','.join(map(str, tensor.shape))} ".encode())
-    raw: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-    digest.update(raw)
+    digest.update(_raw(tensor))
     return digest.hexdigest()
+
+
+def _raw(tensor: Tensor) -> Any:
+    """Return the bytes of a contiguous tensor in CPU memory, as a buffer that shares it."""
+    return tensor.reshape(-1).view(torch.uint8).numpy()
