@@ -10,6 +10,7 @@ from typing import ClassVar, Literal, get_args
 from sparsify.allocation import check_sparsity
 
 Kind = Literal["constant", "one-shot", "linear", "polynomial", "exponential", "cosine", "steps"]
+Unit = Literal["steps", "epochs"]
 
 #: What each kind may say besides `kind` and `unit`.
 _USES: dict[str, frozenset[str]] = {
@@ -35,7 +36,7 @@ class Schedule:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # in a recipe, an unknown key is an error
 
     kind: Kind = "constant"
-    unit: Literal["steps", "epochs"] = "steps"
+    unit: Unit = "steps"
     start: float = 0.0
     end: float | None = None
     every: float | None = None
@@ -46,6 +47,8 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise ValueError(f"schedule kind {self.kind!r} is none of: {', '.join(get_args(Kind))}")
+        if self.unit not in get_args(Unit):
+            raise ValueError(f"schedule unit {self.unit!r} is none of: {', '.join(get_args(Unit))}")
         for field in fields(self):
             given = getattr(self, field.name) != field.default
             if given and field.name not in _USES[self.kind] | {"kind", "unit"}:
@@ -64,7 +67,7 @@ class Schedule:
             raise ValueError(f"'power' must be above 0, got {self.power}")
         if self.kind == "steps":
             times = [time for time, _ in self.points]
-            if not times or times != sorted(set(times)) or times[0] < 0 or not math.isfinite(times[-1]):
+            if not times or times != sorted(set(times)) or times[0] < 0 or not all(map(math.isfinite, times)):
                 raise ValueError(f"kind 'steps' needs 'points' of (time, sparsity) in order of time, got {self.points}")
             for time, sparsity in self.points:
                 check_sparsity(sparsity, f"the point at {time}")
