@@ -41,7 +41,8 @@ def select(
 ) -> list[str]:
     """Return the names of `layers` that any `include` (None: all) and no `exclude` means, in the model's order.
 
-    A layer used in several places answers to each of its names. A selector that means no layer is a ValueError.
+    A layer used in several places answers to each of its names. A selector that means no layer is a ValueError,
+    and so is a choice that leaves none of the layers.
     """
     names_of: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -59,13 +60,15 @@ def select(
 
     chosen = set(layers) if include is None else meant(include)
     chosen -= meant(exclude)
+    if layers and not chosen:
+        raise ValueError(f"include={include!r} and exclude={exclude!r} leave no layer")
     return [name for name in layers if name in chosen]
 
 
 def _as_sequence(selectors: Selector | Sequence[Selector] | None) -> Sequence[Selector]:
     if selectors is None:
         return ()
-    sequence = (selectors,) if isinstance(selectors, (str, type)) else tuple(selectors)
+    sequence = tuple(selectors) if isinstance(selectors, Iterable) and not isinstance(selectors, str) else (selectors,)
     for selector in sequence:
         if not isinstance(selector, str) and not (isinstance(selector, type) and issubclass(selector, nn.Module)):
             raise TypeError(f"a layer is selected by a pattern or a module type, got {selector!r}")
