@@ -115,6 +115,8 @@ def read(path: str | os.PathLike[str]) -> tuple[Header, dict[str, Tensor]]:
         raise IsADirectoryError(f"{path} is a folder, not a checkpoint")
     if not Path(path).exists():
         raise FileNotFoundError(f"there is no file {path}")
+    if not Path(path).is_file():
+        raise OSError(f"{path} is a device or a pipe, not a checkpoint")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = _read_header(file.metadata() or {}, path)
