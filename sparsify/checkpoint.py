@@ -244,6 +244,23 @@ def _check_rest(model: nn.Module, layers: Mapping[str, LayerEntry], tensors: Map
                     f"{tuple(value.shape)} in the model"
                 )
             _check_dtype(name, tensors[name], value)
+    _check_ties(expected, tensors)
+
+
+def _check_ties(state: Mapping[str, object], tensors: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError if the file has different values for names that are one tensor in the model."""
+    first: dict[int, str] = {}
+    for name, value in state.items():
+        one, other = tensors[first.setdefault(id(value), name)], tensors[name]
+        if one is not other and not torch.equal(_bytes(one), _bytes(other)):
+            raise CheckpointError(
+                f"for another architecture: {first[id(value)]} and {name} are one tensor in the model, "
+                "but two different ones in the file; untie them"
+            )
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def _check_dtype(name: str, stored: Tensor, wanted: Tensor) -> None:

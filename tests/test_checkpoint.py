@@ -271,6 +271,16 @@ def test_tied_weights_fill_an_untied_model(tmp_path: Path) -> None:
     assert torch.equal(loaded(torch.arange(10)), fast(torch.arange(10)))
 
 
+def test_untied_weights_do_not_fit_a_tied_model(tmp_path: Path) -> None:
+    model = sparsify.prune(sparsify.convert(Tied(tied=False), exclude="head"), 0.5)
+    path = saved(tmp_path, model)
+    assert_refused(path, Tied(seed=9), "embedding.weight and head.weight are one tensor in the model")
+    with torch.no_grad():
+        model.head.weight.copy_(model.embedding.weight)  # equal values are no contradiction
+    loaded = sparsify.load(saved(tmp_path, model), Tied(seed=9))
+    assert torch.equal(loaded(torch.arange(10)), model(torch.arange(10)))
+
+
 def test_shared_modules_stay_shared(tmp_path: Path) -> None:
     def build(seed: int) -> nn.Sequential:
         torch.manual_seed(seed)
@@ -450,12 +460,15 @@ def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
 
 
 def test_paths_that_cannot_be_opened(tmp_path: Path) -> None:
-    model = Net()
+    model, pipe = Net(), tmp_path / "pipe"
+    os.mkfifo(pipe)
     for call in (lambda path: sparsify.load(path, model), sparsify.inspect):
         with pytest.raises(FileNotFoundError, match="nowhere"):
             call(tmp_path / "nowhere")
         with pytest.raises(IsADirectoryError, match="folder"):
             call(tmp_path)
+        with pytest.raises(OSError, match="pipe"):  # which would wait forever
+            call(pipe)
 
 
 def test_a_pickle_does_not_run(tmp_path: Path) -> None:
