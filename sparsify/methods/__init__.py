@@ -33,7 +33,10 @@ def resolve_method(method: str | Method) -> Method:
 
 def takes_seed(method: Method) -> bool:
     """Say whether a method draws random numbers, that is, has a `seed` parameter."""
-    return "seed" in inspect.signature(method).parameters
+    try:
+        return "seed" in inspect.signature(method).parameters
+    except ValueError:  # torch.abs and its like are written in C and have no signature
+        return False
 
 
 def score(name: str, weight: Tensor, method: str | Method, seed: int | None = None) -> Tensor:
