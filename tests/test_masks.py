@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsify.allocation import ALLOCATIONS
-from sparsify.masks import Allocation, layer_targets, make_masks
+from sparsify.masks import layer_targets, make_masks
 from sparsify.methods import METHODS
 from sparsify.patterns import parse_pattern, unit_any, unit_scores
 
