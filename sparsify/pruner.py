@@ -59,7 +59,7 @@ class Pruner:
     def sparsity(self) -> float:
         """The fraction of zeros over all layers of the recipe."""
         total = sum(layer.mask.numel() for layer in self.layers.values())
-        return 1 - sum(int(layer.mask.sum()) for layer in self.layers.values()) / max(total, 1)
+        return sum(int((~layer.mask).sum()) for layer in self.layers.values()) / max(total, 1)
 
     def step(self) -> None:
         """Say that one optimizer step is done: move the masks if it is time, and keep masked weights at zero."""

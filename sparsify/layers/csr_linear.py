@@ -80,7 +80,7 @@ class CSRLinear(nn.Module):
     def sparsity(self) -> float:
         """The fraction of weights that are gone (0 for a layer without weights)."""
         total = self.in_features * self.out_features
-        return 1 - self.n_kept / total if total else 0.0
+        return (total - self.n_kept) / total if total else 0.0
 
     def extra_repr(self) -> str:
         """Describe the layer as nn.Linear does."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsify.masks import make_masks
-from sparsify.methods import Method, resolve_method, takes_seed
+from sparsify.methods import Method
 
 
 class SparseLinear(nn.Linear):
@@ -44,10 +44,8 @@ class SparseLinear(nn.Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.register_buffer("mask", torch.ones_like(self.weight, dtype=torch.bool))
-        if sparsity:
+        if sparsity != 0 or not self.weight.is_meta:  # `from_linear` asks for an empty layer on the meta device
             self.sparse_update(sparsity, method=method, pattern=pattern, seed=seed)
-        elif seed is not None and not takes_seed(resolve_method(method)):
-            raise ValueError(f"seed={seed} has no effect with method {method!r}")
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, mask: Tensor | None = None) -> SparseLinear:
@@ -83,7 +81,8 @@ class SparseLinear(nn.Linear):
     @property
     def sparsity(self) -> float:
         """The fraction of masked weights (0 for a layer without weights)."""
-        return 1 - int(self.mask.sum()) / self.mask.numel() if self.mask.numel() else 0.0
+        total = self.mask.numel()
+        return (total - int(self.mask.sum())) / total if total else 0.0
 
     def sparse_update(
         self,
@@ -145,4 +144,6 @@ class SparseLinear(nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if prefix + "mask" in missing_keys and prefix + "weight" in state_dict:
             missing_keys.remove(prefix + "mask")
+            if self.mask.is_meta and not self.weight.is_meta:  # loaded with assign=True into a model without data
+                self.mask = torch.ones_like(self.weight, dtype=torch.bool)
         self.zero_masked()
