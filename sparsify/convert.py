@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -59,6 +59,8 @@ def convert(
     if not plan.swap and not plan.already:
         reasons = "; ".join(f"{name or '(root)'}: {why}" for name, why in list(plan.left.items())[:3])
         raise ValueError(f"the model has no nn.Linear that can be converted. {reasons}".rstrip())
+    if plan.left:  # said before any change: a program may turn warnings into errors
+        warnings.warn(_notice(model, plan.left), LeftDenseWarning, stacklevel=2)
     modules = dict(model.named_modules())
     for name, (weight, mask) in plan.swap.items():
         linear = modules[name]
@@ -67,8 +69,6 @@ def convert(
         plain.weight, plain.bias = weight, linear.bias
         remove_prune_hook(linear)
         _become(linear, SparseLinear.from_linear(plain, mask))
-    if plan.left:
-        warnings.warn(_notice(model, plan.left), LeftDenseWarning, stacklevel=2)
     return model
 
 
@@ -238,14 +238,16 @@ def _identity(parameter: Tensor) -> object:
 def _notice(model: nn.Module, left: dict[str, str]) -> str:
     """Say what stays dense and how much of the model that is."""
     modules = dict(model.named_modules())
-    owners = [module for module in model.modules() if isinstance(module, _READS_WEIGHTS)]
-    within = {id(child) for owner in owners for child in owner.modules()}
-    counted = [
-        *(owner for owner in owners if any(id(modules[name]) in within for name in left)),
-        *(modules[name] for name in left),
-    ]
-    share = sum(p.numel() for p in {id(p): p for m in counted for p in m.parameters()}.values())
-    total = sum(p.numel() for p in model.parameters())
+    dense = {modules[name] for name in left}
+    owners = {m for m in modules.values() if isinstance(m, _READS_WEIGHTS) and not dense.isdisjoint(m.modules())}
+    share = _n_parameters(dense | owners) / max(_n_parameters({model}), 1)
     names = [f"{name or '(root)'} ({why})" for name, why in left.items()]
     shown = "; ".join(names[:3]) + (f"; and {len(names) - 3} more" if len(names) > 3 else "")
-    return f"{len(left)} layers stay dense, with their attention {share / max(total, 1):.1%} of the parameters: {shown}"
+    attention = "with their attention " if owners else ""
+    return f"{len(left)} layers stay dense, {attention}{share:.1%} of the parameters: {shown}"
+
+
+def _n_parameters(modules: Iterable[nn.Module]) -> int:
+    """Count the parameters of modules, each once, and none where a lazy one has no shape yet."""
+    parameters = {p for module in modules for p in module.parameters()}
+    return sum(p.numel() for p in parameters if not isinstance(p, nn.UninitializedParameter))

@@ -40,10 +40,12 @@ def masked_parts(linear: nn.Linear) -> MaskedParts:
 
 
 def remove_prune_hook(module: nn.Module) -> None:
-    """Drop the hook by which torch.nn.utils.prune recomputes `weight`, and the attributes it used."""
+    """Drop the hook by which torch.nn.utils.prune recomputes `weight`, and the attribute it writes."""
     for key, hook in list(module._forward_pre_hooks.items()):
         if isinstance(hook, BasePruningMethod) and hook._tensor_name == "weight":
             del module._forward_pre_hooks[key]
+            # The hook's last result. Left there, it would hide the Parameter of the same name.
+            module.__dict__.pop("weight", None)
 
 
 def _from_fake_sparsity(linear: nn.Linear) -> MaskedParts:
