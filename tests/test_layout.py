@@ -1,0 +1,114 @@
+"""The package is what docs/design.md draws: imports point one way, and every public name is listed."""
+
+import ast
+import importlib
+from pathlib import Path
+
+import pytest
+
+import sparsify
+
+PACKAGE = Path(sparsify.__file__).parent
+
+#: The flow. A module imports only what stands before it; a folder stands for all of its files.
+ORDER = (
+    "errors",
+    "patterns",
+    "allocation",
+    "schedules",
+    "match",
+    "methods",
+    "masks",
+    "formats",
+    "kernels",
+    "layers",
+    "interop",
+    "convert",
+    "prune",
+    "export",
+    "report",
+    "container",
+    "checkpoint",
+    "yaml_file",
+    "recipe",
+    "plan",
+    "pruner",
+    "models",
+    "cli",
+    "__main__",
+)
+
+
+def part_of(file: Path) -> str:
+    return file.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def files_of_package() -> list[Path]:
+    return [file for file in sorted(PACKAGE.rglob("*.py")) if file != PACKAGE / "__init__.py"]
+
+
+def imports_of(file: Path) -> set[str]:
+    """Return the parts of the package that a file imports anywhere, "" for the package itself."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno}: a relative import"
+            module = node.module or ""
+            names = [f"{module}.{alias.name}" for alias in node.names] if module == "sparsify" else [module]
+        else:
+            continue
+        ours = [name.split(".") for name in names if name.split(".")[0] == "sparsify"]
+        found |= {name[1] if len(name) > 1 else "" for name in ours}
+    return found
+
+
+def test_every_file_has_its_place_in_the_order() -> None:
+    assert {part_of(file) for file in files_of_package()} == set(ORDER)
+
+
+@pytest.mark.parametrize("file", files_of_package(), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_imports_point_backwards(file: Path) -> None:
+    part = part_of(file)
+    if part in ("cli", "__main__"):  # users of the whole package
+        return
+    earlier = ORDER[: ORDER.index(part)]
+    for imported in imports_of(file):
+        assert imported == part or imported in earlier, f"{part} imports {imported or 'the package itself'}"
+    if imports_of(file) & {part}:
+        assert file.parent != PACKAGE, f"{part} imports itself"
+
+
+def test_imports_are_seen() -> None:
+    """The check above would pass if it saw no import."""
+    assert imports_of(PACKAGE / "prune.py") >= {"convert", "masks"}
+    assert imports_of(PACKAGE / "cli.py") >= {"", "recipe"}
+
+
+def test_all_lists_every_public_name() -> None:
+    imported = {
+        alias.asname or alias.name
+        for node in ast.parse((PACKAGE / "__init__.py").read_text()).body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert set(sparsify.__all__) == {name for name in imported if not name.startswith("_")}
+    assert sparsify.__all__ == sorted(sparsify.__all__)
+
+
+@pytest.mark.parametrize("file", files_of_package(), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_every_file_says_what_it_is_for(file: Path) -> None:
+    assert ast.get_docstring(ast.parse(file.read_text()))
+
+
+@pytest.mark.parametrize("name", ["transformers", "torchvision"])
+def test_extras_are_imported_late(name: str) -> None:
+    for file in files_of_package():
+        top = [node for node in ast.parse(file.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        assert not any(name in ast.unparse(node) for node in top), file
+
+
+@pytest.mark.parametrize("part", [part for part in ORDER if part != "__main__"])
+def test_every_part_can_be_imported(part: str) -> None:
+    importlib.import_module(f"sparsify.{part}")
