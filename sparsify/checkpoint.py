@@ -16,12 +16,12 @@ from sparsify.formats import (
     CSR,
     Bitmask,
     bitmask_bytes,
+    bitmask_to_csr,
     check_csr,
     csr_bytes,
     csr_to_dense,
     dense_to_csr,
     pack_bitmask,
-    unpack_bitmask,
 )
 from sparsify.layers import CSRLinear, SparseLinear
 from sparsify.report import Report, Row
@@ -82,13 +82,12 @@ def load(path: str | os.PathLike[str], model: Model) -> Model:
     """
     header, tensors = container.read(path)
     try:
+        _check_layers(
+            model, header.layers
+        )  # before anything is unpacked: a bitmask of zeros stands for far larger ones
         weights = _take_weights(header.layers, tensors)
-        for alias, name in header.aliases.items():
-            if name not in tensors or alias in tensors:
-                raise CheckpointError(f"the header says {alias!r} is the same tensor as {name!r}, which cannot be")
-        tensors |= {alias: tensors[name] for alias, name in header.aliases.items()}
-        _check_layers(model, header.layers, weights)
-        _check_rest(model, header.layers, tensors)
+        _add_aliases(header.aliases, tensors)
+        _check_rest(model, header.layers, weights, tensors)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     modules = dict(model.named_modules())
@@ -104,17 +103,18 @@ def inspect(path: str | os.PathLike[str]) -> Report:
     """
     header, tensors = container.read(path)
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
+    try:
+        weights = _take_weights(header.layers, tensors)
+        _add_aliases(header.aliases, tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     rows = []
     for name, entry in header.layers.items():
-        used = [key for key in _part_names(name, entry) if key in sizes]
-        try:
-            csr = _take_weights({name: entry}, tensors)[name]
-        except CheckpointError as error:
-            raise CheckpointError(f"{path}: {error}") from None
+        values = weights[name].values
         n_weights = entry.out_features * entry.in_features
-        sparsity = 1 - csr.values.numel() / n_weights if n_weights else 0.0
-        n_bytes = sum(sizes[key] for key in used)
-        rows.append(Row(name, entry.shape, sparsity, entry.format, n_bytes, n_weights * csr.values.element_size()))
+        sparsity = 1 - values.numel() / n_weights if n_weights else 0.0
+        n_bytes = sum(sizes[key] for key in _part_names(name, entry))
+        rows.append(Row(name, entry.shape, sparsity, entry.format, n_bytes, n_weights * values.element_size()))
     return Report(tuple(rows))
 
 
@@ -188,13 +188,21 @@ def _take_weights(layers: Mapping[str, LayerEntry], tensors: dict[str, Tensor]) 
     return weights
 
 
+def _add_aliases(aliases: Mapping[str, str], tensors: dict[str, Tensor]) -> None:
+    """Give every tensor its other names too."""
+    for alias, name in aliases.items():
+        if name not in tensors or alias in tensors:
+            raise CheckpointError(f"the header says {alias!r} is the same tensor as {name!r}, which cannot be")
+    tensors |= {alias: tensors[name] for alias, name in aliases.items()}
+
+
 def _as_csr(entry: LayerEntry, parts: list[Tensor]) -> CSR:
     if entry.format == "csr":
         csr = CSR(*parts)
         check_csr(csr, entry.shape)
         return csr
     if entry.format == "bitmask":
-        return dense_to_csr(*unpack_bitmask(Bitmask(*parts), entry.shape))
+        return bitmask_to_csr(Bitmask(*parts), entry.shape)
     if parts[0].shape != entry.shape or not parts[0].is_floating_point():
         raise ValueError(
             f"a dense weight must be floating of shape {entry.shape}, got {parts[0].dtype} {tuple(parts[0].shape)}"
@@ -202,7 +210,8 @@ def _as_csr(entry: LayerEntry, parts: list[Tensor]) -> CSR:
     return dense_to_csr(parts[0], _not_zero(parts[0]))
 
 
-def _check_layers(model: nn.Module, layers: Mapping[str, LayerEntry], weights: Mapping[str, CSR]) -> None:
+def _check_layers(model: nn.Module, layers: Mapping[str, LayerEntry]) -> None:
+    """Raise CheckpointError unless the model has a Linear of the same shape for every layer of the file."""
     modules = dict(model.named_modules())
     for name, entry in layers.items():
         module = modules.get(name)
@@ -216,11 +225,16 @@ def _check_layers(model: nn.Module, layers: Mapping[str, LayerEntry], weights: M
                 f"for another architecture: {name or '(root)'} is {entry.shape} in the file, "
                 f"{(module.out_features, module.in_features)} in the model"
             )
-        _check_dtype(name, weights[name].values, module.weight)
 
 
-def _check_rest(model: nn.Module, layers: Mapping[str, LayerEntry], tensors: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError unless the remaining tensors are exactly the model's remaining state."""
+def _check_rest(
+    model: nn.Module, layers: Mapping[str, LayerEntry], weights: Mapping[str, CSR], tensors: Mapping[str, Tensor]
+) -> None:
+    """Raise CheckpointError unless the dtypes fit, and the remaining tensors are exactly the model's other state."""
+    for name, csr in weights.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        _check_dtype(name, csr.values, layer.weight)
     for prefix, module in model.named_modules():
         for key in module._non_persistent_buffers_set:
             if (buffer := module._buffers.get(key)) is not None and buffer.is_meta:

@@ -64,12 +64,17 @@ def dense_to_csr(weight: Tensor, mask: Tensor) -> CSR:
     >>> dense_to_csr(torch.tensor([[0.0, 5.0], [7.0, 0.0]]), torch.tensor([[False, True], [True, False]]))[:2]
     (tensor([0, 1, 2], dtype=torch.int32), tensor([1, 0], dtype=torch.uint8))
     """
-    counts = mask.sum(dim=1)
-    if int(counts.sum()) > MAX_INT32:
-        raise ValueError(f"a CSR weight can keep at most {MAX_INT32} weights, got {int(counts.sum())}")
-    crow = torch.zeros(mask.shape[0] + 1, dtype=torch.int32, device=mask.device)
-    crow[1:] = counts.cumsum(0)
-    return CSR(crow, mask.nonzero()[:, 1].to(col_dtype(mask.shape[1])), weight[mask])
+    return _csr(mask, weight[mask])
+
+
+def _csr(mask: Tensor, values: Tensor) -> CSR:
+    # Nothing here is wider than the kept weights: the sum of a bool mask would be taken over an int64 copy.
+    rows, columns = mask.nonzero().unbind(1)
+    if rows.numel() > MAX_INT32:
+        raise ValueError(f"a CSR weight can keep at most {MAX_INT32} weights, got {rows.numel()}")
+    starts = torch.arange(mask.shape[0] + 1, device=mask.device)
+    crow = torch.searchsorted(rows.contiguous(), starts, out_int32=True)
+    return CSR(crow, columns.to(col_dtype(mask.shape[1])), values)
 
 
 def csr_to_dense(csr: CSR, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -132,6 +137,18 @@ def pack_bitmask(weight: Tensor, mask: Tensor) -> Bitmask:
 
 def unpack_bitmask(packed: Bitmask, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Unpack into (weight, mask), both of the given shape. Raises ValueError if bits and values do not fit it."""
+    mask = _bitmask_mask(packed, shape)
+    weight = packed.values.new_zeros(shape)
+    weight[mask] = packed.values
+    return weight, mask
+
+
+def bitmask_to_csr(packed: Bitmask, shape: tuple[int, int]) -> CSR:
+    """Pack in another way, without the dense weight in between. Raises ValueError if bits and values do not fit."""
+    return _csr(_bitmask_mask(packed, shape), packed.values)
+
+
+def _bitmask_mask(packed: Bitmask, shape: tuple[int, int]) -> Tensor:
     bits, values = packed
     n = math.prod(shape)
     if bits.dtype != torch.uint8 or bits.shape != ((n + 7) // 8,):
@@ -141,9 +158,9 @@ def unpack_bitmask(packed: Bitmask, shape: tuple[int, int]) -> tuple[Tensor, Ten
     all_bits = np.unpackbits(bits.cpu().numpy(), bitorder="little")
     if all_bits[n:].any():
         raise ValueError("the padding bits of a bitmask must be 0")
-    mask = torch.from_numpy(all_bits[:n].astype(bool)).reshape(shape).to(values.device)
-    if not values.is_floating_point() or values.shape != (int(mask.sum()),):
-        raise ValueError(f"the bitmask keeps {int(mask.sum())} weights, but there are {tuple(values.shape)} values")
-    weight = values.new_zeros(shape)
-    weight[mask] = values
-    return weight, mask
+    n_kept = int(np.count_nonzero(all_bits))
+    if not values.is_floating_point() or values.shape != (n_kept,):
+        raise ValueError(
+            f"the bitmask keeps {n_kept} weights, but there are {values.dtype} {tuple(values.shape)} values"
+        )
+    return torch.from_numpy(all_bits.view(np.bool_))[:n].reshape(shape).to(values.device)
