@@ -82,5 +82,9 @@ def test_erk_leaves_small_layers_denser() -> None:
     assert small < 0.1 < 0.9 < large
 
 
+def test_equal_layers_share_what_rounding_leaves_in_order() -> None:
+    assert run_erk([(2, 2), (2, 2), (2, 2)], 4 / 12) == [1, 1, 2]
+
+
 def test_erk_of_a_layer_without_units() -> None:
     assert erk({"a": 0, "b": 4}, {"a": (0, 4), "b": (2, 2)}, 0.5) == {"a": 0, "b": 2}

@@ -170,8 +170,18 @@ def test_training_between_two_targets_does_not_revive_what_is_masked() -> None:
     assert make_masks(moved, 0.75, masks={"layer": first})["layer"].tolist() == [[False, False, True, False]]
 
 
+def test_a_lower_target_keeps_what_is_kept_whatever_the_scores() -> None:
+    weights, masks = (
+        {"layer": torch.tensor([[1.0, 2.0, 0.0, 0.0]])},
+        {"layer": torch.tensor([[True, True, False, False]])},
+    )
+    for allocation in ("uniform", "global"):
+        mask = make_masks(weights, 0.25, masks=masks, method=torch.neg, allocation=allocation)["layer"]
+        assert mask.tolist() == [[True, True, True, False]]
+
+
 def test_random_masks_come_from_the_seed_and_the_name() -> None:
-    weights = {"a": weight((16, 16)), "b": weight((16, 16))}
+    weights = {"a": weight((64, 64)), "b": weight((64, 64))}
 
     def masks(seed: int | None) -> dict[str, Tensor]:
         return make_masks(weights, 0.5, masks=kept(weights), method="random", seed=seed)
@@ -184,9 +194,9 @@ def test_random_masks_come_from_the_seed_and_the_name() -> None:
         state = torch.get_rng_state()
         assert torch.equal(masks(None)["a"], masks(None)["a"])
         assert torch.equal(torch.get_rng_state(), state)  # nobody else's random numbers move
-    half = {name: w.half() for name, w in weights.items()}
-    in_half = make_masks(half, 0.5, masks=kept(half), method="random", seed=3)
-    assert torch.equal(in_half["a"], masks(3)["a"])
+    coarse = {name: w.bfloat16() for name, w in weights.items()}
+    in_bf16 = make_masks(coarse, 0.5, masks=kept(coarse), method="random", seed=3)
+    assert torch.equal(in_bf16["a"], masks(3)["a"])
 
 
 @pytest.mark.parametrize("method", [lambda w: -w.abs(), torch.neg, torch.square], ids=["lambda", "neg", "square"])

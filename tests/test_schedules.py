@@ -53,6 +53,11 @@ def test_steps_hold_until_the_next_point() -> None:
     assert schedule.update_times() == (1.0, 4.0, 9.0)
 
 
+def test_rounding_of_times_adds_no_update() -> None:
+    assert 2.1 / 0.7 > 3
+    assert len(Schedule(kind="linear", end=2.1, every=0.7).update_times()) == 4
+
+
 def test_the_power_bends_the_polynomial() -> None:
     flat = Schedule(kind="polynomial", power=1, **SPAN)
     assert flat.sparsity_at(7, 0.8) == pytest.approx(0.4)
