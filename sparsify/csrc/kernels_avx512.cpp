@@ -2,6 +2,8 @@
 #include "simd_avx512.h"
 // after the vectors
 #include "activation.inc.h"
+#include "bitmask_avx512.inc.h"
+#include "gather_avx512.inc.h"
 #include "panel.inc.h"
 
 namespace sparsify {
@@ -11,8 +13,8 @@ const KernelTable *avx512_table() {
         "avx512",
         {
             {linear_panel<float>, linear_panel<uint16_t>},
-            {nullptr, nullptr},
-            {nullptr, nullptr},
+            {linear_row_blocks<Bitmask, float>, linear_row_blocks<Bitmask, uint16_t>},
+            {linear_row_blocks<Gather, float>, linear_row_blocks<Gather, uint16_t>},
         },
     };
     return &table;

@@ -2,6 +2,8 @@
 #include "simd_portable.h"
 // after the vectors
 #include "activation.inc.h"
+#include "bitmask_portable.inc.h"
+#include "gather_portable.inc.h"
 #include "panel.inc.h"
 
 namespace sparsify {
@@ -11,8 +13,8 @@ const KernelTable *portable_table() {
         "portable",
         {
             {linear_panel<float>, linear_panel<uint16_t>},
-            {nullptr, nullptr},
-            {nullptr, nullptr},
+            {linear_row_blocks<Bitmask, float>, linear_row_blocks<Bitmask, uint16_t>},
+            {linear_row_blocks<Gather, float>, linear_row_blocks<Gather, uint16_t>},
         },
     };
     return &table;
