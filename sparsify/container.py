@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sparsify.choose import Choice
 from sparsify.errors import CheckpointError
 
 VERSION = 1
@@ -71,6 +72,7 @@ class Header(BaseModel):
     version: int
     layers: dict[str, LayerEntry]
     aliases: dict[str, str]
+    choices: dict[str, Choice]
     tensors: dict[str, _Sha256]
 
 
@@ -78,6 +80,7 @@ def write(
     path: str | os.PathLike[str],
     layers: Mapping[str, LayerEntry],
     aliases: Mapping[str, str],
+    choices: Mapping[str, Choice],
     tensors: Mapping[str, Tensor],
 ) -> None:
     """Write a file, complete or not at all: what stood at `path` stays until the new file is whole on disk."""
@@ -91,11 +94,15 @@ def write(
             raise ValueError(f"{name}: a file cannot hold {tensor.dtype}")
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     hashes = {name: _sha256(tensor) for name, tensor in plain.items()}
-    text = Header(version=VERSION, layers=dict(layers), aliases=dict(aliases), tensors=hashes).model_dump_json()
+    header = Header(version=VERSION, layers=dict(layers), aliases=dict(aliases), choices=dict(choices), tensors=hashes)
+    text = header.model_dump_json()
     metadata = {"format": "pt", "sparsify": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
     try:
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode  # what the umask gives; save_file makes a file only the owner can read
         save_file(plain, temporary, metadata)
+        temporary.chmod(mode)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, target)
