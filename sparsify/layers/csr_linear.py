@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sparsify.formats import CSR, check_csr, csr_to_dense, dense_to_csr
 from sparsify.kernels import FORMS, linear, pack, supports, unpack
 from sparsify.layers.sparse_linear import SparseLinear
+from sparsify.layers.weight_view import WeightView
 
 
 class CSRLinear(nn.Module):
@@ -66,13 +67,15 @@ class CSRLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer to (..., in_features); returns (..., out_features)."""
+        return self._multiply(input, self.bias, self.activation)
+
+    def _multiply(self, input: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
         device = input.device.type
         if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
-            return self._multiply(input.to(self.parts[-1].dtype)).to(torch.get_autocast_dtype(device))
-        return self._multiply(input)
-
-    def _multiply(self, input: Tensor) -> Tensor:
-        return linear(input, self.parts, self.form, self.shape, self.bias, self.activation)
+            input = input.to(self.parts[-1].dtype)
+            output = linear(input, self.parts, self.form, self.shape, bias, activation)
+            return output.to(torch.get_autocast_dtype(device))
+        return linear(input, self.parts, self.form, self.shape, bias, activation)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -92,7 +95,15 @@ class CSRLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """A dense copy (out_features, in_features), made at each access: for code that looks at a Linear's weight."""
+        """The weight, for code that looks at a Linear's: used in F.linear it runs sparse, used otherwise it unpacks.
+
+        In a compiled graph it is unpacked in any case.
+        """
+        if torch.compiler.is_compiling():
+            return self._unpack()
+        return WeightView.make(self.parts[-1], self.shape, self._multiply, self._unpack)
+
+    def _unpack(self) -> Tensor:
         return csr_to_dense(self.csr, self.shape)[0]
 
     @property
