@@ -80,7 +80,8 @@ class Chooser:
     def _measure(self, dense: Tensor, csr: CSR, bias: Tensor | None) -> dict[str, float]:
         """Time every form that has a fast kernel here, and dense, in turns; return median microseconds."""
         shape = (dense.shape[0], dense.shape[1])
-        x = torch.randn(self.tokens, shape[1], dtype=torch.float32).to(dense)
+        generator = torch.Generator().manual_seed(0)  # the user's random numbers are not ours to draw
+        x = torch.randn(self.tokens, shape[1], generator=generator).to(dense)
         calls: dict[str, Callable[[], object]] = {"dense": lambda: F.linear(x, dense, bias)}
         for form in FORMS:
             if form != "csr" and supports(form, dense.device, dense.dtype):
