@@ -9,7 +9,7 @@ fast = sparsify.load("model.safetensors", MyModel()) # onto a fresh dense model
 
 from sparsify.checkpoint import inspect, load, save
 from sparsify.convert import convert, masks_from_zeros, to_dense
-from sparsify.errors import CheckpointError, LeftDenseWarning, RecipeError
+from sparsify.errors import CheckpointError, LeftDenseWarning, MeasuredElsewhereWarning, RecipeError
 from sparsify.export import export
 from sparsify.layers import CSRLinear, SparseLinear
 from sparsify.prune import prune
@@ -22,6 +22,7 @@ __all__ = [
     "CSRLinear",
     "CheckpointError",
     "LeftDenseWarning",
+    "MeasuredElsewhereWarning",
     "Pruner",
     "Recipe",
     "RecipeError",

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from sparsify import container
+from sparsify.choose import Choice
 from sparsify.container import LayerEntry
 from sparsify.convert import Model, layers_of_type, replace
-from sparsify.errors import CheckpointError
+from sparsify.errors import CheckpointError, MeasuredElsewhereWarning
 from sparsify.formats import (
     CSR,
     Bitmask,
@@ -23,7 +25,9 @@ from sparsify.formats import (
     dense_to_csr,
     pack_bitmask,
 )
+from sparsify.kernels import FORMS, supports
 from sparsify.layers import CSRLinear, SparseLinear
+from sparsify.machine import machine_name
 from sparsify.report import Report, Row
 
 #: The tensors that hold the weight of layer NAME: NAME.weight.PART, or NAME.weight itself for "dense".
@@ -65,7 +69,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     for name, tensor in tensors.items():
         if tensor.is_meta:
             raise ValueError(f"{name}: it is on the meta device and has no data; load the model's weights first")
-    container.write(path, layers, aliases, tensors)
+    container.write(path, layers, aliases, _choices(model), tensors)
 
 
 def load(path: str | os.PathLike[str], model: Model) -> Model:
@@ -76,23 +80,36 @@ def load(path: str | os.PathLike[str], model: Model) -> Model:
     is not a whole, unaltered checkpoint, or is one of another architecture.
 
     >>> model = sparsify.prune(sparsify.convert(nn.Sequential(nn.Linear(8, 4))), 0.5)
-    >>> save(sparsify.export(model), tmp_path / "model.safetensors")
+    >>> save(sparsify.export(model, format="csr"), tmp_path / "model.safetensors")
     >>> load(tmp_path / "model.safetensors", nn.Sequential(nn.Linear(8, 4)))[0]
     CSRLinear(in_features=8, out_features=4, bias=True, sparsity=0.5)
     """
     header, tensors = container.read(path)
     try:
-        _check_layers(
-            model, header.layers
-        )  # before anything is unpacked: a bitmask of zeros stands for far larger ones
+        # Before anything is unpacked: a bitmask of few bytes may claim to stand for a huge weight.
+        _check_layers(model, header.layers)
         weights = _take_weights(header.layers, tensors)
         _add_aliases(header.aliases, tensors)
         _check_rest(model, header.layers, weights, tensors)
+        _check_choices(model, header.choices)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     modules = dict(model.named_modules())
-    replace(model, {modules[name]: _make(entry, modules[name], weights[name]) for name, entry in header.layers.items()})
+    made = {}
+    for name, entry in header.layers.items():
+        made[modules[name]] = _make(entry, modules[name], weights[name], header.choices.get(name))
+    replace(model, made)
     _fill(model, tensors)
+    for name, choice in header.choices.items():
+        modules[name].__dict__["choice"] = choice
+    elsewhere = sorted({choice.machine for choice in header.choices.values() if choice.times_us} - {machine_name()})
+    if elsewhere:
+        warnings.warn(
+            f"{path}: its forms were chosen on another machine ({elsewhere[0]}), this is {machine_name()}; "
+            "they are right everywhere, but may not be the fastest here: sparsify.export(model) chooses anew",
+            MeasuredElsewhereWarning,
+            stacklevel=2,
+        )
     return model
 
 
@@ -277,6 +294,19 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
+def _choices(model: nn.Module) -> dict[str, Choice]:
+    """Return the choices that export made, by layer name."""
+    found = {name: module.__dict__.get("choice") for name, module in model.named_modules()}
+    return {name: choice for name, choice in found.items() if isinstance(choice, Choice)}
+
+
+def _check_choices(model: nn.Module, choices: Mapping[str, Choice]) -> None:
+    modules = dict(model.named_modules())
+    for name in choices:
+        if not isinstance(modules.get(name), nn.Linear):
+            raise CheckpointError(f"the header has a choice for {name!r}, which is no linear layer of the model")
+
+
 def _check_dtype(name: str, stored: Tensor, wanted: Tensor) -> None:
     if stored.dtype != wanted.dtype:
         raise CheckpointError(
@@ -284,11 +314,14 @@ def _check_dtype(name: str, stored: Tensor, wanted: Tensor) -> None:
         )
 
 
-def _make(entry: LayerEntry, old: nn.Module, csr: CSR) -> nn.Module:
-    """Build the saved layer around the old one's bias, on its device."""
+def _make(entry: LayerEntry, old: nn.Module, csr: CSR, choice: Choice | None) -> nn.Module:
+    """Build the saved layer around the old one's bias, on its device, in the form chosen when it was exported."""
     assert isinstance(old, nn.Linear)
     device = torch.device("cpu") if old.weight.is_meta else old.weight.device
-    layer = CSRLinear(entry.in_features, entry.out_features, CSR(*(part.to(device) for part in csr)), old.bias)
+    form = choice.form if choice and entry.module == "CSRLinear" and choice.form in FORMS else "csr"
+    form = form if supports(form, device, csr.values.dtype) else "csr"
+    on_device = CSR(*(part.to(device) for part in csr))
+    layer = CSRLinear(entry.in_features, entry.out_features, on_device, old.bias, form=form)
     if entry.module == "CSRLinear":
         return layer
     sparse = layer.to_sparse()

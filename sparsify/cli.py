@@ -1,4 +1,4 @@
-"""The command line: sparsify compress | inspect | plan | schema.
+"""The command line: sparsify compress | inspect | plan | doctor | schema.
 
 Exit codes: 0 done; 2 wrong arguments, model or weights; 3 a recipe that cannot be followed; 4 an invalid checkpoint;
 5 a file that cannot be opened or written.
@@ -20,6 +20,8 @@ from tqdm import tqdm
 
 import sparsify
 from sparsify.errors import CheckpointError, LeftDenseWarning, RecipeError
+from sparsify.export import FORMATS
+from sparsify.machine import doctor
 from sparsify.methods import METHODS
 from sparsify.models import build_model, load_weights
 from sparsify.plan import PlannedLayer, plan
@@ -66,7 +68,7 @@ def compress(arguments: argparse.Namespace) -> None:
         _advance(bar, "prune")
         sparsify.apply(model, recipe)
         _advance(bar, "export")
-        fast = sparsify.export(model)
+        fast = sparsify.export(model, format=arguments.format, tokens=arguments.tokens)
         _advance(bar, f"save {out.name}")
         sparsify.save(fast, out)
         _advance(bar, "done")
@@ -122,6 +124,16 @@ def schema(arguments: argparse.Namespace) -> None:
     _print_json(Recipe.model_json_schema())
 
 
+def run_doctor(arguments: argparse.Namespace) -> None:
+    """Print what decides how fast exported layers are here."""
+    rows = doctor()
+    if arguments.json:
+        _print_json([dict(zip(("what", "found", "do"), row, strict=True)) for row in rows])
+        return
+    for what, found, to_do in rows:
+        print(f"{what + ':':16}{found}" + (f"\n{'':16}-> {to_do}" if to_do else ""))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sparsify", description="Prune a PyTorch model and keep only what is left.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -148,6 +160,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--include", action="append", metavar="PATTERN", help="layers to prune (default: all)")
     sub.add_argument("--exclude", action="append", metavar="PATTERN", help="layers to leave dense")
     sub.add_argument("--seed", type=int, help="for methods that draw random numbers")
+    sub.add_argument("--format", default="auto", choices=FORMATS, help="form of the weights in memory (default: auto)")
+    sub.add_argument("--tokens", type=int, metavar="N", help="rows of input that auto measures with (default: 128)")
     sub.add_argument("--out", required=True, metavar="FILE", help="the file to write (.safetensors)")
     sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
@@ -158,6 +172,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("plan", plan_recipe, "Show what a recipe would do to a model, and do nothing.")
     sub.add_argument("recipe", metavar="RECIPE")
     model_arguments(sub)
+    sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+    sub = command("doctor", run_doctor, "Say what this machine has for sparse layers, and what is missing.")
     sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     command("schema", schema, "Print the JSON schema of recipes, for editors.")

@@ -22,6 +22,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
+from sparsify.choose import Choice
 from sparsify.errors import CheckpointError
 
 VERSION = 1
@@ -71,6 +72,7 @@ class Header(BaseModel):
     version: int
     layers: dict[str, LayerEntry]
     aliases: dict[str, str]
+    choices: dict[str, Choice]
     tensors: dict[str, _Sha256]
 
 
@@ -78,6 +80,7 @@ def write(
     path: str | os.PathLike[str],
     layers: Mapping[str, LayerEntry],
     aliases: Mapping[str, str],
+    choices: Mapping[str, Choice],
     tensors: Mapping[str, Tensor],
 ) -> None:
     """Write a file, complete or not at all: what stood at `path` stays until the new file is whole on disk."""
@@ -93,7 +96,8 @@ def write(
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     plain = {name: tensors[name].detach().cpu().contiguous() for name in order}
     hashes = {name: _sha256(plain[name]) for name in tensors}
-    text = Header(version=VERSION, layers=dict(layers), aliases=dict(aliases), tensors=hashes).model_dump_json()
+    header = Header(version=VERSION, layers=dict(layers), aliases=dict(aliases), choices=dict(choices), tensors=hashes)
+    text = header.model_dump_json()
     metadata = {"format": "pt", "sparsify": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
     try:

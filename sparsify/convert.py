@@ -161,22 +161,33 @@ def sparse_layers(
 
 
 def copy_with(model: Model, replacements: dict[nn.Module, nn.Module]) -> Model:
-    """Copy a model's structure, with some modules replaced; every tensor of the others is shared with the original.
+    """Copy a model's structure, with some modules replaced; the memory of every other tensor is shared.
 
-    A replacement takes over the hooks of the module it stands for. Raises ValueError if a module cannot be copied.
+    The tensors themselves are new ones over that memory, so that converting the copy (`.half()`, `.to()`) leaves the
+    original alone. A replacement takes over the hooks of the module it stands for. Raises ValueError if a module
+    cannot be copied.
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
         for value in (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()):
-            if isinstance(value, Tensor):
-                memo[id(value)] = value
+            if isinstance(value, Tensor) and id(value) not in memo:
+                memo[id(value)] = _alias(value)
     for old, new in replacements.items():
         new.__dict__.update(_own_state(old))
+        for key, parameter in new._parameters.items():
+            new._parameters[key] = memo.get(id(parameter), parameter)
         memo[id(old)] = new
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
         raise ValueError(f"the model cannot be copied: {error}") from error
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    """Return another tensor over the same memory; of a class that is not torch's own, the tensor itself."""
+    if type(tensor) is nn.Parameter:
+        return nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
+    return tensor.detach() if type(tensor) is Tensor else tensor
 
 
 def replace(model: Model, replacements: dict[nn.Module, nn.Module]) -> Model:

@@ -11,3 +11,7 @@ class RecipeError(ValueError):
 
 class LeftDenseWarning(UserWarning):
     """Some layers were left dense on purpose. The message says which, why, and their share of the parameters."""
+
+
+class MeasuredElsewhereWarning(UserWarning):
+    """A checkpoint's forms were chosen on another machine: the answers are right, the speed may not be the best."""

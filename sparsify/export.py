@@ -2,45 +2,64 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 from torch import nn
+from tqdm import tqdm
 
+from sparsify.choose import Choice, Chooser
 from sparsify.convert import Model, copy_with, layers_of_type
-from sparsify.formats import csr_bytes
+from sparsify.kernels import FORMS, supports
 from sparsify.layers import CSRLinear, SparseLinear
 
-Format = Literal["auto", "csr", "dense"]
+FORMATS = ("auto", "dense", *FORMS)
 
 
-def export(model: Model, *, format: Format = "auto") -> Model:
+def export(model: Model, *, format: str = "auto", tokens: int | None = None, progress: bool = False) -> Model:
     """Return a copy for inference in which each SparseLinear is a CSRLinear, or a plain nn.Linear.
 
-    The model itself stays as it was, and the copy shares every tensor that does not change. format: "csr" packs every
-    layer, "dense" none (zeros in the weights), "auto" those that take less memory packed than dense.
-    Outputs equal the masked model's. Raises ValueError if there is nothing to export or the model cannot be copied.
+    The model itself stays as it was, and the copy shares the memory of every tensor that does not change. Outputs
+    equal the masked model's.
+
+    format: "auto" measures each layer here, with `tokens` rows of input (batch x sequence, 128 if not given),
+    and takes the fastest form, dense where no sparse one is faster: no layer is left slower than dense. Or the form for
+    all layers: "csr" (runs anywhere, on the reference kernel), "panel" (many tokens), "bitmask" and "gather" (few),
+    "dense" (zeros in plain weights). The choice is on each exported layer as `choice`, and in `report`.
+
+    Raises ValueError if there is nothing to export, a form does not run here, or the model cannot be copied.
 
     >>> model = sparsify.convert(torch.nn.Sequential(torch.nn.Linear(8, 4)))
-    >>> export(sparsify.prune(model, 0.75))[0]
+    >>> export(sparsify.prune(model, 0.75), format="csr")[0]
     CSRLinear(in_features=8, out_features=4, bias=True, sparsity=0.75)
     """
-    if format not in get_args(Format):
-        raise ValueError(f"format {format!r} is none of: {', '.join(get_args(Format))}")
+    if format not in FORMATS:
+        raise ValueError(f"format {format!r} is none of: {', '.join(FORMATS)}")
+    if format != "auto" and tokens is not None:
+        raise ValueError(f"tokens={tokens} has no effect with format {format!r}; only 'auto' measures")
     layers = layers_of_type(model, SparseLinear)
     if not layers:
         raise ValueError("the model has no SparseLinear to export; call sparsify.convert(model) and prune it first")
-    replacements: dict[nn.Module, nn.Module] = {}
     for name, layer in layers.items():
         if layer.weight.is_meta:
             raise ValueError(
                 f"{name}: the weight is on the meta device and has no data; load the model's weights first"
             )
-        packed = format == "csr" or (format == "auto" and _saves_memory(layer))
-        replacements[layer] = CSRLinear.from_sparse(layer) if packed else layer.to_linear()
+        if format in FORMS and not supports(format, layer.weight.device, layer.weight.dtype):
+            raise ValueError(
+                f"{name}: the form {format!r} does not run on {layer.weight.device.type} in {layer.weight.dtype} here; "
+                "see 'sparsify doctor', or use format='csr'"
+            )
+    chooser = Chooser(128 if tokens is None else tokens)
+    replacements: dict[nn.Module, nn.Module] = {}
+    for layer in tqdm(layers.values(), desc="measuring layers", disable=not progress or format != "auto"):
+        choice = chooser.choose(layer) if format == "auto" else Choice(format, 0, {}, "")
+        replacements[layer] = _export_layer(layer, choice)
     return copy_with(model, replacements)
 
 
-def _saves_memory(layer: SparseLinear) -> bool:
-    shape = (layer.out_features, layer.in_features)
-    itemsize = layer.weight.element_size()
-    return csr_bytes(shape, int(layer.mask.sum()), itemsize) < layer.weight.numel() * itemsize
+def _export_layer(layer: SparseLinear, choice: Choice) -> nn.Module:
+    if choice.form == "dense":
+        exported: nn.Module = layer.to_linear()
+        exported.weight = nn.Parameter(layer.masked_weight().detach(), requires_grad=layer.weight.requires_grad)
+    else:
+        exported = CSRLinear.from_sparse(layer, form=choice.form)
+    exported.__dict__["choice"] = choice
+    return exported

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from sparsify.choose import Choice
 from sparsify.convert import layers_of_type
 from sparsify.layers import CSRLinear, SparseLinear
 
 
 @dataclass(frozen=True)
 class Row:
-    """One layer. Bytes are those of its weight alone, `dense_bytes` what a dense weight of its dtype takes."""
+    """One layer. Bytes are those of its weight alone, `dense_bytes` what a dense weight of its dtype takes.
+
+    `format` says how the weight is held: "dense", "masked" while it is trained, or the form of an exported layer;
+    `reason` why export chose that, and `times_us` what it measured.
+    """
 
     name: str
     shape: tuple[int, int]
@@ -21,6 +26,8 @@ class Row:
     format: str
     n_bytes: int
     dense_bytes: int
+    reason: str = ""
+    times_us: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -53,11 +60,15 @@ class Report(Sequence[Row]):
         )
 
     def __str__(self) -> str:
-        lines = [("layer", "shape", "sparsity", "format", "bytes", "of dense")]
+        lines: list[tuple[str, ...]] = [("layer", "shape", "sparsity", "format", "bytes", "of dense", "why")]
         for row in (*self.rows, self.total):
             shape = f"{row.shape[0]}x{row.shape[1]}" if row.format else f"{row.shape[1]:,} weights"
             share = f"{row.n_bytes / row.dense_bytes:.3f}" if row.dense_bytes else "-"
-            lines.append((row.name or "(root)", shape, f"{row.sparsity:.4f}", row.format, f"{row.n_bytes:,}", share))
+            lines.append(
+                (row.name or "(root)", shape, f"{row.sparsity:.4f}", row.format, f"{row.n_bytes:,}", share, row.reason)
+            )
+        if not any(row.reason for row in self.rows):
+            lines = [line[:-1] for line in lines]
         return table(lines)
 
 
@@ -65,24 +76,26 @@ def report(model: nn.Module) -> Report:
     """List every SparseLinear, CSRLinear and nn.Linear of a model, with what its weight takes in memory.
 
     >>> model = sparsify.convert(nn.Sequential(nn.Linear(8, 4)))
-    >>> row = report(sparsify.export(sparsify.prune(model, 0.75)))[0]
+    >>> row = report(sparsify.export(sparsify.prune(model, 0.75), format="csr"))[0]
     >>> row.format, row.n_bytes, row.dense_bytes
     ('csr', 60, 128)
     """
     rows = []
     for name, layer in layers_of_type(model, nn.Module).items():
         if isinstance(layer, CSRLinear):
-            shape, format_ = (layer.out_features, layer.in_features), "csr"
-            itemsize, n_bytes = layer.values.element_size(), _n_bytes(*layer.csr)
+            held, itemsize, sparsity, format_ = layer.parts, layer.parts[-1].element_size(), layer.sparsity, layer.form
+        elif isinstance(layer, SparseLinear):
+            held, itemsize = (layer.weight, layer.mask), layer.weight.element_size()
+            sparsity, format_ = layer.sparsity, "masked"
         elif isinstance(layer, nn.Linear):
-            shape, format_ = (layer.out_features, layer.in_features), "dense"
-            itemsize, n_bytes = layer.weight.element_size(), _n_bytes(layer.weight)
-            if isinstance(layer, SparseLinear):
-                format_, n_bytes = "masked", n_bytes + _n_bytes(layer.mask)
+            held, itemsize = (layer.weight,), layer.weight.element_size()
+            sparsity, format_ = _zeros(layer.weight.detach()), "dense"
         else:
             continue
-        sparsity = 0.0 if format_ == "dense" else float(layer.sparsity)  # type: ignore[arg-type]
-        rows.append(Row(name, shape, sparsity, format_, n_bytes, shape[0] * shape[1] * itemsize))
+        shape = (layer.out_features, layer.in_features)
+        choice = layer.__dict__.get("choice")
+        measured = (choice.reason, dict(choice.times_us)) if isinstance(choice, Choice) else ("", {})
+        rows.append(Row(name, shape, sparsity, format_, _n_bytes(*held), shape[0] * shape[1] * itemsize, *measured))
     return Report(tuple(rows))
 
 
@@ -102,6 +115,11 @@ def table(lines: Sequence[Sequence[str]]) -> str:
         for line in lines
     ]
     return "\n".join([text[0], "-" * max(map(len, text)), *text[1:]])
+
+
+def _zeros(weight: Tensor) -> float:
+    """Return the fraction of a dense weight that is zero."""
+    return 1 - int(weight.count_nonzero()) / weight.numel() if weight.numel() and not weight.is_meta else 0.0
 
 
 def _n_bytes(*tensors: Tensor) -> int:

@@ -1,9 +1,6 @@
-"""The code that multiplies. One operator per format, declared once, with the reference as its default on every device.
+"""The code that multiplies. One operator, one entry per form and device; the reference says what is right."""
 
-A faster kernel is an implementation of the same operator for one device: `ops.py` is the one place where it is hooked
-in.
-"""
+from sparsify.kernels.forms import FORMS, pack, supports, unpack
+from sparsify.kernels.ops import ACTIVATIONS, linear
 
-from sparsify.kernels.ops import linear_csr
-
-__all__ = ["linear_csr"]
+__all__ = ["ACTIVATIONS", "FORMS", "linear", "pack", "supports", "unpack"]

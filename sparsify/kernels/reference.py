@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sparsify.formats import CSR, csr_to_dense
 
+#: What may follow the product and the bias, by name.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda y: y,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+    "silu": F.silu,
+}
 
-def linear_csr(x: Tensor, crow: Tensor, col: Tensor, values: Tensor, in_features: int, bias: Tensor | None) -> Tensor:
+
+def linear(x: Tensor, csr: CSR, bias: Tensor | None, shape: tuple[int, int], activation: str = "none") -> Tensor:
     """Multiply x (..., in_features) by a CSR weight; returns (..., out_features). Any device, any floating dtype.
 
     A removed weight takes part as a zero, so Inf or NaN in the input makes NaN of every output, as in a dense layer.
     """
-    check_input(x, values, in_features)
-    weight, _ = csr_to_dense(CSR(crow, col, values), (crow.numel() - 1, in_features))
+    weight, _ = csr_to_dense(csr, shape)
     with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x, weight, bias)
+        return ACTIVATIONS[activation](F.linear(x, weight, bias))
 
 
-def linear_csr_grad_input(grad: Tensor, crow: Tensor, col: Tensor, values: Tensor, in_features: int) -> Tensor:
+def linear_grad_input(grad: Tensor, csr: CSR, shape: tuple[int, int]) -> Tensor:
     """Multiply grad (..., out_features) by the transposed weight; returns (..., in_features)."""
-    weight, _ = csr_to_dense(CSR(crow, col, values), (crow.numel() - 1, in_features))
+    weight, _ = csr_to_dense(csr, shape)
     with torch.autocast(grad.device.type, enabled=False):
         return grad @ weight
-
-
-def check_input(x: Tensor, values: Tensor, in_features: int) -> None:
-    """Raise RuntimeError, as torch does for a dense layer, if x has another size or dtype than the weight takes."""
-    if x.dim() == 0 or x.shape[-1] != in_features:
-        raise RuntimeError(f"the layer takes inputs of shape (..., {in_features}), got {tuple(x.shape)}")
-    if x.dtype != values.dtype:
-        raise RuntimeError(f"the layer's values are {values.dtype}, but the input is {x.dtype}")

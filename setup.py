@@ -1,0 +1,127 @@
+"""Build of the native CPU kernels; everything else about the package is declared in setup.cfg and pyproject.toml.
+
+The library is plain C++ behind a C interface, loaded with ctypes: it needs a C++ compiler and nothing else, neither
+torch nor Python headers. Without a compiler the installation still succeeds, without it; the reason is written next to
+where it would be, and `sparsify.kernels.native.why_missing()` reads it.
+
+    pip install .                  builds it into the wheel
+    pip install -e .               builds it in place, as sparsify/_native.so
+    python setup.py build_native   builds it in place again, in seconds, after a change of the C++ sources
+"""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Command, Distribution, setup
+from setuptools.command.build_py import build_py
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # setuptools before 70.1
+    from wheel.bdist_wheel import bdist_wheel
+
+ROOT = Path(__file__).resolve().parent
+SOURCES = ROOT / "sparsify" / "csrc"
+LIBRARY = "_native.so"
+REASON = "_native.missing.txt"
+
+COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# g++ 12 calls the undefined registers of its own AVX-512 headers "maybe uninitialized" (GCC bug 105593).
+AVX512_FLAGS = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi2 -mavx2 -mfma -mbmi -mbmi2 -Wno-maybe-uninitialized"
+X86_FLAGS = {
+    "kernels_avx512.cpp": AVX512_FLAGS.split(),
+    "kernels_avx2.cpp": ["-mavx2", "-mfma", "-mbmi", "-mbmi2"],
+}
+
+
+def build_native(target: Path, extra_flags: list[str] = ()) -> None:
+    """Compile SOURCES into the shared library `target`. Raises RuntimeError that says which command failed."""
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++" if shutil.which("g++") else "c++"]
+    if not shutil.which(compiler[0]):
+        raise RuntimeError(f"no C++ compiler: {compiler[0]!r} is not on PATH (install g++, or set CXX)")
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    flags = [*COMMON_FLAGS, *extra_flags, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+
+    def run(command: list[str]) -> None:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.stdout:
+            print(done.stdout, file=sys.stderr)
+        if done.returncode:
+            raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stdout[-4000:]}")
+
+    with tempfile.TemporaryDirectory() as build:
+
+        def compile_one(source: Path) -> str:
+            made = f"{build}/{source.stem}.o"
+            run([*compiler, *flags, *(X86_FLAGS.get(source.name, []) if x86 else []), "-c", str(source), "-o", made])
+            return made
+
+        sources = [s for s in sorted(SOURCES.glob("*.cpp")) if x86 or s.name not in X86_FLAGS]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_one, sources))
+        # Linked beside the target and renamed: a process that has the old library loaded keeps the old file.
+        fresh = target.with_name(target.name + f".{os.getpid()}")
+        run([*compiler, *flags, "-shared", *objects, "-o", str(fresh)])
+        os.replace(fresh, target)
+
+
+def build_or_explain(package: Path) -> None:
+    """Build into the package directory; on failure leave a file with the reason there instead."""
+    library, reason = package / LIBRARY, package / REASON
+    for old in (library, reason):
+        old.unlink(missing_ok=True)
+    try:
+        build_native(library)
+    except (RuntimeError, OSError) as error:
+        reason.write_text(f"{error}\n")
+        print(f"warning: sparsify is installed without its native kernels: {error}", file=sys.stderr)
+
+
+class BuildNative(Command):
+    """Build the library in place; a failure is an error here. --flags adds compiler flags, --output another path."""
+
+    description = "build sparsify/_native.so in place"
+    user_options = [("flags=", None, "further compiler flags"), ("output=", None, "library to write")]
+
+    def initialize_options(self):
+        self.flags, self.output = "", ""
+
+    def finalize_options(self):
+        pass
+
+    def run(self):
+        build_native(Path(self.output or ROOT / "sparsify" / LIBRARY), shlex.split(self.flags))
+
+
+class BuildPy(build_py):
+    def run(self):
+        super().run()
+        build_or_explain(ROOT / "sparsify" if self.editable_mode else Path(self.build_lib) / "sparsify")
+
+    def get_outputs(self, include_bytecode=True):
+        made = [] if self.editable_mode else [Path(self.build_lib) / "sparsify" / f for f in (LIBRARY, REASON)]
+        return super().get_outputs(include_bytecode) + [str(f) for f in made if f.exists()]
+
+
+class BdistWheel(bdist_wheel):
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]  # no CPython interface: any Python 3, this platform
+
+
+class PlatformDistribution(Distribution):
+    def has_ext_modules(self):
+        return True
+
+
+if __name__ == "__main__":
+    setup(
+        distclass=PlatformDistribution,
+        cmdclass={"build_native": BuildNative, "build_py": BuildPy, "bdist_wheel": BdistWheel},
+    )

@@ -1,0 +1,61 @@
+// What the kernels of all forms and instruction sets share: the description of one call, the table each instruction
+// set exports, threads and scratch memory. No STL and nothing inline that does work: this header is compiled into
+// translation units with different instruction sets, and the linker keeps only one copy of an inline function.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace sparsify {
+
+enum Form { PANEL, BITMASK, GATHER, N_FORMS };
+enum Dtype { F32, BF16, N_DTYPES };
+
+// One linear call, as in sparsify.h. values, bias, x and y are float or uint16_t (bfloat16), by the kernel called.
+struct LinearCall {
+    const uint8_t *index;
+    const void *values;
+    const void *bias;  // may be null
+    const void *x;
+    int64_t x_stride;
+    void *y;
+    int64_t y_stride;
+    int64_t tokens, out, in;
+    int activation;
+    int n_threads;  // 1: do not start threads
+};
+
+using LinearKernel = int (*)(const LinearCall &);
+
+// One instruction set: its name and a kernel for every form and dtype.
+struct KernelTable {
+    const char *name;
+    LinearKernel linear[N_FORMS][N_DTYPES];
+};
+
+const KernelTable *portable_table();
+const KernelTable *avx2_table();    // null where the compiler does not target x86-64
+const KernelTable *avx512_table();
+
+// ---- csr.cpp ------------------------------------------------------------------------------------------------------
+
+// SPARSIFY_OK if crow and col are a canonical CSR matrix of this shape. Reads col only as far as crow was found sound.
+int check_csr(int64_t out, int64_t in, const int32_t *crow, const int32_t *col);
+
+// ---- threads.cpp --------------------------------------------------------------------------------------------------
+
+using Task = int (*)(const void *context, int64_t task);  // returns a sparsify_status
+
+// Runs task(context, i) for i in [0, n_tasks) on up to n_threads threads. Tasks are handed out one at a time, so that a
+// core stolen by another process delays one task and not its share of the layer: make a few per thread. Results must
+// not depend on which thread runs a task. Returns the first error.
+int run_tasks(int64_t n_tasks, int n_threads, Task task, const void *context);
+
+// How many threads a call of `flops` (2 x kept weights x tokens) is worth, at most n_threads.
+int worthwhile_threads(double flops, int n_threads);
+
+// A 64-byte aligned buffer of this thread, at least `bytes` long, valid until the next call from this thread; null
+// when memory is short. Contents are undefined.
+void *thread_scratch(size_t bytes);
+
+}  // namespace sparsify

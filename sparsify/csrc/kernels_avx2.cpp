@@ -1,0 +1,23 @@
+// The kernels of every form for one instruction set. Compiled with its own flags (setup.py).
+#include "simd_avx2.h"
+// after the vectors
+#include "activation.inc.h"
+#include "bitmask_avx2.inc.h"
+#include "gather_avx2.inc.h"
+#include "panel.inc.h"
+
+namespace sparsify {
+
+const KernelTable *avx2_table() {
+    static const KernelTable table = {
+        "avx2",
+        {
+            {linear_panel<float>, linear_panel<uint16_t>},
+            {linear_row_blocks<Bitmask, float>, linear_row_blocks<Bitmask, uint16_t>},
+            {linear_row_blocks<Gather, float>, linear_row_blocks<Gather, uint16_t>},
+        },
+    };
+    return &table;
+}
+
+}  // namespace sparsify

@@ -1,0 +1,23 @@
+// The kernels of every form for one instruction set. Compiled with its own flags (setup.py).
+#include "simd_portable.h"
+// after the vectors
+#include "activation.inc.h"
+#include "bitmask_portable.inc.h"
+#include "gather_portable.inc.h"
+#include "panel.inc.h"
+
+namespace sparsify {
+
+const KernelTable *portable_table() {
+    static const KernelTable table = {
+        "portable",
+        {
+            {linear_panel<float>, linear_panel<uint16_t>},
+            {linear_row_blocks<Bitmask, float>, linear_row_blocks<Bitmask, uint16_t>},
+            {linear_row_blocks<Gather, float>, linear_row_blocks<Gather, uint16_t>},
+        },
+    };
+    return &table;
+}
+
+}  // namespace sparsify

@@ -1,0 +1,86 @@
+/* The C interface of the native CPU kernels: every exported function is declared here.
+ *
+ * Words. A *form* is how a sparse weight (out x in) lies in memory for one family of kernels. In every form a packed
+ * weight is two plain arrays: `index` (bytes: header, columns, masks, pointers; no values, position independent) and
+ * `values` (float32 or bfloat16, in the order the kernels read them, padding allowed). The way in and out is CSR with
+ * int32 row pointers `crow` (out + 1) and int32 columns `col`, strictly increasing within a row. A stored value of zero
+ * is a kept weight like any other.
+ *
+ * Return values: sizes are >= 0, status is SPARSIFY_OK (0); errors are negative and listed below.
+ */
+#ifndef SPARSIFY_H
+#define SPARSIFY_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define SPARSIFY_API __attribute__((visibility("default")))
+
+enum sparsify_status {
+    SPARSIFY_OK = 0,
+    SPARSIFY_BAD_CSR = -1,    /* row pointers or columns out of range or out of order */
+    SPARSIFY_BAD_INDEX = -2,  /* an index that pack did not write: wrong form, size, bounds or order */
+    SPARSIFY_BAD_ARGUMENT = -3,
+    SPARSIFY_NO_MEMORY = -4,
+    SPARSIFY_UNKNOWN_KERNEL = -5,
+    SPARSIFY_UNSUPPORTED_KERNEL = -6, /* known, but not on this processor */
+};
+
+enum sparsify_activation {
+    SPARSIFY_NONE = 0,
+    SPARSIFY_RELU = 1,
+    SPARSIFY_GELU_ERF = 2,
+    SPARSIFY_GELU_TANH = 3,
+    SPARSIFY_SILU = 4,
+};
+
+/* ---- instruction sets ------------------------------------------------------------------------------------------ */
+
+/* Names of the kernel tables built into this library, best first, separated by spaces: "avx512 avx2 portable". */
+SPARSIFY_API const char *sparsify_known_kernels(void);
+/* The table in use. Chosen at the first call of anything: SPARSIFY_KERNEL if set and usable, else the best here. */
+SPARSIFY_API const char *sparsify_kernel(void);
+/* Choose a table by name; NULL or "" goes back to the best. Not to be called while another thread computes. */
+SPARSIFY_API int sparsify_set_kernel(const char *name);
+/* How the environment variable SPARSIFY_KERNEL was understood: OK, UNKNOWN_KERNEL or UNSUPPORTED_KERNEL. */
+SPARSIFY_API int sparsify_kernel_status(void);
+
+/* ---- forms ------------------------------------------------------------------------------------------------------
+ * For each FORM:
+ *   index_bytes, n_values   sizes that pack will write
+ *   pack                    order[i] = CSR position of packed value i, or -1 for padding
+ *   unpack                  the inverse; order as above, crow has out + 1 entries, col one per kept weight
+ *   nnz                     kept weights of a checked index, so that a caller can size col for unpack
+ *   check                   SPARSIFY_OK only if no kernel or unpack can read or write out of bounds with this index
+ *   linear                  y[t, o] = activation(sum over kept k of x[t, k] * w[o, k] + bias[o]); strides in elements,
+ *                           rows contiguous, bias may be NULL; y must not overlap an input
+ */
+#define SPARSIFY_DECLARE_FORM(FORM)                                                                                    \
+    SPARSIFY_API int64_t sparsify_##FORM##_index_bytes(int64_t out, int64_t in, const int32_t *crow,                   \
+                                                       const int32_t *col);                                            \
+    SPARSIFY_API int64_t sparsify_##FORM##_n_values(int64_t out, int64_t in, const int32_t *crow, const int32_t *col); \
+    SPARSIFY_API int sparsify_##FORM##_pack(int64_t out, int64_t in, const int32_t *crow, const int32_t *col,          \
+                                            uint8_t *index, int64_t *order);                                           \
+    SPARSIFY_API int sparsify_##FORM##_check(int64_t out, int64_t in, const uint8_t *index, int64_t index_bytes,       \
+                                             int64_t n_values);                                                        \
+    SPARSIFY_API int64_t sparsify_##FORM##_nnz(const uint8_t *index);                                                  \
+    SPARSIFY_API int sparsify_##FORM##_unpack(int64_t out, int64_t in, const uint8_t *index, int64_t index_bytes,      \
+                                              int64_t n_values, int32_t *crow, int32_t *col, int64_t *order);          \
+    SPARSIFY_API int sparsify_linear_##FORM##_f32(                                                                     \
+        const uint8_t *index, const float *values, const float *bias, const float *x, int64_t x_stride, float *y,      \
+        int64_t y_stride, int64_t tokens, int64_t out, int64_t in, int activation, int n_threads);                     \
+    SPARSIFY_API int sparsify_linear_##FORM##_bf16(                                                                    \
+        const uint8_t *index, const uint16_t *values, const uint16_t *bias, const uint16_t *x, int64_t x_stride,       \
+        uint16_t *y, int64_t y_stride, int64_t tokens, int64_t out, int64_t in, int activation, int n_threads);
+
+SPARSIFY_DECLARE_FORM(panel)
+SPARSIFY_DECLARE_FORM(bitmask)
+SPARSIFY_DECLARE_FORM(gather)
+
+#ifdef __cplusplus
+}
+#endif
+#endif

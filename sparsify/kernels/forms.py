@@ -1,0 +1,54 @@
+"""The forms in which a weight can lie in memory, and which of them runs where.
+
+A form is a tuple of plain tensors. "csr" is the canonical one and runs everywhere, by the reference kernel; the others
+are packed for the native CPU kernels (csrc/), and are made from it and turned back into it bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsify.formats import CSR, check_csr, col_dtype
+from sparsify.kernels import native
+
+#: The names of the tensors that make up each form. The last one holds the values, and has the layer's dtype.
+FORMS: dict[str, tuple[str, ...]] = {
+    "csr": CSR._fields,
+    "panel": ("index", "values"),
+    "bitmask": ("index", "values"),
+    "gather": ("index", "values"),
+}
+
+
+def supports(form: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Say whether a kernel of this form runs on a device and dtype, in this process."""
+    if form not in FORMS:
+        raise ValueError(f"form {form!r} is none of: {', '.join(FORMS)}")
+    if form == "csr" or device.type == "meta":
+        return True
+    return device.type == "cpu" and dtype in native.DTYPES and native.available()
+
+
+def pack(form: str, csr: CSR, shape: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Pack a CSR weight of shape (out, in) into a form, on the device where the form runs.
+
+    Raises ValueError if it is no valid CSR weight, or if the form cannot run on its device and dtype.
+    """
+    check_csr(csr, shape)
+    if not supports(form, csr.values.device, csr.values.dtype):
+        why = native.why_missing() or f"{csr.values.dtype} on {csr.values.device.type} is not among them"
+        raise ValueError(f"form {form!r} needs the native CPU kernels: {why}; run 'sparsify doctor'")
+    if form == "csr":
+        return tuple(csr)
+    return native.pack(form, csr.crow, csr.col, csr.values, shape)
+
+
+def unpack(form: str, parts: tuple[Tensor, ...], shape: tuple[int, int]) -> CSR:
+    """Turn a form back into CSR, on the device where its parts are."""
+    if form == "csr":
+        return CSR(*parts)
+    index, packed = parts
+    crow, col, values = native.unpack(form, index, packed, shape)
+    device = packed.device
+    return CSR(crow.to(device), col.to(col_dtype(shape[1])).to(device), values.to(device))

@@ -1,0 +1,202 @@
+"""The native CPU kernels behind tensors: pack a CSR weight into a form, unpack it, multiply with it.
+
+The library sparsify/_native.so (sources in sparsify/csrc, interface in csrc/sparsify.h) is loaded at import with
+ctypes, after torch, so that both share one OpenMP runtime; calls release the GIL. A packed weight is two plain
+tensors: `index` (uint8) and `values` (float32 or bfloat16).
+"""
+
+import ctypes
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+FORMS = ("panel", "bitmask", "gather")
+ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+_LIBRARY = Path(os.environ.get("SPARSIFY_NATIVE_LIBRARY", _PACKAGE / "_native.so"))
+_ERRORS = {
+    -1: "crow and col are no CSR matrix of this shape: pointers must rise from 0, columns must rise within a row",
+    -2: "the packed index is damaged or belongs to another form or shape",
+    -3: "argument out of range",
+    -4: "out of memory",
+    -5: "unknown kernel",
+    -6: "this processor lacks the instructions of the kernel",
+}
+
+_pointer, _int64, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_SIGNATURES = {
+    "index_bytes": (_int64, [_int64, _int64, _pointer, _pointer]),
+    "n_values": (_int64, [_int64, _int64, _pointer, _pointer]),
+    "pack": (_int, [_int64, _int64, _pointer, _pointer, _pointer, _pointer]),
+    "check": (_int, [_int64, _int64, _pointer, _int64, _int64]),
+    "nnz": (_int64, [_pointer]),
+    "unpack": (_int, [_int64, _int64, _pointer, _int64, _int64, _pointer, _pointer, _pointer]),
+}
+_LINEAR = (_int, [_pointer] * 4 + [_int64, _pointer] + [_int64] * 4 + [_int, _int])
+
+
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """The library and why it is missing ("" when it is not)."""
+    if not _LIBRARY.exists():
+        reason = _PACKAGE / "_native.missing.txt"
+        return None, reason.read_text().strip() if reason.exists() else f"{_LIBRARY} was not built"
+    try:
+        library = ctypes.CDLL(str(_LIBRARY))
+    except OSError as error:
+        return None, str(error)
+    library.sparsify_kernel.restype = library.sparsify_known_kernels.restype = ctypes.c_char_p
+    library.sparsify_set_kernel.argtypes = [ctypes.c_char_p]
+    return library, ""
+
+
+_library, _why_missing = _load()
+
+
+def _function(name: str, signature: tuple) -> "ctypes._NamedFuncPointer":
+    function = getattr(_library, name)
+    function.restype, function.argtypes = signature
+    return function
+
+
+# Looked up once: a call must cost microseconds. Forms that the library was built without are absent.
+_form_functions, _linear_functions = {}, {}
+if _library is not None:
+    for _form in FORMS:
+        if hasattr(_library, f"sparsify_{_form}_pack"):
+            _form_functions[_form] = {n: _function(f"sparsify_{_form}_{n}", s) for n, s in _SIGNATURES.items()}
+            for _dtype, _suffix in DTYPES.items():
+                _linear_functions[_form, _dtype] = _function(f"sparsify_linear_{_form}_{_suffix}", _LINEAR)
+
+
+def available() -> bool:
+    """Whether the native library is there and can be used."""
+    return _library is not None
+
+
+def why_missing() -> str:
+    """Why the native library is not there; empty if it is."""
+    return _why_missing
+
+
+def known_kernels() -> list[str]:
+    """Instruction sets the library was built for, best first."""
+    return _library.sparsify_known_kernels().decode().split() if _library is not None else []
+
+
+def kernel() -> str:
+    """Name of the instruction set in use. Raises ValueError if SPARSIFY_KERNEL names one that cannot be used."""
+    status = _library.sparsify_kernel_status()
+    if status:
+        _raise_kernel(os.environ.get("SPARSIFY_KERNEL", ""), status, "SPARSIFY_KERNEL=")
+    return _library.sparsify_kernel().decode()
+
+
+def set_kernel(name: str) -> None:
+    """Use the kernels of another instruction set from now on, "" for the best. Not while another thread computes."""
+    status = _library.sparsify_set_kernel(name.encode())
+    if status:
+        _raise_kernel(name, status)
+
+
+def pack(form: str, crow: Tensor, col: Tensor, values: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Pack a CSR weight of `shape` (out, in) into `form`: (index, values in packed order, padding 0).
+
+    crow (out + 1) and col (nnz) are made int32; columns must rise strictly within a row.
+    Raises ValueError for anything that is not such a matrix.
+    """
+    functions, (out, in_) = _form_functions[form], shape
+    crow = crow.to(device="cpu", dtype=torch.int32).contiguous()
+    col = col.to(device="cpu", dtype=torch.int32).contiguous()
+    if crow.numel() != out + 1 or int(crow[-1]) != col.numel() or col.numel() != values.numel():
+        raise ValueError(
+            f"{tuple(crow.shape)} row pointers, the last {int(crow[-1]) if crow.numel() else None}, {col.numel()} "
+            f"columns and {values.numel()} values are no CSR matrix of shape {tuple(shape)}"
+        )
+    csr = (out, in_, crow.data_ptr(), col.data_ptr())
+    n_values = _checked(functions["n_values"](*csr))
+    index = torch.zeros(_checked(functions["index_bytes"](*csr)), dtype=torch.uint8)
+    order = torch.empty(n_values, dtype=torch.int64)
+    _checked(functions["pack"](*csr, index.data_ptr(), order.data_ptr()))
+    padding = order < 0
+    packed = values.detach().cpu()[order.clamp_(min=0)] if values.numel() else values.new_zeros(n_values)
+    return index, packed.masked_fill_(padding, 0)
+
+
+def check(form: str, index: Tensor, n_values: int, shape: tuple[int, int]) -> None:
+    """Raise ValueError unless kernels can safely read this index, which may come from a stranger's file."""
+    status = _form_functions[form]["check"](*shape, index.data_ptr(), index.numel(), n_values)
+    _checked(status)
+
+
+def unpack(form: str, index: Tensor, values: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """The inverse of pack: (crow int32, col int32, values), bit for bit. The index must have passed check."""
+    functions, (out, in_) = _form_functions[form], shape
+    index, values = index.cpu(), values.detach().cpu()
+    nnz = functions["nnz"](index.data_ptr())
+    crow, col = torch.empty(out + 1, dtype=torch.int32), torch.empty(nnz, dtype=torch.int32)
+    order = torch.empty(values.numel(), dtype=torch.int64)
+    _checked(
+        functions["unpack"](
+            out, in_, index.data_ptr(), index.numel(), values.numel(), crow.data_ptr(), col.data_ptr(), order.data_ptr()
+        )
+    )
+    kept = order >= 0
+    unpacked = values.new_empty(nnz)
+    unpacked[order[kept]] = values[kept]
+    return crow, col, unpacked
+
+
+def linear(
+    form: str,
+    x: Tensor,
+    index: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    shape: tuple[int, int],
+    activation: int = 0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """activation(x @ weight.T + bias) for x of shape (..., in): a tensor of shape (..., out).
+
+    activation is a value of ACTIVATIONS. x, values and bias share a dtype of DTYPES. Trusts index and values (see
+    check), and does no more in Python than it must.
+    """
+    n_out, n_in = shape
+    if x.dim() != 2 or (n_in > 1 and x.stride(1) != 1):
+        flat = x.reshape(-1, n_in) if n_in else x.reshape(x.shape[:-1].numel(), 0)
+        flat = flat if n_in <= 1 or flat.stride(1) == 1 else flat.contiguous()
+    else:
+        flat = x
+    tokens = flat.shape[0]
+    y = flat.new_empty((tokens, n_out)) if out is None else out
+    status = _linear_functions[form, values.dtype](
+        index.data_ptr(),
+        values.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        flat.data_ptr(),
+        flat.stride(0),
+        y.data_ptr(),
+        y.stride(0),
+        tokens,
+        n_out,
+        n_in,
+        activation,
+        torch.get_num_threads(),
+    )
+    if status:
+        _checked(status)
+    return y if x.dim() == 2 or out is not None else y.view(*x.shape[:-1], n_out)
+
+
+def _checked(status: int) -> int:
+    if status < 0:
+        raise ValueError(_ERRORS.get(status, f"native error {status}"))
+    return status
+
+
+def _raise_kernel(name: str, status: int, prefix: str = "") -> None:
+    raise ValueError(f"{prefix}{name}: {_ERRORS[status]}; known: {', '.join(known_kernels())}")

@@ -1,0 +1,74 @@
+"""WeightView: what `CSRLinear.weight` gives to code that wants a Linear's weight.
+
+Much code looks at a weight's dtype or device, and some calls F.linear(x, layer.weight, layer.bias) instead of the layer (the
+windowed attention of torchvision's Swin, for one). The view answers the first without unpacking anything, runs the second
+on the layer's own kernel, and for everything else becomes the dense weight it stands for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+#: What can be said of the weight without unpacking it.
+_CHEAP = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cuda", "is_meta", "layout")),
+    *(getattr(Tensor, name).__get__ for name in ("requires_grad", "is_leaf", "is_sparse", "is_quantized", "grad")),
+    *(getattr(Tensor, name) for name in ("size", "dim", "numel", "element_size", "is_floating_point", "__len__")),
+}
+
+
+class WeightView(Tensor):
+    """A weight (out_features, in_features) that is not in memory; see this file's docstring."""
+
+    multiply: Callable[[Tensor, Tensor | None], Tensor]
+    unpack: Callable[[], Tensor]
+
+    @staticmethod
+    def make(
+        values: Tensor,
+        shape: tuple[int, int],
+        multiply: Callable[[Tensor, Tensor | None], Tensor],
+        unpack: Callable[[], Tensor],
+    ) -> WeightView:
+        """Make a view of a weight of the dtype and device of `values`: multiply(x, bias) uses it, unpack() is it."""
+        view: WeightView = Tensor._make_wrapper_subclass(WeightView, shape, dtype=values.dtype, device=values.device)
+        view.multiply, view.unpack = multiply, unpack
+        return view
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Answer, multiply, or unpack."""
+        kwargs = dict(kwargs or {})
+        if func in _CHEAP:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func is F.linear:
+            named = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
+            if isinstance(named["weight"], WeightView) and not isinstance(named["input"], WeightView):
+                return named["weight"].multiply(named["input"], named.get("bias"))
+        dense_args, dense_kwargs = tree_map_only(WeightView, lambda view: view.unpack(), (args, kwargs))
+        return func(*dense_args, **dense_kwargs)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Unpack: this is reached only by calls from below Python."""
+        dense_args, dense_kwargs = tree_map_only(WeightView, lambda view: view.unpack(), (args, dict(kwargs or {})))
+        return func(*dense_args, **dense_kwargs)

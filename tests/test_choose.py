@@ -1,0 +1,99 @@
+"""export(format="auto"): measured, never slower than dense by its own measurement, and it says why."""
+
+import pytest
+import torch
+from torch import nn
+
+import sparsify
+from sparsify import choose
+from sparsify.choose import MARGIN, Choice, Chooser
+from sparsify.kernels import FORMS, native
+
+
+def pruned(sparsity=0.9, sizes=(256, 256), dtype=torch.float32):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(*sizes, dtype=dtype), nn.ReLU(), nn.Linear(*reversed(sizes), dtype=dtype))
+    return sparsify.prune(sparsify.convert(model), sparsity)
+
+
+def fake_times(monkeypatch, **times):
+    monkeypatch.setattr(Chooser, "_measure", lambda *_: dict(times))
+
+
+@pytest.mark.parametrize(
+    ("times", "form"),
+    [
+        ({"dense": 100.0, "panel": 50.0, "bitmask": 60.0}, "panel"),
+        ({"dense": 100.0, "panel": 80.0, "bitmask": 60.0}, "bitmask"),
+        ({"dense": 100.0, "panel": 100.0 * MARGIN + 0.1, "bitmask": 200.0}, "dense"),
+        ({"dense": 100.0}, "dense"),
+    ],
+)
+def test_the_fastest_is_taken_and_dense_where_nothing_beats_it(monkeypatch, times, form):
+    if form not in ("dense", "csr") and not native.available():
+        pytest.skip(f"no native kernels: {native.why_missing()}")
+    fake_times(monkeypatch, **times)
+    fast = sparsify.export(pruned())
+    for row in sparsify.report(fast):
+        assert (row.format, row.times_us) == (form, times)
+        assert row.sparsity == pytest.approx(0.9, abs=1e-4)
+    assert isinstance(fast[0], nn.Linear if form == "dense" else sparsify.CSRLinear)
+
+
+def test_the_report_says_why():
+    times = {"dense": 100.0, "panel": 50.0, "bitmask": 160.0}
+    assert Choice("panel", 64, times, "m").reason == "2.00x dense for 64 tokens (50 of 100 us)"
+    slow = {"dense": 100.0, "panel": 200.0, "bitmask": 125.0}
+    assert Choice("dense", 64, slow, "m").reason == "sparse is no faster for 64 tokens: bitmask 0.80x dense"
+    assert "sparsify doctor" in Choice("dense", 64, {"dense": 100.0}, "m").reason
+    assert Choice("csr", 0, {}, "").reason == "asked for"
+
+
+@pytest.mark.skipif(not native.available(), reason="no native kernels")
+def test_a_real_measurement_times_every_form_and_each_kind_of_layer_once(monkeypatch):
+    calls = []
+    original = Chooser._measure
+    monkeypatch.setattr(Chooser, "_measure", lambda *a: calls.append(1) or original(*a))
+    model = sparsify.convert(nn.Sequential(*(nn.Linear(96, 96) for _ in range(3)), nn.Linear(96, 96, bias=False)))
+    rows = sparsify.report(sparsify.export(sparsify.prune(model, 0.9), tokens=16))
+    assert len(calls) == 2
+    for row in rows:
+        assert set(row.times_us) == {"dense", *FORMS} - {"csr"}
+        assert all(t > 0 for t in row.times_us.values())
+        assert row.times_us[row.format] == min(row.times_us.values()) or row.format == "dense"
+        assert row.times_us[row.format] <= row.times_us["dense"]
+
+
+def test_where_no_native_kernel_runs_the_layer_stays_dense_and_says_so():
+    fast = sparsify.export(pruned(sizes=(16, 16), dtype=torch.float64))
+    rows = list(sparsify.report(fast))
+    assert [row.format for row in rows] == ["dense", "dense"]
+    assert all("no sparse kernel runs here" in row.reason for row in rows)
+    x = torch.randn(3, 16, dtype=torch.float64)
+    assert torch.equal(fast(x), pruned(sizes=(16, 16), dtype=torch.float64)(x))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tokens": 0}, "tokens must be at least 1"),
+        ({"format": "csr", "tokens": 4}, "tokens=4 has no effect"),
+        ({"format": "fast"}, "'fast' is none of: auto, dense, csr"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        sparsify.export(pruned(), **arguments)
+
+
+def test_a_form_that_does_not_run_here_is_an_error_with_the_way_out():
+    with pytest.raises(ValueError, match=r"0: the form 'panel' does not run .* use format='csr'"):
+        sparsify.export(pruned(sizes=(8, 8), dtype=torch.float64), format="panel")
+
+
+def test_measuring_draws_no_random_numbers_of_the_users(monkeypatch):
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    choose.Chooser(4).choose(sparsify.SparseLinear(8, 8, 0.0, device="meta").to_empty(device="cpu"))
+    assert torch.equal(torch.rand(3), expected)
