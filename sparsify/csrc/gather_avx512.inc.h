@@ -34,6 +34,10 @@ inline void keep_in_register(Vec &a) { asm("" : "+v"(a)); }
 template <int N, int STEPS_PER_WINDOW, bool PADDED, bool EXACT, typename T>
 __attribute__((always_inline)) inline void gather_group(GatherCursor<T> &at, int64_t x_stride, Vec (&acc)[N]) {
     __m512i columns = _mm512_loadu_si512(at.words);
+#ifdef PFW
+    _mm_prefetch((const char *)at.words + PFW/5, _MM_HINT_T0);
+    for (int i = 0; i < (PADDED ? 6 : 4); i++) _mm_prefetch((const char *)at.values + PFW + i * 64, _MM_HINT_T0);
+#endif
 #pragma GCC unroll 2
     for (int window = 0; window < GATHER_STEPS / STEPS_PER_WINDOW; ++window) {
         at.x += at.moves[window];
@@ -42,6 +46,9 @@ __attribute__((always_inline)) inline void gather_group(GatherCursor<T> &at, int
         for (int n = 0; n < N; ++n) {
             low[n] = load(at.x + n * x_stride);
             high[n] = load(at.x + n * x_stride + 16);
+#ifdef PFX
+            if (N > 2) _mm_prefetch((const char *)(at.x + n * x_stride + PFX), _MM_HINT_T0);
+#endif
             keep_in_register(low[n]);
             keep_in_register(high[n]);
         }
