@@ -30,14 +30,20 @@ struct GatherCursor {
 // permutes take both halves of the window from the L1 cache in every step, at half the speed.
 inline void keep_in_register(Vec &a) { asm("" : "+v"(a)); }
 
+// How many groups ahead weights are fetched: 4096x4096 at 50%, in memory, 8 tokens: 4.8 ms without, 3.8 with 3, 3.0 with 6.
+constexpr int64_t GATHER_AHEAD = 6;
+
 // Six steps of one tile.
 template <int N, int STEPS_PER_WINDOW, bool PADDED, bool EXACT, typename T>
 __attribute__((always_inline)) inline void gather_group(GatherCursor<T> &at, int64_t x_stride, Vec (&acc)[N]) {
     __m512i columns = _mm512_loadu_si512(at.words);
-#ifdef PFW
-    _mm_prefetch((const char *)at.words + PFW/5, _MM_HINT_T0);
-    for (int i = 0; i < (PADDED ? 6 : 4); i++) _mm_prefetch((const char *)at.values + PFW + i * 64, _MM_HINT_T0);
-#endif
+    if (N > 2) {  // with one or two tokens the processor keeps up by itself, and the prefetches cost 5%
+        _mm_prefetch((const char *)(at.words + GATHER_AHEAD * GATHER_LANES), _MM_HINT_T0);
+        constexpr size_t BYTES = GATHER_STEPS * (PADDED ? GATHER_LANES : 10) * sizeof(T);
+#pragma GCC unroll 6
+        for (size_t line = 0; line < BYTES; line += 64)
+            _mm_prefetch((const char *)at.values + GATHER_AHEAD * BYTES + line, _MM_HINT_T0);
+    }
 #pragma GCC unroll 2
     for (int window = 0; window < GATHER_STEPS / STEPS_PER_WINDOW; ++window) {
         at.x += at.moves[window];
@@ -46,9 +52,6 @@ __attribute__((always_inline)) inline void gather_group(GatherCursor<T> &at, int
         for (int n = 0; n < N; ++n) {
             low[n] = load(at.x + n * x_stride);
             high[n] = load(at.x + n * x_stride + 16);
-#ifdef PFX
-            if (N > 2) _mm_prefetch((const char *)(at.x + n * x_stride + PFX), _MM_HINT_T0);
-#endif
             keep_in_register(low[n]);
             keep_in_register(high[n]);
         }
