@@ -14,15 +14,15 @@ struct Layout {
     int64_t k_block, window_rows;
 };
 
-// As even as possible: blocks of at most `target` columns, windows of at most 128 rows in whole bundles.
+// As even as possible: blocks of at most `target` columns, windows of at most 128 rows in whole bundles. Measured with 64
+// tokens on a processor with 32 KB of L1 cache: 128 columns are that cache exactly (96 and 192: 1 to 8% slower up to 80%
+// sparsity); the fewer weights, the more the sums cost that every block reads and writes (192 against 128: 1.06x at 95%).
 Layout choose_layout(int64_t out, int64_t in, int64_t nnz) {
     const double density = out && in ? double(nnz) / (double(out) * double(in)) : 1;
-    int64_t target = density > 0.15 ? 128 : density > 0.07 ? 192 : 240;
-    if (const char *e = getenv("KB_TARGET")) target = atoi(e);
+    const int64_t target = density > 0.15 ? 128 : density > 0.07 ? 192 : 240, window_bundles = 8;
     const int64_t n_blocks = (in + target - 1) / target;
-    int64_t wt = 8;
-    if (const char *e = getenv("KB_WIN")) wt = atoi(e);
-    const int64_t n_bundles = (out + PANEL_BUNDLE_ROWS - 1) / PANEL_BUNDLE_ROWS, n_windows = (n_bundles + wt - 1) / wt;
+    const int64_t n_bundles = (out + PANEL_BUNDLE_ROWS - 1) / PANEL_BUNDLE_ROWS;
+    const int64_t n_windows = (n_bundles + window_bundles - 1) / window_bundles;
     return {n_blocks ? (in + n_blocks - 1) / n_blocks : 1,
             n_windows ? (n_bundles + n_windows - 1) / n_windows * PANEL_BUNDLE_ROWS : PANEL_BUNDLE_ROWS};
 }
