@@ -13,23 +13,30 @@ void bitmask_tile(const BitmaskView &view, const T *values, int64_t tile, const 
     const int64_t in = view.header->in;
     const uint16_t *masks = view.masks + tile * in;
     const T *value = values + view.tile_values[tile];
-    Vec acc[N][2] = {};
-    for (int64_t k = 0; k < in; ++k) {
+    const int64_t columns_per_sum = bitmask_columns_per_sum(view.header);
+    Vec total[N][2] = {};
+    for (int64_t first = 0; first < in; first += columns_per_sum) {
+        const int64_t end = first + columns_per_sum < in ? first + columns_per_sum : in;
+        Vec part[N][2] = {};
+        for (int64_t k = first; k < end; ++k) {
 #pragma GCC unroll 2
-        for (int half = 0; half < 2; ++half) {
-            const unsigned mask = masks[k] >> (8 * half) & 0xff;
-            const Vec lanes = lanes_of(mask), w = expand(load(value), mask, lanes);
-            value += _mm_popcnt_u32(mask);
+            for (int half = 0; half < 2; ++half) {
+                const unsigned mask = masks[k] >> (8 * half) & 0xff;
+                const Vec lanes = lanes_of(mask), w = expand(load(value), mask, lanes);
+                value += _mm_popcnt_u32(mask);
 #pragma GCC unroll 4
-            for (int n = 0; n < N; ++n) {
-                Vec a = broadcast(x + n * x_stride + k);
-                if (EXACT) a = _mm256_and_ps(a, lanes);
-                acc[n][half] = fma(w, a, acc[n][half]);
+                for (int n = 0; n < N; ++n) {
+                    Vec a = broadcast(x + n * x_stride + k);
+                    if (EXACT) a = _mm256_and_ps(a, lanes);
+                    part[n][half] = fma(w, a, part[n][half]);
+                }
             }
         }
+        for (int n = 0; n < N; ++n)
+            for (int half = 0; half < 2; ++half) total[n][half] = add(total[n][half], part[n][half]);
     }
     for (int n = 0; n < N; ++n)
-        for (int half = 0; half < 2; ++half) store(sums + n * BLOCK_ROWS + 8 * half, acc[n][half]);
+        for (int half = 0; half < 2; ++half) store(sums + n * BLOCK_ROWS + 8 * half, total[n][half]);
 }
 
 struct Bitmask {

@@ -13,31 +13,34 @@ void bitmask_tiles(const BitmaskView &view, const T *values, int64_t tile, const
                    float *sums) {
     const int64_t in = view.header->in;
     const uint16_t *masks = view.masks + tile * in;
+    const int64_t columns_per_sum = bitmask_columns_per_sum(view.header);
     const T *next[TILES];
-    Vec acc[TILES][N];
 #pragma GCC unroll 4
-    for (int t = 0; t < TILES; ++t) {
-        next[t] = values + view.tile_values[tile + t];
-#pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) acc[t][n] = zero();
-    }
-    for (int64_t k = 0; k < in; ++k) {
+    for (int t = 0; t < TILES; ++t) next[t] = values + view.tile_values[tile + t];
+    Vec total[TILES][N] = {};
+    for (int64_t first = 0; first < in; first += columns_per_sum) {
+        const int64_t end = first + columns_per_sum < in ? first + columns_per_sum : in;
+        Vec part[TILES][N] = {};
+        for (int64_t k = first; k < end; ++k) {
 #pragma GCC unroll 4
-        for (int t = 0; t < TILES; ++t) {
-            const uint16_t kept = masks[t * in + k];
-            const Mask mask = _cvtu32_mask16(kept);
-            const Vec w = expand(load(next[t]), mask);
-            next[t] += _mm_popcnt_u32(kept);
-            // Masked, although the other weights are zero: it costs nothing, and keeps 0 x Inf = NaN away.
+            for (int t = 0; t < TILES; ++t) {
+                const uint16_t kept = masks[t * in + k];
+                const Mask mask = _cvtu32_mask16(kept);
+                const Vec w = expand(load(next[t]), mask);
+                next[t] += _mm_popcnt_u32(kept);
+                // Masked, although the other weights are zero: it costs nothing, and keeps 0 x Inf = NaN away.
 #pragma GCC unroll 8
-            for (int n = 0; n < N; ++n)
-                acc[t][n] = _mm512_mask3_fmadd_ps(w, _mm512_set1_ps(x[n * x_stride + k]), acc[t][n], mask);
+                for (int n = 0; n < N; ++n)
+                    part[t][n] = _mm512_mask3_fmadd_ps(w, _mm512_set1_ps(x[n * x_stride + k]), part[t][n], mask);
+            }
         }
-    }
 #pragma GCC unroll 4
-    for (int t = 0; t < TILES; ++t)
+        for (int t = 0; t < TILES; ++t)
 #pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) store(sums + n * BLOCK_ROWS + t * BITMASK_LANES, acc[t][n]);
+            for (int n = 0; n < N; ++n) total[t][n] = add(total[t][n], part[t][n]);
+    }
+    for (int t = 0; t < TILES; ++t)
+        for (int n = 0; n < N; ++n) store(sums + n * BLOCK_ROWS + t * BITMASK_LANES, total[t][n]);
 }
 
 struct Bitmask {

@@ -28,15 +28,24 @@ struct BitmaskHeader {
 };
 static_assert(sizeof(BitmaskHeader) == 64, "the layout of the blob");
 
+// Columns whose products are summed before they are added to the total of a row, so that a sum has about the square root
+// of a row's weights. One long chain of additions is 3 to 11 times less accurate than dense torch at 4096 columns.
+static inline int64_t bitmask_columns_per_sum(const BitmaskHeader *h) {
+    const int64_t per_row = h->out ? h->nnz / h->out : 0;
+    int64_t n_sums = 1;
+    while (n_sums * n_sums < per_row) ++n_sums;
+    return h->in / n_sums + 1;
+}
+
 struct BitmaskView {
     const BitmaskHeader *header;
     const uint64_t *tile_values;
     const uint16_t *masks;
 };
 
-inline int64_t bitmask_masks_offset(int64_t n_tiles) { return int64_t(sizeof(BitmaskHeader)) + 8 * (n_tiles + 1); }
+static inline int64_t bitmask_masks_offset(int64_t n_tiles) { return int64_t(sizeof(BitmaskHeader)) + 8 * (n_tiles + 1); }
 
-inline BitmaskView bitmask_view(const uint8_t *index) {
+static inline BitmaskView bitmask_view(const uint8_t *index) {
     const BitmaskHeader *h = reinterpret_cast<const BitmaskHeader *>(index);
     return {h, reinterpret_cast<const uint64_t *>(index + sizeof(BitmaskHeader)),
             reinterpret_cast<const uint16_t *>(index + bitmask_masks_offset(h->n_tiles))};

@@ -24,7 +24,9 @@ void gather_tile(const GatherView &view, const T *values, int64_t tile, const fl
     const T *value = values + view.tile_values[tile];
     const int steps_per_window = int(view.header->steps_per_window);
     const uint8_t *move = view.moves + size_t(view.tile_groups[tile]) * size_t(GATHER_STEPS / steps_per_window);
-    Vec acc[N][2] = {};
+    const int64_t groups_per_sum = gather_groups_per_sum(view.header);
+    int64_t until_sum = groups_per_sum;
+    Vec total[N][2] = {}, part[N][2] = {};
     for (size_t group = view.tile_groups[tile]; group < view.tile_groups[tile + 1]; ++group) {
         const uint32_t *words = view.words + group * GATHER_LANES;
         __m256i columns[2] = {_mm256_loadu_si256((const __m256i *)words),
@@ -47,17 +49,25 @@ void gather_tile(const GatherView &view, const T *values, int64_t tile, const fl
                 for (int n = 0; n < N; ++n) {
                     Vec a = look_up(x + n * x_stride, columns[half]);
                     if (EXACT) a = _mm256_and_ps(a, lanes);
-                    acc[n][half] = fma(w, a, acc[n][half]);
+                    part[n][half] = fma(w, a, part[n][half]);
                 }
                 columns[half] = _mm256_srli_epi32(columns[half], GATHER_COLUMN_BITS);
             }
+        }
+        if (--until_sum == 0 || group + 1 == view.tile_groups[tile + 1]) {
+            until_sum = groups_per_sum;
+            for (int n = 0; n < N; ++n)
+                for (int half = 0; half < 2; ++half) {
+                    total[n][half] = add(total[n][half], part[n][half]);
+                    part[n][half] = zero();
+                }
         }
     }
     const uint8_t *rows = view.rows + tile * GATHER_LANES;
     for (int n = 0; n < N; ++n) {
         alignas(32) float lanes[GATHER_LANES];
-        store(lanes, acc[n][0]);
-        store(lanes + 8, acc[n][1]);
+        store(lanes, total[n][0]);
+        store(lanes + 8, total[n][1]);
         for (int l = 0; l < GATHER_LANES && rows[l] != GATHER_NO_ROW; ++l) sums[n * BLOCK_ROWS + rows[l]] = lanes[l];
     }
 }

@@ -1,16 +1,27 @@
 // The panel form, for many tokens. What lies where in `index`, shared by the packer and the kernels.
 //
-// Rows are taken in groups of 4 and columns in blocks of k_block. Within a (block, group) the columns are sorted by
-// *pattern*: which of the 4 rows keep a weight there, 15 possibilities (a column kept by none is not stored). The kernel
-// then runs one small loop per pattern, in which an activation that is loaded once serves every row of the pattern.
+// Columns are taken in blocks of k_block, rows in windows of window_rows. Within a (block, window) the rows are sorted by
+// how many weights they keep there and taken four at a time: a *cell*. A cell's weights are split into runs by *pattern*,
+// which of its 4 rows share the column:
+//
+//     all 4 rows      n_quad columns
+//     3 of 4          n_triple columns for each of the 4 patterns
+//     2 of 4          n_pair columns for each of the 6 patterns
+//     1 row           n_single columns for each of the 4 rows, interleaved: one of every row, then the next
+//
+// In a run of 2 or more rows an activation that is loaded once serves every row. A kernel is a sequence of small loops,
+// and what costs most is a loop that ends when the branch predictor did not expect it (3072x768, 16 tokens, 50%:
+// 1.7x). Therefore the counts are few, depend only on how dense a cell is, and change slowly from one cell to the
+// next. Columns that do not fit the counts are split, a triple into a pair and a single for example; where a run
+// is short of columns it is padded with column k_block, whose activations are zero, and the value zero.
 //
 //   PanelHeader
-//   PanelStart starts[n_blocks * n_bundles + 1]          where a bundle (4 groups, 16 rows) of a block begins
-//   uint8_t    counts[n_blocks][n_bundles][4][16]        columns per pattern; [p - 1] for pattern p, the last is unused
-//   uint8_t    columns[n_columns]                        relative to the block, by pattern, ascending within a pattern
+//   PanelStart starts[n_blocks * n_windows + 1]    where the values and columns of a (block, window) begin
+//   PanelCell  cells[n_blocks][padded_rows / 4]
+//   uint8_t    columns[n_columns]                  relative to the block, run by run in the order above
 //
 // Blocks are the outer order, so that a tile of activations (k_block x tokens) stays in the L1 cache while all rows
-// pass. values: for each column in this order, the kept weights of the 4 rows from top to bottom. No padding.
+// pass. values: for each column in this order, one weight for each row of its pattern, first row first.
 #pragma once
 
 #include <cstddef>
@@ -18,18 +29,21 @@
 
 namespace sparsify {
 
-constexpr int PANEL_GROUP_ROWS = 4;
-constexpr int PANEL_BUNDLE_GROUPS = 4;
-constexpr int PANEL_BUNDLE_ROWS = PANEL_GROUP_ROWS * PANEL_BUNDLE_GROUPS;
-constexpr int PANEL_PATTERNS = 15;
-constexpr int PANEL_MAX_K_BLOCK = 240;  // columns and counts are bytes
+constexpr int PANEL_CELL_ROWS = 4;
+constexpr int PANEL_BUNDLE_ROWS = 16;         // rows are padded to whole bundles, which are transposed on the way out
+constexpr int PANEL_MAX_K_BLOCK = 240;        // columns and counts are bytes
+constexpr int PANEL_MAX_WINDOW_ROWS = 256;    // rows of a cell are bytes
 constexpr uint32_t PANEL_MAGIC = 0x314c4e50;  // "PNL1"
+
+// The patterns with 3 and with 2 rows, in the order of their runs.
+constexpr int PANEL_TRIPLES[4] = {7, 11, 13, 14};
+constexpr int PANEL_PAIRS[6] = {3, 5, 6, 9, 10, 12};
 
 struct PanelHeader {
     uint32_t magic;
-    uint32_t k_block;
-    int64_t out, in, nnz, n_columns;
-    int64_t unused[3];
+    uint16_t k_block, window_rows;
+    int64_t out, in, nnz, n_columns, n_values;
+    int64_t unused[2];
 };
 static_assert(sizeof(PanelHeader) == 64, "the layout of the blob");
 
@@ -37,18 +51,24 @@ struct PanelStart {
     int64_t value, column;
 };
 
+struct PanelCell {
+    uint8_t n_quad, n_triple, n_pair, n_single;
+    uint8_t rows[PANEL_CELL_ROWS];  // within the window
+};
+static_assert(sizeof(PanelCell) == 8, "the layout of the blob");
+
 struct PanelSections {
-    int64_t n_blocks, n_bundles, n_starts;
-    int64_t counts, columns;  // byte offsets in index; starts follow the header
+    int64_t n_blocks, n_windows, padded_rows;
+    int64_t cells, columns;  // byte offsets in index; starts follow the header
 };
 
-static inline PanelSections panel_sections(int64_t out, int64_t in, int64_t k_block) {
+static inline PanelSections panel_sections(int64_t out, int64_t in, int64_t k_block, int64_t window_rows) {
     PanelSections s;
-    s.n_blocks = (in + k_block - 1) / k_block;
-    s.n_bundles = (out + PANEL_BUNDLE_ROWS - 1) / PANEL_BUNDLE_ROWS;
-    s.n_starts = s.n_blocks * s.n_bundles + 1;
-    s.counts = int64_t(sizeof(PanelHeader)) + s.n_starts * int64_t(sizeof(PanelStart));
-    s.columns = s.counts + s.n_blocks * s.n_bundles * PANEL_BUNDLE_GROUPS * 16;
+    s.n_blocks = in > 0 ? (in + k_block - 1) / k_block : 1;  // one, so that every output is written
+    s.n_windows = (out + window_rows - 1) / window_rows;
+    s.padded_rows = (out + PANEL_BUNDLE_ROWS - 1) / PANEL_BUNDLE_ROWS * PANEL_BUNDLE_ROWS;
+    s.cells = int64_t(sizeof(PanelHeader)) + (s.n_blocks * s.n_windows + 1) * int64_t(sizeof(PanelStart));
+    s.columns = s.cells + s.n_blocks * s.padded_rows / PANEL_CELL_ROWS * int64_t(sizeof(PanelCell));
     return s;
 }
 

@@ -7,7 +7,7 @@
 
 namespace {
 
-constexpr int WIDTH = 8;
+constexpr int WIDTH = 8, N_REGISTERS = 16;
 using Vec = __m256;
 using Mask = __m256;
 

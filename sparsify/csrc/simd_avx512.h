@@ -7,7 +7,7 @@
 
 namespace {
 
-constexpr int WIDTH = 16;
+constexpr int WIDTH = 16, N_REGISTERS = 32;
 using Vec = __m512;
 using Mask = __mmask16;
 

@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr int WIDTH = 4;
+constexpr int WIDTH = 4, N_REGISTERS = 16;
 typedef float Vec __attribute__((vector_size(16)));
 typedef int32_t Mask __attribute__((vector_size(16)));
 typedef uint32_t Bits __attribute__((vector_size(16)));

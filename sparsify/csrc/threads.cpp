@@ -24,6 +24,13 @@ struct Scratch {
 };
 thread_local Scratch scratch;
 
+// The tasks that one thread starts with. On a cache line of its own.
+struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+};
+constexpr int MAX_THREADS = 256;
+
 int64_t now_ns() {
     timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -32,27 +39,23 @@ int64_t now_ns() {
 
 // libgomp ends a parallel region with a barrier that waits for every thread, also for one that found no task left
 // because another process holds its core: the wait is a time slice of the scheduler, 3 to 8 ms, for a call of 0.1 ms.
-// A caller that had to wait much longer than it worked computes alone for a while, twice as long each time.
+// A caller that waited much longer than it worked computes alone for the time of 200 such calls: stalls stay rarer than one
+// call in a hundred, and a core that is free again is found again soon.
 constexpr int64_t STALL_NS = 500 * 1000;
-constexpr int64_t FIRST_PAUSE_NS = 50 * 1000 * 1000, LAST_PAUSE_NS = 1600 * 1000 * 1000ll;
+constexpr int64_t ALONE_FOR_CALLS = 200;
 std::atomic<int64_t> alone_until_ns{0};
-std::atomic<int64_t> pause_ns{FIRST_PAUSE_NS};
 
 void note_wait(int64_t start, int64_t own_work_done, int64_t end) {
     const int64_t waited = end - own_work_done, worked = own_work_done - start;
-    if (waited > STALL_NS && waited > worked) {
-        const int64_t pause = pause_ns.load(std::memory_order_relaxed);
-        alone_until_ns.store(end + pause, std::memory_order_relaxed);
-        pause_ns.store(pause < LAST_PAUSE_NS ? 2 * pause : pause, std::memory_order_relaxed);
-    } else if (end > alone_until_ns.load(std::memory_order_relaxed) + 4 * pause_ns.load(std::memory_order_relaxed)) {
-        pause_ns.store(FIRST_PAUSE_NS, std::memory_order_relaxed);
-    }
+    if (waited > STALL_NS && waited > 2 * worked)
+        alone_until_ns.store(end + ALONE_FOR_CALLS * worked, std::memory_order_relaxed);
 }
 
 }  // namespace
 
 int run_tasks(int64_t n_tasks, int n_threads, Task task, const void *context) {
     if (n_threads > n_tasks) n_threads = int(n_tasks);
+    if (n_threads > MAX_THREADS) n_threads = MAX_THREADS;
     const bool several = n_threads > 1 && fork_handler == 0 && !forked.load(std::memory_order_relaxed);
     const int64_t start = several ? now_ns() : 0;
     if (!several || start < alone_until_ns.load(std::memory_order_relaxed)) {
@@ -60,13 +63,21 @@ int run_tasks(int64_t n_tasks, int n_threads, Task task, const void *context) {
             if (const int status = task(context, i)) return status;
         return SPARSIFY_OK;
     }
-    std::atomic<int64_t> next{0};
+    Share shares[MAX_THREADS];
+    for (int i = 0; i < n_threads; ++i) {
+        shares[i].next.store(n_tasks * i / n_threads, std::memory_order_relaxed);
+        shares[i].end = n_tasks * (i + 1) / n_threads;
+    }
     std::atomic<int> status{SPARSIFY_OK};
     int64_t own_work_done = start;
 #pragma omp parallel num_threads(n_threads)
     {
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n_tasks;)
-            if (const int error = task(context, i)) status.store(error, std::memory_order_relaxed);
+        // The runtime may grant fewer threads than asked for: whoever is there takes every share.
+        for (int i = 0, share = omp_get_thread_num(); i < n_threads; ++i, share = (share + 1) % n_threads) {
+            Share &from = shares[share];
+            for (int64_t t; (t = from.next.fetch_add(1, std::memory_order_relaxed)) < from.end;)
+                if (const int error = task(context, t)) status.store(error, std::memory_order_relaxed);
+        }
         if (omp_get_thread_num() == 0) own_work_done = now_ns();
     }
     note_wait(start, own_work_done, now_ns());
@@ -78,6 +89,11 @@ int worthwhile_threads(double flops, int n_threads) {
     constexpr double FLOPS_PER_THREAD = 5e5;
     const double worth = 1 + flops / FLOPS_PER_THREAD;
     return worth < n_threads ? int(worth) : n_threads;
+}
+
+int64_t next_call_id() {
+    static std::atomic<int64_t> last{0};
+    return last.fetch_add(1, std::memory_order_relaxed) + 1;
 }
 
 void *thread_scratch(size_t bytes) {
