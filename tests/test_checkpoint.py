@@ -52,7 +52,7 @@ def masked(seed: int = 0, sparsity: float = 0.7) -> nn.Module:
 
 def saved(tmp_path: Path, model: nn.Module | None = None) -> Path:
     path = tmp_path / "model.safetensors"
-    sparsify.save(sparsify.export(masked()) if model is None else model, path)
+    sparsify.save(sparsify.export(masked(), format="csr") if model is None else model, path)
     return path
 
 
@@ -182,7 +182,7 @@ def test_a_dense_linear_with_zeros_is_packed_and_stays_a_linear(tmp_path: Path) 
 
 def test_a_root_that_is_a_layer(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    fast = sparsify.export(sparsify.prune(sparsify.convert(nn.Linear(30, 20)), 0.5))
+    fast = sparsify.export(sparsify.prune(sparsify.convert(nn.Linear(30, 20)), 0.5), format="csr")
     loaded = sparsify.load(saved(tmp_path, fast), nn.Linear(30, 20))
     x = torch.randn(2, 30)
     assert isinstance(loaded, CSRLinear)
@@ -211,7 +211,7 @@ def test_a_model_on_the_meta_device_is_filled(tmp_path: Path) -> None:
             super().__init__(nn.Linear(8, 20), nn.BatchNorm1d(20), nn.Linear(20, 5))
 
     torch.manual_seed(0)
-    fast = sparsify.export(sparsify.prune(sparsify.convert(Small()), 0.7)).eval()
+    fast = sparsify.export(sparsify.prune(sparsify.convert(Small()), 0.7), format="csr").eval()
     path = saved(tmp_path, fast)
     with torch.device("meta"):
         fresh = Small().eval()
@@ -246,7 +246,7 @@ class Tied(nn.Module):
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_tied_weights_are_stored_once_and_stay_tied(tmp_path: Path, device: str) -> None:
-    fast = sparsify.export(sparsify.prune(sparsify.convert(Tied(), exclude="head"), 0.5))
+    fast = sparsify.export(sparsify.prune(sparsify.convert(Tied(), exclude="head"), 0.5), format="csr")
     path = saved(tmp_path, fast)
     assert set(safetensors.torch.load_file(path)) == {
         "fc.weight.bits",
@@ -264,7 +264,7 @@ def test_tied_weights_are_stored_once_and_stay_tied(tmp_path: Path, device: str)
 
 
 def test_tied_weights_fill_an_untied_model(tmp_path: Path) -> None:
-    fast = sparsify.export(sparsify.prune(sparsify.convert(Tied(), exclude="head"), 0.5))
+    fast = sparsify.export(sparsify.prune(sparsify.convert(Tied(), exclude="head"), 0.5), format="csr")
     loaded = sparsify.load(saved(tmp_path, fast), Tied(seed=9, tied=False))
     assert loaded.head.weight is not loaded.embedding.weight
     assert torch.equal(loaded.head.weight, fast.embedding.weight)
@@ -287,7 +287,7 @@ def test_shared_modules_stay_shared(tmp_path: Path) -> None:
         layer = nn.Linear(8, 8)
         return nn.Sequential(layer, nn.ReLU(), layer)
 
-    fast = sparsify.export(sparsify.prune(sparsify.convert(build(0)), 0.5))
+    fast = sparsify.export(sparsify.prune(sparsify.convert(build(0)), 0.5), format="csr")
     loaded = sparsify.load(saved(tmp_path, fast), build(9))
     assert loaded[0] is loaded[2]
     assert isinstance(loaded[0], CSRLinear)
@@ -525,7 +525,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
 
     monkeypatch.setattr(broken, fail)
     with pytest.raises(type(error)):
-        saved(tmp_path, sparsify.export(masked(seed=3)))
+        saved(tmp_path, sparsify.export(masked(seed=3), format="csr"))
     assert folder(tmp_path) == before
 
 

@@ -7,12 +7,19 @@ from cases import DTYPES, SHAPES, masks, weight
 from torch import Tensor
 
 from sparsify.formats import dense_to_csr
-from sparsify.kernels import linear_csr
+from sparsify.kernels import linear
 
 DEVICES = [
     "cpu",
     pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")),
 ]
+
+
+def linear_csr(x: Tensor, crow: Tensor, col: Tensor, values: Tensor, in_features: int, bias: Tensor | None) -> Tensor:
+    """Multiply by a weight in the form "csr"."""
+    return linear(x, (crow, col, values), "csr", (len(crow) - 1, in_features), bias)
+
+
 BATCHES = ((), (1,), (0,), (5,), (2, 3), (2, 0, 3))
 
 
@@ -87,8 +94,8 @@ def test_opcheck(dtype: torch.dtype, bias: bool) -> None:
     dense, mask, b, x = case((12, 8), dtype)
     csr = dense_to_csr(dense, mask)
     given = b.requires_grad_() if bias else None
-    torch.library.opcheck(torch.ops.sparsify.linear_csr.default, (x.requires_grad_(), *csr, 8, given))
-    torch.library.opcheck(torch.ops.sparsify.linear_csr_grad_input.default, (torch.randn(4, 12).to(dtype), *csr, 8))
+    torch.library.opcheck(torch.ops.sparsify.linear_csr.default, (x.requires_grad_(), *csr, given, 12, 8, 0))
+    torch.library.opcheck(torch.ops.sparsify.grad_input_csr.default, (torch.randn(4, 12).to(dtype), *csr, 12, 8))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -21,8 +21,15 @@ def test_linear_equals_dense(kernel, dtype, tokens, shape):
     index, packed = native.pack("panel", crow, col, values, shape)
     native.check("panel", index, packed.numel(), shape)
     x, bias = torch.randn(tokens, shape[1]).to(dtype), torch.randn(shape[0]).to(dtype)
-    y = native.linear("panel", x, index, packed, bias, shape, out=torch.full((tokens, shape[0]), float("nan"), dtype=dtype))
+    y = native.linear(
+        "panel", x, index, packed, bias, shape, out=torch.full((tokens, shape[0]), float("nan"), dtype=dtype)
+    )
     expected = torch.nn.functional.linear(x.double(), weight.to(dtype).double(), bias.double())
-    torch.testing.assert_close(y.double(), expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-2 if dtype == torch.bfloat16 else 1e-4)
+    torch.testing.assert_close(
+        y.double(),
+        expected,
+        rtol=1e-2 if dtype == torch.bfloat16 else 1e-4,
+        atol=1e-2 if dtype == torch.bfloat16 else 1e-4,
+    )
     for a, b in zip(native.unpack("panel", index, packed, shape), (crow.int(), col.int(), values)):
         assert torch.equal(a, b)
