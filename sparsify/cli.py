@@ -7,15 +7,16 @@ Exit codes: 0 done; 2 wrong arguments, model or weights; 3 a recipe that cannot 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+from pydantic import ValidationError
 from tqdm import tqdm
 
 import sparsify
@@ -27,6 +28,7 @@ from sparsify.models import build_model, load_weights
 from sparsify.plan import PlannedLayer, plan
 from sparsify.recipe import Recipe, assign_layers, load_recipe
 from sparsify.report import Report, table
+from sparsify.yaml_file import read_text
 
 _MODEL_HELP = "torchvision:NAME, hf:FOLDER, or package.module:builder"
 _MAX_COLUMNS = 6
@@ -57,16 +59,20 @@ def compress(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out)
     if not out.parent.is_dir():
         raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}")
+    if out.is_dir():
+        raise IsADirectoryError(f"--out {out}: it is a folder; name a file in it")
     with tqdm(
         total=5, desc="build the model", bar_format="{desc:<28}{bar}| {n_fmt}/{total_fmt}", disable=arguments.json
     ) as bar:
         model = _model_of(arguments)
         _advance(bar, "convert its layers")
-        assign_layers(recipe, model)
+        with _naming(arguments.recipe):
+            assign_layers(recipe, model)
         for group in recipe.groups:
             model = sparsify.convert(model, include=group.layers, exclude=group.exclude)
         _advance(bar, "prune")
-        sparsify.apply(model, recipe)
+        with _naming(arguments.recipe):
+            sparsify.apply(model, recipe)
         _advance(bar, "export")
         fast = sparsify.export(model, format=arguments.format, tokens=arguments.tokens)
         _advance(bar, f"save {out.name}")
@@ -98,7 +104,9 @@ def inspect(arguments: argparse.Namespace) -> None:
 def plan_recipe(arguments: argparse.Namespace) -> None:
     """Print every layer of a recipe, its target at each update, and the size it will have."""
     recipe = load_recipe(arguments.recipe, **_variables(arguments.set))
-    layers = plan(recipe, _model_of(arguments))
+    model = _model_of(arguments)
+    with _naming(arguments.recipe):
+        layers = plan(recipe, model)
     n_bytes, dense_bytes = sum(x.n_bytes for x in layers), sum(x.dense_bytes for x in layers)
     if arguments.json:
         keys = ("name", "group", "shape", "unit", "targets", "ranked", "n_bytes", "dense_bytes")
@@ -199,7 +207,23 @@ def _recipe_of(arguments: argparse.Namespace) -> Recipe:
         raise ValueError("--set has no effect without --recipe")
     if not given:
         raise ValueError("say what to do with --recipe FILE or --sparsity FRACTION")
-    return Recipe.model_validate({"groups": [given]})
+    try:
+        return Recipe.model_validate({"groups": [given]})
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = {"layers": "--include: ", 0: ""}.get(first["loc"][-1], f"--{first['loc'][-1]}: ")
+        raise ValueError(option + first["msg"].removeprefix("Value error, ")) from None
+
+
+@contextlib.contextmanager
+def _naming(recipe: str | None) -> Iterator[None]:
+    """Make an error of a recipe file that does not fit the model a RecipeError that names the file."""
+    try:
+        yield
+    except ValueError as error:
+        if recipe is None:
+            raise
+        raise RecipeError(f"{recipe}: {error}") from None
 
 
 def _model_of(arguments: argparse.Namespace) -> Any:
@@ -217,9 +241,9 @@ def _variables(settings: Sequence[str]) -> dict[str, Any]:
         if not equals:
             raise ValueError(f"--set {setting}: write NAME=VALUE")
         try:
-            variables[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ValueError(f"--set {setting}: {error}") from None
+            variables[name] = read_text(value, f"--set {setting}").content
+        except RecipeError as error:
+            raise ValueError(str(error)) from None
     return variables
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import pickle
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import safetensors
@@ -27,14 +30,25 @@ def build_model(spec: str) -> nn.Module:
         return _torchvision(name).eval()
     if source == "hf":
         return _transformers(name).eval()
-    try:
-        builder = getattr(importlib.import_module(source), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"model {spec!r}: {error}; the module must be importable from here") from error
-    model = builder()
+    with _importable_from(os.getcwd()):
+        try:
+            builder = getattr(importlib.import_module(source), name)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"model {spec!r}: {error}; the module must be importable from here") from error
+        model = builder()
     if not isinstance(model, nn.Module):
         raise ValueError(f"model {spec!r}: {name}() returned a {type(model).__name__}, not a torch.nn.Module")
     return model.eval()
+
+
+@contextlib.contextmanager
+def _importable_from(folder: str) -> Iterator[None]:
+    """Find modules in a folder too: python -m does so for the present one, but an installed command does not."""
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:

@@ -20,6 +20,19 @@ Value = None | bool | int | float | str | list["Value"] | dict[str, "Value"]
 Place = tuple[str | int, ...]
 
 MAX_BYTES = 1 << 20
+MAX_DEPTH = 50
+
+_OPENING = (
+    yaml.BlockSequenceStartToken,
+    yaml.BlockMappingStartToken,
+    yaml.FlowSequenceStartToken,
+    yaml.FlowMappingStartToken,
+)
+_CLOSING = (yaml.BlockEndToken, yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken)
+
+#: Where YAML 1.1, which PyYAML reads, is not what anyone means: 2:4 would be 124 (base 60), and 1e-3 a text.
+_BASE_60 = re.compile(r"[-+]?\d+(:\d+)+(\.\d*)?")
+_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
 @dataclass(frozen=True)
@@ -48,21 +61,36 @@ def read_yaml(path: str | os.PathLike[str]) -> YamlFile:
         raise RecipeError(f"{path}: over {MAX_BYTES} bytes; that is no recipe")
     try:
         text = file.read_text(encoding="utf-8")
-        for token in yaml.scan(text):
-            if isinstance(token, (yaml.AnchorToken, yaml.AliasToken, yaml.TagToken)):
-                line = token.start_mark.line + 1
-                raise RecipeError(
-                    f"{path}, line {line}: anchors, aliases and tags are not read; use vars and ${{name}}"
-                )
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: no valid YAML: {error}") from None
+    return read_text(text, str(path))
+
+
+def read_text(text: str, path: str) -> YamlFile:
+    """Read YAML that is no file, such as a value on the command line; `path` stands for it in errors."""
+    try:
+        _check_tokens(text, path)
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise RecipeError(f"{path}, line {line}: no valid YAML: {error.problem}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except yaml.YAMLError as error:
         raise RecipeError(f"{path}: no valid YAML: {error}") from None
     lines: dict[Place, int] = {(): 1}
-    content = None if node is None else _build(node, (), lines, str(path))
-    return YamlFile(str(path), content, lines)
+    content = None if node is None else _build(node, (), lines, path)
+    return YamlFile(path, content, lines)
+
+
+def _check_tokens(text: str, path: str) -> None:
+    """Refuse what is not plain, and depths that the parser would take seconds for."""
+    depth = 0
+    for token in yaml.scan(text):
+        line = token.start_mark.line + 1
+        if isinstance(token, (yaml.AnchorToken, yaml.AliasToken, yaml.TagToken)):
+            raise RecipeError(f"{path}, line {line}: anchors, aliases and tags are not read; use vars and ${{name}}")
+        depth += isinstance(token, _OPENING) - isinstance(token, _CLOSING)
+        if depth > MAX_DEPTH:
+            raise RecipeError(f"{path}, line {line}: more than {MAX_DEPTH} levels deep; that is no recipe")
 
 
 def substitute(file: YamlFile, content: Value, variables: Mapping[str, Value], place: Place = ()) -> Value:
@@ -108,6 +136,11 @@ def _build(node: yaml.Node, place: Place, lines: dict[Place, int], path: str) ->
         for i, item in enumerate(node.value):
             lines[(*place, i)] = item.start_mark.line + 1
         return [_build(item, (*place, i), lines, path) for i, item in enumerate(node.value)]
+    assert isinstance(node, yaml.ScalarNode)
+    if node.style is None and _BASE_60.fullmatch(node.value):
+        return str(node.value)
+    if node.style is None and _EXPONENT.fullmatch(node.value):
+        return float(node.value)
     loader = yaml.SafeLoader("")
     try:
         value = loader.construct_object(node)

@@ -17,7 +17,7 @@ models = pytest.importorskip(
 
 #: The smallest input that each takes, and how many Linears convert swaps (vit's attention stays dense).
 MODELS = {
-    "vit_b_16": (224, 25),
+    "vit_b_16": (32, 25),
     "swin_t": (64, 52),
     "convnext_tiny": (32, 37),
     "mobilenet_v3_large": (32, 2),
@@ -35,7 +35,8 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def build(name: str, seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    model = models.get_model(name, weights=None).eval()
+    size = {"image_size": MODELS[name][0]} if name == "vit_b_16" else {}
+    model = models.get_model(name, weights=None, **size).eval()
     if name == "vit_b_16":  # whose head is all zeros: every output would be zero, pruned or not
         nn.init.normal_(model.heads.head.weight, std=0.02)
     return model
