@@ -78,14 +78,16 @@ class Chooser:
         return self._known[kind]
 
     def _measure(self, dense: Tensor, csr: CSR, bias: Tensor | None) -> dict[str, float]:
-        """Time every form that has a fast kernel here, and dense, in turns; return median microseconds."""
+        """Time dense, and every form that has a fast kernel here and takes less memory, in turns; return medians in us."""
         shape = (dense.shape[0], dense.shape[1])
         generator = torch.Generator().manual_seed(0)  # the user's random numbers are not ours to draw
         x = torch.randn(self.tokens, shape[1], generator=generator).to(dense)
         calls: dict[str, Callable[[], object]] = {"dense": lambda: F.linear(x, dense, bias)}
         for form in FORMS:
             if form != "csr" and supports(form, dense.device, dense.dtype):
-                calls[form] = _call(x, pack(form, csr, shape), form, shape, bias)
+                parts = pack(form, csr, shape)
+                if sum(part.numel() * part.element_size() for part in parts) < dense.numel() * dense.element_size():
+                    calls[form] = _call(x, parts, form, shape, bias)
         times: dict[str, list[float]] = {name: [] for name in calls}
         repeats = {name: max(1, int(ROUND_S / _time(call, 2))) for name, call in calls.items()}
         for _ in range(N_ROUNDS):

@@ -25,6 +25,8 @@ ORDER = (
     "interop",
     "convert",
     "prune",
+    "machine",
+    "choose",
     "export",
     "report",
     "container",
