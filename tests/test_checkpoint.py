@@ -180,6 +180,17 @@ def test_a_dense_linear_with_zeros_is_packed_and_stays_a_linear(tmp_path: Path) 
     assert torch.equal(loaded.fc1.weight, model.fc1.weight)
 
 
+def test_negative_zeros_in_a_plain_linear_keep_their_sign(tmp_path: Path) -> None:
+    linear = nn.Linear(40, 40, bias=False)
+    with torch.no_grad():
+        linear.weight.mul_(torch.rand(40, 40) < 0.1).abs_()[0] = -0.0
+    model = nn.Sequential(linear)
+    path = saved(tmp_path, model)
+    assert [row.format for row in sparsify.inspect(path)] != ["dense"]
+    loaded = sparsify.load(path, nn.Sequential(nn.Linear(40, 40, bias=False)))
+    assert torch.equal(loaded[0].weight.view(torch.int32), linear.weight.view(torch.int32))
+
+
 def test_a_root_that_is_a_layer(tmp_path: Path) -> None:
     torch.manual_seed(0)
     fast = sparsify.export(sparsify.prune(sparsify.convert(nn.Linear(30, 20)), 0.5), format="csr")

@@ -241,7 +241,7 @@ def test_a_recipe_in_python_is_checked_too() -> None:
 def test_several_groups_with_their_own_targets(tmp_path: Path) -> None:
     path = written(
         tmp_path,
-        'groups:\n  - layers: ["0"]\n    sparsity: 0.5\n  - layers: ["2", "3"]\n    exclude: ["3"]\n    sparsity: 0.8\n',
+        'groups:\n  - layers: ["0"]\n    sparsity: 0.5\n  - layers: ["2", "3"]\n    exclude: ["3"]\n    sparsity: .8\n',
     )
     model = sparsify.apply(sparsify.convert(net()), sparsify.load_recipe(path))
     assert [model[i].sparsity for i in (0, 2, 3)] == pytest.approx([0.5, 154 / 192, 0.0])
