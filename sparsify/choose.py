@@ -78,7 +78,10 @@ class Chooser:
         return self._known[kind]
 
     def _measure(self, dense: Tensor, csr: CSR, bias: Tensor | None) -> dict[str, float]:
-        """Time dense, and every form that has a fast kernel here and takes less memory, in turns; return medians in us."""
+        """Time dense, and every form that has a fast kernel here and takes less memory, in turns.
+
+        Return medians in us.
+        """
         shape = (dense.shape[0], dense.shape[1])
         generator = torch.Generator().manual_seed(0)  # the user's random numbers are not ours to draw
         x = torch.randn(self.tokens, shape[1], generator=generator).to(dense)

@@ -72,7 +72,7 @@ class Header(BaseModel):
     version: int
     layers: dict[str, LayerEntry]
     aliases: dict[str, str]
-    choices: dict[str, Choice] = {}  # noqa: RUF012 (pydantic copies it)
+    choices: dict[str, Choice] = {}
     tensors: dict[str, _Sha256]
 
 

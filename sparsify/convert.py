@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sparsify.errors import LeftDenseWarning
 from sparsify.interop import MaskedParts, masked_parts, remove_prune_hook
 from sparsify.layers import CSRLinear, SparseLinear
+from sparsify.layers.bare import bare_linear
 from sparsify.match import Selector, select
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -65,8 +66,7 @@ def convert(
     for name, (weight, mask) in plan.swap.items():
         linear = modules[name]
         assert isinstance(linear, nn.Linear)
-        plain = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta").train(linear.training)
-        plain.weight, plain.bias = weight, linear.bias
+        plain = bare_linear(nn.Linear, weight, linear.bias)
         remove_prune_hook(linear)
         _become(linear, SparseLinear.from_linear(plain, mask))
     return model
@@ -225,13 +225,14 @@ def _check_plain(linear: nn.Linear) -> None:
 
 def _check_untied(model: nn.Module, swap: dict[str, MaskedParts]) -> None:
     """Raise ValueError if a weight to be masked is also used by another module."""
-    places: dict[object, list[str]] = {}
+    places: dict[object, list[tuple[str, Tensor]]] = {}
     for module_name, module in model.named_modules():
         for key, parameter in module._parameters.items():
             if parameter is not None:
-                places.setdefault(_identity(parameter), []).append(f"{module_name}.{key}".lstrip("."))
+                place = f"{module_name}.{key}".lstrip("."), parameter
+                places.setdefault(_memory(parameter)[0], []).append(place)
     for name, (weight, _) in swap.items():
-        used = places.get(_identity(weight), [])
+        used = [place for place, parameter in places[_memory(weight)[0]] if _overlap(weight, parameter)]
         if len(used) > 1:
             raise ValueError(
                 f"{name}: its weight is tied: {' and '.join(used)} are one Parameter, and a mask would change both; "
@@ -239,11 +240,19 @@ def _check_untied(model: nn.Module, swap: dict[str, MaskedParts]) -> None:
             )
 
 
-def _identity(parameter: Tensor) -> object:
-    """Tell Parameters apart by the memory they start at, or by object where they have none."""
+def _memory(parameter: Tensor) -> tuple[object, int, int]:
+    """Return which memory a Parameter uses, from which byte to which; one without memory is its own."""
     if isinstance(parameter, nn.UninitializedParameter) or parameter.is_meta or parameter.numel() == 0:
-        return id(parameter)
-    return parameter.device, parameter.data_ptr()
+        return id(parameter), 0, 1
+    start = parameter.data_ptr()
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
+    return parameter.untyped_storage().data_ptr(), start, start + extent * parameter.element_size()
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Say whether two Parameters use the same memory anywhere."""
+    (memory, start, end), (other_memory, other_start, other_end) = _memory(one), _memory(other)
+    return memory == other_memory and start < other_end and other_start < end
 
 
 def _notice(model: nn.Module, left: dict[str, str]) -> str:
@@ -255,7 +264,8 @@ def _notice(model: nn.Module, left: dict[str, str]) -> str:
     names = [f"{name or '(root)'} ({why})" for name, why in left.items()]
     shown = "; ".join(names[:3]) + (f"; and {len(names) - 3} more" if len(names) > 3 else "")
     attention = "with their attention " if owners else ""
-    return f"{len(left)} layers stay dense, {attention}{share:.1%} of the parameters: {shown}"
+    count = "1 layer stays" if len(left) == 1 else f"{len(left)} layers stay"
+    return f"{count} dense, {attention}{share:.1%} of the parameters: {shown}"
 
 
 def _n_parameters(modules: Iterable[nn.Module]) -> int:

@@ -62,16 +62,16 @@ def parse_pattern(text: str) -> Pattern:
 
 def check_fits(pattern: Pattern, shape: Sequence[int], name: str) -> None:
     """Raise ValueError, naming the layer, if a weight of this shape cannot be cut into the pattern's units."""
+    label, way_out = (f"{name}: ", f"; leave it dense with exclude=[{name!r}]") if name else ("", "")
     if pattern.is_nm and shape[1] % pattern.group:
         raise ValueError(
-            f"{name}: pattern {pattern.text} needs in_features divisible by {pattern.group}, got {shape[1]}; "
-            f"leave it dense with exclude=[{name!r}]"
+            f"{label}pattern {pattern.text} needs in_features divisible by {pattern.group}, got {shape[1]}{way_out}"
         )
     rows, columns = pattern.unit_shape(shape)
     if shape[0] % max(rows, 1) or shape[1] % max(columns, 1):
         raise ValueError(
-            f"{name}: pattern {pattern.text} needs (out_features, in_features) divisible by ({rows}, {columns}), "
-            f"got {tuple(shape)}; leave it dense with exclude=[{name!r}]"
+            f"{label}pattern {pattern.text} needs (out_features, in_features) divisible by ({rows}, {columns}), "
+            f"got {tuple(shape)}{way_out}"
         )
 
 

@@ -29,7 +29,8 @@ def prune(
     allocation: "uniform", the same for each layer; "global", all layers ranked together; "erk"; or a dict
     {layer pattern: sparsity}, of which the first match counts.
 
-    Raises ValueError, naming the layer, before any mask is changed.
+    An optimizer that holds momentum of what is masked here may move it in memory, though never in an output; use a
+    Pruner while training. Raises ValueError, naming the layer, before any mask is changed.
 
     >>> model = sparsify.convert(torch.nn.Sequential(torch.nn.Linear(8, 4)))
     >>> prune(model, 0.75)[0].sparsity

@@ -169,7 +169,6 @@ def test_autocast_returns_its_dtype_like_a_dense_layer(dtype: torch.dtype) -> No
         assert packed(x.double().float().to(dtype)).dtype == dtype
     assert found.dtype == wanted.dtype == dtype
     assert torch.equal(found, layer(x).to(dtype))  # worked out in float32, so nearer the truth than `wanted`
-    torch.testing.assert_close(found, wanted)
     assert packed.weight.dtype == torch.float32
     assert packed(x).dtype == torch.float32
     with torch.autocast("cpu", dtype=dtype):  # torch leaves float64 alone

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sparsify.formats import CSR, check_csr, csr_to_dense, dense_to_csr
 from sparsify.kernels import FORMS, linear, pack, supports, unpack
+from sparsify.layers.bare import bare_linear
 from sparsify.layers.sparse_linear import SparseLinear
 from sparsify.layers.weight_view import WeightView
 
@@ -60,10 +61,8 @@ class CSRLinear(nn.Module):
     def to_sparse(self) -> SparseLinear:
         """Unpack into a SparseLinear that can be trained again; the bias is shared, an activation left out."""
         weight, mask = csr_to_dense(self.csr, self.shape)
-        plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        plain.weight = nn.Parameter(weight)
-        plain.register_parameter("bias", self.bias)
-        return SparseLinear.from_linear(plain, mask).train(self.training)
+        linear = bare_linear(nn.Linear, nn.Parameter(weight), self.bias)
+        return SparseLinear.from_linear(linear, mask).train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer to (..., in_features); returns (..., out_features)."""

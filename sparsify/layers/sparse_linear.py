@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparsify.layers.bare import bare_linear
 from sparsify.masks import make_masks
-from sparsify.methods import Method
+from sparsify.methods import Method, resolve_method, takes_seed
 
 
 class SparseLinear(nn.Linear):
@@ -44,18 +46,20 @@ class SparseLinear(nn.Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.register_buffer("mask", torch.ones_like(self.weight, dtype=torch.bool))
-        if sparsity != 0 or not self.weight.is_meta:  # `from_linear` asks for an empty layer on the meta device
-            self.sparse_update(sparsity, method=method, pattern=pattern, seed=seed)
+        self.sparse_update(sparsity, method=method, pattern=pattern, seed=seed)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, mask: Tensor | None = None) -> SparseLinear:
         """Make a layer that shares the Linear's Parameters; everything is kept, or what `mask` says.
 
-        What a mask removes is set to zero in the shared weight.
+        What a mask removes is set to zero in the shared weight. Raises ValueError if the weight is no Parameter.
         """
-        layer = cls(linear.in_features, linear.out_features, 0.0, bias=False, device="meta")
-        layer.weight, layer.bias = linear.weight, linear.bias
-        layer.mask = torch.ones_like(linear.weight, dtype=torch.bool)
+        if "weight" not in linear._parameters:
+            raise ValueError("its weight is computed, not a Parameter; sparsify.convert takes over what can be")
+        if mask is None and isinstance(linear, SparseLinear):
+            mask = linear.mask
+        layer = bare_linear(cls, linear.weight, linear.bias)
+        layer.register_buffer("mask", torch.ones_like(linear.weight, dtype=torch.bool))
         if mask is not None:
             layer.set_mask(mask)
         return layer.train(linear.training)
@@ -63,9 +67,7 @@ class SparseLinear(nn.Linear):
     def to_linear(self) -> nn.Linear:
         """Make a plain nn.Linear that shares the Parameters, with the masked weights set to zero."""
         self.zero_masked()
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight, linear.bias = self.weight, self.bias
-        return linear.train(self.training)
+        return bare_linear(nn.Linear, self.weight, self.bias).train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer to (..., in_features); returns (..., out_features)."""
@@ -95,12 +97,13 @@ class SparseLinear(nn.Linear):
         """Move the mask to a new absolute sparsity, now: at any point of training.
 
         A higher sparsity removes the lowest of the kept weights; a lower one gives masked weights back, which start at
-        zero.
+        zero. Without a seed, a method that draws random numbers takes one from torch's generator, as initial weights
+        do.
         """
-        masks = make_masks(
-            {"weight": self.weight}, sparsity, masks={"weight": self.mask}, method=method, pattern=pattern, seed=seed
-        )
-        self.set_mask(masks["weight"])
+        if seed is None and takes_seed(resolve_method(method)):
+            seed = int(torch.randint(2**62, (), device="cpu"))
+        weights, masks = {"": self.weight}, {"": self.mask}
+        self.set_mask(make_masks(weights, sparsity, masks=masks, method=method, pattern=pattern, seed=seed)[""])
 
     def set_mask(self, mask: Tensor) -> None:
         """Use this bool mask, (out_features, in_features), True = kept, and zero what it removes."""
@@ -108,8 +111,9 @@ class SparseLinear(nn.Linear):
             raise ValueError(
                 f"a mask must be bool of shape {tuple(self.weight.shape)}, got {mask.dtype} {tuple(mask.shape)}"
             )
+        with torch.no_grad():
+            self.weight.masked_fill_(~mask.to(self.weight.device), 0)
         self.mask = mask.to(self.weight.device, copy=True)
-        self.zero_masked()
 
     @torch.no_grad()
     def zero_masked(self) -> None:
@@ -138,9 +142,23 @@ class SparseLinear(nn.Linear):
         sparsity = "" if self.mask.is_meta else f", sparsity={self.sparsity:.4g}"
         return super().extra_repr() + sparsity
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
+        """Move or convert as any module does; the mask stays bool, and is all True where it had no data before."""
+        was_meta = self.mask.is_meta
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if was_meta and not self.mask.is_meta:
+            self.mask = torch.ones_like(self.mask, dtype=torch.bool)
+        elif self.mask.dtype != torch.bool:
+            self.mask = self.mask.bool()
+        return self
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load a state_dict with a mask, or a dense one: then the present mask stays."""
         missing_keys: list[str] = args[2]
+        mask = state_dict.get(prefix + "mask")
+        if isinstance(mask, Tensor) and mask.dtype != torch.bool:
+            args[4].append(f"{prefix}mask must be bool, got {mask.dtype}")
+            return
         super()._load_from_state_dict(state_dict, prefix, *args)
         if prefix + "mask" in missing_keys and prefix + "weight" in state_dict:
             missing_keys.remove(prefix + "mask")

@@ -1,8 +1,8 @@
 """WeightView: what `CSRLinear.weight` gives to code that wants a Linear's weight.
 
-Much code looks at a weight's dtype or device, and some calls F.linear(x, layer.weight, layer.bias) instead of the layer (the
-windowed attention of torchvision's Swin, for one). The view answers the first without unpacking anything, runs the second
-on the layer's own kernel, and for everything else becomes the dense weight it stands for.
+Much code looks at a weight's dtype or device, and some calls F.linear(x, layer.weight, layer.bias) instead of the
+layer (the windowed attention of torchvision's Swin, for one). The view answers the first without unpacking anything,
+runs the second on the layer's own kernel, and for everything else becomes the dense weight it stands for.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ _CHEAP = {
 class WeightView(Tensor):
     """A weight (out_features, in_features) that is not in memory; see this file's docstring."""
 
-    multiply: Callable[[Tensor, Tensor | None], Tensor]
+    run_sparse: Callable[[Tensor, Tensor | None], Tensor]
     unpack: Callable[[], Tensor]
 
     @staticmethod
     def make(
         values: Tensor,
         shape: tuple[int, int],
-        multiply: Callable[[Tensor, Tensor | None], Tensor],
+        run_sparse: Callable[[Tensor, Tensor | None], Tensor],
         unpack: Callable[[], Tensor],
     ) -> WeightView:
-        """Make a view of a weight of the dtype and device of `values`: multiply(x, bias) uses it, unpack() is it."""
+        """Make a view of a weight of the dtype and device of `values`: run_sparse(x, bias) uses it, unpack() is it."""
         view: WeightView = Tensor._make_wrapper_subclass(WeightView, shape, dtype=values.dtype, device=values.device)
-        view.multiply, view.unpack = multiply, unpack
+        view.run_sparse, view.unpack = run_sparse, unpack
         return view
 
     @classmethod
@@ -49,7 +49,7 @@ class WeightView(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Answer, multiply, or unpack."""
+        """Answer, run sparse, or unpack."""
         kwargs = dict(kwargs or {})
         if func in _CHEAP:
             with torch._C.DisableTorchFunctionSubclass():
@@ -57,12 +57,12 @@ class WeightView(Tensor):
         if func is F.linear:
             named = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
             if isinstance(named["weight"], WeightView) and not isinstance(named["input"], WeightView):
-                return named["weight"].multiply(named["input"], named.get("bias"))
+                return named["weight"].run_sparse(named["input"], named.get("bias"))
         dense_args, dense_kwargs = tree_map_only(WeightView, lambda view: view.unpack(), (args, kwargs))
         return func(*dense_args, **dense_kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Callable[..., Any],
         types: Sequence[type],

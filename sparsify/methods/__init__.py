@@ -47,11 +47,13 @@ def score(name: str, weight: Tensor, method: str | Method, seed: int | None = No
     """
     chosen = resolve_method(method)
     label = method if isinstance(method, str) else getattr(method, "__name__", repr(method))
+    where = f"{name}: " if name else ""
     if weight.is_meta:
-        raise ValueError(f"{name}: the weight is on the meta device and has no data; load the model's weights first")
+        raise ValueError(f"{where}the weight is on the meta device and has no data; load the model's weights first")
     if not torch.isfinite(weight).all():
         raise ValueError(
-            f"{name}: the weight holds NaN or Inf; mend it, or leave the layer out with exclude=[{name!r}]"
+            f"{where}the weight holds NaN or Inf; mend it"
+            + (f", or leave the layer out with exclude=[{name!r}]" if name else "")
         )
     if takes_seed(chosen):
         scores = chosen(weight.detach(), seed=_mix(seed or 0, name))
@@ -61,11 +63,11 @@ def score(name: str, weight: Tensor, method: str | Method, seed: int | None = No
         scores = chosen(weight.detach())
     if scores.shape != weight.shape or not scores.is_floating_point():
         raise ValueError(
-            f"{name}: method {label!r} must return floating scores of shape {tuple(weight.shape)}, "
+            f"{where}method {label!r} must return floating scores of shape {tuple(weight.shape)}, "
             f"got {scores.dtype} {tuple(scores.shape)}"
         )
     if not torch.isfinite(scores).all():
-        raise ValueError(f"{name}: method {label!r} returned a score that is NaN or Inf")
+        raise ValueError(f"{where}method {label!r} returned a score that is NaN or Inf")
     return scores
 
 
