@@ -6,7 +6,7 @@ import json
 import bench as script
 import pytest
 import torch
-from benchmarks import bars, kernels, layers, load, page, peers, record, tables, weights
+from benchmarks import bars, kernels, layers, load, models, page, peers, record, tables, weights
 from benchmarks.cases import GRIDS, Grid
 from torch import nn
 
@@ -140,6 +140,19 @@ def test_load_end_to_end(monkeypatch):
     assert [r["busy"] for r in result["rows"]] == [False, False, True, True]
     assert all(r["p99_us"] >= r["median_us"] for r in result["rows"])
     assert len(next(iter(tables.tables(result).values()))) == 3
+
+
+@needs_native
+def test_models_end_to_end(monkeypatch):
+    tiny = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 64)).eval()
+    monkeypatch.setattr(models, "_build", lambda name: tiny)
+    result = run_record("models", models.bench_models({"vit_b_16": (1, 2)}, (0.5, 0.9), rounds=1))
+    n_dense = 2 + ("torch int8" not in peers.absent())
+    assert [(r["batch"], r["tokens"]) for r in result["rows"]] == [(1, 1)] * (n_dense + 2) + [(2, 2)] * (n_dense + 2)
+    assert all(sum(r["forms"].values()) == 1 for r in result["rows"] if r["candidate"] == layers.OURS)
+    (table,) = tables.tables(result).values()
+    assert table[1][2:5] == ["torch fp32", table[1][3], "1.00x"]
+    assert "(1.8)" in table[n_dense + 2][4]  # the bar of vit_b_16 at 90%
 
 
 def test_every_grid_is_more_than_its_quick_one():
