@@ -1,4 +1,4 @@
-"""The command line: sparsify compress | inspect | plan | doctor | schema.
+"""The command line: sparsify compress | inspect | plan | bench | doctor | schema.
 
 Exit codes: 0 done; 2 wrong arguments, model or weights; 3 a recipe that cannot be followed; 4 an invalid checkpoint;
 5 a file that cannot be opened or written.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import sys
@@ -16,12 +17,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 from tqdm import tqdm
 
 import sparsify
+from sparsify.bench import bench
 from sparsify.errors import CheckpointError, LeftDenseWarning, RecipeError
 from sparsify.export import FORMATS
+from sparsify.inputs import check_inputs, make_inputs
 from sparsify.machine import doctor
 from sparsify.methods import METHODS
 from sparsify.models import build_model, load_weights
@@ -127,6 +131,31 @@ def plan_recipe(arguments: argparse.Namespace) -> None:
     print(f"{len(layers)} layers: {n_bytes:,} bytes in the file, {share:.3f} of dense {dense_bytes:,}")
 
 
+def bench_model(arguments: argparse.Namespace) -> None:
+    """Time the dense model and its pruned and exported copy, in turns."""
+    if not 0 <= arguments.sparsity <= 1:
+        raise ValueError(f"--sparsity must be between 0 and 1, got {arguments.sparsity}")
+    if arguments.threads is not None:
+        if arguments.threads < 1:
+            raise ValueError(f"--threads must be at least 1, got {arguments.threads}")
+        torch.set_num_threads(arguments.threads)
+    model = _model_of(arguments)
+    inputs = make_inputs(
+        model,
+        arguments.model,
+        batch=arguments.batch,
+        seq=arguments.seq,
+        shape=arguments.shape,
+        function=arguments.inputs,
+    )
+    check_inputs(model, arguments.model, inputs)
+    result = bench(model, inputs, arguments.sparsity)
+    if arguments.json:
+        _print_json({**dataclasses.asdict(result), "speedup": result.speedup})
+        return
+    print(result)
+
+
 def schema(arguments: argparse.Namespace) -> None:
     """Print the JSON schema of recipes, for editors."""
     _print_json(Recipe.model_json_schema())
@@ -151,9 +180,11 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    def model_arguments(sub: argparse.ArgumentParser) -> None:
+    def model_arguments(sub: argparse.ArgumentParser, *, recipe: bool = True) -> None:
         sub.add_argument("--model", required=True, metavar="MODEL", help=_MODEL_HELP)
         sub.add_argument("--weights", metavar="FILE", help=".safetensors, or .pt opened with weights_only")
+        if not recipe:
+            return
         sub.add_argument(
             "--set", action="append", default=[], metavar="NAME=VALUE", help="override a variable of the recipe"
         )
@@ -180,6 +211,16 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("plan", plan_recipe, "Show what a recipe would do to a model, and do nothing.")
     sub.add_argument("recipe", metavar="RECIPE")
     model_arguments(sub)
+    sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+    sub = command("bench", bench_model, "Time a model here, dense against pruned and exported, whole and by layer.")
+    model_arguments(sub, recipe=False)
+    sub.add_argument("--sparsity", type=float, default=0.9, help="of every Linear, by magnitude (default: 0.9)")
+    sub.add_argument("--batch", type=int, metavar="B", help="inputs at once (default: 1)")
+    sub.add_argument("--seq", type=int, metavar="L", help="token ids per input (default for hf: 128)")
+    sub.add_argument("--shape", type=_shape, metavar="C,H,W", help="of one input (default for torchvision: 3,224,224)")
+    sub.add_argument("--inputs", metavar="MODULE:FUNCTION", help="a function that returns the model's arguments")
+    sub.add_argument("--threads", type=int, metavar="N", help="default: torch's")
     sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     sub = command("doctor", run_doctor, "Say what this machine has for sparse layers, and what is missing.")
@@ -231,6 +272,13 @@ def _model_of(arguments: argparse.Namespace) -> Any:
     if arguments.weights:
         load_weights(model, arguments.weights)
     return model
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no shape; write 3,224,224") from None
 
 
 def _variables(settings: Sequence[str]) -> dict[str, Any]:

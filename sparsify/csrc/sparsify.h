@@ -80,6 +80,14 @@ SPARSIFY_DECLARE_FORM(panel)
 SPARSIFY_DECLARE_FORM(bitmask)
 SPARSIFY_DECLARE_FORM(gather)
 
+/* ---- roofs ------------------------------------------------------------------------------------------------------
+ * What the machine can do at most with the instruction set in use, measured for `seconds` on n_threads threads at once;
+ * negative on error. For benchmarks: not to be called after fork. A read goes over `bytes` bytes again and again, each
+ * thread over its own part: well beyond the last-level cache it is the bandwidth of memory.
+ */
+SPARSIFY_API double sparsify_measure_fma_gflops(double seconds, int n_threads);
+SPARSIFY_API double sparsify_measure_read_gbs(double seconds, int n_threads, int64_t bytes);
+
 #ifdef __cplusplus
 }
 #endif

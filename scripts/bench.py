@@ -1,0 +1,131 @@
+"""Measure sparsify against every other way to multiply here, and write docs/results.md from the figures.
+
+    scripts/bench.py layers --json docs/results/layers.json     CSRLinear against dense and sparse peers
+    scripts/bench.py kernels --json docs/results/kernels.json   kernels alone against the peak of the machine
+    scripts/bench.py models --json docs/results/models.json     whole models
+    scripts/bench.py load --json docs/results/load.json         latency beside a busy process
+    scripts/bench.py report docs/results/*.json                 docs/results.md and docs/results.svg
+
+--quick takes a minute or less and shows that all works. Peers that are not installed are named and left out: pip
+install 'sparsify-torch[bench]'. Leave the machine alone meanwhile. For your own model: sparsify bench --model ...
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks import cases, kernels, layers, load, models, page, picture, record, tables
+
+from sparsify.report import table
+from sparsify.timing import Watch, disturbance
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+MODEL_ROUNDS, QUICK_MODEL_ROUNDS = 9, 3
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one benchmark, or write the page."""
+    argv = sys.argv[1:] if argv is None else argv
+    options = _parser().parse_args(argv)
+    try:
+        if options.benchmark == "report":
+            report(options.files, options.out)
+        else:
+            run(options, argv)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"scripts/bench.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(options: argparse.Namespace, argv: Sequence[str]) -> None:
+    """Measure, print the tables, write the JSON."""
+    if options.json and not options.json.resolve().parent.is_dir():
+        raise FileNotFoundError(f"--json {options.json}: there is no folder {options.json.resolve().parent}")
+    torch.set_num_threads(options.threads)
+    result, watch = record.describe(options.benchmark, argv), Watch()
+    for peer, why in result["absent"].items():
+        print(f"left out: {peer}: {why}", file=sys.stderr)
+    if options.benchmark == "kernels":
+        before = kernels.measure_roofs()
+    result["rows"] = _measure(options)
+    if options.benchmark == "kernels":  # the machine may have been disturbed once
+        result["roofs"] = {name: max(value, before[name]) for name, value in kernels.measure_roofs().items()}
+    result["machine"]["others_cores"] = watch.others_cores()
+    for title, lines in tables.tables(result).items():
+        print(f"\n{title}\n\n{table(lines)}")
+    print(f"\n{result['machine']['name']}; {tables.spread(result)}; {disturbance(result['machine']['others_cores'])}")
+    if options.json:
+        record.write(result, options.json)
+
+
+def report(files: Sequence[Path], out: Path) -> None:
+    """Write the page, and beside it the picture if there is a layer benchmark among the files."""
+    records = [record.read(file) for file in files]
+    drawn = None
+    for one in records:
+        if one["benchmark"] == "layers":
+            drawn = out.with_suffix(".svg")
+            picture.draw(one, drawn)
+    out.write_text(page.page(records, drawn.name if drawn else None))
+    print(f"{out}{f' and {drawn}' if drawn else ''}")
+
+
+def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    if options.benchmark == "models":
+        chosen = models.QUICK if options.quick else models.MODELS
+        if options.models:
+            chosen = {name: models.MODELS[name][: 1 if options.quick else None] for name in options.models}
+        rounds = options.rounds or (QUICK_MODEL_ROUNDS if options.quick else MODEL_ROUNDS)
+        return list(models.bench_models(chosen, tuple(options.sparsity or models.SPARSITIES), rounds))
+    grid = cases.GRIDS[options.benchmark][options.quick]
+    wanted: dict[str, Any] = {
+        "shapes": options.shapes,
+        "tokens": options.tokens,
+        "sparsities": options.sparsity,
+        "large": options.large,
+    }
+    changes: dict[str, Any] = {key: tuple(values) for key, values in wanted.items() if values is not None}
+    if options.rounds:
+        changes["rounds"] = options.rounds
+    grid = dataclasses.replace(grid, **changes)
+    runs = {"kernels": kernels.run, "layers": layers.run, "load": load.run}
+    return list(runs[options.benchmark](grid))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, dest="benchmark", metavar="kernels|layers|models|load|report")
+    for name in ("kernels", "layers", "models", "load"):
+        sub = commands.add_parser(name)
+        sub.add_argument("--quick", action="store_true", help="a few cells, few rounds")
+        sub.add_argument("--json", type=Path, metavar="FILE", help="write every measurement there")
+        sub.add_argument("--sparsity", type=float, nargs="+", metavar="S")
+        sub.add_argument("--rounds", type=int, metavar="N", help="times each candidate is measured")
+        sub.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores, %(default)s")
+        if name == "models":
+            sub.add_argument("--models", nargs="+", choices=models.MODELS, metavar="NAME", help=" ".join(models.MODELS))
+            continue
+        sub.add_argument("--tokens", type=int, nargs="+", metavar="N")
+        sub.add_argument("--shapes", type=_shape, nargs="+", metavar="OUTxIN")
+        sub.add_argument("--large", type=_shape, nargs="*", metavar="OUTxIN", help="weights in rotation, for one token")
+    sub = commands.add_parser("report")
+    sub.add_argument("files", type=Path, nargs="+", metavar="FILE", help="what --json wrote")
+    sub.add_argument("--out", type=Path, default=DOCS / "results.md", help="default: docs/results.md")
+    return parser
+
+
+def _shape(text: str) -> cases.Shape:
+    out, _, in_ = text.partition("x")
+    if not (out.isdigit() and in_.isdigit() and int(out) and int(in_)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no shape; write OUTxIN, as 768x3072")
+    return int(out), int(in_)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

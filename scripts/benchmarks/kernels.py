@@ -1,0 +1,67 @@
+"""Kernels alone: useful multiply-adds against the measured peak, and at one token bytes against the bandwidth."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import peers, record, weights
+from benchmarks.cases import Grid, Shape
+from sparsify.formats import dense_to_csr
+from sparsify.kernels import native, roofs
+from sparsify.timing import Call, measure
+
+
+def measure_roofs() -> dict[str, float]:
+    """Measure the multiply-add peak and the bandwidth of memory, on torch's threads."""
+    n_bytes = weights.TIMES_LLC * record.llc_bytes()
+    return {"fma_gflops": round(roofs.fma_gflops(), 1), "read_gbs": round(roofs.read_gbs(n_bytes), 1)}
+
+
+@torch.inference_mode()
+def run(grid: Grid) -> Iterator[dict[str, Any]]:
+    """Yield a row for each form, shape, number of tokens and sparsity, into a preallocated output.
+
+    `gflops` counts kept weights only. `gbs` counts the bytes of the packed weight; large weights meet one token, in
+    rotation, so that each comes from memory.
+    """
+    cells: list[tuple[Shape, int, int | None]] = [(shape, tokens, 1) for shape in grid.shapes for tokens in grid.tokens]
+    cells += [(shape, 1, None) for shape in grid.large]
+    for shape, tokens, copies in tqdm(cells, desc="kernels"):
+        for sparsity in grid.sparsities:
+            yield from _run_cell(shape, tokens, sparsity, copies, grid.rounds)
+
+
+def _run_cell(shape: Shape, tokens: int, sparsity: float, copies: int | None, rounds: int) -> Iterator[dict[str, Any]]:
+    layer = weights.pruned_layer(shape, sparsity)
+    weight, bias = weights.dense_tensors(layer)
+    csr = dense_to_csr(weight, layer.mask)
+    x = weights.inputs(shape, tokens)
+    right = x.double() @ weight.double().t() + bias.double()
+    out = torch.empty(tokens, shape[0])
+
+    def call(form: str, index: torch.Tensor, values: torch.Tensor) -> Call:
+        return lambda: native.linear(form, x, index, values, bias, shape, 0, out)
+
+    calls: dict[str, list[Call]] = {}
+    n_bytes: dict[str, int] = {}
+    for form in native.FORMS:
+        index, values = native.pack(form, *csr, shape)
+        n_bytes[form] = index.numel() + values.numel() * values.element_size()
+        n = copies or weights.n_copies(n_bytes[form])
+        calls[form] = [call(form, index.clone(), values.clone()) for _ in range(n)]
+        out.fill_(torch.nan)
+        peers.check(form, calls[form][0](), right)
+    nnz = csr.values.numel()
+    for form, timing in measure(calls, rounds=rounds).items():
+        yield record.row(
+            form,
+            timing,
+            shape=list(shape),
+            tokens=tokens,
+            sparsity=sparsity,
+            copies=len(calls[form]),
+            gflops=round(2e-9 * nnz * tokens / timing.median_s, 1),
+            gbs=round(1e-9 * n_bytes[form] / timing.median_s, 1),
+        )

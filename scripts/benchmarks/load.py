@@ -1,0 +1,81 @@
+"""How steady latency is: a layer's 99th percentile while another process keeps one core busy, its median without."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import sparsify
+from benchmarks import record, weights
+from benchmarks.cases import Grid
+from benchmarks.layers import OURS
+from sparsify.timing import Timing, settle
+
+N_CALLS, LONGEST_S = 2000, 4.0
+_BUSY = """
+import os, sys
+os.sched_setaffinity(0, [max(os.sched_getaffinity(0))])
+parent = os.getppid()
+print("busy", flush=True)
+while os.getppid() == parent:
+    sum(range(10000))
+"""
+
+
+@torch.inference_mode()
+def run(grid: Grid) -> Iterator[dict[str, Any]]:
+    """Yield a row for each layer without the busy process and one with it; `p99_us` is over single calls."""
+    cells = [(shape, tokens, s) for shape in grid.shapes for tokens in grid.tokens for s in grid.sparsities]
+    for shape, tokens, sparsity in tqdm(cells, desc="load"):
+        layer = weights.pruned_layer(shape, sparsity)
+        x = weights.inputs(shape, tokens)
+        candidates: dict[str, nn.Module] = {
+            "torch fp32": sparsify.export(layer, format="dense"),
+            OURS: sparsify.export(layer, tokens=tokens),
+        }
+        for busy in (False, True):
+            other = _start_busy_process() if busy else None
+            try:
+                for name, module in candidates.items():
+                    times_s = _single_calls(module, x)
+                    yield record.row(
+                        name,
+                        Timing.of(times_s),
+                        shape=list(shape),
+                        tokens=tokens,
+                        sparsity=sparsity,
+                        busy=busy,
+                        p99_us=round(1e6 * times_s[int(0.99 * len(times_s))], 1),
+                    )
+            finally:
+                if other:
+                    other.terminate()
+                    other.communicate()
+
+
+def _start_busy_process() -> subprocess.Popen[str]:
+    process = subprocess.Popen([sys.executable, "-c", _BUSY], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    if process.stdout.readline().strip() != "busy":
+        raise RuntimeError("the busy process did not start")
+    return process
+
+
+def _single_calls(module: nn.Module, x: torch.Tensor) -> list[float]:
+    """Return the sorted seconds of each of many calls."""
+    settle()
+    for _ in range(20):
+        module(x)
+    times_s: list[float] = []
+    start = end = time.perf_counter()
+    while len(times_s) < N_CALLS and end - start < LONGEST_S:
+        begin = time.perf_counter()
+        module(x)
+        end = time.perf_counter()
+        times_s.append(end - begin)
+    return sorted(times_s)

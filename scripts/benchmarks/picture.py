@@ -1,0 +1,37 @@
+"""docs/results.svg: speed against sparsity, a line per peer, from the rows of the layer benchmark."""
+
+from pathlib import Path
+
+from benchmarks.bars import FEW, MANY, OPPONENTS, Bar, geometric_mean, ratios
+from benchmarks.layers import CACHED
+from benchmarks.tables import Record, sparsities
+
+_COLORS = ("#000000", "#4477aa", "#66ccee", "#228833", "#ccbb44", "#aa3377")
+
+
+def draw(record: Record, file: Path) -> None:
+    """Draw how many times faster than each peer a sparse layer is, few tokens left, many right."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.hashsalt": "sparsify", "svg.fonttype": "none", "font.size": 9})
+    import matplotlib.pyplot as plt
+
+    rows = record["rows"]
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    for panel, tokens in zip(panels, (FEW, MANY), strict=True):
+        panel.set_title(Bar(CACHED, tokens, "").where)
+        for against, color in zip(OPPONENTS, _COLORS, strict=True):
+            bar = Bar(CACHED, tokens, against)
+            points = [(s, [r.times for r in ratios(rows, bar, s)]) for s in sparsities(rows)]
+            line = [(100 * s, geometric_mean(times)) for s, times in points if times]
+            if line:
+                panel.plot(*zip(*line, strict=True), marker="o", markersize=3, color=color, label=against)
+        panel.axhline(1, color="#bbbbbb", linewidth=0.8)
+        panel.set_yscale("log")
+        panel.set_yticks([0.5, 1, 2, 5, 10, 20, 50], labels=["0.5", "1", "2", "5", "10", "20", "50"])
+        panel.set_xlabel("zeros, %")
+    panels[0].set_ylabel("sparsify is this many times as fast as")
+    panels[1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(file, metadata={"Date": None})
+    plt.close(figure)

@@ -1,0 +1,89 @@
+"""A benchmark's results in a file: what ran, where and when, and one row per measurement.
+
+    {"schema": 1, "benchmark": "layers", "command": ..., "date": ..., "machine": {...}, "versions": {...},
+     "absent": {peer: why}, "roofs": {...}, "rows": [
+     {"candidate": "torch fp32", "shape": [768, 768], "tokens": 1, ...,
+      "median_us": 1.0, "low_us": ..., "high_us": ..., "n": 11},
+     ...]}
+
+low_us and high_us are the quartiles of n samples.
+"""
+
+import json
+import os
+import platform
+import shlex
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import peers
+from sparsify.machine import machine_name
+from sparsify.timing import Timing
+
+SCHEMA = 1
+HEADER = ("schema", "benchmark", "command", "date", "machine", "versions", "absent", "roofs", "rows")
+TIMES = ("median_us", "low_us", "high_us", "n")
+
+_PACKAGES = ("sparsify-torch", "torch", "torchvision", "transformers", "onnxruntime", "openvino")
+_DEFAULT_LLC_BYTES = 32 << 20
+
+
+def describe(benchmark: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """Return everything of a record but its roofs and rows."""
+    return {
+        "schema": SCHEMA,
+        "benchmark": benchmark,
+        "command": shlex.join(["scripts/bench.py", *arguments]),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": {
+            "name": machine_name(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "last_level_cache_bytes": llc_bytes(),
+        },
+        "versions": {"python": platform.python_version()} | {p: v for p in _PACKAGES if (v := peers.version(p))},
+        "absent": peers.absent(),
+        "roofs": {},
+        "rows": [],
+    }
+
+
+def row(candidate: str, timing: Timing, **facts: Any) -> dict[str, Any]:
+    """Make one row; times become microseconds with four digits."""
+    times = (_digits(timing.median_s * 1e6), _digits(timing.low_s * 1e6), _digits(timing.high_s * 1e6), timing.n)
+    return {"candidate": candidate, **facts, **dict(zip(TIMES, times, strict=True))}
+
+
+def write(record: dict[str, Any], path: Path) -> None:
+    """Write a record with one row a line, so that two of them can be compared with diff."""
+    head = json.dumps({key: record[key] for key in HEADER if key != "rows"}, indent=1)
+    rows = ",\n".join(json.dumps(r) for r in record["rows"])
+    path.write_text(f'{head[:-2]},\n "rows": [\n{rows}\n]}}\n')
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a record. Raises ValueError if the file is none, or of another version."""
+    try:
+        record = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA or set(record) != set(HEADER):
+        raise ValueError(f"{path}: not a result of scripts/bench.py, schema {SCHEMA}; run the benchmark again")
+    return record
+
+
+def llc_bytes() -> int:
+    """Return the size of the last-level cache, 32 MiB where the system does not tell."""
+    sizes = [_DEFAULT_LLC_BYTES]
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = file.read_text().strip()
+        sizes.append(int(text[:-1]) << {"K": 10, "M": 20, "G": 30}[text[-1]])
+    return max(sizes[1:], default=sizes[0])
+
+
+def _digits(value: float) -> float:
+    return float(f"{value:.4g}")

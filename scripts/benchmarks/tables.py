@@ -1,0 +1,162 @@
+"""The tables of each benchmark, as rows of cells: for the terminal and for docs/results.md alike."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.bars import (
+    KERNEL_BARS,
+    LAYER_BARS,
+    LOAD_BAR,
+    MODEL_BARS,
+    Row,
+    against_bar,
+    best_by,
+    geometric_mean,
+    ratios,
+)
+from benchmarks.layers import BEYOND_CACHE, CACHED, OURS
+from benchmarks.peers import DENSE, SPARSE
+
+Record = dict[str, Any]
+Table = list[list[str]]
+
+
+def tables(record: Record) -> dict[str, Table]:
+    """Return the tables of a record, title -> rows; the first row is the head."""
+    by_benchmark = {"kernels": _kernels, "layers": _layers, "models": _models, "load": _load}
+    return by_benchmark[record["benchmark"]](record)
+
+
+def spread(record: Record) -> str:
+    """Say how far the samples scatter: half the distance of the quartiles, as a share of the median."""
+    shares = sorted((r["high_us"] - r["low_us"]) / 2 / r["median_us"] for r in record["rows"])
+    middle, worst = shares[len(shares) // 2], shares[-1]
+    return f"half of a candidate's samples lie within ±{middle:.1%} of its median (worst: ±{worst:.1%})"
+
+
+def losses(record: Record) -> list[str]:
+    """List, per opponent and sparsity, the cells in which a sparse layer is slower than a dense one."""
+    lines = []
+    for bar in LAYER_BARS:
+        if bar.against == "torch fp32":
+            continue
+        for sparsity in sparsities(record["rows"]):
+            cells = ratios(record["rows"], bar, sparsity)
+            lost = sorted((r for r in cells if r.times < 1), key=lambda r: r.times)
+            if lost:
+                lines.append(
+                    f"{bar.where}, {sparsity:.0%}: slower than {bar.against} in {len(lost)} of {len(cells)} cells, "
+                    f"worst {lost[0]}"
+                )
+    return lines
+
+
+def sparsities(rows: Sequence[Row]) -> list[float]:
+    """Return the sparsities measured, rising."""
+    return sorted({row["sparsity"] for row in rows if row["sparsity"] is not None})
+
+
+def _layers(record: Record) -> dict[str, Table]:
+    rows = record["rows"]
+    percent = [f"{s:.0%}" for s in sparsities(rows)]
+    summary = [["cells", "against", *percent]]
+    for bar in LAYER_BARS:
+        cells = [ratios(rows, bar, s) for s in sparsities(rows)]
+        if not any(cells):
+            continue
+        means = [
+            against_bar(geometric_mean([r.times for r in c]), bar.needs.get(s)) if c else "-"
+            for c, s in zip(cells, sparsities(rows), strict=True)
+        ]
+        summary.append([bar.where, bar.against, *means])
+    result = {"Times as fast as (bar), geometric means; * falls short": summary}
+    dense = [name for name in DENSE if any(r["candidate"] == name for r in rows)]
+    for group, note in ((CACHED, ""), (BEYOND_CACHE, ", in rotation, more than the last-level cache holds")):
+        for shape in dict.fromkeys(tuple(r["shape"]) for r in rows if r["group"] == group):
+            own = [r for r in rows if r["group"] == group and tuple(r["shape"]) == shape]
+            result[f"{shape[0]}x{shape[1]}{note}: median microseconds"] = _times(own, dense, percent)
+    return result
+
+
+def _times(rows: Sequence[Row], dense: Sequence[str], percent: Sequence[str]) -> Table:
+    columns: list[tuple[str, float | None]] = [(name, None) for name in dense]
+    found = sparsities(rows)
+    columns += [(name, s) for name in SPARSE for s in (found[0], found[-1])]
+    columns += [(OURS, s) for s in found]
+    head = ["tokens", *(name if s is None else f"{name} {s:.0%}" for name, s in columns)]
+    lines = [head]
+    for tokens in dict.fromkeys(r["tokens"] for r in rows):
+        cells = {(r["candidate"], r["sparsity"]): r for r in rows if r["tokens"] == tokens}
+        lines.append([str(tokens), *(_time(cells.get(column)) for column in columns)])
+    return lines
+
+
+def _time(row: Row | None) -> str:
+    if row is None:
+        return "-"
+    time = f"{row['median_us']:.0f}" if row["median_us"] >= 100 else f"{row['median_us']:.3g}"
+    return f"{time} {row['form']}" if row.get("form") else time
+
+
+def _kernels(record: Record) -> dict[str, Table]:
+    rows, (peak, bandwidth) = record["rows"], (record["roofs"]["fma_gflops"], record["roofs"]["read_gbs"])
+    many = [["weight", "tokens", "sparsity", "form", "us", "useful GFLOP/s", "of the peak (bar)"]]
+    for r in best_by((r for r in rows if r["tokens"] > 1), "shape", "tokens", "sparsity", largest="gflops"):
+        share = against_bar(r["gflops"] / peak, KERNEL_BARS.get(r["sparsity"])).replace("x", "", 1)
+        many.append([*_where(r), r["candidate"], _time(r), f"{r['gflops']:.0f}", share])
+    one = [["weight", "tokens", "sparsity", "form", "us", "GB/s of packed weight", "of the bandwidth"]]
+    for r in (r for r in rows if r["tokens"] == 1):
+        one.append([*_where(r), r["candidate"], _time(r), f"{r['gbs']:.1f}", f"{r['gbs'] / bandwidth:.2f}"])
+    result = {f"Fastest form; the multiply-add peak is {peak:.0f} GFLOP/s": many}
+    if len(one) > 1:
+        result[f"One token, weights from memory, which gives {bandwidth:.0f} GB/s"] = one
+    return result
+
+
+def _where(row: Row) -> list[str]:
+    return [f"{row['shape'][0]}x{row['shape'][1]}", str(row["tokens"]), f"{row['sparsity']:.0%}"]
+
+
+def _models(record: Record) -> dict[str, Table]:
+    rows = record["rows"]
+    lines = [["model", "batch", "candidate", "ms", "times torch fp32 (bar)", "layers by form"]]
+    for r in rows:
+        dense = next(
+            d for d in rows if d["candidate"] == "torch fp32" and (d["model"], d["batch"]) == (r["model"], r["batch"])
+        )
+        name = r["candidate"] if r["sparsity"] is None else f"{r['candidate']} {r['sparsity']:.0%}"
+        bar = MODEL_BARS.get((r["model"], r["sparsity"]))
+        times = against_bar(dense["median_us"] / r["median_us"], bar)
+        forms = ", ".join(f"{n} {form}" for form, n in r.get("forms", {}).items())
+        lines.append([r["model"], str(r["batch"]), name, f"{r['median_us'] / 1e3:.1f}", times, forms or "-"])
+    return {"Whole models; * falls short": lines}
+
+
+def _load(record: Record) -> dict[str, Table]:
+    lines = [
+        [
+            "weight",
+            "tokens",
+            "sparsity",
+            "layer",
+            "median us",
+            "p99 us",
+            "busy: median us",
+            "busy: p99 us",
+            "p99 over (bar)",
+        ]
+    ]
+    quiet = {_load_key(r): r for r in record["rows"] if not r["busy"]}
+    for r in (r for r in record["rows"] if r["busy"]):
+        q = quiet[_load_key(r)]
+        ratio = against_bar(r["p99_us"] / q["median_us"], LOAD_BAR if r["candidate"] == OURS else None, at_most=True)
+        lines.append(
+            [*_where(r), r["candidate"], _time(q), f"{q['p99_us']:.0f}", _time(r), f"{r['p99_us']:.0f}", ratio]
+        )
+    return {
+        "Single calls, alone and beside a process that keeps one core busy; last: busy p99 over quiet median": lines
+    }
+
+
+def _load_key(row: Row) -> tuple[str, ...]:
+    return (*_where(row), row["candidate"])

@@ -1,0 +1,38 @@
+"""The weights and inputs that layers and kernels are measured with, and copies of them that no cache can hold."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+import sparsify
+from benchmarks.cases import Shape
+from benchmarks.record import llc_bytes
+
+#: Layers called in rotation hold this many times the last-level cache together: each finds it without its weights.
+TIMES_LLC = 4
+
+
+def pruned_layer(shape: Shape, sparsity: float) -> sparsify.SparseLinear:
+    """Make a layer with random weights of which exactly `sparsity` are zero, always the same."""
+    torch.manual_seed(0)
+    out, in_ = shape
+    layer = sparsify.convert(nn.Linear(in_, out).eval())
+    assert isinstance(layer, sparsify.SparseLinear)
+    return sparsify.prune(layer, sparsity, method="random", seed=0)
+
+
+def dense_tensors(layer: sparsify.SparseLinear) -> tuple[Tensor, Tensor]:
+    """Return weight (with its zeros) and bias."""
+    assert layer.bias is not None
+    return layer.masked_weight().detach(), layer.bias.detach()
+
+
+def inputs(shape: Shape, tokens: int) -> Tensor:
+    """Make the same random input (tokens, in) every time."""
+    return torch.randn(tokens, shape[1], generator=torch.Generator().manual_seed(1))
+
+
+def n_copies(weight_bytes: int) -> int:
+    """Return how many layers of this size have to be called in rotation to find the cache cold."""
+    return math.ceil(TIMES_LLC * llc_bytes() / max(weight_bytes, 1))

@@ -1,0 +1,106 @@
+"""What to feed a model whose speed is to be measured: guessed from its kind, or made by the user's own function."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+#: Positional arguments of the model's forward, or keyword arguments.
+Inputs = tuple[Any, ...] | dict[str, Any]
+
+IMAGE_SHAPE, TEXT_TOKENS = (3, 224, 224), 128
+
+
+def run(model: nn.Module, inputs: Inputs) -> Any:
+    """Call a model."""
+    return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+
+
+def make_inputs(
+    model: nn.Module,
+    spec: str,
+    *,
+    batch: int | None = None,
+    seq: int | None = None,
+    shape: tuple[int, ...] | None = None,
+    function: str | None = None,
+) -> Inputs:
+    """Make random inputs for the model that `spec` named: images for torchvision, token ids for hf.
+
+    batch: how many, 1 if not given. seq: token ids of this length (128 for hf if not given). shape: float32 values of
+    this shape (3x224x224 for torchvision if not given). function: "package.module:function" returns the arguments
+    instead, a tensor, a tuple, or a dict by name. Raises ValueError with the way out if there is nothing to guess from.
+
+    >>> make_inputs(nn.Linear(8, 4), "my.models:small", batch=2, shape=(8,))[0].shape
+    torch.Size([2, 8])
+    """
+    if function is not None:
+        if (batch, seq, shape) != (None, None, None):
+            raise ValueError(f"--batch, --seq and --shape have no effect beside --inputs {function}")
+        return _from_function(function)
+    if seq is not None and shape is not None:
+        raise ValueError("--seq is for token ids and --shape for other inputs; give one of them")
+    batch = 1 if batch is None else batch
+    if min(batch, 1 if seq is None else seq, *(shape or (1,))) < 1:
+        raise ValueError(f"--batch, --seq and --shape must be positive, got {batch}, {seq} and {shape}")
+    source = spec.partition(":")[0]
+    name = str(getattr(model, "main_input_name", "input_ids"))
+    if shape is None and seq is None:
+        if source == "torchvision":
+            shape = IMAGE_SHAPE
+        elif source == "hf" and name == "input_ids":
+            seq = TEXT_TOKENS
+        else:
+            raise ValueError(
+                f"model {spec!r}: its inputs cannot be guessed; give --shape (floats), --seq (token ids), or "
+                "--inputs package.module:function, a function that returns the model's arguments"
+            )
+    generator = torch.Generator().manual_seed(0)
+    if shape is not None:
+        return (torch.randn(batch, *shape, generator=generator),)
+    assert seq is not None
+    ids = torch.randint(_vocabulary(model, spec), (batch, seq), generator=generator)
+    return {name: ids} if source == "hf" else (ids,)
+
+
+def check_inputs(model: nn.Module, spec: str, inputs: Inputs) -> None:
+    """Run the model once. Raises ValueError with the way out if it does not take these inputs."""
+    try:
+        with torch.inference_mode():
+            run(model, inputs)
+    except Exception as error:  # whatever the model's own code raises
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        raise ValueError(
+            f"model {spec!r} does not run on {_describe(inputs)}: {reason}; "
+            "set --shape or --seq, or make its arguments with --inputs package.module:function"
+        ) from error
+
+
+def _from_function(path: str) -> Inputs:
+    module, _, name = path.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"--inputs {path}: {error}; write package.module:function, importable from here") from error
+    inputs = function()
+    if isinstance(inputs, Mapping):
+        return dict(inputs)
+    return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+
+
+def _vocabulary(model: nn.Module, spec: str) -> int:
+    """Return how many token ids every embedding of the model knows; which ids they are changes no time."""
+    sizes = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
+    if not sizes:
+        raise ValueError(f"model {spec!r} has no nn.Embedding, so it takes no token ids; give --shape instead of --seq")
+    return min(sizes)
+
+
+def _describe(inputs: Inputs) -> str:
+    values = inputs.values() if isinstance(inputs, dict) else inputs
+    shapes = ["x".join(map(str, v.shape)) if isinstance(v, torch.Tensor) else type(v).__name__ for v in values]
+    return f"inputs of {', '.join(shapes) or 'no arguments'}"
