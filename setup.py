@@ -24,8 +24,11 @@ from setuptools.command.build_py import build_py
 
 try:
     from setuptools.command.bdist_wheel import bdist_wheel
-except ImportError:  # setuptools before 70.1
-    from wheel.bdist_wheel import bdist_wheel
+except ImportError:  # setuptools before 70.1; pip asks for the package wheel there
+    try:
+        from wheel.bdist_wheel import bdist_wheel
+    except ImportError:
+        bdist_wheel = Command
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "sparsify" / "csrc"
