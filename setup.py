@@ -24,8 +24,11 @@ from setuptools.command.build_py import build_py
 
 try:
     from setuptools.command.bdist_wheel import bdist_wheel
-except ImportError:  # setuptools before 70.1
-    from wheel.bdist_wheel import bdist_wheel
+except ImportError:  # setuptools before 70.1; pip asks for the package wheel there
+    try:
+        from wheel.bdist_wheel import bdist_wheel
+    except ImportError:
+        bdist_wheel = Command
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "sparsify" / "csrc"
@@ -34,9 +37,7 @@ REASON = "_native.missing.txt"
 
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # g++ 12 calls the undefined registers of its own AVX-512 headers "maybe uninitialized" (GCC bug 105593).
-AVX512_FLAGS = (
-    "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi2 -mavx2 -mfma -mbmi -mbmi2 -Wno-maybe-uninitialized"
-)
+AVX512_FLAGS = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi2 -mavx2 -mfma -mbmi -mbmi2 -Wno-maybe-uninitialized -Wno-uninitialized"
 X86_FLAGS = {
     "kernels_avx512.cpp": AVX512_FLAGS.split(),
     "kernels_avx2.cpp": ["-mavx2", "-mfma", "-mbmi", "-mbmi2"],
