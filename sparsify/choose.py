@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from statistics import median
 from typing import ClassVar
 
 import torch
@@ -16,9 +14,10 @@ from sparsify.formats import CSR, dense_to_csr
 from sparsify.kernels import FORMS, linear, pack, supports
 from sparsify.layers import SparseLinear
 from sparsify.machine import machine_name
+from sparsify.timing import measure
 
-#: Rounds in which each candidate is timed once, and the time a round gives to each.
-N_ROUNDS, ROUND_S = 7, 2e-3
+#: Rounds in which each candidate is timed once, and the time each gets in a round.
+N_ROUNDS, SAMPLE_S = 7, 2e-3
 
 #: A sparse form must beat dense by this much: less is within the noise of the measurement.
 MARGIN = 0.97
@@ -91,12 +90,8 @@ class Chooser:
                 parts = pack(form, csr, shape)
                 if sum(part.numel() * part.element_size() for part in parts) < dense.numel() * dense.element_size():
                     calls[form] = _call(x, parts, form, shape, bias)
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        repeats = {name: max(1, int(ROUND_S / _time(call, 2))) for name, call in calls.items()}
-        for _ in range(N_ROUNDS):
-            for name, call in calls.items():
-                times[name].append(_time(call, repeats[name]))
-        return {name: median(t) * 1e6 for name, t in times.items()}
+        timings = measure({form: [call] for form, call in calls.items()}, rounds=N_ROUNDS, sample_s=SAMPLE_S)
+        return {form: timing.median_s * 1e6 for form, timing in timings.items()}
 
 
 def _call(
@@ -104,9 +99,3 @@ def _call(
 ) -> Callable[[], object]:
     return lambda: linear(x, parts, form, shape, bias)
 
-
-def _time(call: Callable[[], object], repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - start) / repeats

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compress(arguments: argparse.Namespace) -> None:
-    """Build a model, prune it, export it, and save it; then read the file back and compare."""
+    """Build a model, prune it, export it, and save it; then read back what the file holds."""
     recipe = _recipe_of(arguments)
     out = Path(arguments.out)
     if not out.parent.is_dir():

@@ -164,7 +164,7 @@ def copy_with(model: Model, replacements: dict[nn.Module, nn.Module]) -> Model:
     """Copy a model's structure, with some modules replaced; the memory of every other tensor is shared.
 
     The tensors themselves are new ones over that memory, so that converting the copy (`.half()`, `.to()`) leaves the
-    original alone. A replacement takes over the hooks of the module it stands for. Raises ValueError if a module
+    original alone. A replacement takes over the hooks and attributes of the module it stands for. Raises ValueError if a module
     cannot be copied.
     """
     memo: dict[int, Any] = {}
@@ -173,7 +173,7 @@ def copy_with(model: Model, replacements: dict[nn.Module, nn.Module]) -> Model:
             if isinstance(value, Tensor) and id(value) not in memo:
                 memo[id(value)] = _alias(value)
     for old, new in replacements.items():
-        new.__dict__.update(_own_state(old))
+        new.__dict__.update({**_extra(old), **new.__dict__, **_own_state(old)})
         for key, parameter in new._parameters.items():
             new._parameters[key] = memo.get(id(parameter), parameter)
         memo[id(old)] = new
@@ -199,11 +199,15 @@ def replace(model: Model, replacements: dict[nn.Module, nn.Module]) -> Model:
 
 def _become(module: nn.Module, new: nn.Module) -> None:
     """Let `module` be what `new` is, keeping its own hooks and whatever attributes a user put on it."""
-    extra = {key: value for key, value in module.__dict__.items() if key not in nn.Module().__dict__}
-    state = {**extra, **new.__dict__, **_own_state(module)}
+    state = {**_extra(module), **new.__dict__, **_own_state(module)}
     module.__dict__.clear()
     module.__dict__.update(state)
     module.__class__ = type(new)
+
+
+def _extra(module: nn.Module) -> dict[str, Any]:
+    """Return what is on a module beyond what every module has: its class's own attributes, and the user's."""
+    return {key: value for key, value in module.__dict__.items() if key not in nn.Module().__dict__}
 
 
 def _own_state(module: nn.Module) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from sparsify.formats import bitmask_bytes, csr_bytes
+from sparsify.layers import SparseLinear
 from sparsify.masks import Allocation, layer_targets, make_masks, n_removed_units
 from sparsify.patterns import parse_pattern
 from sparsify.recipe import Group, Recipe, assign_layers
@@ -71,11 +72,11 @@ def _zeros(model: nn.Module, group: Group, shapes: dict[str, tuple[int, int]], t
         sparsity = group.schedule.sparsity_at(time, group.sparsity)
     if (removed := n_removed_units(shapes, sparsity, pattern, allocation)) is None:
         weights = {name: _weight(model, name) for name in shapes}
-        full = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
+        present = {name: _mask(model, name) for name in shapes}
         masks = make_masks(
             weights,
             sparsity,
-            masks=full,
+            masks=present,
             method=group.method,
             pattern=group.pattern,
             allocation=allocation,
@@ -92,3 +93,9 @@ def _weight(model: nn.Module, name: str) -> torch.Tensor:
     weight = model.get_submodule(name).weight
     assert isinstance(weight, torch.Tensor)
     return weight.detach()
+
+
+def _mask(model: nn.Module, name: str) -> torch.Tensor:
+    """Return a layer's present mask, all True for one that is not converted yet."""
+    layer = model.get_submodule(name)
+    return layer.mask if isinstance(layer, SparseLinear) else torch.ones_like(_weight(model, name), dtype=torch.bool)

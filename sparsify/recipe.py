@@ -41,6 +41,15 @@ class Group(BaseModel):
     schedule: Schedule = Field(Schedule(), description="when; constant: at once")
     seed: int | None = Field(None, description="for methods that draw random numbers")
 
+    @field_validator("schedule", mode="before")
+    @classmethod
+    def _points_as_tuples(cls, schedule: Any) -> Any:
+        """Take the lists that YAML and JSON have for the tuples of a schedule."""
+        if isinstance(schedule, dict) and isinstance(schedule.get("points"), list):
+            points = (tuple(point) if isinstance(point, list) else point for point in schedule["points"])
+            return {**schedule, "points": tuple(points)}
+        return schedule
+
     @field_validator("sparsity")
     @classmethod
     def _fraction(cls, sparsity: float | None) -> float | None:

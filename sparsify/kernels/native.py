@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 FORMS = ("panel", "bitmask", "gather")
-ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 _PACKAGE = Path(__file__).resolve().parent.parent

@@ -122,7 +122,7 @@ def _fake_grad_packed(grad: Tensor, index: Tensor, values: Tensor, form: int, ou
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Keep the weight; with an activation also x and bias, from which the sum before it is worked out again."""
     x, *ctx.weight, bias, ctx.out, ctx.inner, ctx.activation = inputs
-    ctx.is_csr = len(ctx.weight) == 3 and isinstance(ctx.weight[2], Tensor)
+    ctx.is_csr = isinstance(ctx.weight[2], Tensor)
     ctx.save_for_backward(*((x, bias) if ctx.activation else ()))
 
 
@@ -152,6 +152,21 @@ def _activation_grad(before: Tensor, grad: Tensor, activation: str) -> Tensor:
     return aten.gelu_backward(grad, before, approximate=kind)  # type: ignore[no-any-return]
 
 
+def _setup_context_grad_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, *ctx.weight, ctx.out, ctx.inner = inputs
+
+
+def _backward_grad_input(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """grad_input is linear in its first argument: the second derivative is the product itself, without bias."""
+    ops = torch.ops.sparsify
+    multiply = ops.linear_csr if isinstance(ctx.weight[2], Tensor) else ops.linear_packed
+    return multiply(grad, *ctx.weight, None, ctx.out, ctx.inner, 0), None, None, None, None, None
+
+
+for _name in ("grad_input_csr", "grad_input_packed"):
+    torch.library.register_autograd(
+        f"sparsify::{_name}", _backward_grad_input, setup_context=_setup_context_grad_input, lib=_library
+    )
 for _name in ("linear_csr", "linear_packed"):
     torch.library.register_autograd(f"sparsify::{_name}", _backward, setup_context=_setup_context, lib=_library)
 

@@ -70,7 +70,8 @@ class CSRLinear(nn.Module):
 
     def _multiply(self, input: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
         device = input.device.type
-        if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+        castable = device != "meta" and input.is_floating_point() and input.dtype != torch.float64
+        if castable and torch.is_autocast_enabled(device):
             input = input.to(self.parts[-1].dtype)
             output = linear(input, self.parts, self.form, self.shape, bias, activation)
             return output.to(torch.get_autocast_dtype(device))

@@ -46,7 +46,8 @@ class SparseLinear(nn.Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.register_buffer("mask", torch.ones_like(self.weight, dtype=torch.bool))
-        self.sparse_update(sparsity, method=method, pattern=pattern, seed=seed)
+        if sparsity != 0 or not self.weight.is_meta:  # without data there is nothing to rank
+            self.sparse_update(sparsity, method=method, pattern=pattern, seed=seed)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, mask: Tensor | None = None) -> SparseLinear:
