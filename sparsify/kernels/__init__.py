@@ -1,0 +1,1 @@
+"""Kernels: code that multiplies with one form of sparse weight."""
