@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,14 +38,17 @@ REASON = "_native.missing.txt"
 
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # g++ 12 calls the undefined registers of its own AVX-512 headers "maybe uninitialized" (GCC bug 105593).
-AVX512_FLAGS = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi2 -mavx2 -mfma -mbmi -mbmi2 -Wno-maybe-uninitialized -Wno-uninitialized"
+AVX512_FLAGS = (
+    "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi2 -mavx2 -mfma -mbmi -mbmi2 "
+    "-Wno-maybe-uninitialized -Wno-uninitialized"
+)
 X86_FLAGS = {
     "kernels_avx512.cpp": AVX512_FLAGS.split(),
     "kernels_avx2.cpp": ["-mavx2", "-mfma", "-mbmi", "-mbmi2"],
 }
 
 
-def build_native(target: Path, extra_flags: list[str] = ()) -> None:
+def build_native(target: Path, extra_flags: Sequence[str] = ()) -> None:
     """Compile SOURCES into the shared library `target`. Raises RuntimeError that says which command failed."""
     compiler = shlex.split(os.environ.get("CXX", "")) or ["g++" if shutil.which("g++") else "c++"]
     if not shutil.which(compiler[0]):
@@ -91,35 +95,47 @@ class BuildNative(Command):
     """Build the library in place; a failure is an error here. --flags adds compiler flags, --output another path."""
 
     description = "build sparsify/_native.so in place"
-    user_options = [("flags=", None, "further compiler flags"), ("output=", None, "library to write")]
+    user_options = [("flags=", None, "further compiler flags"), ("output=", None, "library to write")]  # noqa: RUF012
 
     def initialize_options(self):
+        """Set what the command line may override."""
         self.flags, self.output = "", ""
 
     def finalize_options(self):
-        pass
+        """Have nothing to derive."""
 
     def run(self):
+        """Build."""
         build_native(Path(self.output or ROOT / "sparsify" / LIBRARY), shlex.split(self.flags))
 
 
 class BuildPy(build_py):
+    """Copy the package, then build the library into the copy, or in place for an editable installation."""
+
     def run(self):
+        """Build both."""
         super().run()
         build_or_explain(ROOT / "sparsify" if self.editable_mode else Path(self.build_lib) / "sparsify")
 
     def get_outputs(self, include_bytecode=True):
+        """List what run wrote, for the record of the installation."""
         made = [] if self.editable_mode else [Path(self.build_lib) / "sparsify" / f for f in (LIBRARY, REASON)]
         return super().get_outputs(include_bytecode) + [str(f) for f in made if f.exists()]
 
 
 class BdistWheel(bdist_wheel):
+    """A wheel for this platform and, as the library uses no CPython interface, any Python 3."""
+
     def get_tag(self):
-        return "py3", "none", super().get_tag()[2]  # no CPython interface: any Python 3, this platform
+        """Name the Pythons and platforms the wheel is for."""
+        return "py3", "none", super().get_tag()[2]
 
 
 class PlatformDistribution(Distribution):
+    """Tells setuptools that the package is not pure Python."""
+
     def has_ext_modules(self):
+        """Say so."""
         return True
 
 

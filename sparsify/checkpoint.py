@@ -235,7 +235,11 @@ def _check_layers(model: nn.Module, layers: Mapping[str, LayerEntry]) -> None:
         if not isinstance(module, nn.Linear):
             raise CheckpointError(
                 f"for another architecture: it has a layer {name or '(root)'!r}, the model has "
-                + ("none of that name" if module is None else f"a {type(module).__name__} there (load onto a dense model)")
+                + (
+                    "none of that name"
+                    if module is None
+                    else f"a {type(module).__name__} there (load onto a dense model)"
+                )
             )
         if (module.out_features, module.in_features) != entry.shape:
             raise CheckpointError(

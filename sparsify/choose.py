@@ -98,4 +98,3 @@ def _call(
     x: Tensor, parts: tuple[Tensor, ...], form: str, shape: tuple[int, int], bias: Tensor | None
 ) -> Callable[[], object]:
     return lambda: linear(x, parts, form, shape, bias)
-

@@ -164,8 +164,8 @@ def copy_with(model: Model, replacements: dict[nn.Module, nn.Module]) -> Model:
     """Copy a model's structure, with some modules replaced; the memory of every other tensor is shared.
 
     The tensors themselves are new ones over that memory, so that converting the copy (`.half()`, `.to()`) leaves the
-    original alone. A replacement takes over the hooks and attributes of the module it stands for. Raises ValueError if a module
-    cannot be copied.
+    original alone. A replacement takes over the hooks and attributes of the module it stands for. Raises ValueError if
+    a module cannot be copied.
     """
     memo: dict[int, Any] = {}
     for module in model.modules():

@@ -42,7 +42,8 @@ def make_masks(
     The target is absolute: `masks` are the present ones, and what they remove is removed first, so that within one
     pattern a higher target only takes away and a lower one only gives back (of weights that are all zero now, the
     first in order). The removed units number exactly round(sparsity x units), over each layer, or over all layers
-    together for the allocations "global" and "erk". Raises ValueError, naming the layer, for whatever cannot be done exactly.
+    together for the allocations "global" and "erk". Raises ValueError, naming the layer, for whatever cannot be done
+    exactly.
     """
     parsed = parse_pattern(pattern)
     shapes = {name: (int(weight.shape[0]), int(weight.shape[1])) for name, weight in weights.items()}

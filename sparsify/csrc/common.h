@@ -46,10 +46,10 @@ int check_csr(int64_t out, int64_t in, const int32_t *crow, const int32_t *col);
 
 using Task = int (*)(const void *context, int64_t task);  // returns a sparsify_status
 
-// Runs task(context, i) for i in [0, n_tasks) on up to n_threads threads. Each thread starts with a contiguous share and,
-// when that is done, takes what is left of the others', one task at a time: a core stolen by another process delays one
-// task and not its share of the layer. Make a few tasks per thread. Results must not depend on which thread runs a task.
-// Returns an error if any task did.
+// Runs task(context, i) for i in [0, n_tasks) on up to n_threads threads. Each thread starts with a contiguous share
+// and, when that is done, takes what is left of the others', one task at a time: a core stolen by another process
+// delays one task and not its share of the layer. Make a few tasks per thread. Results must not depend on which thread
+// runs a task. Returns an error if any task did.
 int run_tasks(int64_t n_tasks, int n_threads, Task task, const void *context);
 
 // How many threads a call of `flops` (2 x kept weights x tokens) is worth, at most n_threads.

@@ -47,6 +47,7 @@ int linear(Form form, Dtype dtype, const LinearCall &call) {
     if (call.tokens < 0 || call.out < 0 || call.in < 0 || call.n_threads < 1 || call.activation < SPARSIFY_NONE ||
         call.activation > SPARSIFY_SILU)
         return SPARSIFY_BAD_ARGUMENT;
+    if (current().status) return current().status;  // SPARSIFY_KERNEL asks for what is not here: no silent fallback
     if (call.tokens == 0 || call.out == 0) return SPARSIFY_OK;
     return current().table->linear[form][dtype](call);
 }

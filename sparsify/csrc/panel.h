@@ -1,8 +1,8 @@
 // The panel form, for many tokens. What lies where in `index`, shared by the packer and the kernels.
 //
-// Columns are taken in blocks of k_block, rows in windows of window_rows. Within a (block, window) the rows are sorted by
-// how many weights they keep there and taken four at a time: a *cell*. A cell's weights are split into runs by *pattern*,
-// which of its 4 rows share the column:
+// Columns are taken in blocks of k_block, rows in windows of window_rows. Within a (block, window) the rows are sorted
+// by how many weights they keep there and taken four at a time: a *cell*. A cell's weights are split into runs by
+// *pattern*, which of its 4 rows share the column:
 //
 //     all 4 rows      n_quad columns
 //     3 of 4          n_triple columns for each of the 4 patterns

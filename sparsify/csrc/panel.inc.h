@@ -59,7 +59,8 @@ void add_window(const PanelPlan &plan, int64_t block, int64_t window, int64_t n_
 template <int V, typename T>
 int run_panel_task(const PanelPlan &plan, const PanelTask &task) {
     const LinearCall &call = plan.call;
-    const int64_t k_block = plan.header.k_block, window_rows = plan.header.window_rows, n_blocks = plan.sections.n_blocks;
+    const int64_t k_block = plan.header.k_block, window_rows = plan.header.window_rows;
+    const int64_t n_blocks = plan.sections.n_blocks;
     const int64_t block_floats = (k_block + 1) * V * WIDTH;  // and a row of zeros, which padding refers to
     const bool keep = n_blocks * block_floats * int64_t(sizeof(float)) <= PANEL_KEPT_TILE_BYTES;
     const int64_t tile_floats = (keep ? n_blocks : 1) * block_floats;
@@ -124,7 +125,7 @@ int linear_panel(const LinearCall &call) {
     plan.n_vecs = (call.tokens + WIDTH - 1) / WIDTH;
     plan.n_tiles = (plan.n_vecs + PANEL_MAX_VECS - 1) / PANEL_MAX_VECS;
     const int n_threads = worthwhile_threads(2.0 * double(plan.header.nnz) * double(call.tokens), call.n_threads);
-    // Smaller tiles before idle threads. A few tasks for each thread, so that a delayed one does not hold up the others.
+    // Smaller tiles before idle threads. A few tasks for each thread, so that a delayed one does not hold up all.
     const int64_t needed_tiles = (n_threads + plan.sections.n_windows - 1) / plan.sections.n_windows;
     if (plan.n_tiles < needed_tiles) plan.n_tiles = needed_tiles < plan.n_vecs ? needed_tiles : plan.n_vecs;
     const int64_t wanted_tasks = n_threads == 1 ? 1 : 4 * n_threads;

@@ -1,5 +1,5 @@
-// The innermost loops of the panel form: one cell (panel.h) times one tile of activations, 4 rows x V vectors of sums in
-// registers. Everything is written with constant indices: g++ keeps arrays in memory that a loop indexes.
+// The innermost loops of the panel form: one cell (panel.h) times one tile of activations, 4 rows x V vectors of sums
+// in registers. Everything is written with constant indices: g++ keeps arrays in memory that a loop indexes.
 #pragma once
 
 #include "common.h"

@@ -44,7 +44,8 @@ int for_each_window(const PanelHeader &header, const PanelSections &sections, co
     const uint8_t *cells = index + sections.cells;
     for (int64_t block = 0; block < sections.n_blocks; ++block)
         for (int64_t row = 0; row < header.out; row += header.window_rows) {
-            const int64_t left = sections.padded_rows - row, n_rows = left < header.window_rows ? left : header.window_rows;
+            const int64_t left = sections.padded_rows - row;
+            const int64_t n_rows = left < header.window_rows ? left : header.window_rows;
             if (const int status = visit(block, row, n_rows, cells)) return status;
             cells += n_rows / PANEL_CELL_ROWS * int64_t(sizeof(PanelCell));
         }

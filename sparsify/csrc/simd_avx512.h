@@ -29,7 +29,7 @@ inline Vec copysign(Vec magnitude, Vec sign) {
     return _mm512_castsi512_ps(
         _mm512_ternarylogic_epi32(bit, _mm512_castps_si512(sign), _mm512_castps_si512(magnitude), 0xca));
 }
-inline Vec scale_by_power_of_two(Vec a, Vec n) { return _mm512_scalef_ps(a, n); }  // a * 2^n, n integral, gradual underflow
+inline Vec scale_by_power_of_two(Vec a, Vec n) { return _mm512_scalef_ps(a, n); }  // a 2^n, n integral
 inline Mask less(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 inline Mask is_nan(Vec a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
 inline Vec select(Mask m, Vec if_set, Vec otherwise) { return _mm512_mask_blend_ps(m, otherwise, if_set); }
@@ -82,8 +82,10 @@ inline void transpose(Vec (&r)[16]) {
         const int odd = block % 2, upper = block / 2;
         const Vec a = t[2 * (4 * odd + 0) + upper], b = t[2 * (4 * odd + 1) + upper];
         const Vec c = t[2 * (4 * odd + 2) + upper], d = t[2 * (4 * odd + 3) + upper];
-        const __m512d ab0 = _mm512_castps_pd(_mm512_unpacklo_ps(a, b)), ab1 = _mm512_castps_pd(_mm512_unpackhi_ps(a, b));
-        const __m512d cd0 = _mm512_castps_pd(_mm512_unpacklo_ps(c, d)), cd1 = _mm512_castps_pd(_mm512_unpackhi_ps(c, d));
+        const __m512d ab0 = _mm512_castps_pd(_mm512_unpacklo_ps(a, b));
+        const __m512d ab1 = _mm512_castps_pd(_mm512_unpackhi_ps(a, b));
+        const __m512d cd0 = _mm512_castps_pd(_mm512_unpacklo_ps(c, d));
+        const __m512d cd1 = _mm512_castps_pd(_mm512_unpackhi_ps(c, d));
         r[4 * block + 0] = _mm512_castpd_ps(_mm512_unpacklo_pd(ab0, cd0));
         r[4 * block + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(ab0, cd0));
         r[4 * block + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(ab1, cd1));

@@ -56,8 +56,14 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 _library, _why_missing = _load()
 
 
+def _loaded() -> ctypes.CDLL:
+    if _library is None:
+        raise RuntimeError(f"no native kernels: {_why_missing}")
+    return _library
+
+
 def _function(name: str, signature: tuple) -> "ctypes._NamedFuncPointer":
-    function = getattr(_library, name)
+    function = getattr(_loaded(), name)
     function.restype, function.argtypes = signature
     return function
 
@@ -89,15 +95,16 @@ def known_kernels() -> list[str]:
 
 def kernel() -> str:
     """Name of the instruction set in use. Raises ValueError if SPARSIFY_KERNEL names one that cannot be used."""
-    status = _library.sparsify_kernel_status()
+    library = _loaded()
+    status = library.sparsify_kernel_status()
     if status:
         _raise_kernel(os.environ.get("SPARSIFY_KERNEL", ""), status, "SPARSIFY_KERNEL=")
-    return _library.sparsify_kernel().decode()
+    return library.sparsify_kernel().decode()
 
 
 def set_kernel(name: str) -> None:
     """Use the kernels of another instruction set from now on, "" for the best. Not while another thread computes."""
-    status = _library.sparsify_set_kernel(name.encode())
+    status = _loaded().sparsify_set_kernel(name.encode())
     if status:
         _raise_kernel(name, status)
 
@@ -193,6 +200,8 @@ def linear(
 
 
 def _checked(status: int) -> int:
+    if status in (-5, -6):
+        kernel()  # raises
     if status < 0:
         raise ValueError(_ERRORS.get(status, f"native error {status}"))
     return status

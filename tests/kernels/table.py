@@ -15,11 +15,11 @@ from sparsify.kernels import native
 FORMS = native.FORMS
 KERNELS = native.known_kernels()
 DTYPES = (torch.float32, torch.bfloat16)
-# (out, in): nothing in, one, odd, prime, around a tile (16 rows), a block of rows (64), a window of columns (32), a block
-# of columns (128 to 240), a window of rows (128); a crowded stride; in_features for which a tile is not kept whole.
+# (out, in): nothing in, one, odd, prime, around a tile (16 rows), a block of rows (64), a window of columns (32), a
+# block of columns (128 to 240), a window of rows (128); a crowded stride; a tile too wide to be kept whole.
 SHAPES = [
-    (3, 0), (1, 1), (1, 64), (3, 5), (16, 31), (17, 33), (64, 32), (65, 101), (131, 257), (40, 512), (97, 769), (300, 130),
-    (20, 2500),
+    (3, 0), (1, 1), (1, 64), (3, 5), (16, 31), (17, 33), (64, 32), (65, 101), (131, 257), (40, 512), (97, 769),
+    (300, 130), (20, 2500),
 ]  # fmt: skip
 SPARSITIES = (0.0, 0.5, 0.7, 0.9, 0.98, 1.0)
 TOKENS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 31, 40, 64, 67, 130, 200)
@@ -38,7 +38,9 @@ def cases() -> Iterator[tuple[tuple[int, int], float, int, str | None, bool, int
 
     Every weight meets a few of the numbers of tokens, every number of tokens many weights.
     """
-    tokens, activations, biases, gaps = (itertools.cycle(c) for c in (TOKENS, ACTIVATIONS, (True, True, False), range(4)))
+    tokens, activations, biases, gaps = (
+        itertools.cycle(c) for c in (TOKENS, ACTIVATIONS, (True, True, False), range(4))
+    )
     for shape, sparsity in itertools.product(SHAPES, SPARSITIES):
         for _ in range(TOKENS_PER_WEIGHT):
             yield shape, sparsity, next(tokens), next(activations), next(biases), next(gaps)
@@ -70,13 +72,17 @@ def pack(form: str, weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
-def packed_random_weight(form: str, shape: tuple[int, int], sparsity: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def packed_random_weight(
+    form: str, shape: tuple[int, int], sparsity: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """pack(random_weight) in a dtype; several tests and all kernels use the same."""
     weight, mask = random_weight(shape, sparsity)
     return pack(form, weight.to(dtype), mask)
 
 
-def assert_as_accurate_as_torch(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> None:
+def assert_as_accurate_as_torch(
+    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
+) -> None:
     """Error against float64 at most twice that of dense torch in the same dtype, plus a few units in the last place."""
     exact, allowed = exact_and_allowed_error(x, weight, bias, activation)
     error = (y.double() - exact).abs()

@@ -1,7 +1,10 @@
 """linear: every kernel, form and dtype against float64 over the table, and which input an output depends on."""
 
 import itertools
+import os
 import struct
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -65,7 +68,7 @@ def test_every_kernel_runs_here_or_says_why():
     for kernel in KERNELS:
         native.set_kernel(kernel)
         assert native.kernel() == kernel
-    with pytest.raises(ValueError, match="known: .*portable"):
+    with pytest.raises(ValueError, match=r"known: .*portable"):
         native.set_kernel("sse9")
 
 
@@ -122,6 +125,22 @@ def test_columns_far_apart(kernel, form):
         assert torch.equal(y, x @ weight.T)
 
 
+@pytest.mark.parametrize("name", ["sse9", "portable"])
+def test_the_environment_forces_a_kernel(name):
+    program = (
+        "import torch\n"
+        "from sparsify.kernels import native\n"
+        "packed = native.pack('panel', torch.tensor([0, 1]), torch.tensor([0]), torch.ones(1), (1, 1))\n"
+        "print(native.linear('panel', torch.ones(1, 1), *packed, None, (1, 1)).item(), native.kernel())\n"
+    )
+    environment = {**os.environ, "SPARSIFY_KERNEL": name, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    if name in KERNELS:
+        assert done.stdout.split() == ["1.0", name], done.stderr
+    else:
+        assert "SPARSIFY_KERNEL=sse9: unknown kernel; known: " in done.stderr
+
+
 @every_dtype
 @over(*every_kernel)
 def test_leading_dimensions_and_layouts(kernel, form, dtype):
@@ -134,7 +153,9 @@ def test_leading_dimensions_and_layouts(kernel, form, dtype):
     assert torch.equal(native.linear(form, x, *packed, None, (33, 70)), flat.view(4, 3, 33))
     assert torch.equal(native.linear(form, x[1, 2], *packed, None, (33, 70)), flat[5])
     assert torch.equal(native.linear(form, x.reshape(12, 70).T.contiguous().T, *packed, None, (33, 70)), flat)
-    assert torch.equal(native.linear(form, x.transpose(0, 1), *packed, None, (33, 70)), flat.view(4, 3, 33).transpose(0, 1))
+    assert torch.equal(
+        native.linear(form, x.transpose(0, 1), *packed, None, (33, 70)), flat.view(4, 3, 33).transpose(0, 1)
+    )
     assert native.linear(form, x[:0], *packed, None, (33, 70)).shape == (0, 3, 33)
 
 
@@ -191,7 +212,8 @@ def test_nothing_in_or_out_or_no_token(kernel, form, dtype):
         packed = pack(form, torch.zeros(out, in_, dtype=dtype), torch.zeros(out, in_, dtype=torch.bool))
         x, bias = torch.zeros(tokens, in_, dtype=dtype), torch.ones(out, dtype=dtype)
         y = native.linear(form, x, *packed, bias, (out, in_))
-        assert y.shape == (tokens, out) and bool((y == 1).all())
+        assert y.shape == (tokens, out)
+        assert bool((y == 1).all())
 
 
 @over(*every_kernel)
