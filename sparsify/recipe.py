@@ -43,11 +43,11 @@ class Group(BaseModel):
 
     @field_validator("schedule", mode="before")
     @classmethod
-    def _points_as_tuples(cls, schedule: Any) -> Any:
-        """Take the lists that YAML and JSON have for the tuples of a schedule."""
-        if isinstance(schedule, dict) and isinstance(schedule.get("points"), list):
-            points = (tuple(point) if isinstance(point, list) else point for point in schedule["points"])
-            return {**schedule, "points": tuple(points)}
+    def _numbers_are_numbers(cls, schedule: Any) -> Any:
+        """Refuse what would be read as a number without being one: a quoted number, or true."""
+        for key, value in schedule.items() if isinstance(schedule, dict) else ():
+            if key not in ("kind", "unit", "points") and isinstance(value, (str, bool)):
+                raise ValueError(f"{key!r} must be a number, got {value!r}")
         return schedule
 
     @field_validator("sparsity")

@@ -33,7 +33,7 @@ class Schedule:
     so often; before `start` nothing is pruned. steps: `points` of (time, sparsity), each holding until the next.
     """
 
-    __pydantic_config__: ClassVar[dict[str, str | bool]] = {"extra": "forbid", "strict": True}  # as recipes read it
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # in a recipe, an unknown key is an error
 
     kind: Kind = "constant"
     unit: Unit = "steps"

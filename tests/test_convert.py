@@ -441,3 +441,15 @@ def test_a_vision_transformer_keeps_its_attention_dense() -> None:
         assert torch.equal(model(x), expected)
     attention = nn.ModuleList(m for m in model.modules() if isinstance(m, nn.MultiheadAttention))
     assert f" {share(attention, model)} of the parameters" in str(caught[0].message)
+
+
+def test_weights_that_overlap_in_memory_are_tied_too() -> None:
+    whole = torch.randn(8, 4)
+    net = nn.Sequential(nn.Linear(4, 8, bias=False), nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    net[0].weight = nn.Parameter(whole)
+    net[1].weight = nn.Parameter(whole[4:])
+    with pytest.raises(ValueError, match=r"0\.weight and 1\.weight are one Parameter"):
+        convert(net)
+    net[0] = nn.Linear(4, 4, bias=False)
+    net[0].weight = nn.Parameter(whole[:4])  # beside each other in one memory: not tied
+    assert type(convert(net)[1]) is SparseLinear

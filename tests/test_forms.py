@@ -198,3 +198,16 @@ def test_a_checkpoint_keeps_the_form_and_says_where_it_was_chosen(tmp_path, monk
     monkeypatch.setattr("sparsify.checkpoint.machine_name", lambda: "another machine")
     with pytest.warns(sparsify.MeasuredElsewhereWarning, match="another machine"):
         sparsify.load(tmp_path / "model.safetensors", fresh())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_second_derivatives_and_the_meta_device(form):
+    masked, packed = make(form)
+    x = torch.randn(3, 70, requires_grad=True)
+
+    def second(layer):
+        (first,) = torch.autograd.grad(layer(x).pow(3).sum(), x, create_graph=True)
+        return torch.autograd.grad(first.pow(2).sum(), x)[0]
+
+    torch.testing.assert_close(second(packed), second(masked))
+    assert packed.to("meta")(torch.randn(3, 70, device="meta")).shape == (3, 30)

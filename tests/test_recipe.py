@@ -100,6 +100,16 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
     ),
     "no end": (group("sparsity: 0.5", "schedule: {kind: linear, every: 1}"), "groups.0.schedule", "needs an 'end'"),
     "no every": (group("sparsity: 0.5", "schedule: {kind: linear, end: 1}"), "groups.0.schedule", "needs 'every'"),
+    "a quoted time": (
+        group("sparsity: 0.5", "schedule: {kind: one-shot, start: '3'}"),
+        "groups.0.schedule",
+        "must be a number, got '3'",
+    ),
+    "a time that is true": (
+        group("sparsity: 0.5", "schedule: {kind: linear, end: 1, every: true}"),
+        "groups.0.schedule",
+        "'every' must be a number",
+    ),
     "every 0": (group("sparsity: 0.5", "schedule: {kind: linear, end: 1, every: 0}"), "groups.0.schedule", "'every'"),
     "every tiny": (
         group("sparsity: 0.5", "schedule: {kind: linear, end: 1.0e+9, every: 1.0e-9}"),

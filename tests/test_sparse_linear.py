@@ -393,3 +393,30 @@ def test_a_new_mask_does_not_compile_again() -> None:
         layer.sparse_update(sparsity)
         compiled(inputs(layer))
     assert n_compiled == 1
+
+
+def test_layers_of_one_shape_get_their_own_masks_and_a_seed_fixes_them() -> None:
+    torch.manual_seed(0)
+    one, other = SparseLinear(16, 16, 0.5), SparseLinear(16, 16, 0.5)
+    assert not torch.equal(one.mask, other.mask)
+    torch.manual_seed(0)
+    assert torch.equal(SparseLinear(16, 16, 0.5).mask, one.mask)
+    assert torch.equal(SparseLinear(16, 16, 0.5, seed=3).mask, SparseLinear(16, 16, 0.5, seed=3).mask)
+
+
+def test_the_mask_is_bool_and_full_after_it_got_its_memory() -> None:
+    layer = SparseLinear(4, 3, 0.0, device="meta").to_empty(device="cpu")
+    assert layer.mask.dtype == torch.bool
+    assert layer.mask.all()
+    half = SparseLinear(4, 3, 0.5, seed=0)
+    mask = half.mask.clone()
+    assert torch.equal(half.type(torch.float64).mask, mask)
+    state = half.state_dict()
+    state["mask"] = state["mask"].double()
+    with pytest.raises(RuntimeError, match="mask must be bool"):
+        half.load_state_dict(state)
+
+
+def test_a_layer_made_from_a_masked_one_keeps_its_mask() -> None:
+    layer = SparseLinear(4, 3, 0.5, seed=0)
+    assert torch.equal(SparseLinear.from_linear(layer).mask, layer.mask)

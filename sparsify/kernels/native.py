@@ -7,7 +7,9 @@ tensors: `index` (uint8) and `values` (float32 or bfloat16).
 
 import ctypes
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,10 +64,11 @@ def _loaded() -> ctypes.CDLL:
     return _library
 
 
-def _function(name: str, signature: tuple) -> "ctypes._NamedFuncPointer":
-    function = getattr(_loaded(), name)
+def _function(name: str, signature: tuple[Any, Any]) -> Callable[..., int]:
+    function: Any = getattr(_loaded(), name)
     function.restype, function.argtypes = signature
-    return function
+    made: Callable[..., int] = function
+    return made
 
 
 # Looked up once: a call must cost microseconds. Forms that the library was built without are absent.
@@ -99,7 +102,7 @@ def kernel() -> str:
     status = library.sparsify_kernel_status()
     if status:
         _raise_kernel(os.environ.get("SPARSIFY_KERNEL", ""), status, "SPARSIFY_KERNEL=")
-    return library.sparsify_kernel().decode()
+    return str(library.sparsify_kernel().decode())
 
 
 def set_kernel(name: str) -> None:
