@@ -1,4 +1,4 @@
-// What the kernels of all forms and instruction sets share: the description of one call, the table each instruction
+// What the kernels of all forms and instruction sets share: the table each instruction
 // set exports, threads and scratch memory. No STL and nothing inline that does work: this header is compiled into
 // translation units with different instruction sets, and the linker keeps only one copy of an inline function.
 #pragma once
@@ -6,31 +6,17 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "sparsify.h"
+
 namespace sparsify {
 
-enum Form { PANEL, BITMASK, GATHER, N_FORMS };
-enum Dtype { F32, BF16, N_DTYPES };
-
-// One linear call, as in sparsify.h. values, bias, x and y are float or uint16_t (bfloat16), by the kernel called.
-struct LinearCall {
-    const uint8_t *index;
-    const void *values;
-    const void *bias;  // may be null
-    const void *x;
-    int64_t x_stride;
-    void *y;
-    int64_t y_stride;
-    int64_t tokens, out, in;
-    int activation;
-    int n_threads;  // 1: do not start threads
-};
-
+using LinearCall = sparsify_linear_call;
 using LinearKernel = int (*)(const LinearCall &);
 
 // One instruction set: its name and a kernel for every form and dtype.
 struct KernelTable {
     const char *name;
-    LinearKernel linear[N_FORMS][N_DTYPES];
+    LinearKernel linear[SPARSIFY_N_FORMS][SPARSIFY_N_DTYPES];
 };
 
 const KernelTable *portable_table();

@@ -1,4 +1,4 @@
-// Chooses the instruction set once, and turns the exported calls into calls of its table.
+// Chooses the instruction set once, and hands calls to its table.
 #include <stdlib.h>
 #include <string.h>
 
@@ -43,15 +43,6 @@ Choice &current() {
     return choice;
 }
 
-int linear(Form form, Dtype dtype, const LinearCall &call) {
-    if (call.tokens < 0 || call.out < 0 || call.in < 0 || call.n_threads < 1 || call.activation < SPARSIFY_NONE ||
-        call.activation > SPARSIFY_SILU)
-        return SPARSIFY_BAD_ARGUMENT;
-    if (current().status) return current().status;  // SPARSIFY_KERNEL asks for what is not here: no silent fallback
-    if (call.tokens == 0 || call.out == 0) return SPARSIFY_OK;
-    return current().table->linear[form][dtype](call);
-}
-
 }  // namespace
 }  // namespace sparsify
 
@@ -77,18 +68,13 @@ int sparsify_set_kernel(const char *name) {
     return choice.status;
 }
 
-#define DEFINE_LINEAR(form, FORM, dtype, DTYPE, T)                                                                     \
-    int sparsify_linear_##form##_##dtype(const uint8_t *index, const T *values, const T *bias, const T *x,             \
-                                         int64_t x_stride, T *y, int64_t y_stride, int64_t tokens, int64_t out,        \
-                                         int64_t in, int activation, int n_threads) {                                  \
-        return linear(FORM, DTYPE, {index, values, bias, x, x_stride, y, y_stride, tokens, out, in, activation,        \
-                                    n_threads});                                                                       \
-    }
-
-DEFINE_LINEAR(panel, PANEL, f32, F32, float)
-DEFINE_LINEAR(panel, PANEL, bf16, BF16, uint16_t)
-DEFINE_LINEAR(bitmask, BITMASK, f32, F32, float)
-DEFINE_LINEAR(bitmask, BITMASK, bf16, BF16, uint16_t)
-DEFINE_LINEAR(gather, GATHER, f32, F32, float)
-DEFINE_LINEAR(gather, GATHER, bf16, BF16, uint16_t)
+int sparsify_linear(int form, int dtype, const sparsify_linear_call *call) {
+    if (form < 0 || form >= SPARSIFY_N_FORMS || dtype < 0 || dtype >= SPARSIFY_N_DTYPES || call->tokens < 0 ||
+        call->out < 0 || call->in < 0 || call->n_threads < 1 || call->activation < SPARSIFY_NONE ||
+        call->activation > SPARSIFY_SILU)
+        return SPARSIFY_BAD_ARGUMENT;
+    if (current().status) return current().status;  // SPARSIFY_KERNEL asks for what is not here: no silent fallback
+    if (call->tokens == 0 || call->out == 0) return SPARSIFY_OK;
+    return current().table->linear[form][dtype](*call);
+}
 }

@@ -124,7 +124,7 @@ int linear_panel(const LinearCall &call) {
     plan.id = next_call_id();
     plan.n_vecs = (call.tokens + WIDTH - 1) / WIDTH;
     plan.n_tiles = (plan.n_vecs + PANEL_MAX_VECS - 1) / PANEL_MAX_VECS;
-    const int n_threads = worthwhile_threads(2.0 * double(plan.header.nnz) * double(call.tokens), call.n_threads);
+    const int n_threads = worthwhile_threads(2.0 * double(plan.header.nnz) * double(plan.n_vecs * WIDTH), call.n_threads);
     // Smaller tiles before idle threads. A few tasks for each thread, so that a delayed one does not hold up all.
     const int64_t needed_tiles = (n_threads + plan.sections.n_windows - 1) / plan.sections.n_windows;
     if (plan.n_tiles < needed_tiles) plan.n_tiles = needed_tiles < plan.n_vecs ? needed_tiles : plan.n_vecs;

@@ -7,7 +7,7 @@ tensors: `index` (uint8) and `values` (float32 or bfloat16).
 
 import ctypes
 import os
-from collections.abc import Callable
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 FORMS = ("panel", "bitmask", "gather")
 ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
-DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _LIBRARY = Path(os.environ.get("SPARSIFY_NATIVE_LIBRARY", _PACKAGE / "_native.so"))
@@ -38,7 +38,7 @@ _SIGNATURES = {
     "nnz": (_int64, [_pointer]),
     "unpack": (_int, [_int64, _int64, _pointer, _int64, _int64, _pointer, _pointer, _pointer]),
 }
-_LINEAR = (_int, [_pointer] * 4 + [_int64, _pointer] + [_int64] * 4 + [_int, _int])
+_LINEAR_CALL = struct.Struct("=12q")  # struct sparsify_linear_call
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
@@ -64,21 +64,21 @@ def _loaded() -> ctypes.CDLL:
     return _library
 
 
-def _function(name: str, signature: tuple[Any, Any]) -> Callable[..., int]:
-    function: Any = getattr(_loaded(), name)
+def _function(name: str, signature: tuple[Any, Any]) -> Any:
+    function = getattr(_loaded(), name)
     function.restype, function.argtypes = signature
-    made: Callable[..., int] = function
-    return made
+    return function
 
 
-# Looked up once: a call must cost microseconds. Forms that the library was built without are absent.
-_form_functions, _linear_functions = {}, {}
+# Looked up once: a call must cost microseconds.
+_form_functions: dict[str, dict[str, Any]] = {}
+_linear: Any = None
+_pack_call = _LINEAR_CALL.pack
 if _library is not None:
     for _form in FORMS:
-        if hasattr(_library, f"sparsify_{_form}_pack"):
-            _form_functions[_form] = {n: _function(f"sparsify_{_form}_{n}", s) for n, s in _SIGNATURES.items()}
-            for _dtype, _suffix in DTYPES.items():
-                _linear_functions[_form, _dtype] = _function(f"sparsify_linear_{_form}_{_suffix}", _LINEAR)
+        _form_functions[_form] = {n: _function(f"sparsify_{_form}_{n}", s) for n, s in _SIGNATURES.items()}
+    _linear = _function("sparsify_linear", (_int, [_int, _int, ctypes.c_char_p]))
+_FORM_NUMBERS = {form: number for number, form in enumerate(FORMS)}
 
 
 def available() -> bool:
@@ -183,19 +183,23 @@ def linear(
         flat = x
     tokens = flat.shape[0]
     y = flat.new_empty((tokens, n_out)) if out is None else out
-    status = _linear_functions[form, values.dtype](
-        index.data_ptr(),
-        values.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        flat.data_ptr(),
-        flat.stride(0),
-        y.data_ptr(),
-        y.stride(0),
-        tokens,
-        n_out,
-        n_in,
-        activation,
-        torch.get_num_threads(),
+    status = _linear(
+        _FORM_NUMBERS[form],
+        DTYPES[values.dtype],
+        _pack_call(
+            index.data_ptr(),
+            values.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            flat.data_ptr(),
+            flat.stride(0),
+            y.data_ptr(),
+            y.stride(0),
+            tokens,
+            n_out,
+            n_in,
+            activation,
+            torch.get_num_threads(),
+        ),
     )
     if status:
         _checked(status)
