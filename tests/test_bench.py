@@ -3,9 +3,12 @@
 import copy
 import json
 
-import bench as script
 import pytest
 import torch
+
+pytest.importorskip("tokenizers", reason="tokenizers is missing: pip install 'sparsify-torch[hf]'")
+
+import bench as script
 from benchmarks import bars, kernels, layers, load, models, page, peers, record, tables, weights
 from benchmarks.cases import GRIDS, Grid
 from torch import nn
