@@ -202,6 +202,7 @@ def test_compile_without_graph_breaks() -> None:
     torch.testing.assert_close(x.grad, twin.grad)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # torch 2.13's own
 def test_compile_with_inductor() -> None:
     torch.compiler.reset()
     module = exported()[0]  # one layer: what takes the time is the C++ compiler
