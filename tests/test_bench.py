@@ -22,12 +22,7 @@ from sparsify.timing import Timing, Watch, disturbance, measure
 needs_native = pytest.mark.skipif(not native.available(), reason=f"no native kernels: {native.why_missing()}")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---- peers ----------------------------------------------------------------------------------------------------------

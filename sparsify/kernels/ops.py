@@ -20,6 +20,7 @@ from sparsify.kernels.reference import ACTIVATIONS
 __all__ = ["ACTIVATIONS", "linear"]
 
 _FORM_IDS = {form: number for number, form in enumerate(native.FORMS)}
+#: Numbered in their order, which is that of `enum sparsify_activation` in csrc/sparsify.h.
 _ACTIVATION_IDS = {name: number for number, name in enumerate(ACTIVATIONS)}
 _ACTIVATION_NAMES = tuple(ACTIVATIONS)
 

@@ -58,8 +58,7 @@ class WeightView(Tensor):
             named = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
             if isinstance(named["weight"], WeightView) and not isinstance(named["input"], WeightView):
                 return named["weight"].run_sparse(named["input"], named.get("bias"))
-        dense_args, dense_kwargs = tree_map_only(WeightView, lambda view: view.unpack(), (args, kwargs))
-        return func(*dense_args, **dense_kwargs)
+        return _on_dense(func, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -70,5 +69,10 @@ class WeightView(Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Unpack: this is reached only by calls from below Python."""
-        dense_args, dense_kwargs = tree_map_only(WeightView, lambda view: view.unpack(), (args, dict(kwargs or {})))
-        return func(*dense_args, **dense_kwargs)
+        return _on_dense(func, args, dict(kwargs or {}))
+
+
+def _on_dense(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a function with every view unpacked."""
+    dense_args, dense_kwargs = tree_map_only(WeightView, lambda view: view.unpack(), (args, kwargs))
+    return func(*dense_args, **dense_kwargs)
