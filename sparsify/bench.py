@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsify.convert import convert, layers_of_type
+from sparsify.convert import convert
+from sparsify.edit import layers_of_type
 from sparsify.export import export
 from sparsify.inputs import Inputs, run
 from sparsify.layers import CSRLinear

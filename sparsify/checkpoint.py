@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sparsify import container
 from sparsify.choose import Choice
 from sparsify.container import LayerEntry
-from sparsify.convert import Model, layers_of_type, replace
+from sparsify.edit import Model, layers_of_type, replace
 from sparsify.errors import CheckpointError, MeasuredElsewhereWarning
 from sparsify.formats import (
     CSR,
@@ -26,7 +26,8 @@ from sparsify.formats import (
     pack_bitmask,
 )
 from sparsify.kernels import FORMS, supports
-from sparsify.layers import CSRLinear, SparseLinear
+from sparsify.kinds import join, kind_of, kinds, matrices
+from sparsify.layers import CSRLinear, Masked
 from sparsify.machine import machine_name
 from sparsify.report import Report, Row
 
@@ -40,7 +41,7 @@ _OWN_STATE = ("weight", "mask", *CSR._fields)
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a converted or exported model to one safetensors file.
 
-    The weight of each SparseLinear, CSRLinear and nn.Linear is stored as CSR, bitmask or dense, whichever is smallest,
+    The weight of each exported, masked and plain layer is stored as CSR, bitmask or dense, whichever is smallest,
     all other state as it is. The file is written beside its place and moved there when complete: a crash leaves the old
     one. Raises ValueError if the model holds state that is no tensor, or on the meta device.
     """
@@ -52,7 +53,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         if entry.module == "Linear" and entry.format == "dense":
             continue
         layers[name] = entry
-        tensors |= {_join(name, "weight", part): tensor for part, tensor in parts.items()}
+        tensors |= {join(name, "weight", part): tensor for part, tensor in parts.items()}
     for name in _own_keys(model, layers):
         state.pop(name, None)
     aliases: dict[str, str] = {}
@@ -136,7 +137,7 @@ def inspect(path: str | os.PathLike[str]) -> Report:
 
 
 def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the layers whose weights are stored packed: ours, and every plain nn.Linear that owns its weight alone."""
+    """Return the layers whose weights are stored packed: ours, and dense ones that own their weight alone."""
     used: dict[int, int] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
@@ -144,8 +145,11 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in layers_of_type(model, nn.Module).items()
-        if isinstance(module, (SparseLinear, CSRLinear))
-        or (type(module) is nn.Linear and used.get(id(module._parameters.get("weight"))) == 1)
+        if isinstance(module, (Masked, CSRLinear))
+        or (
+            any(type(module) is kind.dense and kind.layers == ("",) for kind in kinds())
+            and used.get(id(module._parameters.get("weight"))) == 1
+        )
     }
 
 
@@ -153,7 +157,7 @@ def _own_keys(model: nn.Module, names: Iterable[str]) -> set[str]:
     """Return the state_dict keys that the entries of these layers stand for, under every name such a layer has."""
     ids = {id(model.get_submodule(name)) for name in names}
     return {
-        _join(name, key)
+        join(name, key)
         for name, module in model.named_modules(remove_duplicate=False)
         if id(module) in ids
         for key in _OWN_STATE
@@ -163,18 +167,22 @@ def _own_keys(model: nn.Module, names: Iterable[str]) -> set[str]:
 def _pack(module: nn.Module) -> tuple[LayerEntry, dict[str, Tensor]]:
     """Choose the smallest format for a layer's weight, and pack it."""
     if isinstance(module, CSRLinear):
-        weight, mask = csr_to_dense(module.csr, (module.out_features, module.in_features))
+        becomes = "CSRLinear"
+        weight, mask = csr_to_dense(module.csr, module.shape)
+    elif isinstance(module, Masked):
+        becomes = "SparseLinear"
+        weight, mask = module.matrix(module.weight.detach()), module.matrix(module.mask)
     else:
-        assert isinstance(module, nn.Linear)
-        weight = module.weight.detach()
-        mask = module.mask if isinstance(module, SparseLinear) else _not_zero(weight)
+        becomes = "Linear"
+        weight = matrices(module)[""].detach()
+        mask = _not_zero(weight)
     shape, n_kept, itemsize = (weight.shape[0], weight.shape[1]), int(mask.sum()), weight.element_size()
     sizes = {"bitmask": bitmask_bytes(shape, n_kept, itemsize), "csr": csr_bytes(shape, n_kept, itemsize)}
     if torch.equal(mask, _not_zero(weight)):  # only then do dense weights say which are kept
         sizes["dense"] = weight.numel() * itemsize
     chosen = min(sizes, key=lambda name: sizes[name])
     entry = LayerEntry.model_validate(
-        {"module": type(module).__name__, "format": chosen, "out_features": shape[0], "in_features": shape[1]}
+        {"module": becomes, "format": chosen, "out_features": shape[0], "in_features": shape[1]}
     )
     if chosen == "dense":
         return entry, {"": weight}
@@ -187,7 +195,7 @@ def _not_zero(weight: Tensor) -> Tensor:
 
 
 def _part_names(name: str, entry: LayerEntry) -> list[str]:
-    return [_join(name, "weight", part) for part in _PARTS[entry.format]] or [_join(name, "weight")]
+    return [join(name, "weight", part) for part in _PARTS[entry.format]] or [join(name, "weight")]
 
 
 def _take_weights(layers: Mapping[str, LayerEntry], tensors: dict[str, Tensor]) -> dict[str, CSR]:
@@ -232,7 +240,8 @@ def _check_layers(model: nn.Module, layers: Mapping[str, LayerEntry]) -> None:
     modules = dict(model.named_modules())
     for name, entry in layers.items():
         module = modules.get(name)
-        if not isinstance(module, nn.Linear):
+        weight = None if module is None else matrices(module).get("")
+        if weight is None:
             raise CheckpointError(
                 f"for another architecture: it has a layer {name or '(root)'!r}, the model has "
                 + (
@@ -241,10 +250,10 @@ def _check_layers(model: nn.Module, layers: Mapping[str, LayerEntry]) -> None:
                     else f"a {type(module).__name__} there (load onto a dense model)"
                 )
             )
-        if (module.out_features, module.in_features) != entry.shape:
+        if weight.shape != entry.shape:
             raise CheckpointError(
                 f"for another architecture: {name or '(root)'} is {entry.shape} in the file, "
-                f"{(module.out_features, module.in_features)} in the model"
+                f"{tuple(weight.shape)} in the model"
             )
 
 
@@ -253,14 +262,12 @@ def _check_rest(
 ) -> None:
     """Raise CheckpointError unless the dtypes fit, and the remaining tensors are exactly the model's other state."""
     for name, csr in weights.items():
-        layer = model.get_submodule(name)
-        assert isinstance(layer, nn.Linear)
-        _check_dtype(name, csr.values, layer.weight)
+        _check_dtype(name, csr.values, matrices(model.get_submodule(name))[""])
     for prefix, module in model.named_modules():
         for key in module._non_persistent_buffers_set:
             if (buffer := module._buffers.get(key)) is not None and buffer.is_meta:
                 raise CheckpointError(
-                    f"{_join(prefix, key)} is on the meta device and, being a non-persistent buffer, in no checkpoint; "
+                    f"{join(prefix, key)} is on the meta device and, being a non-persistent buffer, in no checkpoint; "
                     "build the model on the CPU"
                 )
     own = _own_keys(model, layers)
@@ -307,7 +314,7 @@ def _choices(model: nn.Module) -> dict[str, Choice]:
 def _check_choices(model: nn.Module, choices: Mapping[str, Choice]) -> None:
     modules = dict(model.named_modules())
     for name in choices:
-        if not isinstance(modules.get(name), nn.Linear):
+        if name not in modules or "" not in matrices(modules[name]):
             raise CheckpointError(f"the header has a choice for {name!r}, which is no linear layer of the model")
 
 
@@ -320,17 +327,19 @@ def _check_dtype(name: str, stored: Tensor, wanted: Tensor) -> None:
 
 def _make(entry: LayerEntry, old: nn.Module, csr: CSR, choice: Choice | None) -> nn.Module:
     """Build the saved layer around the old one's bias, on its device, in the form chosen when it was exported."""
-    assert isinstance(old, nn.Linear)
-    device = torch.device("cpu") if old.weight.is_meta else old.weight.device
+    kind, weight, bias = kind_of(old), matrices(old)[""], old._parameters.get("bias")
+    assert kind is not None
+    assert issubclass(kind.sparse, Masked)
+    device = torch.device("cpu") if weight.is_meta else weight.device
     form = choice.form if choice and entry.module == "CSRLinear" and choice.form in FORMS else "csr"
     form = form if supports(form, device, csr.values.dtype) else "csr"
     on_device = CSR(*(part.to(device) for part in csr))
-    layer = CSRLinear(entry.in_features, entry.out_features, on_device, old.bias, form=form)
+    layer = CSRLinear(entry.in_features, entry.out_features, on_device, bias, form=form, masked_type=kind.sparse)
     if entry.module == "CSRLinear":
         return layer
     sparse = layer.to_sparse()
-    sparse.weight.requires_grad_(old.weight.requires_grad)
-    return sparse if entry.module == "SparseLinear" else sparse.to_linear()
+    sparse.weight.requires_grad_(weight.requires_grad)
+    return sparse if entry.module == "SparseLinear" else kind.to_dense(sparse)
 
 
 def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -346,7 +355,3 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for (first, first_key), *others in tied.values():
         for module, key in others:
             module._parameters[key] = first._parameters[first_key]
-
-
-def _join(*names: str) -> str:
-    return ".".join(name for name in names if name)

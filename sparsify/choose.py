@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsify.formats import CSR, dense_to_csr
 from sparsify.kernels import FORMS, linear, pack, supports
-from sparsify.layers import SparseLinear
+from sparsify.layers import Masked
 from sparsify.machine import machine_name
 from sparsify.timing import measure
 
@@ -64,13 +64,19 @@ class Chooser:
         self._known: dict[object, Choice] = {}
 
     @torch.inference_mode()
-    def choose(self, layer: SparseLinear) -> Choice:
+    def choose(self, layer: Masked) -> Choice:
         """Return the fastest form for a layer, "dense" unless another beats it by the margin."""
-        weight = layer.weight.detach()
-        kind = (weight.shape, weight.dtype, weight.device, layer.bias is None, round(100 * layer.sparsity))
+        weight, mask = layer.matrix(layer.weight.detach()), layer.matrix(layer.mask)
+        kind = (
+            weight.shape,
+            weight.dtype,
+            weight.device,
+            layer._parameters.get("bias") is None,
+            round(100 * layer.sparsity),
+        )
         if kind not in self._known:
-            csr = dense_to_csr(weight, layer.mask)
-            times = self._measure(layer.masked_weight(), csr, layer.bias)
+            csr = dense_to_csr(weight, mask)
+            times = self._measure(layer.matrix(layer.masked_weight()), csr, layer._parameters.get("bias"))
             best = min(times, key=lambda form: times[form])
             form = best if times[best] < MARGIN * times["dense"] else "dense"
             self._known[kind] = Choice(form, self.tokens, times, machine_name())

@@ -1,28 +1,19 @@
-"""The only code that walks a model and edits it.
-
-A converted layer is the same object as before: its class and its contents change, its place does not. So hooks,
-optimizers, shared uses, references from outside and even a root that is itself a Linear need no special case
-(torch.nn.utils.parametrize changes classes in the same way).
-"""
+"""From a dense model to one whose layers can be pruned, and back. Which modules convert, and how, is in kinds/."""
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from sparsify.edit import Model, become, layers_of_type
 from sparsify.errors import LeftDenseWarning
-from sparsify.interop import MaskedParts, masked_parts, remove_prune_hook
-from sparsify.layers import CSRLinear, SparseLinear
-from sparsify.layers.bare import bare_linear
+from sparsify.kinds import Kind, chosen_kinds, join, kinds
+from sparsify.layers import CSRLinear, Masked
 from sparsify.match import Selector, select
-
-Model = TypeVar("Model", bound=nn.Module)
-Layer = TypeVar("Layer", bound=nn.Module)
+from sparsify.ties import check_untied
 
 #: Modules that read the weights of their Linears themselves instead of calling them.
 _READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -30,11 +21,16 @@ _READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 @dataclass(frozen=True)
 class Plan:
-    """What `convert` would do: the layers it swaps, those already swapped, and those left dense with the reason."""
+    """What `convert` would do.
 
-    swap: dict[str, MaskedParts]
+    swap: the modules it changes, and how. already: the chosen layers that are masked. left: those left dense, and why.
+    weights: the matrix (out_features, in_features) of every chosen layer that is masked, or will be.
+    """
+
+    swap: dict[str, Kind]
     already: tuple[str, ...]
     left: dict[str, str]
+    weights: dict[str, Tensor]
 
 
 def convert(
@@ -42,12 +38,14 @@ def convert(
     *,
     include: Selector | Sequence[Selector] | None = None,
     exclude: Selector | Sequence[Selector] | None = None,
+    types: type[nn.Module] | Sequence[type[nn.Module]] | None = None,
 ) -> Model:
     """Swap every nn.Linear of a model for a SparseLinear, in place, and return the model.
 
     Nothing is pruned yet: all outputs stay as they were, bit for bit, and so do Parameter objects, names, devices,
     dtypes, flags and hooks. A Linear pruned by torch.nn.utils.prune or torch.ao.pruning keeps its mask. Layers are
-    chosen by globs over their names, "re:" patterns, or module types; see `sparsify.match.Selector`.
+    chosen by globs over their names, "re:" patterns, or module types; see `sparsify.match.Selector`. `types` says which
+    kinds of modules are converted at all, by their dense type (default: every kind that is nothing but linear maps).
 
     Layers that cannot be swapped stay dense, and one LeftDenseWarning names them and their share of the parameters.
     Raises ValueError, before anything is changed, for a selector that matches nothing, for a weight shared with another
@@ -56,19 +54,16 @@ def convert(
     >>> convert(nn.Sequential(nn.Linear(4, 3), nn.ReLU()))[0]
     SparseLinear(in_features=4, out_features=3, bias=True, sparsity=0)
     """
-    plan = plan_convert(model, include=include, exclude=exclude)
+    plan = plan_convert(model, include=include, exclude=exclude, types=types)
     if not plan.swap and not plan.already:
         reasons = "; ".join(f"{name or '(root)'}: {why}" for name, why in list(plan.left.items())[:3])
-        raise ValueError(f"the model has no nn.Linear that can be converted. {reasons}".rstrip())
+        names = ", ".join(_name(kind.dense) for kind in chosen_kinds(types))
+        raise ValueError(f"the model has no {names} that can be converted. {reasons}".rstrip())
     if plan.left:  # said before any change: a program may turn warnings into errors
         warnings.warn(_notice(model, plan.left), LeftDenseWarning, stacklevel=2)
     modules = dict(model.named_modules())
-    for name, (weight, mask) in plan.swap.items():
-        linear = modules[name]
-        assert isinstance(linear, nn.Linear)
-        plain = bare_linear(nn.Linear, weight, linear.bias)
-        remove_prune_hook(linear)
-        _become(linear, SparseLinear.from_linear(plain, mask))
+    for name, kind in plan.swap.items():
+        become(modules[name], kind.to_sparse(modules[name]))
     return model
 
 
@@ -77,48 +72,54 @@ def plan_convert(
     *,
     include: Selector | Sequence[Selector] | None = None,
     exclude: Selector | Sequence[Selector] | None = None,
+    types: type[nn.Module] | Sequence[type[nn.Module]] | None = None,
 ) -> Plan:
     """Say what `convert` would do with the same arguments, and raise what it would raise; the model is not touched."""
-    linears = layers_of_type(model, nn.Linear)
-    swap: dict[str, MaskedParts] = {}
-    left: dict[str, str] = {}
+    owners = _owners(model, chosen_kinds(types))
     readers = {
         id(child): f"{type(owner).__name__} reads its weight directly"
         for owner in model.modules()
         if isinstance(owner, _READS_WEIGHTS)
         for child in owner.modules()
     }
-    chosen = select(model, linears, include, exclude)
-    for name in chosen:
-        linear = linears[name]
-        if isinstance(linear, SparseLinear):
+    swap: dict[str, Kind] = {}
+    already: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
+    left: dict[str, str] = {}
+    for layer in select(model, {layer: module for layer, (_, module, _) in owners.items()}, include, exclude):
+        name, module, kind = owners[layer]
+        if isinstance(module, Masked):
+            already[layer] = module.matrix(module.weight)
             continue
-        if id(linear) in readers:
-            left[name] = readers[id(linear)]
+        assert kind is not None
+        if id(module) in readers:
+            left[name] = readers[id(module)]
             continue
         try:
-            _check_plain(linear)
-            swap[name] = masked_parts(linear)
+            kind.check(module)
         except ValueError as error:
             left[name] = str(error)
-    if include is not None and left and not swap and len(left) == len(chosen):
+            continue
+        swap[name] = kind
+        weights[layer] = kind.matrices(module)[layer.removeprefix(name).removeprefix(".")]
+    if include is not None and left and not swap and not already:
         name, why = next(iter(left.items()))
         raise ValueError(f"{name or '(root)'}: cannot be converted, {why}")
-    _check_untied(model, swap)
-    already = tuple(name for name in chosen if isinstance(linears[name], SparseLinear))
-    return Plan(swap, already, left)
+    check_untied(model, swap)
+    return Plan(swap, tuple(already), left, already | weights)
 
 
 def to_dense(model: Model) -> Model:
-    """Swap every SparseLinear and CSRLinear for a plain nn.Linear with zeros, in place, and return the model.
+    """Turn every converted or exported layer into what it was before, with zeros, in place, and return the model.
 
     >>> to_dense(convert(nn.Sequential(nn.Linear(4, 3))))[0]
     Linear(in_features=4, out_features=3, bias=True)
     """
     for layer in layers_of_type(model, CSRLinear).values():
-        _become(layer, layer.to_sparse())
-    for sparse in layers_of_type(model, SparseLinear).values():
-        _become(sparse, sparse.to_linear())
+        become(layer, layer.to_sparse())
+    for kind in kinds():
+        for module in layers_of_type(model, kind.sparse).values():
+            become(module, kind.to_dense(module))
     return model
 
 
@@ -139,124 +140,36 @@ def masks_from_zeros(
                 f"{name}: the weight is on the meta device and has no data; load the model's weights first"
             )
     for layer in layers.values():
-        layer.set_mask(layer.weight.detach() != 0)
+        layer.set_mask(layer.matrix(layer.weight.detach()) != 0)
     return model
-
-
-def layers_of_type(model: nn.Module, kind: type[Layer]) -> dict[str, Layer]:
-    """Return the model's modules of a type by their (first) name, in the model's order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
 
 
 def sparse_layers(
     model: nn.Module,
     include: Selector | Sequence[Selector] | None = None,
     exclude: Selector | Sequence[Selector] | None = None,
-) -> dict[str, SparseLinear]:
-    """Return the chosen SparseLinears by name. Raises ValueError if the model has none."""
-    layers = layers_of_type(model, SparseLinear)
+) -> dict[str, Masked]:
+    """Return the chosen masked layers by name. Raises ValueError if the model has none."""
+    layers = layers_of_type(model, Masked)
     if not layers:
         raise ValueError("the model has no SparseLinear; call sparsify.convert(model) first")
     return {name: layers[name] for name in select(model, layers, include, exclude)}
 
 
-def copy_with(model: Model, replacements: dict[nn.Module, nn.Module]) -> Model:
-    """Copy a model's structure, with some modules replaced; the memory of every other tensor is shared.
-
-    The tensors themselves are new ones over that memory, so that converting the copy (`.half()`, `.to()`) leaves the
-    original alone. A replacement takes over the hooks and attributes of the module it stands for. Raises ValueError if
-    a module cannot be copied.
-    """
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for value in (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()):
-            if isinstance(value, Tensor) and id(value) not in memo:
-                memo[id(value)] = _alias(value)
-    for old, new in replacements.items():
-        new.__dict__.update({**_extra(old), **new.__dict__, **_own_state(old)})
-        for key, parameter in new._parameters.items():
-            new._parameters[key] = memo.get(id(parameter), parameter)
-        memo[id(old)] = new
-    try:
-        return copy.deepcopy(model, memo)
-    except Exception as error:
-        raise ValueError(f"the model cannot be copied: {error}") from error
+def _owners(model: nn.Module, chosen: Sequence[Kind]) -> dict[str, tuple[str, nn.Module, Kind | None]]:
+    """Return every layer that is masked or may become so, by name: the module it is in, and that module's kind."""
+    owners: dict[str, tuple[str, nn.Module, Kind | None]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Masked):
+            owners[name] = name, module, None
+        for kind in chosen:
+            if isinstance(module, kind.dense) and not isinstance(module, kind.sparse):
+                owners |= {join(name, layer): (name, module, kind) for layer in kind.layers}
+    return owners
 
 
-def _alias(tensor: Tensor) -> Tensor:
-    """Return another tensor over the same memory; of a class that is not torch's own, the tensor itself."""
-    if type(tensor) is nn.Parameter:
-        return nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
-    return tensor.detach() if type(tensor) is Tensor else tensor
-
-
-def replace(model: Model, replacements: dict[nn.Module, nn.Module]) -> Model:
-    """Turn modules of a model into others, in place, and return the model."""
-    for old, new in replacements.items():
-        _become(old, new)
-    return model
-
-
-def _become(module: nn.Module, new: nn.Module) -> None:
-    """Let `module` be what `new` is, keeping its own hooks and whatever attributes a user put on it."""
-    state = {**_extra(module), **new.__dict__, **_own_state(module)}
-    module.__dict__.clear()
-    module.__dict__.update(state)
-    module.__class__ = type(new)
-
-
-def _extra(module: nn.Module) -> dict[str, Any]:
-    """Return what is on a module beyond what every module has: its class's own attributes, and the user's."""
-    return {key: value for key, value in module.__dict__.items() if key not in nn.Module().__dict__}
-
-
-def _own_state(module: nn.Module) -> dict[str, Any]:
-    return {key: value for key, value in module.__dict__.items() if "_hook" in key or key == "training"}
-
-
-def _check_plain(linear: nn.Linear) -> None:
-    """Raise ValueError, saying why, if another layer could not stand in for this one."""
-    kind = type(linear)
-    if isinstance(linear, nn.LazyLinear) and linear.has_uninitialized_params():
-        raise ValueError("it is not initialised yet; run one batch through the model first")
-    if kind.__mro__[1] is nn.Linear and kind.__name__ == "ParametrizedLinear":
-        return
-    if kind is not nn.Linear:
-        raise ValueError(f"it is a {kind.__name__}, a subclass of nn.Linear that may compute something else")
-    if "forward" in linear.__dict__:
-        raise ValueError("its forward was replaced on the instance")
-
-
-def _check_untied(model: nn.Module, swap: dict[str, MaskedParts]) -> None:
-    """Raise ValueError if a weight to be masked is also used by another module."""
-    places: dict[object, list[tuple[str, Tensor]]] = {}
-    for module_name, module in model.named_modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                place = f"{module_name}.{key}".lstrip("."), parameter
-                places.setdefault(_memory(parameter)[0], []).append(place)
-    for name, (weight, _) in swap.items():
-        used = [place for place, parameter in places[_memory(weight)[0]] if _overlap(weight, parameter)]
-        if len(used) > 1:
-            raise ValueError(
-                f"{name}: its weight is tied: {' and '.join(used)} are one Parameter, and a mask would change both; "
-                f"leave it dense with exclude=[{name!r}], or untie it first"
-            )
-
-
-def _memory(parameter: Tensor) -> tuple[object, int, int]:
-    """Return which memory a Parameter uses, from which byte to which; one without memory is its own."""
-    if isinstance(parameter, nn.UninitializedParameter) or parameter.is_meta or parameter.numel() == 0:
-        return id(parameter), 0, 1
-    start = parameter.data_ptr()
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
-    return parameter.untyped_storage().data_ptr(), start, start + extent * parameter.element_size()
-
-
-def _overlap(one: Tensor, other: Tensor) -> bool:
-    """Say whether two Parameters use the same memory anywhere."""
-    (memory, start, end), (other_memory, other_start, other_end) = _memory(one), _memory(other)
-    return memory == other_memory and start < other_end and other_start < end
+def _name(dense: type[nn.Module]) -> str:
+    return f"nn.{dense.__name__}" if dense.__module__.startswith("torch.nn") else dense.__name__
 
 
 def _notice(model: nn.Module, left: dict[str, str]) -> str:

@@ -6,15 +6,16 @@ from torch import nn
 from tqdm import tqdm
 
 from sparsify.choose import Choice, Chooser
-from sparsify.convert import Model, copy_with, layers_of_type
+from sparsify.edit import Model, copy_with, layers_of_type
 from sparsify.kernels import FORMS, supports
-from sparsify.layers import CSRLinear, SparseLinear
+from sparsify.kinds import masked_as
+from sparsify.layers import CSRLinear, Masked
 
 FORMATS = ("auto", "dense", *FORMS)
 
 
 def export(model: Model, *, format: str = "auto", tokens: int | None = None, progress: bool = False) -> Model:
-    """Return a copy for inference in which each SparseLinear is a CSRLinear, or a plain nn.Linear.
+    """Return a copy for inference in which each masked layer is a CSRLinear, or the dense layer it was.
 
     The model itself stays as it was, and the copy shares the memory of every tensor that does not change. Outputs
     equal the masked model's.
@@ -34,7 +35,7 @@ def export(model: Model, *, format: str = "auto", tokens: int | None = None, pro
         raise ValueError(f"format {format!r} is none of: {', '.join(FORMATS)}")
     if format != "auto" and tokens is not None:
         raise ValueError(f"tokens={tokens} has no effect with format {format!r}; only 'auto' measures")
-    layers = layers_of_type(model, SparseLinear)
+    layers = layers_of_type(model, Masked)
     if not layers:
         raise ValueError("the model has no SparseLinear to export; call sparsify.convert(model) and prune it first")
     for name, layer in layers.items():
@@ -55,9 +56,9 @@ def export(model: Model, *, format: str = "auto", tokens: int | None = None, pro
     return copy_with(model, replacements)
 
 
-def _export_layer(layer: SparseLinear, choice: Choice) -> nn.Module:
+def _export_layer(layer: Masked, choice: Choice) -> nn.Module:
     if choice.form == "dense":
-        exported: nn.Module = layer.to_linear()
+        exported = masked_as(layer).to_dense(layer)
         exported.weight = nn.Parameter(layer.masked_weight().detach(), requires_grad=layer.weight.requires_grad)
     else:
         exported = CSRLinear.from_sparse(layer, form=choice.form)

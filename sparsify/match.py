@@ -41,13 +41,17 @@ def select(
 ) -> list[str]:
     """Return the names of `layers` that any `include` (None: all) and no `exclude` means, in the model's order.
 
-    A layer used in several places answers to each of its names. A selector that means no layer is a ValueError,
-    and so is a choice that leaves none of the layers.
+    `layers` gives the module that each name stands for, or lies in ("attention.q_proj" of an attention that has no such
+    module yet). A layer used in several places answers to each of its names. A selector that means no layer is a
+    ValueError, and so is a choice that leaves none of the layers.
     """
     names_of: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names_of.setdefault(id(module), []).append(name)
-    aliases = {alias: name for name, layer in layers.items() for alias in names_of.get(id(layer), [name])}
+    aliases: dict[str, str] = {}
+    for name, layer in layers.items():
+        first, *others = names_of.get(id(layer), [name])
+        aliases |= {other + name[len(first) :]: name for other in (first, *others)}
 
     def meant(selectors: Selector | Sequence[Selector] | None) -> set[str]:
         found: set[str] = set()

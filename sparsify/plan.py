@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from sparsify.edit import layers_of_type
 from sparsify.formats import bitmask_bytes, csr_bytes
-from sparsify.layers import SparseLinear
+from sparsify.layers import Masked
 from sparsify.masks import Allocation, layer_targets, make_masks, n_removed_units
 from sparsify.patterns import parse_pattern
 from sparsify.recipe import Group, Recipe, assign_layers
@@ -42,13 +43,13 @@ def plan(recipe: Recipe, model: nn.Module) -> list[PlannedLayer]:
     [('0', ((0.0, 0.75),))]
     """
     planned = []
-    for number, (group, shapes) in enumerate(zip(recipe.groups, assign_layers(recipe, model), strict=True)):
+    for number, (group, weights) in enumerate(zip(recipe.groups, assign_layers(recipe, model), strict=True)):
         times = group.schedule.update_times()
-        zeros = [_zeros(model, group, shapes, time) for time in times]
-        for name, shape in shapes.items():
-            n_weights = shape[0] * shape[1]
+        zeros = [_zeros(model, group, weights, time) for time in times]
+        for name, weight in weights.items():
+            shape, n_weights = (weight.shape[0], weight.shape[1]), weight.numel()
             targets = tuple((time, z[name] / max(n_weights, 1)) for time, z in zip(times, zeros, strict=True))
-            itemsize = _weight(model, name).element_size()
+            itemsize = weight.element_size()
             kept = n_weights - zeros[-1][name]
             sizes = (csr_bytes(shape, kept, itemsize), bitmask_bytes(shape, kept, itemsize), n_weights * itemsize)
             ranked = group.allocation == "global"
@@ -60,9 +61,10 @@ def plan(recipe: Recipe, model: nn.Module) -> list[PlannedLayer]:
     return planned
 
 
-def _zeros(model: nn.Module, group: Group, shapes: dict[str, tuple[int, int]], time: float) -> dict[str, int]:
+def _zeros(model: nn.Module, group: Group, weights: dict[str, Tensor], time: float) -> dict[str, int]:
     """Return how many weights each layer of a group lacks after the update at `time`."""
     pattern = parse_pattern(group.pattern)
+    shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
     sparsity: float | None = None
     allocation: Allocation = group.allocation
     if isinstance(allocation, dict):
@@ -71,8 +73,13 @@ def _zeros(model: nn.Module, group: Group, shapes: dict[str, tuple[int, int]], t
     elif group.sparsity is not None and not pattern.is_nm:
         sparsity = group.schedule.sparsity_at(time, group.sparsity)
     if (removed := n_removed_units(shapes, sparsity, pattern, allocation)) is None:
-        weights = {name: _weight(model, name) for name in shapes}
-        present = {name: _mask(model, name) for name in shapes}
+        layers = layers_of_type(model, Masked)
+        present = {  # all True for a layer that is not converted yet
+            name: layers[name].matrix(layers[name].mask)
+            if name in layers
+            else torch.ones_like(weight, dtype=torch.bool)
+            for name, weight in weights.items()
+        }
         masks = make_masks(
             weights,
             sparsity,
@@ -87,15 +94,3 @@ def _zeros(model: nn.Module, group: Group, shapes: dict[str, tuple[int, int]], t
         return removed
     sizes = {name: pattern.unit_shape(shape) for name, shape in shapes.items()}
     return {name: n * sizes[name][0] * sizes[name][1] for name, n in removed.items()}
-
-
-def _weight(model: nn.Module, name: str) -> torch.Tensor:
-    weight = model.get_submodule(name).weight
-    assert isinstance(weight, torch.Tensor)
-    return weight.detach()
-
-
-def _mask(model: nn.Module, name: str) -> torch.Tensor:
-    """Return a layer's present mask, all True for one that is not converted yet."""
-    layer = model.get_submodule(name)
-    return layer.mask if isinstance(layer, SparseLinear) else torch.ones_like(_weight(model, name), dtype=torch.bool)

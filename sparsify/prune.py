@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sparsify.convert import Model, sparse_layers
+from sparsify.convert import sparse_layers
+from sparsify.edit import Model
 from sparsify.masks import Allocation, make_masks
 from sparsify.match import Selector
 from sparsify.methods import Method
@@ -21,7 +22,7 @@ def prune(
     exclude: Selector | Sequence[Selector] | None = None,
     seed: int | None = None,
 ) -> Model:
-    """Mask the SparseLinears of a model to an absolute sparsity, in place, and return the model.
+    """Mask the layers of a converted model to an absolute sparsity, in place, and return the model.
 
     sparsity: fraction of zeros, 0 to 1; left out where the pattern ("2:4") or an allocation dict says it.
     method: "magnitude", "random", or a function `(weight) -> scores` (see sparsify.methods); seed is for random ones.
@@ -38,9 +39,9 @@ def prune(
     """
     layers = sparse_layers(model, include, exclude)
     masks = make_masks(
-        {name: layer.weight for name, layer in layers.items()},
+        {name: layer.matrix(layer.weight) for name, layer in layers.items()},
         sparsity,
-        masks={name: layer.mask for name, layer in layers.items()},
+        masks={name: layer.matrix(layer.mask) for name, layer in layers.items()},
         method=method,
         pattern=pattern,
         allocation=allocation,

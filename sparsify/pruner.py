@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.convert import sparse_layers
-from sparsify.layers import SparseLinear
+from sparsify.layers import Masked
 from sparsify.recipe import Recipe, assign_layers, group_masks
 
 
@@ -87,7 +87,7 @@ class Pruner:
                     self._forget_masked(self.layers[name])
 
     @torch.no_grad()
-    def _forget_masked(self, layer: SparseLinear) -> None:
+    def _forget_masked(self, layer: Masked) -> None:
         """Clear gradient and optimizer state of masked weights, so that nothing moves them again."""
         state = self.optimizer.state.get(layer.weight, {}) if self.optimizer else {}
         for tensor in (layer.weight.grad, *state.values()):

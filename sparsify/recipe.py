@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from torch import Tensor, nn
 
 from sparsify.allocation import ALLOCATIONS, check_sparsity
-from sparsify.convert import Model, plan_convert, sparse_layers
+from sparsify.convert import plan_convert, sparse_layers
+from sparsify.edit import Model
 from sparsify.errors import RecipeError
 from sparsify.masks import Allocation, layer_targets, make_masks, n_removed_units
 from sparsify.methods import METHODS, takes_seed
@@ -144,8 +145,8 @@ def load_recipe(path: str | os.PathLike[str], **variables: Value) -> Recipe:
         raise _explain(file, error) from None
 
 
-def assign_layers(recipe: Recipe, model: nn.Module) -> list[dict[str, tuple[int, int]]]:
-    """Return, for each group, its layers and their weights' shapes (out, in); the model is not touched.
+def assign_layers(recipe: Recipe, model: nn.Module) -> list[dict[str, Tensor]]:
+    """Return, for each group, its layers and their weights (out, in); the model is not touched.
 
     Raises ValueError if a pattern matches nothing, if two groups claim one layer, or if a target cannot be
     met exactly. The model may be converted or not.
@@ -155,8 +156,8 @@ def assign_layers(recipe: Recipe, model: nn.Module) -> list[dict[str, tuple[int,
     for number, group in enumerate(recipe.groups):
         where = f"groups.{number}"
         try:
-            plan = plan_convert(model, include=group.layers, exclude=group.exclude)
-            shapes = {name: _shape(model.get_submodule(name)) for name in (*plan.already, *plan.swap)}
+            weights = plan_convert(model, include=group.layers, exclude=group.exclude).weights
+            shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
             if not shapes:
                 raise ValueError("no layer is left after 'exclude'")
             n_removed_units(shapes, group.sparsity, parse_pattern(group.pattern), group.allocation)
@@ -166,7 +167,7 @@ def assign_layers(recipe: Recipe, model: nn.Module) -> list[dict[str, tuple[int,
             if name in owner:
                 raise ValueError(f"{where}: {name!r} is already in groups.{owner[name]}; a layer belongs to one group")
             owner[name] = number
-        groups.append(shapes)
+        groups.append(weights)
     return groups
 
 
@@ -182,8 +183,8 @@ def apply(model: Model, recipe: Recipe) -> Model:
                 "use sparsify.Pruner(model, recipe) in the loop, or a recipe with a constant schedule"
             )
     masks: dict[str, Tensor] = {}
-    for group, shapes in zip(recipe.groups, assign_layers(recipe, model), strict=True):
-        masks |= group_masks(model, group, list(shapes))
+    for group, weights in zip(recipe.groups, assign_layers(recipe, model), strict=True):
+        masks |= group_masks(model, group, list(weights))
     for name, layer in sparse_layers(model).items():
         if name in masks:
             layer.set_mask(masks[name])
@@ -201,9 +202,9 @@ def group_masks(model: nn.Module, group: Group, names: list[str], time: float | 
 
     def masks_of(chosen: list[str], sparsity: float | None, allocation: str) -> dict[str, Tensor]:
         return make_masks(
-            {name: layers[name].weight for name in chosen},
+            {name: layers[name].matrix(layers[name].weight) for name in chosen},
             sparsity,
-            masks={name: layers[name].mask for name in chosen},
+            masks={name: layers[name].matrix(layers[name].mask) for name in chosen},
             method=group.method,
             pattern=group.pattern,
             allocation=allocation,
@@ -218,11 +219,6 @@ def group_masks(model: nn.Module, group: Group, names: list[str], time: float | 
         return masks_of(names, None, "uniform") if started else {}
     assert group.sparsity is not None
     return masks_of(names, target(group.sparsity), group.allocation)
-
-
-def _shape(layer: nn.Module) -> tuple[int, int]:
-    assert isinstance(layer, nn.Linear)
-    return layer.out_features, layer.in_features
 
 
 def _strings(content: Value) -> set[str]:

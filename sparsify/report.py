@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from sparsify.choose import Choice
-from sparsify.convert import layers_of_type
-from sparsify.layers import CSRLinear, SparseLinear
+from sparsify.edit import layers_of_type
+from sparsify.kinds import join, matrices
+from sparsify.layers import CSRLinear, Masked
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Report(Sequence[Row]):
 
 
 def report(model: nn.Module) -> Report:
-    """List every SparseLinear, CSRLinear and nn.Linear of a model, with what its weight takes in memory.
+    """List every layer that is exported, masked, or dense and of a kind that converts, with what its weight takes.
 
     >>> model = sparsify.convert(nn.Sequential(nn.Linear(8, 4)))
     >>> row = report(sparsify.export(sparsify.prune(model, 0.75), format="csr"))[0]
@@ -82,20 +83,19 @@ def report(model: nn.Module) -> Report:
     """
     rows = []
     for name, layer in layers_of_type(model, nn.Module).items():
-        if isinstance(layer, CSRLinear):
-            held, itemsize, sparsity, format_ = layer.parts, layer.parts[-1].element_size(), layer.sparsity, layer.form
-        elif isinstance(layer, SparseLinear):
-            held, itemsize = (layer.weight, layer.mask), layer.weight.element_size()
-            sparsity, format_ = layer.sparsity, "masked"
-        elif isinstance(layer, nn.Linear):
-            held, itemsize = (layer.weight,), layer.weight.element_size()
-            sparsity, format_ = _zeros(layer.weight.detach()), "dense"
-        else:
-            continue
-        shape = (layer.out_features, layer.in_features)
         choice = layer.__dict__.get("choice")
         measured = (choice.reason, dict(choice.times_us)) if isinstance(choice, Choice) else ("", {})
-        rows.append(Row(name, shape, sparsity, format_, _n_bytes(*held), shape[0] * shape[1] * itemsize, *measured))
+        if isinstance(layer, CSRLinear):
+            dense_bytes = layer.shape[0] * layer.shape[1] * layer.parts[-1].element_size()
+            n_bytes = _n_bytes(*layer.parts)
+            rows.append(Row(name, layer.shape, layer.sparsity, layer.form, n_bytes, dense_bytes, *measured))
+        for part, weight in matrices(layer).items():
+            shape, n_bytes = (weight.shape[0], weight.shape[1]), _n_bytes(weight)
+            if isinstance(layer, Masked):
+                row = Row(name, shape, layer.sparsity, "masked", n_bytes + _n_bytes(layer.mask), n_bytes)
+            else:
+                row = Row(join(name, part), shape, _zeros(weight.detach()), "dense", n_bytes, n_bytes, *measured)
+            rows.append(row)
     return Report(tuple(rows))
 
 

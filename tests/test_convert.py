@@ -170,6 +170,17 @@ def test_a_selector_that_matches_nothing_changes_nothing(options: dict, message:
     assert_unchanged(model, before)
 
 
+def test_types_choose_the_kinds_of_modules() -> None:
+    assert isinstance(convert(mlp(), types=nn.Linear)[0], SparseLinear)
+    assert isinstance(convert(mlp(), types=[nn.Linear])[2], SparseLinear)
+    for types, message in (
+        (nn.ReLU, "types: ReLU is none of the types that convert: Linear"),
+        ([], "types is empty"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert(mlp(), types=types)
+
+
 def test_a_model_without_linears_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"the model has no nn\.Linear that can be converted"):
         convert(nn.Sequential(nn.Conv2d(1, 1, 1)))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparsify.formats import CSR, check_csr, csr_to_dense, dense_to_csr
 from sparsify.kernels import FORMS, linear, pack, supports, unpack
-from sparsify.layers.bare import bare_linear
+from sparsify.layers.masked import Masked
 from sparsify.layers.sparse_linear import SparseLinear
 from sparsify.layers.weight_view import WeightView
 
@@ -26,6 +26,8 @@ class CSRLinear(nn.Module):
     `bias` is a Parameter or None, `activation` follows it. Being plain tensors, all of it survives deepcopy, pickle,
     state_dict, `.to()`, torch.compile and torch.export. The gradient reaches the input and the bias, not the values:
     train a SparseLinear instead. Under autocast the layer computes in its own dtype and returns autocast's.
+
+    `masked_type` is the type of layer it was packed from, and becomes again in `to_sparse`.
 
     >>> layer = CSRLinear.from_sparse(SparseLinear(8, 4, 0.75, seed=1))
     >>> layer.n_kept, layer.col.dtype, layer(torch.ones(2, 8)).shape
@@ -43,26 +45,29 @@ class CSRLinear(nn.Module):
         *,
         form: str = "csr",
         activation: str = "none",
+        masked_type: type[Masked] = SparseLinear,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.n_kept = csr.values.numel()
         self.wanted_form = self.form = form
         self.activation = activation
+        self.masked_type = masked_type
         self._set_parts(form, pack(form, csr, self.shape))
         self.register_parameter("bias", bias)
 
     @classmethod
-    def from_sparse(cls, layer: SparseLinear, *, form: str = "csr") -> CSRLinear:
-        """Pack the kept weights of a SparseLinear (kept zeros included); the bias is shared."""
-        csr = dense_to_csr(layer.weight.detach(), layer.mask)
-        return cls(layer.in_features, layer.out_features, csr, layer.bias, form=form).train(layer.training)
+    def from_sparse(cls, layer: Masked, *, form: str = "csr") -> CSRLinear:
+        """Pack the kept weights of a SparseLinear or its kin (kept zeros included); the bias is shared."""
+        csr = dense_to_csr(layer.matrix(layer.weight.detach()), layer.matrix(layer.mask))
+        out_features, in_features = layer.shape
+        packed = cls(in_features, out_features, csr, layer._parameters.get("bias"), form=form, masked_type=type(layer))
+        return packed.train(layer.training)
 
-    def to_sparse(self) -> SparseLinear:
-        """Unpack into a SparseLinear that can be trained again; the bias is shared, an activation left out."""
+    def to_sparse(self) -> Masked:
+        """Unpack into a layer that can be trained again; the bias is shared, an activation left out."""
         weight, mask = csr_to_dense(self.csr, self.shape)
-        linear = bare_linear(nn.Linear, nn.Parameter(weight), self.bias)
-        return SparseLinear.from_linear(linear, mask).train(self.training)
+        return self.masked_type.from_matrix(weight, mask, self.bias).train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer to (..., in_features); returns (..., out_features)."""

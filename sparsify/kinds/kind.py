@@ -1,0 +1,35 @@
+"""Kind: what convert has to know of one type of module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+#: The module is of the kind's own type; what stands here instead is Any, because functions of a type take that type.
+_Of = Any
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How modules of one type convert and come back. The functions change nothing outside the module they get.
+
+    dense, sparse: the type convert looks for, and the one it becomes.
+    check(dense): raise ValueError, saying why, if the module must stay dense.
+    matrices(dense): its weights as they are now, (out_features, in_features), for each of `layers`.
+    to_sparse(dense): make what the module becomes, over the same Parameters; nothing is pruned yet.
+    to_dense(sparse): make what it was, with zeros.
+    layers: the names of the masked layers, below the module; "" is the module itself.
+    unasked: whether convert takes it without being told to by `types`.
+    """
+
+    dense: type[nn.Module]
+    sparse: type[nn.Module]
+    check: Callable[[_Of], None]
+    matrices: Callable[[_Of], dict[str, Tensor]]
+    to_sparse: Callable[[_Of], nn.Module]
+    to_dense: Callable[[_Of], nn.Module]
+    layers: tuple[str, ...] = ("",)
+    unasked: bool = True

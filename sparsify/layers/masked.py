@@ -1,0 +1,132 @@
+"""Masked: what every layer that trains under a mask can do, whatever it computes with its weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from sparsify.masks import make_masks
+from sparsify.methods import Method, resolve_method, takes_seed
+
+
+class Masked(nn.Module):
+    """The contract of a layer with a Parameter `weight` that is used as weight * mask. Mixed in before a layer's class.
+
+    `mask` is a bool buffer of the weight's shape, True = kept. Masked weights are set to exactly zero whenever the mask
+    changes, get a gradient of exactly zero, and take no part in the forward whatever an optimizer makes of them.
+
+    Everything that chooses, packs or reports weights sees them through `matrix`, as (out_features, in_features). A
+    layer of this kind says how its weight is such a matrix, how it is built around one, and computes with
+    `masked_weight()` in its forward.
+    """
+
+    weight: Tensor
+    mask: Tensor
+
+    def matrix(self, tensor: Tensor) -> Tensor:
+        """View a tensor of the weight's shape as (out_features, in_features): what is written there is written here."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_matrix(cls, weight: Tensor, mask: Tensor, bias: nn.Parameter | None) -> Self:
+        """Make a layer of a weight and a mask, (out_features, in_features); the bias is shared."""
+        raise NotImplementedError
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The weight's shape as a matrix, (out_features, in_features)."""
+        out_features, in_features = self.matrix(self.weight).shape
+        return out_features, in_features
+
+    def masked_weight(self) -> Tensor:
+        """Return weight * mask.
+
+        Unlike a product, NaN and Inf in a masked weight come to nothing, and so do their gradients.
+        """
+        return torch.where(self.mask, self.weight, 0.0)
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of masked weights (0 for a layer without weights)."""
+        total = self.mask.numel()
+        return (total - int(self.mask.sum())) / total if total else 0.0
+
+    def sparse_update(
+        self,
+        sparsity: float | None = None,
+        *,
+        method: str | Method = "magnitude",
+        pattern: str = "unstructured",
+        seed: int | None = None,
+    ) -> None:
+        """Move the mask to a new absolute sparsity, now: at any point of training.
+
+        A higher sparsity removes the lowest of the kept weights; a lower one gives masked weights back, which start at
+        zero. Without a seed, a method that draws random numbers takes one from torch's generator, as initial weights
+        do.
+        """
+        if seed is None and takes_seed(resolve_method(method)):
+            seed = int(torch.randint(2**62, (), device="cpu"))
+        weights, masks = {"": self.matrix(self.weight)}, {"": self.matrix(self.mask)}
+        self.set_mask(make_masks(weights, sparsity, masks=masks, method=method, pattern=pattern, seed=seed)[""])
+
+    def set_mask(self, mask: Tensor) -> None:
+        """Use this bool mask, (out_features, in_features), True = kept, and zero what it removes."""
+        if mask.dtype != torch.bool or mask.shape != self.shape:
+            raise ValueError(f"a mask must be bool of shape {self.shape}, got {mask.dtype} {tuple(mask.shape)}")
+        new = torch.empty_like(self.weight, dtype=torch.bool, requires_grad=False)
+        self.matrix(new).copy_(mask)
+        self.mask = new
+        self.zero_masked()
+
+    @torch.no_grad()
+    def zero_masked(self) -> None:
+        """Set every masked weight to exactly zero."""
+        self.weight.masked_fill_(~self.mask, 0)
+
+    def to_coo(self) -> Tensor:
+        """Return the kept weights, (out_features, in_features), as a torch sparse COO tensor (a copy, no gradient)."""
+        weight, mask = self.matrix(self.weight.detach()), self.matrix(self.mask)
+        return torch.sparse_coo_tensor(
+            mask.nonzero().T, weight[mask], weight.shape, is_coalesced=True, check_invariants=False
+        )
+
+    def to_csr(self) -> Tensor:
+        """Return the kept weights, (out_features, in_features), as a torch sparse CSR tensor (a copy, no gradient)."""
+        return self.to_coo().to_sparse_csr()
+
+    def extra_repr(self) -> str:
+        """Add the sparsity to what the dense layer prints."""
+        sparsity = "" if self.mask.is_meta else f", sparsity={self.sparsity:.4g}"
+        return super().extra_repr() + sparsity
+
+    def _keep_all(self) -> None:
+        """Start with a mask that keeps everything."""
+        self.register_buffer("mask", torch.ones_like(self.weight, dtype=torch.bool, requires_grad=False))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or convert as any module does; the mask stays bool, and is all True where it had no data before."""
+        was_meta = self.mask.is_meta
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if was_meta and not self.mask.is_meta:
+            self.mask = torch.ones_like(self.mask, dtype=torch.bool)
+        elif self.mask.dtype != torch.bool:
+            self.mask = self.mask.bool()
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load a state_dict with a mask, or a dense one: then the present mask stays."""
+        missing_keys: list[str] = args[2]
+        mask = state_dict.get(prefix + "mask")
+        if isinstance(mask, Tensor) and mask.dtype != torch.bool:
+            args[4].append(f"{prefix}mask must be bool, got {mask.dtype}")
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if prefix + "mask" in missing_keys and prefix + "weight" in state_dict:
+            missing_keys.remove(prefix + "mask")
+            if self.mask.is_meta and not self.weight.is_meta:  # loaded with assign=True into a model without data
+                self.mask = torch.ones_like(self.weight, dtype=torch.bool)
+        self.zero_masked()
