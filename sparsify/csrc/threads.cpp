@@ -39,17 +39,23 @@ int64_t now_ns() {
 
 // libgomp ends a parallel region with a barrier that waits for every thread, also for one that found no task left
 // because another process holds its core: the wait is a time slice of the scheduler, 3 to 8 ms, for a call of 0.1 ms.
-// A caller that waited much longer than it worked computes alone for 500 times its work, at most 0.2 s: that is some 250
-// calls, so that stalls of short calls stay rarer than one in a hundred, and a core that is free again is found again.
+// A caller that waited much longer than it worked computes alone for a while: 50 times its work at first, so that a
+// single hiccup costs little; if it stalls again soon after, 4 times as long as before, at most a second, so that beside
+// a busy process stalls stay rarer than one call in a hundred and a core that is free again is still found again.
 constexpr int64_t STALL_NS = 500 * 1000;
-constexpr int64_t ALONE_PER_WORK = 500, ALONE_AT_MOST_NS = 200 * 1000 * 1000;
-std::atomic<int64_t> alone_until_ns{0};
+constexpr int64_t ALONE_PER_WORK = 50, ALONE_GROWTH = 4, ALONE_AT_MOST_NS = 1000 * 1000 * 1000;
+std::atomic<int64_t> alone_until_ns{0}, alone_for_ns{0};
 
 void note_wait(int64_t start, int64_t own_work_done, int64_t end) {
     const int64_t waited = end - own_work_done, worked = own_work_done - start;
     if (waited < STALL_NS || waited < 2 * worked) return;
-    const int64_t alone = ALONE_PER_WORK * worked;
-    alone_until_ns.store(end + (alone < ALONE_AT_MOST_NS ? alone : ALONE_AT_MOST_NS), std::memory_order_relaxed);
+    const int64_t before = alone_for_ns.load(std::memory_order_relaxed);
+    const bool again = start < alone_until_ns.load(std::memory_order_relaxed) + before;
+    int64_t alone = again ? ALONE_GROWTH * before : 0;
+    if (alone < ALONE_PER_WORK * worked) alone = ALONE_PER_WORK * worked;
+    if (alone > ALONE_AT_MOST_NS) alone = ALONE_AT_MOST_NS;
+    alone_for_ns.store(alone, std::memory_order_relaxed);
+    alone_until_ns.store(end + alone, std::memory_order_relaxed);
 }
 
 }  // namespace
