@@ -25,6 +25,7 @@ from sparsify.formats import (
     dense_to_csr,
     pack_bitmask,
 )
+from sparsify.fuse import fuse_activations
 from sparsify.kernels import FORMS, supports
 from sparsify.kinds import join, kind_of, kinds, matrices
 from sparsify.layers import CSRLinear, Masked
@@ -101,6 +102,7 @@ def load(path: str | os.PathLike[str], model: Model) -> Model:
         made[modules[name]] = _make(entry, modules[name], weights[name], header.choices.get(name))
     replace(model, made)
     _fill(model, tensors)
+    fuse_activations(model)
     for name, choice in header.choices.items():
         modules[name].__dict__["choice"] = choice
     elsewhere = sorted({choice.machine for choice in header.choices.values() if choice.times_us} - {machine_name()})

@@ -7,6 +7,7 @@ from tqdm import tqdm
 
 from sparsify.choose import Choice, Chooser
 from sparsify.edit import Model, copy_with, layers_of_type
+from sparsify.fuse import fuse_activations
 from sparsify.kernels import FORMS, supports
 from sparsify.kinds import masked_as
 from sparsify.layers import CSRLinear, Masked
@@ -18,7 +19,7 @@ def export(model: Model, *, format: str = "auto", tokens: int | None = None, pro
     """Return a copy for inference in which each masked layer is a CSRLinear, or the dense layer it was.
 
     The model itself stays as it was, and the copy shares the memory of every tensor that does not change. Outputs
-    equal the masked model's.
+    equal the masked model's. An activation that a layer's output goes to, and nowhere else, is applied by the layer.
 
     format: "auto" measures each layer here, with `tokens` rows of input (batch x sequence, 128 if not given),
     and takes the fastest form, dense where no sparse one is faster: no layer is left slower than dense. Or the form for
@@ -53,7 +54,7 @@ def export(model: Model, *, format: str = "auto", tokens: int | None = None, pro
     for layer in tqdm(layers.values(), desc="measuring layers", disable=not progress or format != "auto"):
         choice = chooser.choose(layer) if format == "auto" else Choice(format, 0, {}, "")
         replacements[layer] = _export_layer(layer, choice)
-    return copy_with(model, replacements)
+    return fuse_activations(copy_with(model, replacements))
 
 
 def _export_layer(layer: Masked, choice: Choice) -> nn.Module:

@@ -86,6 +86,9 @@ def report(model: nn.Module) -> Report:
         choice = layer.__dict__.get("choice")
         measured = (choice.reason, dict(choice.times_us)) if isinstance(choice, Choice) else ("", {})
         if isinstance(layer, CSRLinear):
+            if layer.activation != "none":
+                applies = f"applies {layer.activation}"
+                measured = (f"{measured[0]}; {applies}" if measured[0] else applies, measured[1])
             dense_bytes = layer.shape[0] * layer.shape[1] * layer.parts[-1].element_size()
             n_bytes = _n_bytes(*layer.parts)
             rows.append(Row(name, layer.shape, layer.sparsity, layer.form, n_bytes, dense_bytes, *measured))

@@ -28,6 +28,7 @@ ORDER = (
     "kinds",
     "ties",
     "convert",
+    "fuse",
     "prune",
     "machine",
     "choose",
