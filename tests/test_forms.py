@@ -116,13 +116,14 @@ def test_compile_export_and_autocast(form):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own doing
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_the_operator_keeps_torchs_rules_and_has_the_right_gradients(form, activation):
+@pytest.mark.parametrize("rows", [(0, -1), (7, 21)])
+def test_the_operator_keeps_torchs_rules_and_has_the_right_gradients(form, activation, rows):
     masked, _ = make(form)
     csr = dense_to_csr(masked.weight.detach(), masked.mask)
     parts, bias = pack(form, csr, (30, 70)), masked.bias.detach().clone().requires_grad_()
     x = torch.randn(6, 70, requires_grad=True)
-    result = linear(x, parts, form, (30, 70), bias, activation)
-    expected = ACTIVATIONS[activation](masked(x))
+    result = linear(x, parts, form, (30, 70), bias, activation, rows)
+    expected = ACTIVATIONS[activation](masked(x))[:, rows[0] : 30 if rows[1] == -1 else rows[1]]
     torch.testing.assert_close(result, expected)
     weights = torch.randn_like(result)
     ours = torch.autograd.grad((result * weights).sum(), (x, bias))
@@ -131,10 +132,31 @@ def test_the_operator_keeps_torchs_rules_and_has_the_right_gradients(form, activ
         torch.testing.assert_close(one, other)
     number = list(ACTIVATIONS).index(activation)
     if form == "csr":
-        torch.library.opcheck(torch.ops.sparsify.linear_csr, (x, *parts, bias, 30, 70, number))
+        torch.library.opcheck(torch.ops.sparsify.linear_csr, (x, *parts, bias, 30, 70, number, *rows))
     else:
-        arguments = (x, *parts, native.FORMS.index(form), bias, 30, 70, number)
+        arguments = (x, *parts, native.FORMS.index(form), bias, 30, 70, number, *rows)
         torch.library.opcheck(torch.ops.sparsify.linear_packed, arguments)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_layer_can_give_some_of_its_outputs(form):
+    masked, packed = make(form)
+    x, shape = torch.randn(2, 3, 70), (2, 3, 14)
+    for layer in (masked, packed):
+        found, wanted = layer(x, rows=(7, 21)), layer(x)[..., 7:21]
+        assert found.shape == shape
+        torch.testing.assert_close(found, wanted)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(packed(x, rows=(7, 21)), packed(x)[..., 7:21])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_that_a_layer_does_not_have_are_an_error(form):
+    packed = make(form)[1]
+    for first, end in ((-1, 3), (5, 4), (0, 31), (31, -1)):
+        with pytest.raises(RuntimeError, match="the layer has rows 0 to 30, asked for"):
+            packed(torch.randn(2, 70), rows=(first, end))
+    assert packed(torch.randn(2, 70), rows=(4, 4)).shape == (2, 0)
 
 
 @pytest.mark.parametrize("form", FORMS)

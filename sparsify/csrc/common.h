@@ -41,6 +41,17 @@ int run_tasks(int64_t n_tasks, int n_threads, Task task, const void *context);
 // How many threads a call of `flops` (2 x kept weights x tokens) is worth, at most n_threads.
 int worthwhile_threads(double flops, int n_threads);
 
+// The rows that a call asks for of n rows from `row` on: n of them from `first` on, `skipped` after `row`.
+struct Rows {
+    int64_t first, skipped, n;
+};
+
+static inline Rows part_of_call(const LinearCall &call, int64_t row, int64_t n) {
+    const int64_t first = row > call.first_row ? row : call.first_row;
+    const int64_t end = row + n < call.end_row ? row + n : call.end_row;
+    return {first, first - row, end - first};
+}
+
 // A number that no other call gets; never 0.
 int64_t next_call_id();
 

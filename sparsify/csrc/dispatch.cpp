@@ -71,10 +71,11 @@ int sparsify_set_kernel(const char *name) {
 int sparsify_linear(int form, int dtype, const sparsify_linear_call *call) {
     if (form < 0 || form >= SPARSIFY_N_FORMS || dtype < 0 || dtype >= SPARSIFY_N_DTYPES || call->tokens < 0 ||
         call->out < 0 || call->in < 0 || call->n_threads < 1 || call->activation < SPARSIFY_NONE ||
-        call->activation > SPARSIFY_SILU)
+        call->activation > SPARSIFY_SILU || call->first_row < 0 || call->first_row > call->end_row ||
+        call->end_row > call->out)
         return SPARSIFY_BAD_ARGUMENT;
     if (current().status) return current().status;  // SPARSIFY_KERNEL asks for what is not here: no silent fallback
-    if (call->tokens == 0 || call->out == 0) return SPARSIFY_OK;
+    if (call->tokens == 0 || call->first_row == call->end_row) return SPARSIFY_OK;
     return current().table->linear[form][dtype](*call);
 }
 }

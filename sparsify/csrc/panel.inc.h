@@ -28,7 +28,7 @@ struct PanelPlan {
     int64_t id;                // of this call, unlike any other
     int64_t n_vecs;            // vectors of tokens, spread evenly over the tiles
     int64_t n_tiles, n_parts;  // a task is one of each, the parts of a tile following each other
-    int64_t windows_per_part;
+    int64_t first_window, end_window, windows_per_part;
 };
 
 struct PanelTask {
@@ -64,7 +64,8 @@ int run_panel_task(const PanelPlan &plan, const PanelTask &task) {
     const int64_t block_floats = (k_block + 1) * V * WIDTH;  // and a row of zeros, which padding refers to
     const bool keep = n_blocks * block_floats * int64_t(sizeof(float)) <= PANEL_KEPT_TILE_BYTES;
     const int64_t tile_floats = (keep ? n_blocks : 1) * block_floats;
-    const int64_t sums_floats = plan.windows_per_part * window_rows * V * WIDTH;
+    // And what is read past the rows of a window that begin within it.
+    const int64_t sums_floats = (plan.windows_per_part * window_rows + WIDTH) * V * WIDTH;
     float *const tile = static_cast<float *>(thread_scratch(size_t(tile_floats + sums_floats) * sizeof(float)));
     if (!tile) return SPARSIFY_NO_MEMORY;
     float *const sums = tile + tile_floats;
@@ -86,9 +87,11 @@ int run_panel_task(const PanelPlan &plan, const PanelTask &task) {
             const int64_t row = window * window_rows, left = plan.sections.padded_rows - row;
             float *window_sums = sums + (window - task.first_window) * window_rows * V * WIDTH;
             add_window<V, T>(plan, block, window, left < window_rows ? left : window_rows, block_tile, window_sums);
-            if (block == n_blocks - 1)
-                empty_tile<V>(window_sums, bias ? bias + row : nullptr, y + row, call.y_stride, task.n_tokens,
-                              call.out - row < window_rows ? call.out - row : window_rows, call.activation);
+            if (block == n_blocks - 1) {
+                const Rows rows = part_of_call(call, row, window_rows);
+                empty_tile<V>(window_sums + rows.skipped * V * WIDTH, bias ? bias + rows.first : nullptr,
+                              y + rows.first - call.first_row, call.y_stride, task.n_tokens, rows.n, call.activation);
+            }
         }
     }
     return SPARSIFY_OK;
@@ -103,9 +106,9 @@ int run_panel_task(const void *context, int64_t number) {
     const int64_t end_vec = (task.tile + 1) * plan.n_vecs / plan.n_tiles;
     task.first_token = first_vec * WIDTH;
     task.n_tokens = (end_vec * WIDTH < plan.call.tokens ? end_vec * WIDTH : plan.call.tokens) - task.first_token;
-    task.first_window = number % plan.n_parts * plan.windows_per_part;
+    task.first_window = plan.first_window + number % plan.n_parts * plan.windows_per_part;
     const int64_t end = task.first_window + plan.windows_per_part;
-    task.end_window = end < plan.sections.n_windows ? end : plan.sections.n_windows;
+    task.end_window = end < plan.end_window ? end : plan.end_window;
     switch (end_vec - first_vec) {
         case 1: return run_panel_task<1, T>(plan, task);
         case 2: return run_panel_task<2, T>(plan, task);
@@ -122,18 +125,22 @@ int linear_panel(const LinearCall &call) {
     if (plan.header.out != call.out || plan.header.in != call.in) return SPARSIFY_BAD_INDEX;
     plan.sections = panel_sections(call.out, call.in, plan.header.k_block, plan.header.window_rows);
     plan.id = next_call_id();
+    plan.first_window = call.first_row / plan.header.window_rows;
+    plan.end_window = (call.end_row + plan.header.window_rows - 1) / plan.header.window_rows;
+    const int64_t n_windows = plan.end_window - plan.first_window;
     plan.n_vecs = (call.tokens + WIDTH - 1) / WIDTH;
     plan.n_tiles = (plan.n_vecs + PANEL_MAX_VECS - 1) / PANEL_MAX_VECS;
-    const int n_threads = worthwhile_threads(2.0 * double(plan.header.nnz) * double(plan.n_vecs * WIDTH), call.n_threads);
+    const double nnz = double(plan.header.nnz) * double(call.end_row - call.first_row) / double(call.out);
+    const int n_threads = worthwhile_threads(2.0 * nnz * double(plan.n_vecs * WIDTH), call.n_threads);
     // Smaller tiles before idle threads. A few tasks for each thread, so that a delayed one does not hold up all.
-    const int64_t needed_tiles = (n_threads + plan.sections.n_windows - 1) / plan.sections.n_windows;
+    const int64_t needed_tiles = (n_threads + n_windows - 1) / n_windows;
     if (plan.n_tiles < needed_tiles) plan.n_tiles = needed_tiles < plan.n_vecs ? needed_tiles : plan.n_vecs;
     const int64_t wanted_tasks = n_threads == 1 ? 1 : 4 * n_threads;
     const int64_t wanted_parts = (wanted_tasks + plan.n_tiles - 1) / plan.n_tiles;
-    plan.windows_per_part = (plan.sections.n_windows + wanted_parts - 1) / wanted_parts;
+    plan.windows_per_part = (n_windows + wanted_parts - 1) / wanted_parts;
     const int64_t most_windows = PANEL_PART_ROWS / plan.header.window_rows;
     if (plan.windows_per_part > most_windows) plan.windows_per_part = most_windows;
-    plan.n_parts = (plan.sections.n_windows + plan.windows_per_part - 1) / plan.windows_per_part;
+    plan.n_parts = (n_windows + plan.windows_per_part - 1) / plan.windows_per_part;
     return run_tasks(plan.n_tiles * plan.n_parts, n_threads, run_panel_task<T>, &plan);
 }
 

@@ -73,7 +73,7 @@ struct Batch {
     const float *x;
     int64_t x_stride;
     bool finite[BATCH_TOKENS];
-    int64_t n_blocks, blocks_per_task;
+    int64_t first_block, end_block, blocks_per_task;
 };
 
 template <typename Form, int N, typename T>
@@ -83,17 +83,16 @@ void run_block(const typename Form::View &view, const Batch &batch, int64_t bloc
     const float *x = batch.x + token * batch.x_stride;
     bool finite = true;
     for (int n = 0; n < N; ++n) finite &= batch.finite[token + n];
-    alignas(64) float sums[N][BLOCK_ROWS];
+    alignas(64) float sums[N * BLOCK_ROWS + WIDTH];  // and what is read past the rows of a block that begin within it
     if (finite)
-        Form::template block<N, false>(view, values, block, x, batch.x_stride, &sums[0][0]);
+        Form::template block<N, false>(view, values, block, x, batch.x_stride, sums);
     else
-        Form::template block<N, true>(view, values, block, x, batch.x_stride, &sums[0][0]);
-    const int64_t row = block * BLOCK_ROWS, rows_left = call.out - row;
-    const T *bias = call.bias ? static_cast<const T *>(call.bias) + row : nullptr;
-    T *y = static_cast<T *>(call.y) + (batch.first_token + token) * call.y_stride + row;
+        Form::template block<N, true>(view, values, block, x, batch.x_stride, sums);
+    const Rows rows = part_of_call(call, block * BLOCK_ROWS, BLOCK_ROWS);
+    const T *bias = call.bias ? static_cast<const T *>(call.bias) + rows.first : nullptr;
+    T *y = static_cast<T *>(call.y) + (batch.first_token + token) * call.y_stride + rows.first - call.first_row;
     for (int n = 0; n < N; ++n)
-        finish_block(sums[n], bias, y + n * call.y_stride, rows_left < BLOCK_ROWS ? int(rows_left) : BLOCK_ROWS,
-                     call.activation);
+        finish_block(sums + n * BLOCK_ROWS + rows.skipped, bias, y + n * call.y_stride, int(rows.n), call.activation);
 }
 
 // Runs block for the last n <= N tokens of a batch.
@@ -111,8 +110,8 @@ template <typename Form, typename T>
 int run_blocks(const void *context, int64_t task) {
     const Batch &batch = *static_cast<const Batch *>(context);
     const typename Form::View view = Form::view(batch.call->index);
-    const int64_t first = task * batch.blocks_per_task;
-    for (int64_t block = first; block < first + batch.blocks_per_task && block < batch.n_blocks; ++block) {
+    const int64_t first = batch.first_block + task * batch.blocks_per_task;
+    for (int64_t block = first; block < first + batch.blocks_per_task && block < batch.end_block; ++block) {
         int64_t token = 0;
         for (; batch.n_tokens - token >= Form::MAX_TOKENS; token += Form::MAX_TOKENS)
             run_block<Form, Form::MAX_TOKENS, T>(view, batch, block, token);
@@ -125,8 +124,10 @@ template <typename Form, typename T>
 int linear_row_blocks(const LinearCall &call) {
     Batch batch;
     batch.call = &call;
-    batch.n_blocks = (call.out + BLOCK_ROWS - 1) / BLOCK_ROWS;
-    const double nnz = double(Form::view(call.index).header->nnz);
+    batch.first_block = call.first_row / BLOCK_ROWS;
+    batch.end_block = (call.end_row + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    const int64_t n_blocks = batch.end_block - batch.first_block;
+    const double nnz = double(Form::view(call.index).header->nnz) * double(call.end_row - call.first_row) / double(call.out);
     const bool crowded = call.x_stride % CROWDED_STRIDE == 0 && call.tokens >= CROWDED_TOKENS;
     const bool in_place = sizeof(T) == sizeof(float) && call.in >= Form::LEAST_IN && !crowded;
     const int64_t least = Form::LEAST_IN > 0 ? Form::LEAST_IN : 1;
@@ -151,8 +152,8 @@ int linear_row_blocks(const LinearCall &call) {
             batch.finite[n] = Form::SKIPS_MASKED || all_finite(x + n * call.x_stride, call.in);
         const int n_threads = worthwhile_threads(2 * nnz * double(batch.n_tokens), call.n_threads);
         const int64_t n_tasks = n_threads > 1 ? n_threads * TASKS_PER_THREAD : 1;
-        batch.blocks_per_task = (batch.n_blocks + n_tasks - 1) / n_tasks;
-        const int status = run_tasks((batch.n_blocks + batch.blocks_per_task - 1) / batch.blocks_per_task, n_threads,
+        batch.blocks_per_task = (n_blocks + n_tasks - 1) / n_tasks;
+        const int status = run_tasks((n_blocks + batch.blocks_per_task - 1) / batch.blocks_per_task, n_threads,
                                      run_blocks<Form, T>, &batch);
         if (status) return status;
     }

@@ -75,9 +75,10 @@ SPARSIFY_DECLARE_FORM(gather)
 enum sparsify_form { SPARSIFY_PANEL = 0, SPARSIFY_BITMASK = 1, SPARSIFY_GATHER = 2, SPARSIFY_N_FORMS = 3 };
 enum sparsify_dtype { SPARSIFY_F32 = 0, SPARSIFY_BF16 = 1, SPARSIFY_N_DTYPES = 2 };
 
-/* y[t, o] = activation(sum over kept k of x[t, k] * w[o, k] + bias[o]), rounded once to the dtype of all four arrays.
- * Strides count elements between the rows of tokens; within a row elements are neighbours. y overlaps no input. Every
- * field takes 8 bytes: ctypes converts one argument in 0.4 us and twelve in 2.4. */
+/* y[t, o - first_row] = activation(sum over kept k of x[t, k] * w[o, k] + bias[o]) for first_row <= o < end_row, rounded
+ * once to the dtype of all four arrays. Strides count elements between the rows of tokens; within a row elements are
+ * neighbours. y overlaps no input. Every field takes 8 bytes: ctypes converts one argument in 0.4 us and twelve in 2.4.
+ */
 struct sparsify_linear_call {
     const uint8_t *index;
     const void *values;
@@ -89,6 +90,7 @@ struct sparsify_linear_call {
     int64_t tokens, out, in;
     int64_t activation; /* enum sparsify_activation */
     int64_t n_threads;  /* at most so many; 1: do not start threads */
+    int64_t first_row, end_row;
 };
 
 SPARSIFY_API int sparsify_linear(int form, int dtype, const struct sparsify_linear_call *call);

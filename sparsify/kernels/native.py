@@ -38,7 +38,7 @@ _SIGNATURES = {
     "nnz": (_int64, [_pointer]),
     "unpack": (_int, [_int64, _int64, _pointer, _int64, _int64, _pointer, _pointer, _pointer]),
 }
-_LINEAR_CALL = struct.Struct("=12q")  # struct sparsify_linear_call
+_LINEAR_CALL = struct.Struct("=14q")  # struct sparsify_linear_call
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
@@ -169,20 +169,22 @@ def linear(
     shape: tuple[int, int],
     activation: int = 0,
     out: Tensor | None = None,
+    rows: tuple[int, int] | None = None,
 ) -> Tensor:
     """activation(x @ weight.T + bias) for x of shape (..., in): a tensor of shape (..., out).
 
-    activation is a value of ACTIVATIONS. x, values and bias share a dtype of DTYPES. Trusts index and values (see
-    check), and does no more in Python than it must.
+    activation is a value of ACTIVATIONS. x, values and bias share a dtype of DTYPES. Of the outputs only those from
+    rows[0] to before rows[1] if given. Trusts index and values (see check), and does no more in Python than it must.
     """
     n_out, n_in = shape
+    first, end = rows or (0, n_out)
     if x.dim() != 2 or (n_in > 1 and x.stride(1) != 1):
         flat = x.reshape(-1, n_in) if n_in else x.reshape(x.shape[:-1].numel(), 0)
         flat = flat if n_in <= 1 or flat.stride(1) == 1 else flat.contiguous()
     else:
         flat = x
     tokens = flat.shape[0]
-    y = flat.new_empty((tokens, n_out)) if out is None else out
+    y = flat.new_empty((tokens, end - first)) if out is None else out
     status = _linear(
         _FORM_NUMBERS[form],
         DTYPES[values.dtype],
@@ -199,11 +201,13 @@ def linear(
             n_in,
             activation,
             torch.get_num_threads(),
+            first,
+            end,
         ),
     )
     if status:
         _checked(status)
-    return y if x.dim() == 2 or out is not None else y.view(*x.shape[:-1], n_out)
+    return y if x.dim() == 2 or out is not None else y.view(*x.shape[:-1], end - first)
 
 
 def _checked(status: int) -> int:

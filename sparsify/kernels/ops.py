@@ -26,12 +26,15 @@ _ACTIVATION_NAMES = tuple(ACTIVATIONS)
 
 _CSR = "Tensor crow, Tensor col, Tensor values"
 _PACKED = "Tensor index, Tensor values, int form"
+#: Which outputs: all that stand from `first` on before `end`; -1 is the last one's end.
+_ROWS = "int first=0, int end=-1"
 _library = torch.library.Library("sparsify", "DEF")
 for _schema in (
-    f"linear_csr(Tensor x, {_CSR}, Tensor? bias, int out_features, int in_features, int activation) -> Tensor",
-    f"linear_packed(Tensor x, {_PACKED}, Tensor? bias, int out_features, int in_features, int activation) -> Tensor",
-    f"grad_input_csr(Tensor grad, {_CSR}, int out_features, int in_features) -> Tensor",
-    f"grad_input_packed(Tensor grad, {_PACKED}, int out_features, int in_features) -> Tensor",
+    f"linear_csr(Tensor x, {_CSR}, Tensor? bias, int out_features, int in_features, int activation, {_ROWS}) -> Tensor",
+    "linear_packed("
+    f"Tensor x, {_PACKED}, Tensor? bias, int out_features, int in_features, int activation, {_ROWS}) -> Tensor",
+    f"grad_input_csr(Tensor grad, {_CSR}, int out_features, int in_features, {_ROWS}) -> Tensor",
+    f"grad_input_packed(Tensor grad, {_PACKED}, int out_features, int in_features, {_ROWS}) -> Tensor",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -43,49 +46,78 @@ def linear(
     shape: tuple[int, int],
     bias: Tensor | None = None,
     activation: str = "none",
+    rows: tuple[int, int] = (0, -1),
 ) -> Tensor:
     """Multiply x (..., in) by a weight (out, in) in one of the FORMS, add the bias, apply one of the ACTIVATIONS.
 
-    x, values and bias have one dtype and device. The gradient reaches x and bias. Raises RuntimeError for a tensor
-    that does not fit the weight.
+    x, values and bias have one dtype and device; the bias always has all entries. With `rows`, the outputs are those
+    from the first to before the second. The gradient reaches x and bias. Raises RuntimeError for a tensor that does not
+    fit the weight.
     """
     ops: Any = torch.ops.sparsify if torch.compiler.is_compiling() else _eager
     if form == "csr":
-        return ops.linear_csr(x, *parts, bias, *shape, _ACTIVATION_IDS[activation])  # type: ignore[no-any-return]
-    return ops.linear_packed(x, *parts, _FORM_IDS[form], bias, *shape, _ACTIVATION_IDS[activation])  # type: ignore[no-any-return]
+        return ops.linear_csr(x, *parts, bias, *shape, _ACTIVATION_IDS[activation], *rows)  # type: ignore[no-any-return]
+    return ops.linear_packed(x, *parts, _FORM_IDS[form], bias, *shape, _ACTIVATION_IDS[activation], *rows)  # type: ignore[no-any-return]
 
 
-def _check(x: Tensor, values: Tensor, bias: Tensor | None, out: int, inner: int) -> None:
-    """Raise RuntimeError, as torch does for a dense layer, unless input, values and bias fit together."""
+def _check(x: Tensor, values: Tensor, bias: Tensor | None, out: int, inner: int, first: int, end: int) -> int:
+    """Raise RuntimeError, as torch does for a dense layer, unless all of it fits together; return the rows' end."""
+    end = out if end == -1 else end
+    if not 0 <= first <= end <= out:
+        raise RuntimeError(f"the layer has rows 0 to {out}, asked for {first} to {end}")
     if x.dim() == 0 or x.shape[-1] != inner:
         raise RuntimeError(f"the layer takes inputs of shape (..., {inner}), got {tuple(x.shape)}")
     if x.dtype != values.dtype:
         raise RuntimeError(f"the layer's values are {values.dtype}, but the input is {x.dtype}")
     if bias is not None and (bias.dtype != values.dtype or bias.shape != (out,)):
         raise RuntimeError(f"the bias must be {values.dtype} of shape ({out},), got {bias.dtype} {tuple(bias.shape)}")
+    return end
 
 
 def _linear_csr(
-    x: Tensor, crow: Tensor, col: Tensor, values: Tensor, bias: Tensor | None, out: int, inner: int, activation: int
+    x: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    out: int,
+    inner: int,
+    activation: int,
+    first: int = 0,
+    end: int = -1,
 ) -> Tensor:
-    _check(x, values, bias, out, inner)
-    return reference.linear(x, CSR(crow, col, values), bias, (out, inner), _ACTIVATION_NAMES[activation])
+    rows = slice(first, _check(x, values, bias, out, inner, first, end))
+    return reference.linear(x, CSR(crow, col, values), bias, (out, inner), rows, _ACTIVATION_NAMES[activation])
 
 
 def _linear_packed(
-    x: Tensor, index: Tensor, values: Tensor, form: int, bias: Tensor | None, out: int, inner: int, activation: int
+    x: Tensor,
+    index: Tensor,
+    values: Tensor,
+    form: int,
+    bias: Tensor | None,
+    out: int,
+    inner: int,
+    activation: int,
+    first: int = 0,
+    end: int = -1,
 ) -> Tensor:
-    _check(x, values, bias, out, inner)
-    return native.linear(native.FORMS[form], x, index, values, bias, (out, inner), activation)
+    rows = first, _check(x, values, bias, out, inner, first, end)
+    return native.linear(native.FORMS[form], x, index, values, bias, (out, inner), activation, rows=rows)
 
 
-def _grad_input_csr(grad: Tensor, crow: Tensor, col: Tensor, values: Tensor, out: int, inner: int) -> Tensor:
-    return reference.linear_grad_input(grad, CSR(crow, col, values), (out, inner))
+def _grad_input_csr(
+    grad: Tensor, crow: Tensor, col: Tensor, values: Tensor, out: int, inner: int, first: int = 0, end: int = -1
+) -> Tensor:
+    rows = slice(first, out if end == -1 else end)
+    return reference.linear_grad_input(grad, CSR(crow, col, values), (out, inner), rows)
 
 
-def _grad_input_packed(grad: Tensor, index: Tensor, values: Tensor, form: int, out: int, inner: int) -> Tensor:
+def _grad_input_packed(
+    grad: Tensor, index: Tensor, values: Tensor, form: int, out: int, inner: int, first: int = 0, end: int = -1
+) -> Tensor:
     csr = unpack(native.FORMS[form], (index, values), (out, inner))
-    return reference.linear_grad_input(grad, csr, (out, inner))
+    return _grad_input_csr(grad, *csr, out, inner, first, end)
 
 
 _library.impl("linear_csr", _linear_csr, "CompositeExplicitAutograd")
@@ -96,51 +128,72 @@ _library.impl("grad_input_packed", _grad_input_packed, "CPU")
 
 @torch.library.register_fake("sparsify::linear_csr", lib=_library)
 def _fake_csr(
-    x: Tensor, crow: Tensor, col: Tensor, values: Tensor, bias: Tensor | None, out: int, inner: int, activation: int
+    x: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    out: int,
+    inner: int,
+    activation: int,
+    first: int = 0,
+    end: int = -1,
 ) -> Tensor:
-    _check(x, values, bias, out, inner)
-    return x.new_empty((*x.shape[:-1], out))
+    return x.new_empty((*x.shape[:-1], _check(x, values, bias, out, inner, first, end) - first))
 
 
 @torch.library.register_fake("sparsify::linear_packed", lib=_library)
 def _fake_packed(
-    x: Tensor, index: Tensor, values: Tensor, form: int, bias: Tensor | None, out: int, inner: int, activation: int
+    x: Tensor,
+    index: Tensor,
+    values: Tensor,
+    form: int,
+    bias: Tensor | None,
+    out: int,
+    inner: int,
+    activation: int,
+    first: int = 0,
+    end: int = -1,
 ) -> Tensor:
-    _check(x, values, bias, out, inner)
-    return x.new_empty((*x.shape[:-1], out))
+    return x.new_empty((*x.shape[:-1], _check(x, values, bias, out, inner, first, end) - first))
 
 
 @torch.library.register_fake("sparsify::grad_input_csr", lib=_library)
-def _fake_grad_csr(grad: Tensor, crow: Tensor, col: Tensor, values: Tensor, out: int, inner: int) -> Tensor:
+def _fake_grad_csr(
+    grad: Tensor, crow: Tensor, col: Tensor, values: Tensor, out: int, inner: int, first: int = 0, end: int = -1
+) -> Tensor:
     return grad.new_empty((*grad.shape[:-1], inner))
 
 
 @torch.library.register_fake("sparsify::grad_input_packed", lib=_library)
-def _fake_grad_packed(grad: Tensor, index: Tensor, values: Tensor, form: int, out: int, inner: int) -> Tensor:
+def _fake_grad_packed(
+    grad: Tensor, index: Tensor, values: Tensor, form: int, out: int, inner: int, first: int = 0, end: int = -1
+) -> Tensor:
     return grad.new_empty((*grad.shape[:-1], inner))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Keep the weight; with an activation also x and bias, from which the sum before it is worked out again."""
-    x, *ctx.weight, bias, ctx.out, ctx.inner, ctx.activation = inputs
+    x, *ctx.weight, bias, ctx.out, ctx.inner, ctx.activation, ctx.first, ctx.end = inputs
     ctx.is_csr = isinstance(ctx.weight[2], Tensor)
     ctx.save_for_backward(*((x, bias) if ctx.activation else ()))
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     ops = torch.ops.sparsify
-    shape = (ctx.out, ctx.inner)
+    shape, rows = (ctx.out, ctx.inner), (ctx.first, ctx.end)
     if ctx.activation:
         x, bias = ctx.saved_tensors
         multiply = ops.linear_csr if ctx.is_csr else ops.linear_packed
-        before = multiply(x, *ctx.weight, bias, *shape, 0)
+        before = multiply(x, *ctx.weight, bias, *shape, 0, *rows)
         grad = _activation_grad(before, grad, _ACTIVATION_NAMES[ctx.activation])
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = (ops.grad_input_csr if ctx.is_csr else ops.grad_input_packed)(grad, *ctx.weight, *shape)
+        grad_x = (ops.grad_input_csr if ctx.is_csr else ops.grad_input_packed)(grad, *ctx.weight, *shape, *rows)
     if ctx.needs_input_grad[4]:
-        grad_bias = grad.reshape(-1, ctx.out).sum(0)
-    return grad_x, None, None, None, grad_bias, None, None, None
+        n_rows = grad.shape[-1]
+        grad_bias = torch.nn.functional.pad(grad.reshape(-1, n_rows).sum(0), (ctx.first, ctx.out - ctx.first - n_rows))
+    return grad_x, None, None, None, grad_bias, None, None, None, None, None
 
 
 def _activation_grad(before: Tensor, grad: Tensor, activation: str) -> Tensor:
@@ -154,14 +207,15 @@ def _activation_grad(before: Tensor, grad: Tensor, activation: str) -> Tensor:
 
 
 def _setup_context_grad_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, *ctx.weight, ctx.out, ctx.inner = inputs
+    _, *ctx.weight, ctx.out, ctx.inner, ctx.first, ctx.end = inputs
 
 
 def _backward_grad_input(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """grad_input is linear in its first argument: the second derivative is the product itself, without bias."""
     ops = torch.ops.sparsify
     multiply = ops.linear_csr if isinstance(ctx.weight[2], Tensor) else ops.linear_packed
-    return multiply(grad, *ctx.weight, None, ctx.out, ctx.inner, 0), None, None, None, None, None
+    grad_grad = multiply(grad, *ctx.weight, None, ctx.out, ctx.inner, 0, ctx.first, ctx.end)
+    return grad_grad, None, None, None, None, None, None, None
 
 
 for _name in ("grad_input_csr", "grad_input_packed"):

@@ -20,18 +20,20 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def linear(x: Tensor, csr: CSR, bias: Tensor | None, shape: tuple[int, int], activation: str = "none") -> Tensor:
-    """Multiply x (..., in_features) by a CSR weight; returns (..., out_features). Any device, any floating dtype.
+def linear(
+    x: Tensor, csr: CSR, bias: Tensor | None, shape: tuple[int, int], rows: slice, activation: str = "none"
+) -> Tensor:
+    """Multiply x (..., in_features) by some rows of a CSR weight; returns (..., rows). Any device, any floating dtype.
 
     A removed weight takes part as a zero, so Inf or NaN in the input makes NaN of every output, as in a dense layer.
     """
     weight, _ = csr_to_dense(csr, shape)
     with torch.autocast(x.device.type, enabled=False):
-        return ACTIVATIONS[activation](F.linear(x, weight, bias))
+        return ACTIVATIONS[activation](F.linear(x, weight[rows], None if bias is None else bias[rows]))
 
 
-def linear_grad_input(grad: Tensor, csr: CSR, shape: tuple[int, int]) -> Tensor:
-    """Multiply grad (..., out_features) by the transposed weight; returns (..., in_features)."""
-    weight, _ = csr_to_dense(csr, shape)
+def linear_grad_input(grad: Tensor, csr: CSR, shape: tuple[int, int], rows: slice) -> Tensor:
+    """Multiply grad (..., rows) by the same rows of the transposed weight; returns (..., in_features)."""
+    weight = csr_to_dense(csr, shape)[0][rows]
     with torch.autocast(grad.device.type, enabled=False):
         return grad @ weight

@@ -69,19 +69,21 @@ class CSRLinear(nn.Module):
         weight, mask = csr_to_dense(self.csr, self.shape)
         return self.masked_type.from_matrix(weight, mask, self.bias).train(self.training)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Apply the layer to (..., in_features); returns (..., out_features)."""
+    def forward(self, input: Tensor, rows: tuple[int, int] = (0, -1)) -> Tensor:
+        """Apply the layer to (..., in_features); returns (..., out_features), or the outputs rows[0] to rows[1] - 1."""
         # Read where they are: nn.Module's own look-up of `self.bias` takes a microsecond.
-        return self._multiply(input, self._parameters["bias"], self.activation)
+        return self._multiply(input, self._parameters["bias"], self.activation, rows)
 
-    def _multiply(self, input: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
+    def _multiply(
+        self, input: Tensor, bias: Tensor | None, activation: str = "none", rows: tuple[int, int] = (0, -1)
+    ) -> Tensor:
         device = input.device.type
         castable = device != "meta" and input.is_floating_point() and input.dtype != torch.float64
         if castable and torch.is_autocast_enabled(device):
             input = input.to(self.parts[-1].dtype)
-            output = linear(input, self.parts, self.form, self.shape, bias, activation)
+            output = linear(input, self.parts, self.form, self.shape, bias, activation, rows)
             return output.to(torch.get_autocast_dtype(device))
-        return linear(input, self.parts, self.form, self.shape, bias, activation)
+        return linear(input, self.parts, self.form, self.shape, bias, activation, rows)
 
     @property
     def shape(self) -> tuple[int, int]:

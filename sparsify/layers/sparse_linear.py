@@ -75,9 +75,12 @@ class SparseLinear(Masked, nn.Linear):
         """Return a tensor of the weight's shape as it is."""
         return tensor
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Apply the layer to (..., in_features); returns (..., out_features)."""
-        return F.linear(input, self.masked_weight(), self.bias)
+    def forward(self, input: Tensor, rows: tuple[int, int] | None = None) -> Tensor:
+        """Apply the layer to (..., in_features); returns (..., out_features), or the outputs rows[0] to rows[1] - 1."""
+        if rows is None:
+            return F.linear(input, self.masked_weight(), self.bias)
+        part = slice(*rows)
+        return F.linear(input, self.masked_weight()[part], None if self.bias is None else self.bias[part])
 
     def reset_parameters(self) -> None:
         """Initialise weight and bias afresh, as nn.Linear does; the mask stays."""

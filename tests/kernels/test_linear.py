@@ -182,6 +182,31 @@ def test_a_token_does_not_depend_on_its_company_nor_on_strides_nor_on_threads(ke
 
 @every_dtype
 @over(*every_kernel)
+def test_some_rows_are_that_part_of_all_rows(kernel, form, dtype):
+    """Rows within, at and across the ends of tiles, blocks and windows."""
+    native.set_kernel(kernel)
+    for shape, ranges in (
+        ((300, 130), [(0, 1), (1, 300), (63, 65), (64, 128), (100, 200), (128, 256), (299, 300), (17, 17)]),
+        ((17, 33), [(0, 16), (16, 17), (3, 11)]),
+    ):
+        packed = packed_random_weight(form, shape, 0.7, dtype)
+        generator = torch.Generator().manual_seed(0)
+        bias = torch.randn(shape[0], generator=generator).to(dtype)
+        for tokens, gelu in ((1, 0), (7, 2), (40, 0), (130, 2)):
+            x = torch.randn(tokens, shape[1], generator=generator).to(dtype)
+            whole = native.linear(form, x, *packed, bias, shape, gelu)
+            for first, end in ranges:
+                y = torch.full((tokens, end - first + 3), float("nan"), dtype=dtype)
+                native.linear(form, x, *packed, bias, shape, gelu, out=y[:, : end - first], rows=(first, end))
+                assert torch.equal(y[:, : end - first], whole[:, first:end])
+                assert bool(y[:, end - first :].isnan().all()), "wrote beside the output"
+                assert torch.equal(
+                    native.linear(form, x, *packed, bias, shape, gelu, rows=(first, end)), whole[:, first:end]
+                )
+
+
+@every_dtype
+@over(*every_kernel)
 def test_inf_and_nan_reach_only_the_outputs_that_keep_their_column(kernel, form, dtype):
     native.set_kernel(kernel)
     n_masked, shape, reached = 0, (64, 130), set()

@@ -21,9 +21,10 @@ def test_nothing_past_the_end_is_read(kernel, form, dtype):
         bias = before_a_guard_page(torch.randn(shape[0]).to(dtype))
         for tokens in (1, 2, 5, 8, 16, 35):
             x = before_a_guard_page(torch.randn(tokens, shape[1]).to(dtype))
-            y = before_a_guard_page(torch.full((tokens, shape[0]), float("nan"), dtype=dtype))
-            native.linear(form, x, index, values, bias, shape, out=y)
-            assert bool(y.isfinite().all())
+            for rows in ((0, shape[0]), (shape[0] // 2, shape[0])):
+                y = before_a_guard_page(torch.full((tokens, rows[1] - rows[0]), float("nan"), dtype=dtype))
+                native.linear(form, x, index, values, bias, shape, out=y, rows=rows)
+                assert bool(y.isfinite().all())
 
 
 @pytest.mark.parametrize("form", FORMS)
