@@ -1,0 +1,66 @@
+"""Take every architecture of the zoo through the whole flow, and write docs/models.md from what came out.
+
+    scripts/zoo.py                     all of them, to docs/models.md
+    scripts/zoo.py --only swin_t       some of them, printed
+
+tests/test_zoo.py goes through the same table; here, what fails becomes a cell of it.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from architectures import FILES, installed, models, page
+from architectures.checks import CHECKS, Subject
+from architectures.model import Model
+from architectures.share import share
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the checks, print or write the table; 1 if any check failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="MODEL", help="print these alone")
+    options = parser.parse_args(argv)
+    chosen = {name: model for package in installed() for name, model in models(package).items()}
+    if unknown := sorted(set(options.only or ()) - set(chosen)):
+        parser.error(f"{unknown[0]!r} is none of: {', '.join(chosen)}")
+    if missing := sorted(set(FILES) - set(installed())):
+        parser.error(f"{missing[0]} is missing: the page has to hold all models")
+    torch.set_num_threads(1)
+    rows = {}
+    for name, model in chosen.items():
+        if not options.only or name in options.only:
+            print(f"{name} ...", file=sys.stderr, flush=True)
+            rows[name] = page.Row(share(model), *check_all(model))
+    if options.only:
+        print(page.table(rows))
+    else:
+        PAGE.write_text(page.page(rows))
+    return int(any(outcome.startswith(page.FAILED) for row in rows.values() for outcome in row.outcomes.values()))
+
+
+def check_all(model: Model) -> tuple[dict[str, str], str]:
+    """Return the outcome of every check, up to the first that fails, and what convert says stays dense."""
+    outcomes = {}
+    with tempfile.TemporaryDirectory() as folder:
+        subject = Subject(model, Path(folder))
+        for name, check in CHECKS.items():
+            try:
+                outcomes[name] = check(subject)
+            except Exception as error:  # whatever goes wrong is what this is to find
+                traceback.print_exc()
+                outcomes[name] = f"{page.FAILED}: {error}"
+                break
+    return outcomes, subject.left
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    sys.exit(main())
