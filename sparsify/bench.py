@@ -18,6 +18,7 @@ from sparsify.convert import convert
 from sparsify.edit import layers_of_type
 from sparsify.export import export
 from sparsify.inputs import Inputs, run
+from sparsify.kinds import matrices
 from sparsify.layers import CSRLinear
 from sparsify.machine import machine_name
 from sparsify.prune import prune
@@ -114,8 +115,7 @@ def typical_tokens(model: nn.Module, inputs: Inputs) -> int:
     """
     with _timed(model) as (_, tokens):
         run(model, inputs)
-    layers = layers_of_type(model, nn.Linear)
-    work = sorted((n, n * layers[name].weight.numel()) for name, n in tokens.items())
+    work = sorted((n, n * matrices(model.get_submodule(name))[""].numel()) for name, n in tokens.items())
     if not work:
         raise ValueError("the model called none of its Linears on these inputs: there is nothing to compare")
     total, done = sum(w for _, w in work), 0
@@ -161,7 +161,7 @@ def _timed(model: nn.Module) -> Iterator[tuple[dict[str, float], dict[str, int]]
     started: dict[str, float] = {}
     handles = []
     for name, layer in layers_of_type(model, nn.Module).items():
-        if not isinstance(layer, (nn.Linear, CSRLinear)):
+        if not isinstance(layer, CSRLinear) and "" not in matrices(layer):
             continue
 
         def before(_: nn.Module, arguments: tuple[Any, ...], name: str = name) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -14,8 +15,16 @@ __all__ = ["Kind", "chosen_kinds", "join", "kind_of", "kinds", "masked_as", "mat
 
 
 def kinds() -> tuple[Kind, ...]:
-    """Return every kind that a model can hold in this process."""
-    return (LINEAR,)
+    """Return every kind that a model can hold in this process.
+
+    Those of an optional package are among them once that is imported: no model holds one of its modules before.
+    """
+    found = [LINEAR]
+    if "transformers.pytorch_utils" in sys.modules:
+        from sparsify.kinds.conv1d import CONV1D
+
+        found.append(CONV1D)
+    return tuple(found)
 
 
 def chosen_kinds(types: type[nn.Module] | Sequence[type[nn.Module]] | None) -> tuple[Kind, ...]:

@@ -1,0 +1,70 @@
+"""SparseConv1D: the linear layer of GPT-2, whose weight is stored (in, out), under a mask.
+
+This file imports transformers, so it is itself imported only where a model can hold such a layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from sparsify.layers.masked import Masked
+
+_Layer = TypeVar("_Layer", bound=Conv1D)
+
+
+class SparseConv1D(Masked, Conv1D):  # type: ignore[misc]
+    """A transformers Conv1D (a Linear with a transposed weight) used as weight * mask; see `Masked`.
+
+    `weight` and `mask` keep the layout (in_features, out_features). It is a Conv1D, so code that asks for one finds
+    one.
+    """
+
+    @classmethod
+    def from_conv1d(cls, layer: Conv1D) -> Self:
+        """Make a layer that shares the Parameters; everything is kept."""
+        made = _bare(cls, layer.weight, layer.bias)
+        made._keep_all()
+        return made.train(layer.training)
+
+    @classmethod
+    def from_matrix(cls, weight: Tensor, mask: Tensor, bias: nn.Parameter | None) -> Self:
+        """Make a layer of a weight and a mask, (out_features, in_features); the bias is shared."""
+        made = _bare(cls, nn.Parameter(weight.t().contiguous()), bias)
+        made._keep_all()
+        made.set_mask(mask)
+        return made
+
+    def to_conv1d(self) -> Conv1D:
+        """Make a plain Conv1D that shares the Parameters, with the masked weights set to zero."""
+        self.zero_masked()
+        return _bare(Conv1D, self.weight, self.bias).train(self.training)
+
+    def matrix(self, tensor: Tensor) -> Tensor:
+        """View a tensor of the weight's shape as (out_features, in_features)."""
+        return tensor.t()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to (..., in_features); returns (..., out_features)."""
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.masked_weight()).view(*x.shape[:-1], self.nf)
+
+    def __repr__(self) -> str:
+        """Print what every module prints: Conv1D's own way would hide the type."""
+        return nn.Module.__repr__(self)
+
+    def extra_repr(self) -> str:
+        """Describe the layer as Conv1D does, with its sparsity."""
+        return f"nf={self.nf}, nx={self.nx}" + super().extra_repr()
+
+
+def _bare(kind: type[_Layer], weight: Any, bias: Any) -> _Layer:
+    """Make a layer that holds the very Parameters given; nothing is allocated or drawn."""
+    layer = kind.__new__(kind)
+    nn.Module.__init__(layer)
+    layer.nx, layer.nf = weight.shape
+    layer.register_parameter("weight", weight)
+    layer.register_parameter("bias", bias)
+    return layer
