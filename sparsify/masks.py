@@ -16,10 +16,11 @@ from sparsify.methods import Method, score
 from sparsify.patterns import (
     Pattern,
     check_fits,
+    choose_mask,
     expand_units,
     keep_largest,
-    nm_mask,
     parse_pattern,
+    prefer_kept,
     unit_any,
     unit_scores,
 )
@@ -48,18 +49,10 @@ def make_masks(
     parsed = parse_pattern(pattern)
     shapes = {name: (int(weight.shape[0]), int(weight.shape[1])) for name, weight in weights.items()}
     n_zeros = n_removed_units(shapes, sparsity, parsed, allocation)
-    units = {name: _units(name, weight, masks[name], parsed, method, seed) for name, weight in weights.items()}
-    if parsed.is_nm:
-        ranked = {name: _prefer_kept(scores, kept, n_keep=0) for name, (scores, kept) in units.items()}
-        return {name: nm_mask(scores, parsed.keep, parsed.group) for name, scores in ranked.items()}
+    scores = {name: score(name, w.detach().masked_fill(~masks[name], 0), method, seed) for name, w in weights.items()}
     if n_zeros is None:
-        kept = _keep_together(units, _checked(sparsity))
-    else:
-        kept = {}
-        for name, (scores, before) in units.items():
-            n_keep = scores.numel() - n_zeros[name]
-            kept[name] = keep_largest([_prefer_kept(scores, before, n_keep)], n_keep)[0]
-    return {name: expand_units(kept[name], parsed, shapes[name]) for name in weights}
+        return _keep_together(scores, masks, parsed, _checked(sparsity))
+    return {name: choose_mask(scores[name], masks[name], parsed, n_zeros[name]) for name in weights}
 
 
 def n_removed_units(
@@ -112,28 +105,16 @@ def layer_targets(allocation: Mapping[str, float], names: Mapping[str, object]) 
     return {name: targets[name] for name in names}
 
 
-def _units(
-    name: str, weight: Tensor, mask: Tensor, pattern: Pattern, method: str | Method, seed: int | None
-) -> tuple[Tensor, Tensor]:
-    """Return scores and present masks, both per unit."""
-    scores = score(name, weight.detach().masked_fill(~mask, 0), method, seed)
-    return unit_scores(scores, pattern), unit_any(mask, pattern)
-
-
-def _prefer_kept(scores: Tensor, kept: Tensor, n_keep: int, n_kept: int | None = None) -> Tensor:
-    """Rank what is kept now above what is not, and let the scores decide in whichever of both the cut falls."""
-    if n_kept is None:
-        n_kept = int(kept.sum())
-    return scores.masked_fill(~kept, -math.inf) if n_keep <= n_kept else scores.masked_fill(kept, math.inf)
-
-
-def _keep_together(units: Mapping[str, tuple[Tensor, Tensor]], sparsity: float) -> dict[str, Tensor]:
+def _keep_together(
+    scores: Mapping[str, Tensor], masks: Mapping[str, Tensor], pattern: Pattern, sparsity: float
+) -> dict[str, Tensor]:
     """Rank the units of all layers against each other."""
-    total = sum(scores.numel() for scores, _ in units.values())
+    units = {name: (unit_scores(s, pattern), unit_any(masks[name], pattern)) for name, s in scores.items()}
+    total = sum(kept.numel() for _, kept in units.values())
     n_keep = total - n_removed(sparsity, total)
     n_kept = sum(int(kept.sum()) for _, kept in units.values())
-    ranked = [_prefer_kept(scores, kept, n_keep, n_kept) for scores, kept in units.values()]
-    return dict(zip(units, keep_largest(ranked, n_keep), strict=True))
+    chosen = keep_largest([prefer_kept(s, kept, n_keep, n_kept) for s, kept in units.values()], n_keep)
+    return {name: expand_units(kept, pattern, scores[name].shape) for name, kept in zip(units, chosen, strict=True)}
 
 
 def _check_nm(pattern: Pattern, sparsity: float | None, allocation: Allocation) -> None:

@@ -6,6 +6,7 @@ units and remove the lowest; N:M ranks inside each group of M consecutive weight
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -96,6 +97,42 @@ def expand_units(kept: Tensor, pattern: Pattern, shape: Sequence[int]) -> Tensor
     """Turn one bool per unit into one per weight: the inverse of `unit_any`."""
     rows, columns = pattern.unit_shape(shape)
     return kept.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+
+
+def choose_mask(scores: Tensor, mask: Tensor, pattern: Pattern, n_removed: int, *, by_row: bool = False) -> Tensor:
+    """Keep all but the `n_removed` lowest units of a layer, or of each group the N best.
+
+    scores (out, in) rank the weights; what `mask` removes now ranks below what it keeps, so that within one pattern
+    masks nest. With `by_row` a unit competes with those of its row only: each row loses as many, and where that does
+    not come out even, the last rows lose one more.
+
+    >>> scores, mask = torch.tensor([[1.0, 2.0], [8.0, 9.0]]), torch.ones(2, 2, dtype=torch.bool)
+    >>> choose_mask(scores, mask, parse_pattern("unstructured"), 2).int().tolist()
+    [[0, 0], [1, 1]]
+    >>> choose_mask(scores, mask, parse_pattern("unstructured"), 2, by_row=True).int().tolist()
+    [[0, 1], [0, 1]]
+    """
+    units, kept = unit_scores(scores, pattern), unit_any(mask, pattern)
+    if pattern.is_nm:
+        return nm_mask(prefer_kept(units, kept, n_keep=0), pattern.keep, pattern.group)
+    n_keep = units.numel() - n_removed
+    if by_row:
+        units = _rank_in_row(units.masked_fill(~kept, -math.inf))
+    return expand_units(keep_largest([prefer_kept(units, kept, n_keep)], n_keep)[0], pattern, scores.shape)
+
+
+def prefer_kept(scores: Tensor, kept: Tensor, n_keep: int, n_kept: int | None = None) -> Tensor:
+    """Rank what is kept now above what is not, and let the scores decide in whichever of both the cut falls."""
+    if n_kept is None:
+        n_kept = int(kept.sum())
+    return scores.masked_fill(~kept, -math.inf) if n_keep <= n_kept else scores.masked_fill(kept, math.inf)
+
+
+def _rank_in_row(scores: Tensor) -> Tensor:
+    """Return how many scores of its row each one beats; of equal ones the first counts as larger."""
+    order = scores.sort(dim=1, descending=True, stable=True).indices
+    ranks = torch.arange(scores.shape[1] - 1, -1, -1, dtype=torch.float64, device=scores.device)
+    return torch.empty_like(scores, dtype=torch.float64).scatter_(1, order, ranks.expand_as(order))
 
 
 def nm_mask(scores: Tensor, keep: int, group: int) -> Tensor:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from sparsify.convert import sparse_layers
 from sparsify.edit import Model
 from sparsify.masks import Allocation, make_masks
 from sparsify.match import Selector
 from sparsify.methods import Method
+from sparsify.oneshot import make_tasks, prune_on_data
 
 
 def prune(
@@ -21,14 +23,22 @@ def prune(
     include: Selector | Sequence[Selector] | None = None,
     exclude: Selector | Sequence[Selector] | None = None,
     seed: int | None = None,
+    data: Iterable[Any] | None = None,
+    progress: bool = False,
 ) -> Model:
     """Mask the layers of a converted model to an absolute sparsity, in place, and return the model.
 
     sparsity: fraction of zeros, 0 to 1; left out where the pattern ("2:4") or an allocation dict says it.
-    method: "magnitude", "random", or a function `(weight) -> scores` (see sparsify.methods); seed is for random ones.
+    method: "magnitude", "random", or a function `(weight) -> scores` (see sparsify.methods); seed is for random ones;
+    with data also "wanda" and "sparsegpt".
     pattern: "unstructured", "rows", "columns", N:M ("2:4"), blocks rows x columns ("4x1").
     allocation: "uniform", the same for each layer; "global", all layers ranked together; "erk"; or a dict
     {layer pattern: sparsity}, of which the first match counts.
+
+    data: batches of the model's inputs, a few hundred samples in all: tensors, tuples of positional arguments, or dicts
+    of keyword arguments (`sparsify.calibrate.read_batches`); read once. The layers are then pruned in the order in
+    which they run, each on what those before it have become, and the report tells how far their outputs moved.
+    progress: show a bar.
 
     An optimizer that holds momentum of what is masked here may move it in memory, though never in an output; use a
     Pruner while training. Raises ValueError, naming the layer, before any mask is changed.
@@ -36,8 +46,15 @@ def prune(
     >>> model = sparsify.convert(torch.nn.Sequential(torch.nn.Linear(8, 4)))
     >>> prune(model, 0.75)[0].sparsity
     0.75
+    >>> prune(model, 0.75, method="sparsegpt", data=[torch.randn(64, 8)])[0].sparsity
+    0.75
     """
     layers = sparse_layers(model, include, exclude)
+    if data is not None:
+        shapes = {name: layer.shape for name, layer in layers.items()}
+        tasks = make_tasks(shapes, sparsity, method=method, pattern=pattern, allocation=allocation, seed=seed)
+        prune_on_data(model, tasks, data, progress=progress)
+        return model
     masks = make_masks(
         {name: layer.matrix(layer.weight) for name, layer in layers.items()},
         sparsity,

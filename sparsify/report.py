@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
@@ -11,6 +11,10 @@ from sparsify.choose import Choice
 from sparsify.edit import layers_of_type
 from sparsify.kinds import join, matrices
 from sparsify.layers import CSRLinear, Masked
+from sparsify.oneshot import Fit
+
+#: Of the printed table; a column without any entry is left out.
+_COLUMNS = ("layer", "shape", "sparsity", "format", "bytes", "of dense", "error", "time", "why")
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,8 @@ class Row:
     """One layer. Bytes are those of its weight alone, `dense_bytes` what a dense weight of its dtype takes.
 
     `format` says how the weight is held: "dense", "masked" while it is trained, or the form of an exported layer;
-    `reason` why export chose that, and `times_us` what it measured.
+    `reason` why export chose that, and `times_us` what it measured. Of a layer pruned on calibration data, `error` is
+    the relative change of its outputs there, and `time_s` how long its mask and weights took.
     """
 
     name: str
@@ -29,6 +34,8 @@ class Row:
     dense_bytes: int
     reason: str = ""
     times_us: Mapping[str, float] = field(default_factory=dict)
+    error: float | None = None
+    time_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -58,19 +65,23 @@ class Report(Sequence[Row]):
             format="",
             n_bytes=sum(row.n_bytes for row in self.rows),
             dense_bytes=sum(row.dense_bytes for row in self.rows),
+            time_s=sum(times) if (times := [row.time_s for row in self.rows if row.time_s is not None]) else None,
         )
 
     def __str__(self) -> str:
-        lines: list[tuple[str, ...]] = [("layer", "shape", "sparsity", "format", "bytes", "of dense", "why")]
+        columns: dict[str, list[str]] = {name: [] for name in _COLUMNS}
         for row in (*self.rows, self.total):
-            shape = f"{row.shape[0]}x{row.shape[1]}" if row.format else f"{row.shape[1]:,} weights"
-            share = f"{row.n_bytes / row.dense_bytes:.3f}" if row.dense_bytes else "-"
-            lines.append(
-                (row.name or "(root)", shape, f"{row.sparsity:.4f}", row.format, f"{row.n_bytes:,}", share, row.reason)
-            )
-        if not any(row.reason for row in self.rows):
-            lines = [line[:-1] for line in lines]
-        return table(lines)
+            columns["layer"].append(row.name or "(root)")
+            columns["shape"].append(f"{row.shape[0]}x{row.shape[1]}" if row.format else f"{row.shape[1]:,} weights")
+            columns["sparsity"].append(f"{row.sparsity:.4f}")
+            columns["format"].append(row.format)
+            columns["bytes"].append(f"{row.n_bytes:,}")
+            columns["of dense"].append(f"{row.n_bytes / row.dense_bytes:.3f}" if row.dense_bytes else "-")
+            columns["error"].append("" if row.error is None else f"{row.error:.4f}")
+            columns["time"].append("" if row.time_s is None else f"{row.time_s:.2f} s")
+            columns["why"].append(row.reason)
+        shown = {name: cells for name, cells in columns.items() if any(cells)}
+        return table([tuple(shown), *zip(*shown.values(), strict=True)])
 
 
 def report(model: nn.Module) -> Report:
@@ -99,6 +110,8 @@ def report(model: nn.Module) -> Report:
             else:
                 row = Row(join(name, part), shape, _zeros(weight.detach()), "dense", n_bytes, n_bytes, *measured)
             rows.append(row)
+        if isinstance(fit := layer.__dict__.get("fit"), Fit):
+            rows[-1] = replace(rows[-1], error=fit.error, time_s=fit.time_s)
     return Report(tuple(rows))
 
 

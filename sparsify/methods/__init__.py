@@ -1,7 +1,10 @@
-"""What is worth keeping: a method gives every weight a score, larger = more worth keeping.
+"""What is worth keeping, and what the kept weights become.
 
-A method is a function `(weight) -> scores`, or `(weight, *, seed) -> scores` if it draws random numbers; scores are a
-floating tensor of the weight's shape. To use your own, pass the function itself: `prune(model, 0.5, method=mine)`.
+A method is a function `(weight) -> scores`, larger = more worth keeping; or `(weight, *, seed)` if it draws random
+numbers; or `(weight, *, gram)` if it looks at calibration data, whose Gram matrix (in, in) it is then given. Scores are
+a floating tensor of the weight's shape. To use your own, pass the function itself: `prune(model, 0.5, method=mine)`.
+
+A solver chooses the mask and changes the kept weights in one go; it always needs data.
 """
 
 from __future__ import annotations
@@ -14,53 +17,80 @@ from torch import Tensor
 
 from sparsify.methods.magnitude import magnitude
 from sparsify.methods.random import random
+from sparsify.methods.sparsegpt import sparsegpt
+from sparsify.methods.wanda import wanda
 
-__all__ = ["METHODS", "Method", "score"]
+__all__ = ["BY_ROW", "CALIBRATED", "METHODS", "SOLVERS", "Method", "Solver", "score"]
 
 Method = Callable[..., Tensor]
+Solver = Callable[..., tuple[Tensor, Tensor]]
 
 METHODS: dict[str, Method] = {"magnitude": magnitude, "random": random}
 
+#: Methods that need calibration data.
+CALIBRATED: dict[str, Method] = {"wanda": wanda}
+
+#: Methods whose scores are compared within a row only.
+BY_ROW = ("wanda",)
+
+#: `(weight, mask, n_removed, pattern, *, gram) -> weight, mask`; see `sparsegpt`.
+SOLVERS: dict[str, Solver] = {"sparsegpt": sparsegpt}
+
+
+def needs_data(method: str | Method) -> bool:
+    """Say whether a method looks at the Gram matrix of a layer's inputs."""
+    return method in SOLVERS or method in CALIBRATED or (callable(method) and _takes(method, "gram"))
+
 
 def resolve_method(method: str | Method) -> Method:
-    """Return the function behind a method's name; a function is returned as it is."""
+    """Return the function behind the name of a method that gives scores; a function is returned as it is."""
     if callable(method):
         return method
-    if method not in METHODS:
-        raise ValueError(f"method {method!r} is none of: {', '.join(METHODS)}; or pass your own function")
-    return METHODS[method]
+    if method in SOLVERS:
+        raise ValueError(
+            f"method {method!r} needs calibration data: sparsify.prune(model, ..., method={method!r}, data=...)"
+        )
+    known = METHODS | CALIBRATED
+    if method not in known:
+        raise ValueError(f"method {method!r} is none of: {', '.join((*known, *SOLVERS))}; or pass your own function")
+    return known[method]
 
 
 def takes_seed(method: Method) -> bool:
     """Say whether a method draws random numbers, that is, has a `seed` parameter."""
+    return _takes(method, "seed")
+
+
+def _takes(method: Method, parameter: str) -> bool:
     try:
-        return "seed" in inspect.signature(method).parameters
+        return parameter in inspect.signature(method).parameters
     except ValueError:  # torch.abs and its like are written in C and have no signature
         return False
 
 
-def score(name: str, weight: Tensor, method: str | Method, seed: int | None = None) -> Tensor:
-    """Score the weight (out, in) of the layer called `name`.
+def score(
+    name: str, weight: Tensor, method: str | Method, seed: int | None = None, gram: Tensor | None = None
+) -> Tensor:
+    """Score the weight (out, in) of the layer called `name`; gram (in, in) is for methods that look at data.
 
     A seed is mixed with the name, so that layers of one shape do not get one mask. Raises ValueError if a seed is given
-    to a method that draws nothing, if the weight or a score is not finite, or if the scores have another shape.
+    to a method that draws nothing, if data is missing, if the weight or a score is not finite, or if the scores have
+    another shape.
     """
     chosen = resolve_method(method)
     label = method if isinstance(method, str) else getattr(method, "__name__", repr(method))
     where = f"{name}: " if name else ""
-    if weight.is_meta:
-        raise ValueError(f"{where}the weight is on the meta device and has no data; load the model's weights first")
-    if not torch.isfinite(weight).all():
-        raise ValueError(
-            f"{where}the weight holds NaN or Inf; mend it"
-            + (f", or leave the layer out with exclude=[{name!r}]" if name else "")
-        )
+    check_weight(name, weight)
+    options: dict[str, object] = {}
+    if _takes(chosen, "gram"):
+        if gram is None:
+            raise ValueError(f"{where}method {label!r} needs calibration data: sparsify.prune(model, ..., data=...)")
+        options["gram"] = gram
     if takes_seed(chosen):
-        scores = chosen(weight.detach(), seed=_mix(seed or 0, name))
+        options["seed"] = _mix(seed or 0, name)
     elif seed is not None:
         raise ValueError(f"seed={seed} has no effect with method {label!r}, which draws no random numbers")
-    else:
-        scores = chosen(weight.detach())
+    scores = chosen(weight.detach(), **options)
     if scores.shape != weight.shape or not scores.is_floating_point():
         raise ValueError(
             f"{where}method {label!r} must return floating scores of shape {tuple(weight.shape)}, "
@@ -69,6 +99,18 @@ def score(name: str, weight: Tensor, method: str | Method, seed: int | None = No
     if not torch.isfinite(scores).all():
         raise ValueError(f"{where}method {label!r} returned a score that is NaN or Inf")
     return scores
+
+
+def check_weight(name: str, weight: Tensor) -> None:
+    """Raise ValueError, naming the layer, if a weight has no data or holds NaN or Inf."""
+    where = f"{name}: " if name else ""
+    if weight.is_meta:
+        raise ValueError(f"{where}the weight is on the meta device and has no data; load the model's weights first")
+    if not torch.isfinite(weight).all():
+        raise ValueError(
+            f"{where}the weight holds NaN or Inf; mend it"
+            + (f", or leave the layer out with exclude=[{name!r}]" if name else "")
+        )
 
 
 def _mix(seed: int, name: str) -> int:

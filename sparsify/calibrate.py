@@ -1,0 +1,331 @@
+"""Walk through a model in the order in which its layers run, and look at the inputs of each.
+
+The walk stops at every group of layers that get the same input, with that input's Gram matrix over all data. Whoever
+walks may change the layers of a stop, and everything behind them sees what they have become. In a chain of blocks
+(outline.py) one block runs at a time, on inputs kept from the one before: the walk costs each block one run for each of
+its groups, cut short where the group is reached, and one more for its output. Layers outside of chains cost a run of
+the model up to them, in which chains that were walked stand still. A model without chains is one block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from sparsify.gram import Gram
+from sparsify.outline import Form, Outline, Recorder, block_of, first_tensor, take_apart
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The arguments of one run of the model; `counts` says which of the rows (batch, length) are no padding."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    counts: Tensor | None
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A place in the walk: layers that get the very same input, and what is known about that input."""
+
+    names: tuple[str, ...]
+    gram: Gram
+
+
+def walk(model: nn.Module, layers: Collection[str], data: Iterable[Any]) -> Generator[Stop]:
+    """Stop at each group of the named layers in execution order.
+
+    The model is in eval mode and keeps no cache (`config.use_cache`) until the walk ends. Raises ValueError, naming
+    layer and batch, for data the model does not run on, an input that holds NaN or Inf, and layers that never run.
+    """
+    batches = read_batches(model, data)
+    with _as_in_use(model):
+        whole = _Whole(model, see_outline(model, layers, batches))
+        outline, walked = whole.outline, set[tuple[str, ...]]()
+        for group in outline.groups:
+            chain = outline.chain_of(group[0])
+            if chain is None:
+                yield Stop(group, _gram(model, group, outline, batches, whole.run))
+            elif chain not in walked:
+                walked.add(chain)
+                yield from _walk_chain(whole, chain, batches)
+
+
+def read_batches(model: nn.Module, data: Iterable[Any]) -> list[Batch]:
+    """Read all calibration data, once, onto the model's device.
+
+    A batch is a tensor; a tuple or list of positional arguments, of which as many are used as the model's forward takes
+    (labels at the end do no harm); or a mapping of keyword arguments. What a 2-D "attention_mask" among these marks
+    with 0 is padding and does not count. Raises ValueError if there is no batch, or one of another kind.
+
+    >>> len(read_batches(nn.Linear(2, 1), [torch.ones(3, 2), (torch.ones(3, 2), "label")]))
+    2
+    """
+    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    batches = [_read_batch(model, number, batch, device) for number, batch in enumerate(data)]
+    if not batches:
+        raise ValueError("the calibration data is empty; a generator that was read before is empty too")
+    return batches
+
+
+def _read_batch(model: nn.Module, number: int, batch: Any, device: torch.device) -> Batch:
+    def move(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.clone().to(device) if value.is_inference() else value.to(device)
+
+    if isinstance(batch, Mapping):
+        kwargs = {key: tree_map(move, value) for key, value in batch.items()}
+        mask = kwargs.get("attention_mask")
+        padded = isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.all())
+        return Batch((), kwargs, mask.bool() if padded and isinstance(mask, Tensor) else None)
+    if isinstance(batch, Tensor):
+        return Batch((move(batch),), {}, None)
+    if isinstance(batch, (tuple, list)):
+        parameters = inspect.signature(model.forward).parameters.values()
+        positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        n_taken = len(batch) if any(p.kind is p.VAR_POSITIONAL for p in parameters) else len(positional)
+        return Batch(tuple(tree_map(move, value) for value in batch[:n_taken]), {}, None)
+    raise ValueError(
+        f"batch {number} of the calibration data is a {type(batch).__name__}; "
+        "give tensors, tuples of positional arguments, or dicts of keyword arguments"
+    )
+
+
+class _Enough(BaseException):
+    """Ends a run whose rest nobody needs; no `except Exception` in the model's own code stops it."""
+
+
+class _Whole:
+    """The whole model, of which the chains that were walked do not run again.
+
+    Their blocks pass on what they are given, and the last one returns what it has returned for this batch.
+    """
+
+    def __init__(self, model: nn.Module, outline: Outline) -> None:
+        self.model, self.outline = model, outline
+        self.finals: dict[tuple[str, ...], list[Tensor]] = {}
+
+    def run(self, number: int, batch: Batch) -> None:
+        """Run the model on a batch, which is the `number`-th."""
+        with contextlib.ExitStack() as stand_ins:
+            for chain, finals in self.finals.items():
+                for name in chain:
+                    stand_in = self._passing_on(name, finals[number] if name == chain[-1] else None)
+                    stand_ins.enter_context(_forward(self.model.get_submodule(name), stand_in))
+            _run(self.model, batch.args, batch.kwargs)
+
+    def arguments(self, chain: tuple[str, ...], number: int, batch: Batch) -> tuple[Tensor, dict[str, Form]]:
+        """Return the hidden state that a chain gets, and the other arguments of each of its blocks.
+
+        None of the blocks runs, so their arguments must not depend on a hidden state: `see_outline` has checked that.
+        """
+        hidden: list[Tensor] = []
+        forms: dict[str, Form] = {}
+
+        def standing_in(name: str) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                found = take_apart((args, kwargs))
+                assert found is not None
+                hidden.append(found[0])
+                forms[name] = found[1]
+                if name == chain[-1]:
+                    raise _Enough
+                return self.outline.outputs[name].fill(found[0])
+
+            return forward
+
+        with contextlib.ExitStack() as stand_ins:
+            for name in chain:
+                stand_ins.enter_context(_forward(self.model.get_submodule(name), standing_in(name)))
+            self.run(number, batch)
+        return hidden[0], forms
+
+    def _passing_on(self, name: str, final: Tensor | None) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            found = take_apart((args, kwargs))
+            assert found is not None
+            return self.outline.outputs[name].fill(found[0] if final is None else final)
+
+        return forward
+
+
+def _walk_chain(whole: _Whole, chain: tuple[str, ...], batches: list[Batch]) -> Iterator[Stop]:
+    """Walk through the blocks of a chain, one at a time, on the outputs of the one before."""
+    model, outline = whole.model, whole.outline
+    calls = [whole.arguments(chain, number, batch) for number, batch in enumerate(batches)]
+    hidden, forms = [call[0] for call in calls], [call[1] for call in calls]
+    for name in chain:
+        block = model.get_submodule(name)
+
+        def run(number: int, batch: Batch, name: str = name, block: nn.Module = block) -> None:
+            _run(block, *forms[number][name].fill(hidden[number]))
+
+        for group in outline.groups:
+            if block_of(group[0], [name]) is not None:
+                yield Stop(group, _gram(model, group, outline, batches, run))
+        for number in range(len(batches)):
+            found = take_apart(_run(block, *forms[number][name].fill(hidden[number])))
+            assert found is not None
+            hidden[number] = found[0]
+    whole.finals[chain] = hidden
+
+
+def _gram(
+    model: nn.Module,
+    group: tuple[str, ...],
+    outline: Outline,
+    batches: list[Batch],
+    run: Callable[[int, Batch], None],
+) -> Gram:
+    """Add up the Gram matrix of a group's input over all batches."""
+    layer = model.get_submodule(group[0])
+    gram: list[Gram] = []
+
+    def look(number: int, batch: Batch) -> Callable[..., None]:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            rows = input_rows(first_tensor(args, kwargs), batch.counts)
+            if not gram:
+                gram.append(Gram(rows.shape[1], rows.device))
+            try:
+                gram[0].add(rows)
+            except ValueError as error:
+                raise ValueError(f"{group[0]}: its input in batch {number} of the calibration data {error}") from None
+            if group[0] in outline.once:
+                raise _Enough
+
+        return before
+
+    for number, batch in enumerate(batches):
+        hook = layer.register_forward_pre_hook(look(number, batch), with_kwargs=True)
+        try:
+            run(number, batch)
+        finally:
+            hook.remove()
+    return gram[0]
+
+
+def input_rows(tensor: Tensor, counts: Tensor | None) -> Tensor:
+    """Return the rows (rows, in_features) of a Linear's input, without padding where it has the batch's shape."""
+    if counts is not None and tensor.shape[:-1] == counts.shape:
+        return tensor[counts]
+    if counts is not None and tensor.shape[:-1] == (counts.numel(),):
+        return tensor[counts.flatten()]
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def see_outline(model: nn.Module, layers: Collection[str], batches: list[Batch]) -> Outline:
+    """See how the layers run; chains count only if standing still changes nothing that the walk looks at."""
+    recorder = Recorder(model, layers)
+    for number, batch in enumerate(batches):
+        try:
+            recorder.run(functools.partial(_run, model, batch.args, batch.kwargs))
+        except Exception as error:
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            raise ValueError(f"the model does not run on batch {number} of the calibration data: {reason}") from error
+        if not recorder.missing:
+            break
+    else:
+        missing = recorder.missing
+        raise ValueError(
+            f"{missing[0]}: never ran on the calibration data ({len(missing)} such layers); "
+            f"give data that reaches it, or leave it dense with exclude=[{missing[0]!r}]"
+        )
+    outline = recorder.outline()
+    return outline if _may_stand_still(model, outline, batches[0]) else recorder.outline(chains=False)
+
+
+def _may_stand_still(model: nn.Module, outline: Outline, batch: Batch) -> bool:
+    """Say whether a model whose blocks only pass on gives every block and every other layer the arguments it should.
+
+    A skip from the middle of a chain, or an argument made from a hidden state, fails here.
+    """
+    whole = _Whole(model, outline)
+    outside = {group[0] for group in outline.groups if outline.chain_of(group[0]) is None}
+    starts, lasts = {chain[0] for chain in outline.chains}, {chain[-1]: chain for chain in outline.chains}
+    finals: dict[tuple[str, ...], list[Tensor]] = {}
+
+    def look() -> dict[str, tuple[Tensor | None, Form | None]]:
+        found: dict[str, tuple[Tensor | None, Form | None]] = {}
+
+        def before(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if name in outside:
+                found[name] = first_tensor(args, kwargs), None
+            elif (taken := take_apart((args, kwargs))) is not None:
+                found[name] = taken[0] if name in starts else None, taken[1]
+
+        def after(name: str, output: Any) -> None:
+            if (taken := take_apart(output)) is not None:
+                finals.setdefault(lasts[name], [taken[0]])
+
+        with contextlib.ExitStack() as hooks:
+            for name in (*outside, *(block for chain in outline.chains for block in chain)):
+                module = model.get_submodule(name)
+                hook = module.register_forward_pre_hook(lambda m, a, k, name=name: before(name, a, k), with_kwargs=True)
+                hooks.callback(hook.remove)
+                if name in lasts:
+                    hooks.callback(module.register_forward_hook(lambda m, a, o, name=name: after(name, o)).remove)
+            whole.run(0, batch)
+        return found
+
+    real = look()
+    whole.finals = finals
+    still = look()
+    return real.keys() == still.keys() and all(
+        (tensor is None or torch.equal(tensor, _present(still[name][0])))
+        and (form is None or form.equals(_present(still[name][1])))
+        for name, (tensor, form) in real.items()
+    )
+
+
+def _run(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Run the model, or a part of it, without gradients, up to the end or to where it is enough."""
+    with torch.inference_mode(False), torch.no_grad(), contextlib.suppress(_Enough):
+        return module(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a module compute something else for a while."""
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+
+@contextlib.contextmanager
+def _as_in_use(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode, without the key-value cache of language models, and back."""
+    training = [module for module in model.modules() if module.training]
+    configs: dict[int, Any] = {id(config): config for m in model.modules() if (config := getattr(m, "config", None))}
+    caching = [config for config in configs.values() if getattr(config, "use_cache", False) is True]
+    try:
+        model.eval()
+        for config in caching:
+            config.use_cache = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for config in caching:
+            config.use_cache = True
+
+
+def _present(value: T | None) -> T:
+    assert value is not None
+    return value

@@ -1,0 +1,49 @@
+"""One layer on its calibration data: what it is to become, the new weight and mask, and how far its outputs moved."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sparsify.methods import BY_ROW, SOLVERS, Method, check_weight, score
+from sparsify.patterns import Pattern, choose_mask
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a layer is to become: `n_removed` of its units removed by `method`."""
+
+    method: str | Method
+    pattern: Pattern
+    n_removed: int
+    seed: int | None = None
+
+
+def solve(name: str, weight: Tensor, mask: Tensor, task: Task, gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a layer's new weight and mask, from the present ones (out, in) and its inputs' Gram matrix (in, in)."""
+    check_weight(name, weight)
+    weight = weight.detach().masked_fill(~mask, 0)
+    if task.method in SOLVERS:
+        assert isinstance(task.method, str)
+        return SOLVERS[task.method](weight, mask, task.n_removed, task.pattern, gram=gram)
+    scores = score(name, weight, task.method, task.seed, gram)
+    mask = choose_mask(scores, mask, task.pattern, task.n_removed, by_row=task.method in BY_ROW)
+    return weight.masked_fill(~mask, 0), mask
+
+
+def output_error(weight: Tensor, new: Tensor, gram: Tensor) -> float:
+    """Return the norm of the change of a layer's outputs over all data, relative to the norm of the outputs.
+
+    0 where nothing changed, and where there was no output but zeros.
+
+    >>> output_error(torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 0.0]]), torch.eye(2))
+    0.8
+    """
+    change, total = (_energy(matrix.to(gram), gram) for matrix in (weight.detach().to(gram) - new.to(gram), weight))
+    return math.sqrt(max(change, 0.0) / total) if total > 0 else 0.0
+
+
+def _energy(weight: Tensor, gram: Tensor) -> float:
+    return float((weight.detach() @ gram * weight.detach()).sum())

@@ -1,0 +1,158 @@
+"""Pruning on calibration data: exact, all or nothing, in any precision, and each method what its paper says."""
+
+import pytest
+import torch
+from cases import DTYPES, weight
+from torch import Tensor, nn
+
+import sparsify
+from sparsify import SparseLinear, convert, prune
+from sparsify.methods import CALIBRATED, METHODS, SOLVERS
+from sparsify.methods.wanda import wanda
+
+NEED_DATA = (*CALIBRATED, *SOLVERS)
+X = weight((64, 16), seed=9)
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return convert(nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 8)))
+
+
+def layers(net: nn.Module) -> list[SparseLinear]:
+    return [module for module in net.modules() if isinstance(module, SparseLinear)]
+
+
+def state(net: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in net.state_dict().items()}
+
+
+@pytest.mark.parametrize("method", [*METHODS, *NEED_DATA])
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.37, 0.5, 1.0])
+@pytest.mark.parametrize("allocation", ["uniform", "erk"])
+def test_the_number_of_zeros_is_exact(method: str, sparsity: float, allocation: str) -> None:
+    net = prune(model(), sparsity, method=method, allocation=allocation, data=[X])
+    zeros = [int((layer.weight == 0).sum()) for layer in layers(net)]
+    sizes = [layer.weight.numel() for layer in layers(net)]
+    if allocation == "uniform":
+        assert zeros == [round(sparsity * size) for size in sizes]
+    assert sum(zeros) == round(sparsity * sum(sizes)) or allocation == "uniform"
+    for layer in layers(net):
+        assert torch.equal(layer.mask, layer.weight != 0)
+
+
+@pytest.mark.parametrize("method", NEED_DATA)
+@pytest.mark.parametrize("pattern", ["2:4", "1x4", "4x1", "rows", "columns"])
+def test_patterns(method: str, pattern: str) -> None:
+    net = prune(model(), None if pattern == "2:4" else 0.5, method=method, pattern=pattern, data=[X])
+    for layer in layers(net):
+        assert layer.sparsity == 0.5
+        shape = {"2:4": (-1, 1, 1, 4), "1x4": (-1, 1, 1, 4), "4x1": (3 if layer.out_features == 12 else 2, 4, -1, 1)}
+        if pattern in shape:
+            kept = layer.mask.reshape(*shape[pattern]).sum((1, 3))
+            assert set(kept.flatten().tolist()) == ({2} if pattern == "2:4" else {0, 4})
+        else:
+            assert all(len(row.unique()) == 1 for row in (layer.mask if pattern == "rows" else layer.mask.T))
+
+
+@pytest.mark.parametrize("method", NEED_DATA)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_in_any_precision(method: str, dtype: torch.dtype) -> None:
+    net = prune(model().to(dtype), 0.5, method=method, data=[X.to(dtype)])
+    wide = prune(model().double(), 0.5, method=method, data=[X.double()])
+    for layer, exact in zip(layers(net), layers(wide), strict=True):
+        assert layer.weight.dtype == dtype
+        assert layer.sparsity == 0.5
+        assert (layer.mask == exact.mask).double().mean() > 0.9
+    assert net(X.to(dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("method", NEED_DATA)
+def test_the_same_twice_and_masks_nest(method: str) -> None:
+    one, two = (prune(model(), 0.5, method=method, data=[X]) for _ in range(2))
+    assert all(torch.equal(tensor, two.state_dict()[name]) for name, tensor in one.state_dict().items())
+    before = [layer.mask.clone() for layer in layers(one)]
+    prune(one, 0.75, method=method, data=[X])
+    for layer, old in zip(layers(one), before, strict=True):
+        assert layer.sparsity == 0.75
+        assert not bool((layer.mask & ~old).any())
+
+
+def test_wanda_is_what_its_paper_says() -> None:
+    w, x = weight((6, 10)), weight((50, 10), seed=2)
+    norms = [sum(float(x[i, j]) ** 2 for i in range(50)) ** 0.5 for j in range(10)]
+    expected = torch.tensor([[abs(float(w[i, j])) * norms[j] for j in range(10)] for i in range(6)])
+    torch.testing.assert_close(wanda(w, gram=x.double().T @ x.double()).float(), expected)
+    net = convert(nn.Linear(10, 6))
+    with torch.no_grad():
+        net.weight.copy_(w)
+    prune(net, 0.4, method="wanda", data=[x])
+    for i in range(6):
+        smallest = expected[i].argsort()[:4]
+        assert set((~net.mask[i]).nonzero().flatten().tolist()) == set(smallest.tolist())
+
+
+def test_wanda_gives_the_remainder_to_the_last_rows() -> None:
+    net = prune(convert(nn.Linear(10, 6)), 0.55, method="wanda", data=[weight((50, 10))])
+    assert (~net.mask).sum(1).tolist() == [5, 5, 5, 6, 6, 6]
+
+
+def test_later_layers_see_what_earlier_ones_have_become() -> None:
+    net = prune(model(), 0.5, method="wanda", data=[X])
+    inputs = net[:4](X).detach()
+    norms = inputs.double().square().sum(0).sqrt()
+    dense = model()[4]
+    scores = dense.weight.detach().abs() * norms
+    for row, mask in zip(scores, net[4].mask, strict=True):
+        assert row[mask].min() > row[~mask].max()
+
+
+def test_a_method_of_ones_own() -> None:
+    def by_energy(weight: Tensor, *, gram: Tensor) -> Tensor:
+        return weight.square() * gram.diagonal().to(weight)
+
+    net = prune(model(), 0.5, method=by_energy, data=[X])
+    scores = by_energy(model()[0].weight.detach(), gram=X.double().T @ X.double())
+    assert scores[net[0].mask].min() > scores[~net[0].mask].max()
+
+
+def test_the_report_tells_errors_and_times() -> None:
+    net = prune(model(), 0.5, method="sparsegpt", data=[X])
+    dense, first = model()[0], sparsify.report(net)[0]
+    change = (X @ (dense.weight - net[0].weight).T).norm() / (X @ dense.weight.T).norm()
+    assert first.error == pytest.approx(change.item(), rel=1e-4)
+    assert first.time_s is not None
+    text = str(sparsify.report(net))
+    assert f"{first.error:.4f}" in text
+    assert "error" in text.splitlines()[0]
+    assert "error" not in str(sparsify.report(prune(model(), 0.5)))
+    exported = sparsify.report(sparsify.export(net, format="csr"))
+    assert exported[0].error == first.error
+
+
+@pytest.mark.parametrize("method", NEED_DATA)
+def test_without_data(method: str) -> None:
+    with pytest.raises(ValueError, match=f"method '{method}' needs calibration data"):
+        prune(model(), 0.5, method=method)
+
+
+def test_an_error_in_the_middle_leaves_the_model_as_it_was() -> None:
+    net = model()
+    with torch.no_grad():
+        net[4].weight[0, 0] = float("nan")
+    before = state(net)
+    with pytest.raises(ValueError, match=r"4: the weight holds NaN"):
+        prune(net, 0.5, method="sparsegpt", data=[X])
+    for name, tensor in net.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, equal_nan=True)
+    assert "fit" not in net[0].__dict__
+
+
+def test_activations_that_overflow_leave_the_model_as_it_was() -> None:
+    net = model()
+    with torch.no_grad():
+        net[2].weight.fill_(3e38)
+    before = state(net)
+    with pytest.raises(ValueError, match=r"4: its input in batch 0 of the calibration data holds NaN or Inf"):
+        prune(net, 0.5, method="sparsegpt", data=[X.abs()])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
