@@ -173,7 +173,7 @@ def _pack(module: nn.Module) -> tuple[LayerEntry, dict[str, Tensor]]:
         weight, mask = csr_to_dense(module.csr, module.shape)
     elif isinstance(module, Masked):
         becomes = "SparseLinear"
-        weight, mask = module.matrix(module.weight.detach()), module.matrix(module.mask)
+        weight, mask = module.weight_matrix, module.matrix(module.mask)
     else:
         becomes = "Linear"
         weight = matrices(module)[""].detach()

@@ -66,7 +66,7 @@ class Chooser:
     @torch.inference_mode()
     def choose(self, layer: Masked) -> Choice:
         """Return the fastest form for a layer, "dense" unless another beats it by the margin."""
-        weight, mask = layer.matrix(layer.weight.detach()), layer.matrix(layer.mask)
+        weight, mask = layer.weight_matrix, layer.matrix(layer.mask)
         kind = (
             weight.shape,
             weight.dtype,

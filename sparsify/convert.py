@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from sparsify.edit import Model, become, layers_of_type
 from sparsify.errors import LeftDenseWarning
+from sparsify.fuse import unfuse_activations
+from sparsify.interop import adapters
 from sparsify.kinds import Kind, chosen_kinds, join, kinds
 from sparsify.layers import CSRLinear, Masked
 from sparsify.match import Selector, select
@@ -47,6 +49,8 @@ def convert(
     chosen by globs over their names, "re:" patterns, or module types; see `sparsify.match.Selector`. `types` says which
     kinds of modules are converted at all, by their dense type (default: every kind that is nothing but linear maps).
 
+    A subclass of nn.Linear without methods of its own is converted too, and comes back as nn.Linear. The adapters of
+    peft (LoRA) are left alone, the layers they are added to are not.
     Layers that cannot be swapped stay dense, and one LeftDenseWarning names them and their share of the parameters.
     Raises ValueError, before anything is changed, for a selector that matches nothing, for a weight shared with another
     module, and if there is nothing to convert.
@@ -58,7 +62,7 @@ def convert(
     if not plan.swap and not plan.already:
         reasons = "; ".join(f"{name or '(root)'}: {why}" for name, why in list(plan.left.items())[:3])
         names = ", ".join(_name(kind.dense) for kind in chosen_kinds(types))
-        raise ValueError(f"the model has no {names} that can be converted. {reasons}".rstrip())
+        raise ValueError(f"the model has no layer that can be converted (of the types {names}). {reasons}".rstrip())
     if plan.left:  # said before any change: a program may turn warnings into errors
         warnings.warn(_notice(model, plan.left), LeftDenseWarning, stacklevel=2)
     modules = dict(model.named_modules())
@@ -89,9 +93,14 @@ def plan_convert(
     for layer in select(model, {layer: module for layer, (_, module, _) in owners.items()}, include, exclude):
         name, module, kind = owners[layer]
         if isinstance(module, Masked):
-            already[layer] = module.matrix(module.weight)
+            already[layer] = module.weight_matrix
             continue
         assert kind is not None
+        if any(isinstance(p, nn.UninitializedParameter) for p in module.parameters()):
+            raise ValueError(
+                f"{name or '(root)'}: it is not initialised yet; run one batch through the model first, "
+                f"or leave it dense with exclude=[{name!r}]"
+            )
         if id(module) in readers:
             left[name] = readers[id(module)]
             continue
@@ -117,6 +126,7 @@ def to_dense(model: Model) -> Model:
     """
     for layer in layers_of_type(model, CSRLinear).values():
         become(layer, layer.to_sparse())
+    unfuse_activations(model)
     for kind in kinds():
         for module in layers_of_type(model, kind.sparse).values():
             become(module, kind.to_dense(module))
@@ -140,7 +150,7 @@ def masks_from_zeros(
                 f"{name}: the weight is on the meta device and has no data; load the model's weights first"
             )
     for layer in layers.values():
-        layer.set_mask(layer.matrix(layer.weight.detach()) != 0)
+        layer.set_mask(layer.weight_matrix != 0)
     return model
 
 
@@ -159,7 +169,10 @@ def sparse_layers(
 def _owners(model: nn.Module, chosen: Sequence[Kind]) -> dict[str, tuple[str, nn.Module, Kind | None]]:
     """Return every layer that is masked or may become so, by name: the module it is in, and that module's kind."""
     owners: dict[str, tuple[str, nn.Module, Kind | None]] = {}
+    beside = adapters(model)
     for name, module in model.named_modules():
+        if module in beside:
+            continue
         if isinstance(module, Masked):
             owners[name] = name, module, None
         for kind in chosen:

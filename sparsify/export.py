@@ -40,6 +40,12 @@ def export(model: Model, *, format: str = "auto", tokens: int | None = None, pro
     if not layers:
         raise ValueError("the model has no SparseLinear to export; call sparsify.convert(model) and prune it first")
     for name, layer in layers.items():
+        if type(layer.weight) is not nn.Parameter:
+            raise ValueError(
+                f"{name}: its weight is a {type(layer.weight).__name__}; gather the model's state_dict "
+                "(torch.distributed.checkpoint.state_dict), load it into a converted model that is not sharded, "
+                "and export that"
+            )
         if layer.weight.is_meta:
             raise ValueError(
                 f"{name}: the weight is on the meta device and has no data; load the model's weights first"

@@ -62,6 +62,15 @@ def fuse_activations(model: Model) -> Model:
     return replace(model, replacements)
 
 
+def unfuse_activations(model: Model) -> Model:
+    """Put every activation back that `fuse_activations` replaced, in place, and return the model."""
+    for owner in model.modules():
+        for name, child in owner._modules.items():
+            if isinstance(child, FusedActivation):
+                owner._modules[name] = child.activation
+    return model
+
+
 def activation_name(module: nn.Module) -> str | None:
     """Return which of the kernels' activations a module computes; None if it is something else.
 

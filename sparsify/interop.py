@@ -1,4 +1,4 @@
-"""Masks that other tools left in a model: torch.nn.utils.prune, torch.ao.pruning, or plain zeros.
+"""What other tools left in a model: masks of torch.nn.utils.prune and torch.ao.pruning, adapters, packed weights.
 
 `convert` calls `masked_parts` on each layer, so models pruned by torch's own tools just convert. Zeros are no mask by
 themselves (a fresh bias-free layer may hold some): `masks_from_zeros` is asked for.
@@ -6,6 +6,7 @@ themselves (a fresh bias-free layer may hold some): `masks_from_zeros` is asked 
 
 from __future__ import annotations
 
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -35,8 +36,33 @@ def masked_parts(linear: nn.Linear) -> MaskedParts:
         return MaskedParts(weight, None)
     original, mask = linear._parameters.get("weight_orig"), linear._buffers.get("weight_mask")
     if original is None or mask is None:
-        raise ValueError("its weight is computed by a hook (weight_norm, spectral_norm ...); remove that first")
+        raise ValueError(
+            "its weight is computed by a hook (weight_norm, spectral_norm ...); remove that first, with "
+            "torch.nn.utils.remove_weight_norm(layer) or remove_spectral_norm(layer)"
+        )
     return MaskedParts(original, _as_bool(mask))
+
+
+def check_weight(weight: Tensor) -> None:
+    """Raise ValueError, saying why, if a Parameter is not plain numbers: sharded, quantized, complex."""
+    if type(weight).__name__ == "DTensor":
+        raise ValueError(
+            "its weight is sharded (a DTensor); convert the model before fully_shard or parallelize_module"
+        )
+    if type(weight) is not nn.Parameter or not weight.is_floating_point():
+        dtype = "" if weight.is_floating_point() and weight.dtype.itemsize > 1 else f" of {weight.dtype}"
+        raise ValueError(
+            f"its weight is a {type(weight).__name__}{dtype}, not a plain floating Parameter; "
+            "prune the model before it is quantized or wrapped"
+        )
+
+
+def adapters(model: nn.Module) -> set[nn.Module]:
+    """Return the modules that peft put beside the layers it wraps: low-rank deltas, not to be pruned."""
+    peft: Any = sys.modules.get("peft.tuners.tuners_utils")
+    wrapped = [m for m in model.modules() if peft and isinstance(m, peft.BaseTunerLayer)]
+    beside = [child for layer in wrapped for name, child in layer.named_children() if name != "base_layer"]
+    return {module for child in beside for module in child.modules()}
 
 
 def remove_prune_hook(module: nn.Module) -> None:
@@ -51,7 +77,10 @@ def remove_prune_hook(module: nn.Module) -> None:
 def _from_fake_sparsity(linear: nn.Linear) -> MaskedParts:
     chain: Any = linear.parametrizations
     if set(chain.keys()) != {"weight"} or len(chain["weight"]) != 1 or not _is_fake_sparsity(chain["weight"][0]):
-        raise ValueError("it is parametrized; fold that with torch.nn.utils.parametrize.remove_parametrizations first")
+        raise ValueError(
+            "it is parametrized; fold that first, with "
+            "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
+        )
     return MaskedParts(chain["weight"].original, _as_bool(chain["weight"][0].mask))
 
 

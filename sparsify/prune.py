@@ -56,7 +56,7 @@ def prune(
         prune_on_data(model, tasks, data, progress=progress)
         return model
     masks = make_masks(
-        {name: layer.matrix(layer.weight) for name, layer in layers.items()},
+        {name: layer.weight_matrix for name, layer in layers.items()},
         sparsity,
         masks={name: layer.matrix(layer.mask) for name, layer in layers.items()},
         method=method,

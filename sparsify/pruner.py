@@ -92,7 +92,7 @@ class Pruner:
         state = self.optimizer.state.get(layer.weight, {}) if self.optimizer else {}
         for tensor in (layer.weight.grad, *state.values()):
             if isinstance(tensor, Tensor) and tensor.shape == layer.mask.shape:
-                tensor.masked_fill_(~layer.mask, 0)
+                layer.clear_masked(tensor)
 
 
 def _update_steps(number: int, schedule: Any, steps_per_epoch: int | None, total_steps: int | None) -> dict[int, float]:

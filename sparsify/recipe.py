@@ -202,7 +202,7 @@ def group_masks(model: nn.Module, group: Group, names: list[str], time: float | 
 
     def masks_of(chosen: list[str], sparsity: float | None, allocation: str) -> dict[str, Tensor]:
         return make_masks(
-            {name: layers[name].matrix(layers[name].weight) for name in chosen},
+            {name: layers[name].weight_matrix for name in chosen},
             sparsity,
             masks={name: layers[name].matrix(layers[name].mask) for name in chosen},
             method=group.method,

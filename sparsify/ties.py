@@ -26,8 +26,9 @@ def check_untied(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def _memory(parameter: Tensor) -> tuple[object, int, int]:
-    """Return which memory a Parameter uses, from which byte to which; one without memory is its own."""
-    if isinstance(parameter, nn.UninitializedParameter) or parameter.is_meta or parameter.numel() == 0:
+    """Return which memory a Parameter uses, from which byte to which; one without memory to point at is its own."""
+    plain = type(parameter) in (nn.Parameter, Tensor)
+    if not plain or parameter.is_meta or parameter.numel() == 0:
         return id(parameter), 0, 1
     start = parameter.data_ptr()
     extent = 1 + sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))

@@ -182,7 +182,7 @@ def test_types_choose_the_kinds_of_modules() -> None:
 
 
 def test_a_model_without_linears_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"the model has no nn\.Linear that can be converted"):
+    with pytest.raises(ValueError, match=r"no layer that can be converted \(of the types nn\.Linear"):
         convert(nn.Sequential(nn.Conv2d(1, 1, 1)))
 
 
@@ -234,15 +234,17 @@ def patched() -> nn.Linear:
 @pytest.mark.parametrize(
     ("make", "why"),
     [
-        (lambda: Doubled(8, 4), r"it is a Doubled, a subclass of nn\.Linear that may compute something else"),
-        (lambda: nn.LazyLinear(4), "it is not initialised yet; run one batch"),
+        (
+            lambda: Doubled(8, 4),
+            r"it is a Doubled, a subclass of nn\.Linear with its own forward, which may",
+        ),
         (patched, "its forward was replaced on the instance"),
         (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 4)), "it is parametrized; fold that"),
         (lambda: nn.utils.parametrizations.orthogonal(nn.Linear(8, 4)), "it is parametrized; fold that"),
         (lambda: nn.utils.spectral_norm(nn.Linear(8, 4)), "its weight is computed by a hook"),
         (lambda: nn.utils.prune.l1_unstructured(nn.Linear(8, 4), "bias", 0.5), "its bias is pruned too"),
     ],
-    ids=["subclass", "lazy", "forward", "weight_norm", "orthogonal", "spectral_norm", "bias"],
+    ids=["subclass", "forward", "weight_norm", "orthogonal", "spectral_norm", "bias"],
 )
 def test_what_cannot_be_converted_stays_dense_with_its_reason(make, why: str) -> None:  # type: ignore[no-untyped-def]
     odd = make()
@@ -261,8 +263,12 @@ def test_what_cannot_be_converted_stays_dense_with_its_reason(make, why: str) ->
     assert_unchanged(model["fc"], before)
 
 
-def test_an_initialised_lazy_linear_is_a_linear() -> None:
-    lazy = nn.Sequential(nn.LazyLinear(4))
+def test_a_lazy_linear_is_an_error_before_it_is_initialised_and_a_linear_after() -> None:
+    lazy = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 4))
+    for options in ({}, {"include": "0"}):
+        with pytest.raises(ValueError, match=r"0: it is not initialised yet; run one batch .*exclude=\['0'\]"):
+            convert(lazy, **options)
+    assert type(convert(copy.deepcopy(lazy), exclude="0")[1]) is SparseLinear
     lazy(X)
     assert isinstance(convert(lazy)[0], SparseLinear)
 

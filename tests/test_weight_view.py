@@ -96,3 +96,22 @@ def test_in_a_compiled_graph_it_is_the_dense_weight():
     x = torch.randn(3, 24)
     compiled = torch.compile(lambda x: F.linear(x, packed.weight, packed.bias), fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x), masked(x))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weight: weight.add_(1),
+        lambda weight: weight.__setitem__(0, 1.0),
+        lambda weight: setattr(weight, "data", torch.zeros(10, 24)),
+        lambda weight: weight.__iadd__(1),
+        lambda weight: torch.nn.init.zeros_(weight),
+    ],
+    ids=["add_", "setitem", "data", "iadd", "init"],
+)
+def test_a_change_in_place_is_refused_and_not_lost(change):
+    _, exported = layers()
+    before = exported.weight.clone()
+    with pytest.raises(RuntimeError, match="packed and cannot be changed in place"):
+        change(exported.weight)
+    assert torch.equal(exported.weight, before)

@@ -59,7 +59,7 @@ def matrices(module: nn.Module) -> dict[str, Tensor]:
     Empty for a module of no kind.
     """
     if isinstance(module, Masked):
-        return {"": module.matrix(module.weight)}
+        return {"": module.weight_matrix}
     kind = kind_of(module)
     return {} if kind is None or isinstance(module, kind.sparse) else kind.matrices(module)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
+from sparsify.interop import check_weight
 from sparsify.kinds.kind import Kind
 from sparsify.layers.sparse_conv1d import SparseConv1D
 
@@ -16,6 +17,7 @@ def _check(layer: Conv1D) -> None:
         raise ValueError("its forward was replaced on the instance")
     if "weight" not in layer._parameters:
         raise ValueError("its weight is computed by a hook; remove that first")
+    check_weight(layer.weight)
 
 
 def _matrices(layer: Conv1D) -> dict[str, Tensor]:

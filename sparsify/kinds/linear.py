@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
-from sparsify.interop import masked_parts, remove_prune_hook
+from sparsify.interop import check_weight, masked_parts, remove_prune_hook
 from sparsify.kinds.kind import Kind
 from sparsify.layers import SparseLinear
 from sparsify.layers.bare import bare_linear
 
+#: What a subclass may define and still compute, and be used, as an nn.Linear is.
+_HARMLESS = {"__init__", "reset_parameters", "extra_repr", "__repr__"}
+
 
 def _check(linear: nn.Linear) -> None:
-    kind = type(linear)
-    if isinstance(linear, nn.LazyLinear) and linear.has_uninitialized_params():
-        raise ValueError("it is not initialised yet; run one batch through the model first")
-    if not (kind.__mro__[1] is nn.Linear and kind.__name__ == "ParametrizedLinear"):
-        if kind is not nn.Linear:
-            raise ValueError(f"it is a {kind.__name__}, a subclass of nn.Linear that may compute something else")
+    subclass = type(linear)
+    if not (subclass.__mro__[1] is nn.Linear and subclass.__name__ == "ParametrizedLinear"):
+        if own := sorted(_own_behaviour(subclass)):
+            raise ValueError(
+                f"it is a {subclass.__name__}, a subclass of nn.Linear with its own {', '.join(own[:3])}, "
+                "which may compute something else"
+            )
         if "forward" in linear.__dict__:
             raise ValueError("its forward was replaced on the instance")
-    masked_parts(linear)
+    check_weight(masked_parts(linear).weight)
+
+
+def _own_behaviour(subclass: type[nn.Linear]) -> set[str]:
+    """Return the methods and properties that a subclass has beyond those of nn.Linear."""
+    own: set[str] = set()
+    for ancestor in subclass.__mro__[: subclass.__mro__.index(nn.Linear)]:
+        if ancestor is not nn.LazyLinear and ancestor is not LazyModuleMixin:
+            own |= {name for name, value in vars(ancestor).items() if callable(value) or hasattr(value, "__get__")}
+    return own - _HARMLESS
 
 
 def _matrices(linear: nn.Linear) -> dict[str, Tensor]:

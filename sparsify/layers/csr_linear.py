@@ -59,7 +59,7 @@ class CSRLinear(nn.Module):
     @classmethod
     def from_sparse(cls, layer: Masked, *, form: str = "csr") -> CSRLinear:
         """Pack the kept weights of a SparseLinear or its kin (kept zeros included); the bias is shared."""
-        csr = dense_to_csr(layer.matrix(layer.weight.detach()), layer.matrix(layer.mask))
+        csr = dense_to_csr(layer.weight_matrix, layer.matrix(layer.mask))
         out_features, in_features = layer.shape
         packed = cls(in_features, out_features, csr, layer._parameters.get("bias"), form=form, masked_type=type(layer))
         return packed.train(layer.training)

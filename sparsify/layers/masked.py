@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from sparsify.layers.sharded import shard_like, whole
 from sparsify.masks import make_masks
 from sparsify.methods import Method, resolve_method, takes_seed
 
@@ -36,9 +37,14 @@ class Masked(nn.Module):
         raise NotImplementedError
 
     @property
+    def weight_matrix(self) -> Tensor:
+        """The weight as (out_features, in_features), without gradient; gathered if FSDP has sharded it."""
+        return self.matrix(whole(self.weight.detach()))
+
+    @property
     def shape(self) -> tuple[int, int]:
         """The weight's shape as a matrix, (out_features, in_features)."""
-        out_features, in_features = self.matrix(self.weight).shape
+        out_features, in_features = self.matrix(self.mask).shape
         return out_features, in_features
 
     def masked_weight(self) -> Tensor:
@@ -70,26 +76,30 @@ class Masked(nn.Module):
         """
         if seed is None and takes_seed(resolve_method(method)):
             seed = int(torch.randint(2**62, (), device="cpu"))
-        weights, masks = {"": self.matrix(self.weight)}, {"": self.matrix(self.mask)}
+        weights, masks = {"": self.weight_matrix}, {"": self.matrix(self.mask)}
         self.set_mask(make_masks(weights, sparsity, masks=masks, method=method, pattern=pattern, seed=seed)[""])
 
     def set_mask(self, mask: Tensor) -> None:
         """Use this bool mask, (out_features, in_features), True = kept, and zero what it removes."""
         if mask.dtype != torch.bool or mask.shape != self.shape:
             raise ValueError(f"a mask must be bool of shape {self.shape}, got {mask.dtype} {tuple(mask.shape)}")
-        new = torch.empty_like(self.weight, dtype=torch.bool, requires_grad=False)
+        new = torch.empty_like(self.mask, device=self.weight.device)
         self.matrix(new).copy_(mask)
         self.mask = new
         self.zero_masked()
 
-    @torch.no_grad()
     def zero_masked(self) -> None:
         """Set every masked weight to exactly zero."""
-        self.weight.masked_fill_(~self.mask, 0)
+        self.clear_masked(self.weight)
+
+    @torch.no_grad()
+    def clear_masked(self, tensor: Tensor) -> None:
+        """Set the places of masked weights to zero in a tensor laid out as the weight is, its gradient for one."""
+        tensor.masked_fill_(shard_like(~self.mask, tensor), 0)
 
     def to_coo(self) -> Tensor:
         """Return the kept weights, (out_features, in_features), as a torch sparse COO tensor (a copy, no gradient)."""
-        weight, mask = self.matrix(self.weight.detach()), self.matrix(self.mask)
+        weight, mask = self.weight_matrix, self.matrix(self.mask)
         return torch.sparse_coo_tensor(
             mask.nonzero().T, weight[mask], weight.shape, is_coalesced=True, check_invariants=False
         )

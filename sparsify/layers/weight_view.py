@@ -49,8 +49,13 @@ class WeightView(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Answer, run sparse, or unpack."""
+        """Answer, run sparse, or unpack; refuse to be changed, which would change only what was unpacked."""
         kwargs = dict(kwargs or {})
+        if _writes(func) and args and isinstance(args[0], WeightView):
+            raise RuntimeError(  # not a TypeError: Python's operators take that for "try the other operand"
+                "the weight of an exported layer is packed and cannot be changed in place; change it in the masked "
+                "model and export again, or unpack this one with sparsify.to_dense(model)"
+            )
         if func in _CHEAP:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -70,6 +75,12 @@ class WeightView(Tensor):
     ) -> Any:
         """Unpack: this is reached only by calls from below Python."""
         return _on_dense(func, args, dict(kwargs or {}))
+
+
+def _writes(func: Callable[..., Any]) -> bool:
+    """Say whether a function changes its first argument, going by torch's naming: add_ (of += too), __setitem__."""
+    name = func.__name__
+    return (name.endswith("_") and not name.endswith("__")) or name in ("__set__", "__setitem__")
 
 
 def _on_dense(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
