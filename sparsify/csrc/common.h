@@ -12,11 +12,14 @@ namespace sparsify {
 
 using LinearCall = sparsify_linear_call;
 using LinearKernel = int (*)(const LinearCall &);
+using PointwiseCall = sparsify_pointwise_call;
+using PointwiseKernel = int (*)(const PointwiseCall &);
 
 // One instruction set: its name and a kernel for every form and dtype.
 struct KernelTable {
     const char *name;
     LinearKernel linear[SPARSIFY_N_FORMS][SPARSIFY_N_DTYPES];
+    PointwiseKernel pointwise[SPARSIFY_N_DTYPES];
 };
 
 const KernelTable *portable_table();

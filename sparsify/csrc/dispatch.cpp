@@ -43,6 +43,12 @@ Choice &current() {
     return choice;
 }
 
+bool is_sound(const sparsify_linear_call &call) {
+    return call.tokens >= 0 && call.out >= 0 && call.in >= 0 && call.n_threads >= 1 &&
+           call.activation >= SPARSIFY_NONE && call.activation <= SPARSIFY_SILU && 0 <= call.first_row &&
+           call.first_row <= call.end_row && call.end_row <= call.out;
+}
+
 }  // namespace
 }  // namespace sparsify
 
@@ -69,13 +75,19 @@ int sparsify_set_kernel(const char *name) {
 }
 
 int sparsify_linear(int form, int dtype, const sparsify_linear_call *call) {
-    if (form < 0 || form >= SPARSIFY_N_FORMS || dtype < 0 || dtype >= SPARSIFY_N_DTYPES || call->tokens < 0 ||
-        call->out < 0 || call->in < 0 || call->n_threads < 1 || call->activation < SPARSIFY_NONE ||
-        call->activation > SPARSIFY_SILU || call->first_row < 0 || call->first_row > call->end_row ||
-        call->end_row > call->out)
+    if (form < 0 || form >= SPARSIFY_N_FORMS || dtype < 0 || dtype >= SPARSIFY_N_DTYPES || !is_sound(*call))
         return SPARSIFY_BAD_ARGUMENT;
     if (current().status) return current().status;  // SPARSIFY_KERNEL asks for what is not here: no silent fallback
     if (call->tokens == 0 || call->first_row == call->end_row) return SPARSIFY_OK;
     return current().table->linear[form][dtype](*call);
+}
+
+int sparsify_pointwise(int dtype, const sparsify_pointwise_call *call) {
+    if (dtype < 0 || dtype >= SPARSIFY_N_DTYPES || call->n_images < 0 || !is_sound(call->image))
+        return SPARSIFY_BAD_ARGUMENT;
+    if (current().status) return current().status;
+    if (call->n_images == 0 || call->image.tokens == 0 || call->image.first_row == call->image.end_row)
+        return SPARSIFY_OK;
+    return current().table->pointwise[dtype](*call);
 }
 }

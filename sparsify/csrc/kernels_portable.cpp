@@ -16,6 +16,7 @@ const KernelTable *portable_table() {
             {linear_row_blocks<Bitmask, float>, linear_row_blocks<Bitmask, uint16_t>},
             {linear_row_blocks<Gather, float>, linear_row_blocks<Gather, uint16_t>},
         },
+        {pointwise_panel<float>, pointwise_panel<uint16_t>},
     };
     return &table;
 }

@@ -1,8 +1,9 @@
-// linear for the panel form (panel.h), for the instruction set of the simd_*.h included before.
+// linear and pointwise for the panel form (panel.h), for the instruction set of the simd_*.h included before.
 //
-// A task is a tile of tokens and a part of the rows. A thread transposes a tile when it first meets it and keeps it for
-// the parts that follow (run_tasks hands neighbouring tasks to one thread). Per block of columns, all cells of the part
-// add to sums[row][token]; after the last block the sums are transposed back into y.
+// A task is a tile of tokens and a part of the rows. A thread fills a tile when it first meets it and keeps it for the
+// parts that follow (run_tasks hands neighbouring tasks to one thread). Per block of columns, all cells of the part
+// add to sums[row][token]; after the last block the sums are written to y. linear, whose x and y are rows of tokens,
+// transposes on the way in and out; pointwise, whose x and y are planes of features as the sums are, does not.
 #pragma once
 
 #include "common.h"
@@ -22,17 +23,18 @@ constexpr int64_t PANEL_KEPT_TILE_BYTES = 512 * 1024;
 constexpr int64_t PANEL_PART_ROWS = 1024;
 
 struct PanelPlan {
-    LinearCall call;
+    LinearCall call;  // of one image; linear has one
+    int64_t x_image_stride, y_image_stride;
     PanelHeader header;
     PanelSections sections;
-    int64_t id;                // of this call, unlike any other
-    int64_t n_vecs;            // vectors of tokens, spread evenly over the tiles
-    int64_t n_tiles, n_parts;  // a task is one of each, the parts of a tile following each other
+    int64_t id;                    // of this call, unlike any other
+    int64_t n_vecs;                // vectors of tokens of an image, spread evenly over its tiles
+    int64_t image_tiles, n_parts;  // a task is a tile and a part, the parts of a tile following each other
     int64_t first_window, end_window, windows_per_part;
 };
 
 struct PanelTask {
-    int64_t tile, first_token, n_tokens, first_window, end_window;
+    int64_t tile, image, first_token, n_tokens, first_window, end_window;
 };
 
 // What this thread has in its scratch memory.
@@ -56,7 +58,7 @@ void add_window(const PanelPlan &plan, int64_t block, int64_t window, int64_t n_
     }
 }
 
-template <int V, typename T>
+template <int V, bool PLANES, typename T>
 int run_panel_task(const PanelPlan &plan, const PanelTask &task) {
     const LinearCall &call = plan.call;
     const int64_t k_block = plan.header.k_block, window_rows = plan.header.window_rows;
@@ -73,14 +75,19 @@ int run_panel_task(const PanelPlan &plan, const PanelTask &task) {
     panel_kept_call = plan.id;
     panel_kept_tile = task.tile;
 
-    const T *x = static_cast<const T *>(call.x) + task.first_token * call.x_stride;
-    T *y = static_cast<T *>(call.y) + task.first_token * call.y_stride;
+    const T *x = static_cast<const T *>(call.x) + task.image * plan.x_image_stride;
+    T *y = static_cast<T *>(call.y) + task.image * plan.y_image_stride;
+    x += task.first_token * (PLANES ? 1 : call.x_stride);
+    y += task.first_token * (PLANES ? 1 : call.y_stride);
     const T *bias = static_cast<const T *>(call.bias);
     for (int64_t block = 0; block < n_blocks; ++block) {
         const int64_t first = block * k_block, width = call.in - first < k_block ? call.in - first : k_block;
         float *block_tile = tile + (keep ? block * block_floats : 0);
         if (!filled) {
-            fill_tile<V>(x + first, call.x_stride, task.n_tokens, width, block_tile);
+            if constexpr (PLANES)
+                fill_tile_from_planes<V>(x + first * call.x_stride, call.x_stride, task.n_tokens, width, block_tile);
+            else
+                fill_tile<V>(x + first, call.x_stride, task.n_tokens, width, block_tile);
             memset(block_tile + k_block * V * WIDTH, 0, V * WIDTH * sizeof(float));
         }
         for (int64_t window = task.first_window; window < task.end_window; ++window) {
@@ -89,38 +96,48 @@ int run_panel_task(const PanelPlan &plan, const PanelTask &task) {
             add_window<V, T>(plan, block, window, left < window_rows ? left : window_rows, block_tile, window_sums);
             if (block == n_blocks - 1) {
                 const Rows rows = part_of_call(call, row, window_rows);
-                empty_tile<V>(window_sums + rows.skipped * V * WIDTH, bias ? bias + rows.first : nullptr,
-                              y + rows.first - call.first_row, call.y_stride, task.n_tokens, rows.n, call.activation);
+                const float *from = window_sums + rows.skipped * V * WIDTH;
+                const T *b = bias ? bias + rows.first : nullptr;
+                const int64_t to = rows.first - call.first_row;
+                if constexpr (PLANES)
+                    empty_tile_to_planes<V>(from, b, y + to * call.y_stride, call.y_stride, task.n_tokens, rows.n,
+                                            call.activation);
+                else
+                    empty_tile<V>(from, b, y + to, call.y_stride, task.n_tokens, rows.n, call.activation);
             }
         }
     }
     return SPARSIFY_OK;
 }
 
-template <typename T>
+template <bool PLANES, typename T>
 int run_panel_task(const void *context, int64_t number) {
     const PanelPlan &plan = *static_cast<const PanelPlan *>(context);
     PanelTask task;
     task.tile = number / plan.n_parts;
-    const int64_t first_vec = task.tile * plan.n_vecs / plan.n_tiles;
-    const int64_t end_vec = (task.tile + 1) * plan.n_vecs / plan.n_tiles;
+    task.image = task.tile / plan.image_tiles;
+    const int64_t tile = task.tile % plan.image_tiles;
+    const int64_t first_vec = tile * plan.n_vecs / plan.image_tiles;
+    const int64_t end_vec = (tile + 1) * plan.n_vecs / plan.image_tiles;
     task.first_token = first_vec * WIDTH;
     task.n_tokens = (end_vec * WIDTH < plan.call.tokens ? end_vec * WIDTH : plan.call.tokens) - task.first_token;
     task.first_window = plan.first_window + number % plan.n_parts * plan.windows_per_part;
     const int64_t end = task.first_window + plan.windows_per_part;
     task.end_window = end < plan.end_window ? end : plan.end_window;
     switch (end_vec - first_vec) {
-        case 1: return run_panel_task<1, T>(plan, task);
-        case 2: return run_panel_task<2, T>(plan, task);
-        case 3: return run_panel_task<PANEL_MAX_VECS < 3 ? 1 : 3, T>(plan, task);
-        default: return run_panel_task<PANEL_MAX_VECS < 4 ? 1 : 4, T>(plan, task);
+        case 1: return run_panel_task<1, PLANES, T>(plan, task);
+        case 2: return run_panel_task<2, PLANES, T>(plan, task);
+        case 3: return run_panel_task<PANEL_MAX_VECS < 3 ? 1 : 3, PLANES, T>(plan, task);
+        default: return run_panel_task<PANEL_MAX_VECS < 4 ? 1 : 4, PLANES, T>(plan, task);
     }
 }
 
-template <typename T>
-int linear_panel(const LinearCall &call) {
+template <bool PLANES, typename T>
+int run_panel(const LinearCall &call, int64_t n_images, int64_t x_image_stride, int64_t y_image_stride) {
     PanelPlan plan;
     plan.call = call;
+    plan.x_image_stride = x_image_stride;
+    plan.y_image_stride = y_image_stride;
     memcpy(&plan.header, call.index, sizeof plan.header);
     if (plan.header.out != call.out || plan.header.in != call.in) return SPARSIFY_BAD_INDEX;
     plan.sections = panel_sections(call.out, call.in, plan.header.k_block, plan.header.window_rows);
@@ -129,19 +146,29 @@ int linear_panel(const LinearCall &call) {
     plan.end_window = (call.end_row + plan.header.window_rows - 1) / plan.header.window_rows;
     const int64_t n_windows = plan.end_window - plan.first_window;
     plan.n_vecs = (call.tokens + WIDTH - 1) / WIDTH;
-    plan.n_tiles = (plan.n_vecs + PANEL_MAX_VECS - 1) / PANEL_MAX_VECS;
+    plan.image_tiles = (plan.n_vecs + PANEL_MAX_VECS - 1) / PANEL_MAX_VECS;
     const double nnz = double(plan.header.nnz) * double(call.end_row - call.first_row) / double(call.out);
-    const int n_threads = worthwhile_threads(2.0 * nnz * double(plan.n_vecs * WIDTH), call.n_threads);
+    const int n_threads = worthwhile_threads(2.0 * nnz * double(n_images * plan.n_vecs * WIDTH), call.n_threads);
     // Smaller tiles before idle threads. A few tasks for each thread, so that a delayed one does not hold up all.
-    const int64_t needed_tiles = (n_threads + n_windows - 1) / n_windows;
-    if (plan.n_tiles < needed_tiles) plan.n_tiles = needed_tiles < plan.n_vecs ? needed_tiles : plan.n_vecs;
-    const int64_t wanted_tasks = n_threads == 1 ? 1 : 4 * n_threads;
-    const int64_t wanted_parts = (wanted_tasks + plan.n_tiles - 1) / plan.n_tiles;
+    const int64_t needed_tiles = (n_threads + n_windows * n_images - 1) / (n_windows * n_images);
+    if (plan.image_tiles < needed_tiles) plan.image_tiles = needed_tiles < plan.n_vecs ? needed_tiles : plan.n_vecs;
+    const int64_t n_tiles = n_images * plan.image_tiles, wanted_tasks = n_threads == 1 ? 1 : 4 * n_threads;
+    const int64_t wanted_parts = (wanted_tasks + n_tiles - 1) / n_tiles;
     plan.windows_per_part = (n_windows + wanted_parts - 1) / wanted_parts;
     const int64_t most_windows = PANEL_PART_ROWS / plan.header.window_rows;
     if (plan.windows_per_part > most_windows) plan.windows_per_part = most_windows;
     plan.n_parts = (n_windows + plan.windows_per_part - 1) / plan.windows_per_part;
-    return run_tasks(plan.n_tiles * plan.n_parts, n_threads, run_panel_task<T>, &plan);
+    return run_tasks(n_tiles * plan.n_parts, n_threads, run_panel_task<PLANES, T>, &plan);
+}
+
+template <typename T>
+int linear_panel(const LinearCall &call) {
+    return run_panel<false, T>(call, 1, 0, 0);
+}
+
+template <typename T>
+int pointwise_panel(const PointwiseCall &call) {
+    return run_panel<true, T>(call.image, call.n_images, call.x_image_stride, call.y_image_stride);
 }
 
 }  // namespace

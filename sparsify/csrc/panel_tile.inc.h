@@ -1,4 +1,5 @@
-// In and out of a tile of the panel form: [tokens][features] in memory, [features][V * WIDTH tokens] in a tile.
+// In and out of a tile of the panel form, [features][V * WIDTH tokens]: from and to rows of tokens, [tokens][features],
+// or planes of features, [features][tokens], as the channels of an image.
 #pragma once
 
 #include "common.h"
@@ -59,6 +60,36 @@ void empty_tile(const float *sums, const T *bias, T *y, int64_t y_stride, int64_
                         store_first(to + t * y_stride, out, width);
                 }
             }
+        }
+    }
+}
+
+// As fill_tile, from planes: x[k][token].
+template <int V, typename T>
+void fill_tile_from_planes(const T *x, int64_t x_stride, int64_t n_tokens, int64_t n, float *tile) {
+    for (int64_t k = 0; k < n; ++k)
+        for (int v = 0; v < V; ++v) {
+            const T *from = x + k * x_stride + v * WIDTH;
+            const int64_t here = n_tokens - v * WIDTH;
+            const Vec a = here >= WIDTH ? load(from) : here > 0 ? load_first(from, int(here)) : zero();
+            store(tile + (k * V + v) * WIDTH, a);
+        }
+}
+
+// As empty_tile, to planes: y[row][token].
+template <int V, typename T>
+void empty_tile_to_planes(const float *sums, const T *bias, T *y, int64_t y_stride, int64_t n_tokens, int64_t n_rows,
+                          int activation) {
+    for (int64_t row = 0; row < n_rows; ++row) {
+        const Vec b = bias ? broadcast(bias + row) : zero();
+        for (int v = 0; v < V && v * WIDTH < n_tokens; ++v) {
+            T *to = y + row * y_stride + v * WIDTH;
+            const int64_t here = n_tokens - v * WIDTH;
+            const Vec a = activate(add(load(sums + (row * V + v) * WIDTH), b), activation);
+            if (here >= WIDTH)
+                store(to, a);
+            else
+                store_first(to, a, int(here));
         }
     }
 }

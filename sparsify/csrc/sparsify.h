@@ -95,6 +95,17 @@ struct sparsify_linear_call {
 
 SPARSIFY_API int sparsify_linear(int form, int dtype, const struct sparsify_linear_call *call);
 
+/* The same for images whose features lie in planes, channels first: x[image][k][t] and y[image][o - first_row][t]. `image`
+ * says how one of them is laid out: its tokens are neighbours, and its strides count elements between planes. The form is
+ * panel.
+ */
+struct sparsify_pointwise_call {
+    struct sparsify_linear_call image;
+    int64_t n_images, x_image_stride, y_image_stride;
+};
+
+SPARSIFY_API int sparsify_pointwise(int dtype, const struct sparsify_pointwise_call *call);
+
 /* ---- roofs ------------------------------------------------------------------------------------------------------
  * What the machine can do at most with the instruction set in use, measured for `seconds` on n_threads threads at once;
  * negative on error. For benchmarks: not to be called after fork. A read goes over `bytes` bytes again and again, each

@@ -2,5 +2,6 @@
 
 from sparsify.kernels.forms import FORMS, pack, supports, unpack
 from sparsify.kernels.ops import ACTIVATIONS, linear
+from sparsify.kernels.pointwise import pointwise
 
-__all__ = ["ACTIVATIONS", "FORMS", "linear", "pack", "supports", "unpack"]
+__all__ = ["ACTIVATIONS", "FORMS", "linear", "pack", "pointwise", "supports", "unpack"]

@@ -39,6 +39,7 @@ _SIGNATURES = {
     "unpack": (_int, [_int64, _int64, _pointer, _int64, _int64, _pointer, _pointer, _pointer]),
 }
 _LINEAR_CALL = struct.Struct("=14q")  # struct sparsify_linear_call
+_POINTWISE_CALL = struct.Struct("=17q")  # struct sparsify_pointwise_call
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
@@ -73,11 +74,13 @@ def _function(name: str, signature: tuple[Any, Any]) -> Any:
 # Looked up once: a call must cost microseconds.
 _form_functions: dict[str, dict[str, Any]] = {}
 _linear: Any = None
-_pack_call = _LINEAR_CALL.pack
+_pointwise: Any = None
+_pack_call, _pack_pointwise_call = _LINEAR_CALL.pack, _POINTWISE_CALL.pack
 if _library is not None:
     for _form in FORMS:
         _form_functions[_form] = {n: _function(f"sparsify_{_form}_{n}", s) for n, s in _SIGNATURES.items()}
     _linear = _function("sparsify_linear", (_int, [_int, _int, ctypes.c_char_p]))
+    _pointwise = _function("sparsify_pointwise", (_int, [_int, ctypes.c_char_p]))
 _FORM_NUMBERS = {form: number for number, form in enumerate(FORMS)}
 
 
@@ -208,6 +211,51 @@ def linear(
     if status:
         _checked(status)
     return y if x.dim() == 2 or out is not None else y.view(*x.shape[:-1], end - first)
+
+
+def pointwise(
+    x: Tensor,
+    index: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    shape: tuple[int, int],
+    activation: int = 0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """What linear does, at each position of images x (n, in, height, width): (n, out, height, width), channels first.
+
+    The form is "panel". Each channel of an image is read, and written to `out`, where it lies: in one piece.
+    """
+    n_out, n_in = shape
+    n, _, height, width = x.shape
+    if not x.is_contiguous() and (x.stride(3), x.stride(2)) != (1, width):
+        x = x.contiguous()
+    y = x.new_empty((n, n_out, height, width)) if out is None else out
+    status = _pointwise(
+        DTYPES[values.dtype],
+        _pack_pointwise_call(
+            index.data_ptr(),
+            values.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            x.data_ptr(),
+            x.stride(1),
+            y.data_ptr(),
+            y.stride(1),
+            height * width,
+            n_out,
+            n_in,
+            activation,
+            torch.get_num_threads(),
+            0,
+            n_out,
+            n,
+            x.stride(0),
+            y.stride(0),
+        ),
+    )
+    if status:
+        _checked(status)
+    return y
 
 
 def _checked(status: int) -> int:

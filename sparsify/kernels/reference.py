@@ -37,3 +37,10 @@ def linear_grad_input(grad: Tensor, csr: CSR, shape: tuple[int, int], rows: slic
     weight = csr_to_dense(csr, shape)[0][rows]
     with torch.autocast(grad.device.type, enabled=False):
         return grad @ weight
+
+
+def pointwise(x: Tensor, csr: CSR, bias: Tensor | None, shape: tuple[int, int], activation: str = "none") -> Tensor:
+    """Convolve images (n, in_features, height, width) with a CSR weight of 1 x 1 positions, as nn.Conv2d does."""
+    weight, _ = csr_to_dense(csr, shape)
+    with torch.autocast(x.device.type, enabled=False):
+        return ACTIVATIONS[activation](F.conv2d(x, weight[:, :, None, None], bias))
