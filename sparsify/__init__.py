@@ -9,7 +9,7 @@ fast = sparsify.load("model.safetensors", MyModel()) # onto a fresh dense model
 
 from sparsify.checkpoint import inspect, load, save
 from sparsify.convert import convert, masks_from_zeros, to_dense
-from sparsify.errors import CheckpointError, LeftDenseWarning, MeasuredElsewhereWarning, RecipeError
+from sparsify.errors import CheckpointError, LeftDenseWarning, MeasuredElsewhereWarning, RecipeError, ScheduleWarning
 from sparsify.export import export
 from sparsify.layers import CSRLinear, SparseLinear
 from sparsify.prune import prune
@@ -27,6 +27,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Schedule",
+    "ScheduleWarning",
     "SparseLinear",
     "apply",
     "convert",

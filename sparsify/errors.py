@@ -1,4 +1,4 @@
-"""The errors and the warning that are this library's own. Wrong arguments are plain ValueError and TypeError."""
+"""The errors and the warnings that are this library's own. Wrong arguments are plain ValueError and TypeError."""
 
 
 class CheckpointError(ValueError):
@@ -15,3 +15,7 @@ class LeftDenseWarning(UserWarning):
 
 class MeasuredElsewhereWarning(UserWarning):
     """A checkpoint's forms were chosen on another machine: the answers are right, the speed may not be the best."""
+
+
+class ScheduleWarning(UserWarning):
+    """A training runs at another pace than its recipe was told. The message says what was seen and what to give."""

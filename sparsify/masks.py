@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from sparsify.allocation import ALLOCATIONS, check_sparsity, erk, n_removed, uniform
 from sparsify.match import matching
-from sparsify.methods import Method, score
+from sparsify.methods import Method, needs, score
 from sparsify.patterns import (
     Pattern,
     check_fits,
@@ -37,19 +38,26 @@ def make_masks(
     pattern: str = "unstructured",
     allocation: Allocation = "uniform",
     seed: int | None = None,
+    evidence: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> dict[str, Tensor]:
     """Return a new bool mask (True = kept) for each weight (out, in); nothing given is changed.
 
     The target is absolute: `masks` are the present ones, and what they remove is removed first, so that within one
     pattern a higher target only takes away and a lower one only gives back (of weights that are all zero now, the
     first in order). The removed units number exactly round(sparsity x units), over each layer, or over all layers
-    together for the allocations "global" and "erk". Raises ValueError, naming the layer, for whatever cannot be done
-    exactly.
+    together for the allocations "global" and "erk". `evidence` has, for each layer, what a method asks a training for
+    (methods.EVIDENCE). Raises ValueError, naming the layer, for whatever cannot be done exactly.
     """
     parsed = parse_pattern(pattern)
     shapes = {name: (int(weight.shape[0]), int(weight.shape[1])) for name, weight in weights.items()}
     n_zeros = n_removed_units(shapes, sparsity, parsed, allocation)
-    scores = {name: score(name, w.detach().masked_fill(~masks[name], 0), method, seed) for name, w in weights.items()}
+    if needs(method) and (sparsity == 0 if n_zeros is None else not any(n_zeros.values())):
+        return {name: torch.ones_like(mask) for name, mask in masks.items()}  # nothing has been seen yet, nor need be
+    shown = evidence or {}
+    scores = {
+        name: score(name, weight.detach().masked_fill(~masks[name], 0), method, seed, evidence=shown.get(name))
+        for name, weight in weights.items()
+    }
     if n_zeros is None:
         return _keep_together(scores, masks, parsed, _checked(sparsity))
     return {name: choose_mask(scores[name], masks[name], parsed, n_zeros[name]) for name in weights}

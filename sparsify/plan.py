@@ -11,8 +11,9 @@ from sparsify.edit import layers_of_type
 from sparsify.formats import bitmask_bytes, csr_bytes
 from sparsify.layers import Masked
 from sparsify.masks import Allocation, layer_targets, make_masks, n_removed_units
+from sparsify.methods import needs
 from sparsify.patterns import parse_pattern
-from sparsify.recipe import Group, Recipe, assign_layers
+from sparsify.recipe import HOLD, Group, Recipe, assign_layers
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ def _zeros(model: nn.Module, group: Group, weights: dict[str, Tensor], time: flo
     """Return how many weights each layer of a group lacks after the update at `time`."""
     pattern = parse_pattern(group.pattern)
     shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
+    if group.method == HOLD:
+        return {name: int((weight == 0).sum()) for name, weight in weights.items()}
     sparsity: float | None = None
     allocation: Allocation = group.allocation
     if isinstance(allocation, dict):
@@ -84,7 +87,7 @@ def _zeros(model: nn.Module, group: Group, weights: dict[str, Tensor], time: flo
             weights,
             sparsity,
             masks=present,
-            method=group.method,
+            method="magnitude" if needs(group.method) else group.method,  # what training will show is not known yet
             pattern=group.pattern,
             allocation=allocation,
             seed=group.seed,

@@ -7,9 +7,11 @@ names the file, the line and the key, and the nearest valid word.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import Tensor, nn
 
@@ -18,12 +20,27 @@ from sparsify.convert import plan_convert, sparse_layers
 from sparsify.edit import Model
 from sparsify.errors import RecipeError
 from sparsify.masks import Allocation, layer_targets, make_masks, n_removed_units
-from sparsify.methods import METHODS, takes_seed
+from sparsify.methods import METHODS, TRAINED, needs, takes_seed
 from sparsify.patterns import parse_pattern
 from sparsify.schedules import Schedule
 from sparsify.yaml_file import Value, YamlFile, nearest, read_yaml, substitute
 
+#: Methods that a recipe may name: those that need no calibration data.
+_METHODS = METHODS | TRAINED
+
 _STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+#: A method of recipes only: the zeros that are there stay, and no others come.
+HOLD = "hold"
+
+
+class Regrow(BaseModel):
+    """At each update the weakest kept weights give their places to masked ones, which start at zero."""
+
+    model_config = _STRICT
+
+    by: Literal["random", "gradient"] = Field(description="which masked weights grow: random (SET), gradient (RigL)")
+    fraction: float = Field(0.3, gt=0, lt=1, description="of the kept weights, at first; falls to 0 on a cosine")
 
 
 class Group(BaseModel):
@@ -36,11 +53,17 @@ class Group(BaseModel):
     sparsity: float | None = Field(
         None, description="the final fraction of zeros; left out with N:M or an allocation per layer"
     )
-    method: str = Field("magnitude", description=f"one of: {', '.join(METHODS)}")
+    method: str = Field("magnitude", description=f"one of: {', '.join(_METHODS)}, {HOLD} (the zeros there are stay)")
     pattern: str = Field("unstructured", description='unstructured, rows, columns, N:M ("2:4"), blocks ("4x1")')
     allocation: str | dict[str, float] = Field("uniform", description=f"{', '.join(ALLOCATIONS)}, or pattern: sparsity")
     schedule: Schedule = Field(Schedule(), description="when; constant: at once")
     seed: int | None = Field(None, description="for methods that draw random numbers")
+    masked: Literal["zero", "frozen", "trained"] = Field(
+        "zero", description="until the schedule ends, masked weights are zero, keep their values, or train on"
+    )
+    decay: float = Field(0.0, ge=0, description="how fast masked weights that are trained shrink (SR-STE)")
+    regrow: Regrow | None = Field(None, description="kept and masked weights change places at each update")
+    rewind: float | None = Field(None, ge=0, description="after each update all weights go back to this time")
 
     @field_validator("schedule", mode="before")
     @classmethod
@@ -59,8 +82,8 @@ class Group(BaseModel):
     @field_validator("method")
     @classmethod
     def _known_method(cls, method: str) -> str:
-        if method not in METHODS:
-            raise ValueError(f"there is no method {method!r}{nearest(method, METHODS)}")
+        if method not in _METHODS and method != HOLD:
+            raise ValueError(f"there is no method {method!r}{nearest(method, (*_METHODS, HOLD))}")
         return method
 
     @field_validator("pattern")
@@ -78,9 +101,11 @@ class Group(BaseModel):
     @model_validator(mode="after")
     def _reaches_its_target(self) -> Group:
         """Refuse what cannot end at exactly the target, whatever the model."""
+        if self.method == HOLD:
+            return self
         pattern = parse_pattern(self.pattern)
         n_removed_units({}, self.sparsity, pattern, self.allocation if isinstance(self.allocation, str) else {})
-        if self.seed is not None and not takes_seed(METHODS[self.method]):
+        if self.seed is not None and not takes_seed(_METHODS[self.method]) and not self.regrow:
             raise ValueError(f"'seed' has no effect with method {self.method!r}; take it out")
         if isinstance(self.allocation, dict):
             if self.sparsity is not None:
@@ -89,9 +114,10 @@ class Group(BaseModel):
         else:
             finals = [1 - pattern.keep / pattern.group if pattern.is_nm else check_sparsity(self.sparsity or 0.0)]
         kind, points = self.schedule.kind, self.schedule.points
-        if pattern.is_nm and kind not in ("constant", "one-shot"):
+        if pattern.is_nm and kind not in ("constant", "one-shot", "alternating"):
             raise ValueError(
-                f"pattern {self.pattern} has one sparsity only, so the schedule must be constant or one-shot"
+                f"pattern {self.pattern} has one sparsity only, so the schedule must be constant, one-shot or "
+                "alternating"
             )
         if kind == "steps" and (len(finals) > 1 or points[-1][1] != finals[0]):
             raise ValueError(f"the last of the schedule's points must be the target {finals}, got {points[-1][1]}")
@@ -100,6 +126,37 @@ class Group(BaseModel):
         for final in finals:
             self.schedule.sparsity_at((self.schedule.start + self.schedule.ends) / 2, final)
         return self
+
+    @model_validator(mode="after")
+    def _keys_go_together(self) -> Group:
+        """Refuse a key that another one leaves without effect."""
+        times = self.schedule.update_times()
+        if self.method == HOLD:
+            held = {key for key in self.model_fields_set if key not in ("layers", "exclude", "method")}
+            if held:
+                raise ValueError(f"{min(held)!r} has no effect with method {HOLD!r}; take it out")
+        several = len(times) > 1
+        if self.schedule.kind == "constant" and several and not self.regrow and self.masked == "zero":
+            raise ValueError(
+                "a constant schedule with 'every' has no effect without 'regrow', or 'masked' weights kept"
+            )
+        for key, given in (("regrow", self.regrow), ("masked", self.masked != "zero")):
+            if given and not several:
+                raise ValueError(f"{key!r} has no effect at one update only; give the schedule an 'end' and 'every'")
+        if self.regrow and (self.masked != "zero" or self.schedule.kind == "alternating" or ":" in self.pattern):
+            raise ValueError("'regrow' goes with masked weights at zero, no alternating schedule, and no N:M pattern")
+        if self.decay and self.masked != "trained":
+            raise ValueError("'decay' has no effect unless masked weights are 'trained'")
+        if self.rewind is not None and not self.rewind <= times[0]:
+            raise ValueError(f"'rewind' must not lie after the first update, {times[0]:g}, got {self.rewind:g}")
+        return self
+
+    @property
+    def trains(self) -> bool:
+        """Whether it takes a training, rather than one moment, to follow this group."""
+        one_moment = self.schedule.kind == "one-shot" or len(self.schedule.update_times()) == 1
+        evidence = self.method != HOLD and needs(self.method)
+        return not one_moment or bool(evidence) or self.rewind is not None
 
 
 class Recipe(BaseModel):
@@ -160,7 +217,8 @@ def assign_layers(recipe: Recipe, model: nn.Module) -> list[dict[str, Tensor]]:
             shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
             if not shapes:
                 raise ValueError("no layer is left after 'exclude'")
-            n_removed_units(shapes, group.sparsity, parse_pattern(group.pattern), group.allocation)
+            if group.method != HOLD:
+                n_removed_units(shapes, group.sparsity, parse_pattern(group.pattern), group.allocation)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         for name in shapes:
@@ -177,10 +235,10 @@ def apply(model: Model, recipe: Recipe) -> Model:
     Raises ValueError if a schedule needs training (use a Pruner in the training loop), before any mask is changed.
     """
     for number, group in enumerate(recipe.groups):
-        if group.schedule.kind not in ("constant", "one-shot"):
+        if group.trains:
             raise ValueError(
-                f"groups.{number}: a {group.schedule.kind} schedule is followed while training; "
-                "use sparsify.Pruner(model, recipe) in the loop, or a recipe with a constant schedule"
+                f"groups.{number}: method {group.method!r} with a {group.schedule.kind} schedule is followed while "
+                "training; use sparsify.Pruner(model, recipe) in the loop, or a recipe with a constant schedule"
             )
     masks: dict[str, Tensor] = {}
     for group, weights in zip(recipe.groups, assign_layers(recipe, model), strict=True):
@@ -191,32 +249,52 @@ def apply(model: Model, recipe: Recipe) -> Model:
     return model
 
 
-def group_masks(model: nn.Module, group: Group, names: list[str], time: float | None = None) -> dict[str, Tensor]:
-    """Return the masks that a group's layers get at a time (None: at the end); nothing is changed."""
+def group_masks(
+    model: nn.Module,
+    group: Group,
+    names: list[str],
+    time: float | None = None,
+    evidence: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> dict[str, Tensor]:
+    """Return the masks (out, in) that a group's layers get at a time (None: at the end); nothing is changed.
+
+    `evidence` has, for each layer, what its training showed (methods.EVIDENCE).
+    """
     layers = sparse_layers(model)
     if missing := [name for name in names if name not in layers]:
         raise ValueError(f"{missing[0]}: not converted; call sparsify.convert(model) first")
+    weights = {name: layers[name].weight_matrix for name in names}
+    masks = {name: layers[name].matrix(layers[name].mask) for name in names}
+    if group.method == HOLD:
+        return {name: masks[name] & (weights[name] != 0) for name in names}
+    method, seed = group.method, group.seed
+    if group.regrow:  # it begins at random places; later masks of the same sizes keep theirs
+        method, seed = ("random", seed) if all(bool(mask.all()) for mask in masks.values()) else (method, None)
+    if group.masked != "zero":  # what is masked has a value, and may come back
+        masks = {name: torch.ones_like(mask) for name, mask in masks.items()}
 
     def target(final: float) -> float:
         return final if time is None else group.schedule.sparsity_at(time, final)
 
     def masks_of(chosen: list[str], sparsity: float | None, allocation: str) -> dict[str, Tensor]:
         return make_masks(
-            {name: layers[name].weight_matrix for name in chosen},
+            {name: weights[name] for name in chosen},
             sparsity,
-            masks={name: layers[name].matrix(layers[name].mask) for name in chosen},
-            method=group.method,
+            masks={name: masks[name] for name in chosen},
+            method=method,
             pattern=group.pattern,
             allocation=allocation,
-            seed=group.seed,
+            seed=seed,
+            evidence=evidence,
         )
 
     if isinstance(group.allocation, dict):
         finals = layer_targets(group.allocation, dict.fromkeys(names))
         return {name: masks_of([name], target(finals[name]), "uniform")[name] for name in names}
     if parse_pattern(group.pattern).is_nm:
-        started = time is None or time >= group.schedule.update_times()[0]
-        return masks_of(names, None, "uniform") if started else {}
+        if target(1.0) == 0:  # not yet, or a dense phase
+            return {name: torch.ones_like(mask) for name, mask in masks.items()}
+        return masks_of(names, None, "uniform")
     assert group.sparsity is not None
     return masks_of(names, target(group.sparsity), group.allocation)
 
@@ -234,7 +312,9 @@ def _explain(file: YamlFile, error: ValidationError) -> RecipeError:
     """Turn pydantic's first finding into a sentence with file, line and key."""
     first = error.errors()[0]
     place = tuple(
-        key for key in first["loc"] if key in ("groups", "schedule") or isinstance(key, int) or _is_key(file, key)
+        key
+        for key in first["loc"]
+        if key in ("groups", "schedule", "regrow") or isinstance(key, int) or _is_key(file, key)
     )
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
@@ -255,4 +335,6 @@ def _is_key(file: YamlFile, key: str | int) -> bool:
 def _known_keys(place: tuple[str | int, ...]) -> list[str]:
     if place and place[-1] == "schedule":
         return [field.name for field in fields(Schedule)]
+    if place and place[-1] == "regrow":
+        return list(Regrow.model_fields)
     return list(Group.model_fields if place else Recipe.model_fields)

@@ -9,18 +9,19 @@ from typing import ClassVar, Literal, get_args
 
 from sparsify.allocation import check_sparsity
 
-Kind = Literal["constant", "one-shot", "linear", "polynomial", "exponential", "cosine", "steps"]
+Kind = Literal["constant", "one-shot", "linear", "polynomial", "exponential", "cosine", "steps", "alternating"]
 Unit = Literal["steps", "epochs"]
 
 #: What each kind may say besides `kind` and `unit`.
 _USES: dict[str, frozenset[str]] = {
-    "constant": frozenset(),
+    "constant": frozenset({"end", "every"}),
     "one-shot": frozenset({"start"}),
     "linear": frozenset({"start", "end", "every", "initial"}),
     "polynomial": frozenset({"start", "end", "every", "initial", "power"}),
     "exponential": frozenset({"start", "end", "every", "initial"}),
     "cosine": frozenset({"start", "end", "every", "initial"}),
     "steps": frozenset({"points"}),
+    "alternating": frozenset({"start", "end", "every"}),
 }
 
 
@@ -28,9 +29,11 @@ _USES: dict[str, frozenset[str]] = {
 class Schedule:
     """A target over time. Times are in `unit`s; a fraction of an epoch is a time like any other.
 
-    constant: the final sparsity from the beginning. one-shot: nothing, and from `start` on the final sparsity.
-    linear, polynomial, exponential, cosine: from `initial` at `start` to the final sparsity at `end`, moving `every`
-    so often; before `start` nothing is pruned. steps: `points` of (time, sparsity), each holding until the next.
+    constant: the final sparsity from the beginning; with `end` and `every`, weights may change places until then.
+    one-shot: nothing, and from `start` on the final sparsity. linear, polynomial, exponential, cosine: from `initial`
+    at `start` to the final sparsity at `end`, moving `every` so often; before `start` nothing is pruned. steps:
+    `points` of (time, sparsity), each holding until the next. alternating: the final sparsity and none in turns, each
+    for `every`, from `start`; from `end` on the final one.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # in a recipe, an unknown key is an error
@@ -55,7 +58,7 @@ class Schedule:
                 raise ValueError(f"{field.name!r} has no effect with kind {self.kind!r}; take it out")
         if not (math.isfinite(self.start) and self.start >= 0):
             raise ValueError(f"'start' must be a time of at least 0, got {self.start}")
-        if "end" in _USES[self.kind]:
+        if "end" in _USES[self.kind] and (self.kind != "constant" or self.end is not None or self.every is not None):
             if self.end is None or not (math.isfinite(self.end) and self.end > self.start):
                 raise ValueError(f"kind {self.kind!r} needs an 'end' after its start ({self.start}), got {self.end}")
             if self.every is None or not (math.isfinite(self.every) and self.every > 0):
@@ -83,7 +86,7 @@ class Schedule:
         >>> Schedule(kind="linear", start=2, end=5, every=2).update_times()
         (2.0, 4.0, 5.0)
         """
-        if self.kind == "constant":
+        if self.kind == "constant" and self.end is None:
             return (0.0,)
         if self.kind == "one-shot":
             return (float(self.start),)
@@ -101,7 +104,7 @@ class Schedule:
         >>> [round(cubic.sparsity_at(t, final=0.9), 4) for t in (0, 5, 10, 99)]
         [0.0, 0.7875, 0.9, 0.9]
 
-        Zhu and Gupta 2017, arXiv:1710.01878 (the polynomial).
+        Zhu and Gupta 2017, arXiv:1710.01878 (the polynomial); Peste et al. 2021, arXiv:2106.12379 (alternating).
         """
         if self.kind == "constant":
             return final
@@ -111,6 +114,9 @@ class Schedule:
             return 0.0
         if self.kind == "one-shot" or self.end is None or time >= self.end:
             return final
+        if self.kind == "alternating":
+            assert self.every is not None
+            return 0.0 if math.floor((time - self.start) / self.every + 1e-9) % 2 else final
         way = _CURVES[self.kind]((time - self.start) / (self.end - self.start), self.initial, final, self.power)
         return self.initial + (final - self.initial) * way
 

@@ -18,7 +18,7 @@ POINTS = ((1.0, 0.2), (4.0, 0.5), (9.0, 0.9))
 
 
 def test_every_kind_is_tested_here() -> None:
-    assert {*GRADUAL, "constant", "one-shot", "steps"} == set(get_args(Kind))
+    assert {*GRADUAL, "constant", "one-shot", "steps", "alternating"} == set(get_args(Kind))
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_no_factor_leads_to_full_sparsity() -> None:
     [
         ({"kind": "cubic"}, "schedule kind 'cubic' is none of: constant, one-shot, linear"),
         ({"unit": "days"}, "unit 'days' is none of: steps, epochs"),
-        ({"kind": "constant", "end": 5}, "'end' has no effect with kind 'constant'"),
+        ({"kind": "constant", "start": 5}, "'start' has no effect with kind 'constant'"),
         ({"kind": "one-shot", "every": 1}, "'every' has no effect with kind 'one-shot'"),
         ({"kind": "linear", "power": 2, **SPAN}, "'power' has no effect with kind 'linear'"),
         ({"kind": "linear", "points": POINTS, **SPAN}, "'points' has no effect with kind 'linear'"),
@@ -142,3 +142,19 @@ def test_no_factor_leads_to_full_sparsity() -> None:
 def test_a_schedule_that_makes_no_sense_is_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Schedule(**options)
+
+
+def test_alternating_is_sparse_and_dense_in_turns_and_ends_sparse() -> None:
+    schedule = Schedule(kind="alternating", start=2, every=2, end=9)
+    assert schedule.update_times() == (2, 4, 6, 8, 9)
+    assert [schedule.sparsity_at(t, 0.9) for t in (0, 2, 3.5, 4, 5.5, 6, 8, 9, 50)] == [
+        *(0.0, 0.9, 0.9, 0.0, 0.0, 0.9, 0.0, 0.9, 0.9),
+    ]
+
+
+def test_a_constant_schedule_may_have_update_times() -> None:
+    schedule = Schedule(kind="constant", every=2, end=5)
+    assert schedule.update_times() == (0, 2, 4, 5)
+    assert {schedule.sparsity_at(t, 0.9) for t in (0, 1, 5, 9)} == {0.9}
+    with pytest.raises(ValueError, match="needs 'every'"):
+        Schedule(kind="constant", end=5)

@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from sparsify.layers.hidden import Watch, used_weight
 from sparsify.layers.sharded import shard_like, whole
 from sparsify.masks import make_masks
 from sparsify.methods import Method, resolve_method, takes_seed
@@ -26,6 +27,9 @@ class Masked(nn.Module):
 
     weight: Tensor
     mask: Tensor
+    #: What a Pruner sets while training: what masked weights are (recipe.Group.masked), and what backward adds up.
+    masked_are: str = "zero"
+    watch: Watch | None = None
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """View a tensor of the weight's shape as (out_features, in_features): what is written there is written here."""
@@ -52,7 +56,7 @@ class Masked(nn.Module):
 
         Unlike a product, NaN and Inf in a masked weight come to nothing, and so do their gradients.
         """
-        return torch.where(self.mask, self.weight, 0.0)
+        return used_weight(self.weight, self.mask, straight=self.masked_are == "trained", watch=self.watch)
 
     @property
     def sparsity(self) -> float:
@@ -89,8 +93,9 @@ class Masked(nn.Module):
         self.zero_masked()
 
     def zero_masked(self) -> None:
-        """Set every masked weight to exactly zero."""
-        self.clear_masked(self.weight)
+        """Set every masked weight to exactly zero, unless a Pruner has them keep their values for now."""
+        if self.masked_are == "zero":
+            self.clear_masked(self.weight)
 
     @torch.no_grad()
     def clear_masked(self, tensor: Tensor) -> None:
@@ -139,4 +144,4 @@ class Masked(nn.Module):
             missing_keys.remove(prefix + "mask")
             if self.mask.is_meta and not self.weight.is_meta:  # loaded with assign=True into a model without data
                 self.mask = torch.ones_like(self.weight, dtype=torch.bool)
-        self.zero_masked()
+            self.zero_masked()  # one saved with its mask may hold values that come back; none of them is used

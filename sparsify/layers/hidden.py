@@ -1,0 +1,59 @@
+"""How masked weights take part in training: not at all, unless a Pruner asks for more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Watch:
+    """What a layer's backward adds up for a Pruner, masked weights included: tensors of the weight's shape, or None.
+
+    gradient: the sum of the gradients of the weight as it is used. movement: the sum of -weight * gradient.
+    """
+
+    gradient: Tensor | None = None
+    movement: Tensor | None = None
+
+    def see(self, weight: Tensor, gradient: Tensor) -> None:
+        """Add what one backward brought; weight is the one it was taken at."""
+        if self.gradient is not None:
+            self.gradient.add_(gradient)
+        if self.movement is not None:
+            self.movement.sub_(gradient * weight)
+
+
+def used_weight(weight: Tensor, mask: Tensor, *, straight: bool, watch: Watch | None) -> Tensor:
+    """Return weight * mask.
+
+    Unlike a product, NaN and Inf in a masked weight come to nothing, and so do their gradients. `straight` lets the
+    gradient of the result through to masked weights too (the straight-through estimator, Bengio et al. 2013,
+    arXiv:1308.3432). `watch` sees the gradient of the result.
+    """
+    used: Tensor = _StraightThrough.apply(weight, mask) if straight else torch.where(mask, weight, 0.0)
+    if watch is not None and used.requires_grad:
+        held = weight.detach()
+        used.register_hook(lambda gradient: watch.see(held, gradient.detach()))  # type: ignore[no-untyped-call]
+    return used
+
+
+class _StraightThrough(torch.autograd.Function):
+    """where(mask, weight, 0) whose gradient is that of the identity."""
+
+    @staticmethod
+    def forward(weight: Tensor, mask: Tensor) -> Tensor:
+        """Take the kept weights."""
+        return torch.where(mask, weight, 0.0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        """Need nothing for the way back."""
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Hand the gradient to all weights."""
+        return gradient, None
