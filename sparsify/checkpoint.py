@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from sparsify import container
 from sparsify.choose import Choice
 from sparsify.container import LayerEntry
-from sparsify.edit import Model, layers_of_type, replace
+from sparsify.edit import Model, become, layers_of_type, replace
 from sparsify.errors import CheckpointError, MeasuredElsewhereWarning
 from sparsify.formats import (
     CSR,
@@ -27,7 +28,7 @@ from sparsify.formats import (
 )
 from sparsify.fuse import fuse_activations
 from sparsify.kernels import FORMS, supports
-from sparsify.kinds import join, kind_of, kinds, matrices
+from sparsify.kinds import followers, join, kind_of, kinds, matrices
 from sparsify.layers import CSRLinear, Masked
 from sparsify.machine import machine_name
 from sparsify.report import Report, Row
@@ -87,19 +88,22 @@ def load(path: str | os.PathLike[str], model: Model) -> Model:
     CSRLinear(in_features=8, out_features=4, bias=True, sparsity=0.5)
     """
     header, tensors = container.read(path)
-    try:
-        # Before anything is unpacked: a bitmask of few bytes may claim to stand for a huge weight.
-        _check_layers(model, header.layers)
-        weights = _take_weights(header.layers, tensors)
-        _add_aliases(header.aliases, tensors)
-        _check_rest(model, header.layers, weights, tensors)
-        _check_choices(model, header.choices)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+    with _laid_out_as(tensors, model):
+        try:
+            # Before anything is unpacked: a bitmask of few bytes may claim to stand for a huge weight.
+            _check_layers(model, header.layers)
+            weights = _take_weights(header.layers, tensors)
+            _add_aliases(header.aliases, tensors)
+            _check_rest(model, header.layers, weights, tensors)
+            _check_choices(model, header.choices)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from None
     modules = dict(model.named_modules())
     made = {}
     for name, entry in header.layers.items():
         made[modules[name]] = _make(entry, modules[name], weights[name], header.choices.get(name))
+    for name, kind in followers(model, set(made)).items():
+        made[modules[name]] = kind.to_sparse(modules[name])
     replace(model, made)
     _fill(model, tensors)
     fuse_activations(model)
@@ -138,6 +142,27 @@ def inspect(path: str | os.PathLike[str]) -> Report:
     return Report(tuple(rows))
 
 
+@contextmanager
+def _laid_out_as(names: Iterable[str], model: nn.Module) -> Iterator[None]:
+    """Lay out the attentions that were so when tensors of these names were saved; if what follows fails, undo that."""
+    names, laid_out = tuple(names), []
+    for name, module in list(model.named_modules()):
+        kind = kind_of(module)
+        if kind is None or isinstance(module, kind.sparse):
+            continue
+        new = tuple(f"{join(name, layer)}." for layer in kind.layers(module) if layer and layer not in module._modules)
+        if new and any(key.startswith(new) for key in names):
+            kind.check(module)
+            become(module, kind.to_sparse(module))
+            laid_out.append((module, kind))
+    try:
+        yield
+    except BaseException:
+        for module, kind in laid_out:
+            become(module, kind.to_dense(module))
+        raise
+
+
 def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the layers whose weights are stored packed: ours, and dense ones that own their weight alone."""
     used: dict[int, int] = {}
@@ -149,7 +174,7 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in layers_of_type(model, nn.Module).items()
         if isinstance(module, (Masked, CSRLinear))
         or (
-            any(type(module) is kind.dense and kind.layers == ("",) for kind in kinds())
+            any(type(module) is kind.dense and kind.layers(module) == ("",) for kind in kinds())
             and used.get(id(module._parameters.get("weight"))) == 1
         )
     }

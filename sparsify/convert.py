@@ -12,13 +12,10 @@ from sparsify.edit import Model, become, layers_of_type
 from sparsify.errors import LeftDenseWarning
 from sparsify.fuse import unfuse_activations
 from sparsify.interop import adapters
-from sparsify.kinds import Kind, chosen_kinds, join, kinds
+from sparsify.kinds import Kind, chosen_kinds, followers, join, kind_of, kinds, reads_weights
 from sparsify.layers import CSRLinear, Masked
 from sparsify.match import Selector, select
 from sparsify.ties import check_untied
-
-#: Modules that read the weights of their Linears themselves instead of calling them.
-_READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 @dataclass(frozen=True)
@@ -45,9 +42,11 @@ def convert(
     """Swap every nn.Linear of a model for a SparseLinear, in place, and return the model.
 
     Nothing is pruned yet: all outputs stay as they were, bit for bit, and so do Parameter objects, names, devices,
-    dtypes, flags and hooks. A Linear pruned by torch.nn.utils.prune or torch.ao.pruning keeps its mask. Layers are
-    chosen by globs over their names, "re:" patterns, or module types; see `sparsify.match.Selector`. `types` says which
-    kinds of modules are converted at all, by their dense type (default: every kind that is nothing but linear maps).
+    dtypes, flags and hooks. An nn.MultiheadAttention becomes a `LayeredAttention` first, which adds up in another
+    order: its outputs stay the same up to rounding. A Linear pruned by torch.nn.utils.prune or torch.ao.pruning keeps
+    its mask. Layers are chosen by globs over their names, "re:" patterns, or module types; see
+    `sparsify.match.Selector`. `types` says which kinds of modules are converted at all, by their dense type (default:
+    every kind that is nothing but linear maps).
 
     A subclass of nn.Linear without methods of its own is converted too, and comes back as nn.Linear. The adapters of
     peft (LoRA) are left alone, the layers they are added to are not.
@@ -68,6 +67,10 @@ def convert(
     modules = dict(model.named_modules())
     for name, kind in plan.swap.items():
         become(modules[name], kind.to_sparse(modules[name]))
+    for name in plan.weights:
+        layer = model.get_submodule(name)
+        if not isinstance(layer, Masked) and (inner := kind_of(layer)):  # in a module that was only laid out
+            become(layer, inner.to_sparse(layer))
     return model
 
 
@@ -83,8 +86,8 @@ def plan_convert(
     readers = {
         id(child): f"{type(owner).__name__} reads its weight directly"
         for owner in model.modules()
-        if isinstance(owner, _READS_WEIGHTS)
-        for child in owner.modules()
+        if reads_weights(owner)
+        for child in owner.children()
     }
     swap: dict[str, Kind] = {}
     already: dict[str, Tensor] = {}
@@ -115,6 +118,8 @@ def plan_convert(
         name, why = next(iter(left.items()))
         raise ValueError(f"{name or '(root)'}: cannot be converted, {why}")
     check_untied(model, swap)
+    modules = dict(model.named_modules())
+    swap = followers(model, {modules[name] for name in swap}) | swap
     return Plan(swap, tuple(already), left, already | weights)
 
 
@@ -176,8 +181,8 @@ def _owners(model: nn.Module, chosen: Sequence[Kind]) -> dict[str, tuple[str, nn
         if isinstance(module, Masked):
             owners[name] = name, module, None
         for kind in chosen:
-            if isinstance(module, kind.dense) and not isinstance(module, kind.sparse):
-                owners |= {join(name, layer): (name, module, kind) for layer in kind.layers}
+            if isinstance(module, kind.dense) and not isinstance(module, kind.sparse) and name not in owners:
+                owners |= {join(name, layer): (name, module, kind) for layer in kind.layers(module)}
     return owners
 
 
@@ -189,13 +194,11 @@ def _notice(model: nn.Module, left: dict[str, str]) -> str:
     """Say what stays dense and how much of the model that is."""
     modules = dict(model.named_modules())
     dense = {modules[name] for name in left}
-    owners = {m for m in modules.values() if isinstance(m, _READS_WEIGHTS) and not dense.isdisjoint(m.modules())}
-    share = _n_parameters(dense | owners) / max(_n_parameters({model}), 1)
+    share = _n_parameters(dense) / max(_n_parameters({model}), 1)
     names = [f"{name or '(root)'} ({why})" for name, why in left.items()]
     shown = "; ".join(names[:3]) + (f"; and {len(names) - 3} more" if len(names) > 3 else "")
-    attention = "with their attention " if owners else ""
     count = "1 layer stays" if len(left) == 1 else f"{len(left)} layers stay"
-    return f"{count} dense, {attention}{share:.1%} of the parameters: {shown}"
+    return f"{count} dense, {share:.1%} of the parameters: {shown}"
 
 
 def _n_parameters(modules: Iterable[nn.Module]) -> int:

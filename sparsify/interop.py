@@ -16,28 +16,28 @@ from torch.nn.utils.prune import BasePruningMethod
 
 
 class MaskedParts(NamedTuple):
-    """A Linear taken apart: its own Parameter, and the mask another tool holds over it."""
+    """A weight taken apart: its own Parameter, and the mask another tool holds over it."""
 
     weight: nn.Parameter
     mask: Tensor | None
 
 
-def masked_parts(linear: nn.Linear) -> MaskedParts:
-    """Return the Parameter behind a Linear's weight, and its mask if torch pruned it.
+def masked_parts(module: nn.Module, key: str = "weight") -> MaskedParts:
+    """Return the Parameter behind a weight of a module, and its mask if torch pruned it.
 
     Raises ValueError, saying why, if the weight is computed in another way, or if the bias is pruned too.
     """
-    if "bias_mask" in linear._buffers:
+    if "bias_mask" in module._buffers:
         raise ValueError("its bias is pruned too; make that permanent with torch.nn.utils.prune.remove(layer, 'bias')")
-    if parametrize.is_parametrized(linear):
-        return _from_fake_sparsity(linear)
-    weight = linear._parameters.get("weight")
+    if parametrize.is_parametrized(module):
+        return _from_fake_sparsity(module)
+    weight = module._parameters.get(key)
     if weight is not None:
         return MaskedParts(weight, None)
-    original, mask = linear._parameters.get("weight_orig"), linear._buffers.get("weight_mask")
+    original, mask = module._parameters.get(f"{key}_orig"), module._buffers.get(f"{key}_mask")
     if original is None or mask is None:
         raise ValueError(
-            "its weight is computed by a hook (weight_norm, spectral_norm ...); remove that first, with "
+            f"its {key} is computed by a hook (weight_norm, spectral_norm ...); remove that first, with "
             "torch.nn.utils.remove_weight_norm(layer) or remove_spectral_norm(layer)"
         )
     return MaskedParts(original, _as_bool(mask))
@@ -65,17 +65,17 @@ def adapters(model: nn.Module) -> set[nn.Module]:
     return {module for child in beside for module in child.modules()}
 
 
-def remove_prune_hook(module: nn.Module) -> None:
-    """Drop the hook by which torch.nn.utils.prune recomputes `weight`, and the attribute it writes."""
-    for key, hook in list(module._forward_pre_hooks.items()):
-        if isinstance(hook, BasePruningMethod) and hook._tensor_name == "weight":
-            del module._forward_pre_hooks[key]
+def remove_prune_hook(module: nn.Module, key: str = "weight") -> None:
+    """Drop the hook by which torch.nn.utils.prune recomputes a weight, and the attribute it writes."""
+    for number, hook in list(module._forward_pre_hooks.items()):
+        if isinstance(hook, BasePruningMethod) and hook._tensor_name == key:
+            del module._forward_pre_hooks[number]
             # The hook's last result. Left there, it would hide the Parameter of the same name.
-            module.__dict__.pop("weight", None)
+            module.__dict__.pop(key, None)
 
 
-def _from_fake_sparsity(linear: nn.Linear) -> MaskedParts:
-    chain: Any = linear.parametrizations
+def _from_fake_sparsity(module: nn.Module) -> MaskedParts:
+    chain: Any = module.parametrizations
     if set(chain.keys()) != {"weight"} or len(chain["weight"]) != 1 or not _is_fake_sparsity(chain["weight"][0]):
         raise ValueError(
             "it is parametrized; fold that first, with "

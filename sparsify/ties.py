@@ -16,12 +16,14 @@ def check_untied(model: nn.Module, names: Iterable[str]) -> None:
                 place = f"{module_name}.{key}".lstrip("."), parameter
                 places.setdefault(_memory(parameter)[0], []).append(place)
     for name in names:
-        for weight in model.get_submodule(name).parameters():
+        module = model.get_submodule(name)
+        inside = ".*" if next(module.children(), None) is not None else ""
+        for weight in module.parameters():
             used = [place for place, parameter in places[_memory(weight)[0]] if _overlap(weight, parameter)]
             if weight.ndim > 1 and len(used) > 1:
                 raise ValueError(
                     f"{name}: its weight is tied: {' and '.join(used)} are one Parameter, and a mask would "
-                    f"change both; leave it dense with exclude=[{name!r}], or untie it first"
+                    f"change both; leave it dense with exclude=[{name + inside!r}], or untie it first"
                 )
 
 

@@ -1,6 +1,6 @@
 """The whole flow on torchvision's models: convert, prune, export, save, load."""
 
-import warnings
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,15 +9,15 @@ import torch
 from torch import nn
 
 import sparsify
-from sparsify import LeftDenseWarning, SparseLinear
+from sparsify import SparseLinear
 
 models = pytest.importorskip(
     "torchvision.models", reason="torchvision is missing: pip install 'sparsify-torch[vision]'"
 )
 
-#: The smallest input that each takes, and how many Linears convert swaps (vit's attention stays dense).
+#: The smallest input that each takes, and how many Linears convert swaps.
 MODELS = {
-    "vit_b_16": (32, 25),
+    "vit_b_16": (32, 49),
     "swin_t": (64, 52),
     "convnext_tiny": (32, 37),
     "mobilenet_v3_large": (32, 2),
@@ -47,13 +47,13 @@ def test_convert_prune_export_save_load(name: str, tmp_path: Path) -> None:
     size, n_layers = MODELS[name]
     model = build(name, seed=0)
     x = torch.randn(1, 3, size, size)
-    dense = model(x)
-    with warnings.catch_warnings(record=True) as notes:
-        warnings.simplefilter("always")
-        assert sparsify.convert(model) is model
-    assert [note.category for note in notes] == ([LeftDenseWarning] if name == "vit_b_16" else [])
+    dense, exact = model(x), copy.deepcopy(model).double()(x.double())
+    assert sparsify.convert(model) is model
     assert sum(isinstance(module, SparseLinear) for module in model.modules()) == n_layers
-    assert torch.equal(model(x), dense)
+    if name == "vit_b_16":  # attention adds up in another order
+        assert (model(x) - exact).abs().max() <= 2 * (dense - exact).abs().max()
+    else:
+        assert torch.equal(model(x), dense)
 
     sparsify.prune(model, 0.8)
     masked = model(x)

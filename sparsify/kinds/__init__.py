@@ -7,15 +7,26 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from sparsify.kinds.attention import ATTENTION, ENCODER, followers, reads_weights
 from sparsify.kinds.kind import Kind
 from sparsify.kinds.linear import LINEAR
 from sparsify.layers import CSRLinear, Masked
 
-__all__ = ["Kind", "chosen_kinds", "join", "kind_of", "kinds", "masked_as", "matrices"]
+__all__ = [
+    "Kind",
+    "chosen_kinds",
+    "followers",
+    "join",
+    "kind_of",
+    "kinds",
+    "masked_as",
+    "matrices",
+    "reads_weights",
+]
 
 
 def kinds() -> tuple[Kind, ...]:
-    """Return every kind that a model can hold in this process.
+    """Return every kind that a model can hold in this process; one that holds layers of other kinds comes after them.
 
     Those of an optional package are among them once that is imported: no model holds one of its modules before.
     """
@@ -24,7 +35,7 @@ def kinds() -> tuple[Kind, ...]:
         from sparsify.kinds.conv1d import CONV1D
 
         found.append(CONV1D)
-    return tuple(found)
+    return (*found, ATTENTION, ENCODER)
 
 
 def chosen_kinds(types: type[nn.Module] | Sequence[type[nn.Module]] | None) -> tuple[Kind, ...]:

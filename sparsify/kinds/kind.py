@@ -18,10 +18,11 @@ class Kind:
 
     dense, sparse: the type convert looks for, and the one it becomes.
     check(dense): raise ValueError, saying why, if the module must stay dense.
-    matrices(dense): its weights as they are now, (out_features, in_features), for each of `layers`.
+    matrices(dense): its weights as they are now, (out_features, in_features), for each of its layers.
     to_sparse(dense): make what the module becomes, over the same Parameters; nothing is pruned yet.
     to_dense(sparse): make what it was, with zeros.
-    layers: the names of the masked layers, below the module; "" is the module itself.
+    layers(dense): the names of the layers with those weights, below the module; "" is the module itself. Layers below
+        it that to_sparse leaves dense are converted by a kind of their own.
     unasked: whether convert takes it without being told to by `types`.
     """
 
@@ -31,5 +32,5 @@ class Kind:
     matrices: Callable[[_Of], dict[str, Tensor]]
     to_sparse: Callable[[_Of], nn.Module]
     to_dense: Callable[[_Of], nn.Module]
-    layers: tuple[str, ...] = ("",)
+    layers: Callable[[_Of], tuple[str, ...]] = lambda _: ("",)
     unasked: bool = True

@@ -1,0 +1,57 @@
+"""LayeredEncoder: torch's transformer encoder without its fused inference kernel, which reads weights past masks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class LayeredEncoder(nn.TransformerEncoder):
+    """An nn.TransformerEncoder that calls its layers, in inference too, and gives what it would give otherwise.
+
+    In inference nn.TransformerEncoder packs a padded batch into a nested tensor, which leaves zeros (after the final
+    norm, what it makes of zeros) where the padding was. Here the batch stays padded, and the zeros are put there.
+    """
+
+    @property
+    def use_nested_tensor(self) -> bool:  # type: ignore[override]
+        """Whether torch's forward should pack: never. What nn.TransformerEncoder decided is still in `__dict__`."""
+        return False
+
+    def forward(
+        self,
+        src: Tensor,
+        mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+    ) -> Tensor:
+        """Pass the input through the layers, with the arguments and the result of nn.TransformerEncoder."""
+        output = super().forward(src, mask, src_key_padding_mask, is_causal)
+        if mask is not None or src_key_padding_mask is None or not self._would_pack(src, src_key_padding_mask):
+            return output
+        blank = output.new_zeros(1, output.shape[-1])
+        blank = blank if self.norm is None else self.norm(blank)
+        return torch.where(_is_padding(src_key_padding_mask)[..., None], blank, output)
+
+    def _would_pack(self, src: Tensor, src_key_padding_mask: Tensor) -> bool:
+        """Say whether nn.TransformerEncoder would turn this input into a nested tensor."""
+        first = self.layers[0]
+        padding = _is_padding(src_key_padding_mask)
+        return bool(
+            self.__dict__["use_nested_tensor"]
+            and torch.backends.mha.get_fastpath_enabled()
+            and src.dim() == 3
+            and not src.is_nested
+            and not first.training
+            and not torch.is_autocast_enabled()
+            and not (
+                torch.is_grad_enabled() and (src.requires_grad or any(p.requires_grad for p in first.parameters()))
+            )
+            and not (self.mask_check and torch.compiler.is_compiling())
+            and (not self.mask_check or not (padding[:, :-1] & ~padding[:, 1:]).any())  # the padding comes last
+        )
+
+
+def _is_padding(src_key_padding_mask: Tensor) -> Tensor:
+    """Return a padding mask as bool; in one of floats, whatever is not zero counts as padding, as in torch."""
+    return src_key_padding_mask != 0
