@@ -15,6 +15,7 @@ from sparsify.layers import CSRLinear, SparseLinear
 from sparsify.prune import prune
 from sparsify.pruner import Pruner
 from sparsify.recipe import Recipe, apply, load_recipe
+from sparsify.recover import recover
 from sparsify.report import report
 from sparsify.schedules import Schedule
 
@@ -37,6 +38,7 @@ __all__ = [
     "load_recipe",
     "masks_from_zeros",
     "prune",
+    "recover",
     "report",
     "save",
     "to_dense",

@@ -22,6 +22,8 @@ from torch.utils._pytree import tree_map
 
 from sparsify.gram import Gram
 from sparsify.outline import Form, Outline, Recorder, block_of, first_tensor, take_apart
+from sparsify.ranks import add_up, own_share
+from sparsify.shelf import Shelf
 
 T = TypeVar("T")
 
@@ -43,15 +45,22 @@ class Stop:
     gram: Gram
 
 
-def walk(model: nn.Module, layers: Collection[str], data: Iterable[Any]) -> Generator[Stop]:
+def walk(
+    model: nn.Module, layers: Collection[str], data: Iterable[Any], *, cache_bytes: int | None = None
+) -> Generator[Stop]:
     """Stop at each group of the named layers in execution order.
+
+    Inputs kept between the blocks of a chain take at most `cache_bytes` of memory, and lie in files beyond that. In a
+    process group (torchrun) every process gives the same data, takes its share of the batches, and sees the Gram
+    matrices of all of them.
 
     The model is in eval mode and keeps no cache (`config.use_cache`) until the walk ends. Raises ValueError, naming
     layer and batch, for data the model does not run on, an input that holds NaN or Inf, and layers that never run.
     """
     batches = read_batches(model, data)
-    with _as_in_use(model):
+    with as_in_use(model), contextlib.ExitStack() as shelves:
         whole = _Whole(model, see_outline(model, layers, batches))
+        batches = own_share(batches)
         outline, walked = whole.outline, set[tuple[str, ...]]()
         for group in outline.groups:
             chain = outline.chain_of(group[0])
@@ -59,7 +68,8 @@ def walk(model: nn.Module, layers: Collection[str], data: Iterable[Any]) -> Gene
                 yield Stop(group, _gram(model, group, outline, batches, whole.run))
             elif chain not in walked:
                 walked.add(chain)
-                yield from _walk_chain(whole, chain, batches)
+                hidden = shelves.enter_context(Shelf(len(batches), cache_bytes))
+                yield from _walk_chain(whole, chain, batches, hidden)
 
 
 def read_batches(model: nn.Module, data: Iterable[Any]) -> list[Batch]:
@@ -115,7 +125,7 @@ class _Whole:
 
     def __init__(self, model: nn.Module, outline: Outline) -> None:
         self.model, self.outline = model, outline
-        self.finals: dict[tuple[str, ...], list[Tensor]] = {}
+        self.finals: dict[tuple[str, ...], Shelf | list[Tensor]] = {}
 
     def run(self, number: int, batch: Batch) -> None:
         """Run the model on a batch, which is the `number`-th."""
@@ -161,11 +171,13 @@ class _Whole:
         return forward
 
 
-def _walk_chain(whole: _Whole, chain: tuple[str, ...], batches: list[Batch]) -> Iterator[Stop]:
-    """Walk through the blocks of a chain, one at a time, on the outputs of the one before."""
+def _walk_chain(whole: _Whole, chain: tuple[str, ...], batches: list[Batch], hidden: Shelf) -> Iterator[Stop]:
+    """Walk through the blocks of a chain, one at a time, on the outputs of the one before, which `hidden` holds."""
     model, outline = whole.model, whole.outline
-    calls = [whole.arguments(chain, number, batch) for number, batch in enumerate(batches)]
-    hidden, forms = [call[0] for call in calls], [call[1] for call in calls]
+    forms = []
+    for number, batch in enumerate(batches):
+        hidden[number], arguments = whole.arguments(chain, number, batch)
+        forms.append(arguments)
     for name in chain:
         block = model.get_submodule(name)
 
@@ -207,13 +219,17 @@ def _gram(
 
         return before
 
+    failed: ValueError | None = None
     for number, batch in enumerate(batches):
         hook = layer.register_forward_pre_hook(look(number, batch), with_kwargs=True)
         try:
             run(number, batch)
+        except ValueError as error:
+            failed = error
+            break
         finally:
             hook.remove()
-    return gram[0]
+    return add_up(gram[0] if gram else None, failed)
 
 
 def input_rows(tensor: Tensor, counts: Tensor | None) -> Tensor:
@@ -254,7 +270,7 @@ def _may_stand_still(model: nn.Module, outline: Outline, batch: Batch) -> bool:
     whole = _Whole(model, outline)
     outside = {group[0] for group in outline.groups if outline.chain_of(group[0]) is None}
     starts, lasts = {chain[0] for chain in outline.chains}, {chain[-1]: chain for chain in outline.chains}
-    finals: dict[tuple[str, ...], list[Tensor]] = {}
+    finals: dict[tuple[str, ...], Shelf | list[Tensor]] = {}
 
     def look() -> dict[str, tuple[Tensor | None, Form | None]]:
         found: dict[str, tuple[Tensor | None, Form | None]] = {}
@@ -309,7 +325,7 @@ def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _as_in_use(model: nn.Module) -> Iterator[None]:
+def as_in_use(model: nn.Module) -> Iterator[None]:
     """Put a model into eval mode, without the key-value cache of language models, and back."""
     training = [module for module in model.modules() if module.training]
     configs: dict[int, Any] = {id(config): config for m in model.modules() if (config := getattr(m, "config", None))}

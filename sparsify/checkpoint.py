@@ -56,7 +56,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             continue
         layers[name] = entry
         tensors |= {join(name, "weight", part): tensor for part, tensor in parts.items()}
-    for name in _own_keys(model, layers):
+    for name in own_keys(model, layers):
         state.pop(name, None)
     aliases: dict[str, str] = {}
     first: dict[int, str] = {}
@@ -120,6 +120,20 @@ def load(path: str | os.PathLike[str], model: Model) -> Model:
     return model
 
 
+def read_layer(path: str | os.PathLike[str]) -> tuple[LayerEntry, dict[str, Tensor]]:
+    """Read a file that `save` wrote of one masked layer: its entry, and its tensors by their names below the layer."""
+    header, tensors = container.read(path)
+    if list(header.layers) != [""]:
+        raise CheckpointError(f"{path}: not a file of one layer")
+    return header.layers[""], tensors
+
+
+def unpack_layer(entry: LayerEntry, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the weight and the mask, both (out_features, in_features), that `read_layer` has read packed."""
+    csr = _take_weights({"": entry}, dict(tensors))[""]
+    return csr_to_dense(csr, entry.shape)
+
+
 def inspect(path: str | os.PathLike[str]) -> Report:
     """List the layers that a file holds, without a model; bytes are those in the file.
 
@@ -180,7 +194,7 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _own_keys(model: nn.Module, names: Iterable[str]) -> set[str]:
+def own_keys(model: nn.Module, names: Iterable[str]) -> set[str]:
     """Return the state_dict keys that the entries of these layers stand for, under every name such a layer has."""
     ids = {id(model.get_submodule(name)) for name in names}
     return {
@@ -297,7 +311,7 @@ def _check_rest(
                     f"{join(prefix, key)} is on the meta device and, being a non-persistent buffer, in no checkpoint; "
                     "build the model on the CPU"
                 )
-    own = _own_keys(model, layers)
+    own = own_keys(model, layers)
     expected = {name: value for name, value in model.state_dict(keep_vars=True).items() if name not in own}
     missing, odd = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
     if missing or odd:

@@ -83,28 +83,35 @@ def write(
     choices: Mapping[str, Choice],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Write a file, complete or not at all: what stood at `path` stays until the new file is whole on disk."""
+    """Write a file, complete or not at all: what stood at `path` stays until the new file is whole on disk.
+
+    Each tensor is looked up twice, to hash and to write it, and held no longer: a mapping that reads them from other
+    files needs memory for one of them.
+    """
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
         raise FileNotFoundError(f"cannot save to {path}: there is no folder {Path(path).parent}")
     if target.is_dir():
         raise IsADirectoryError(f"cannot save to {path}: it is a folder")
-    for name, tensor in tensors.items():
+    places: dict[str, tuple[str, list[int], int]] = {}  # dtype, shape, bytes
+    hashes, widths = {}, {}
+    for name in tensors:
+        tensor = _plain(tensors[name])
         if tensor.dtype not in DTYPES or name == "__metadata__":
             raise ValueError(f"{name}: a file cannot hold {tensor.dtype} of this name")
+        places[name] = DTYPES[tensor.dtype], list(tensor.shape), tensor.nbytes
+        hashes[name], widths[name] = _sha256(tensor), tensor.element_size()
     # Safetensors' own order: the widest first, so that each tensor lies at a multiple of its element's size.
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    plain = {name: tensors[name].detach().cpu().contiguous() for name in order}
-    hashes = {name: _sha256(plain[name]) for name in tensors}
+    order = sorted(tensors, key=lambda name: (-widths[name], name))
     header = Header(version=VERSION, layers=dict(layers), aliases=dict(aliases), choices=dict(choices), tensors=hashes)
     text = header.model_dump_json()
     metadata = {"format": "pt", "sparsify": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as file:
-            file.write(_safetensors_header(plain, metadata))
-            for tensor in plain.values():
-                file.write(_raw(tensor))
+            file.write(_safetensors_header({name: places[name] for name in order}, metadata))
+            for name in order:
+                file.write(_raw(_plain(tensors[name])))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
@@ -176,7 +183,7 @@ def _read_tensor(file: Any, name: str, sha256: str, path: str | os.PathLike[str]
     return tensor
 
 
-def _safetensors_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+def _safetensors_header(places: Mapping[str, tuple[str, list[int], int]], metadata: Mapping[str, str]) -> bytes:
     """Return what stands before the tensors' bytes: the length of a JSON object, and the object, padded with spaces.
 
     Not safetensors.torch.save_file: that writes the metadata in another order each time, makes the file private,
@@ -184,12 +191,16 @@ def _safetensors_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, st
     """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        entries[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    for name, (dtype, shape, n_bytes) in places.items():
+        begin, end = end, end + n_bytes
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous()
 
 
 def _sha256(tensor: Tensor) -> str:

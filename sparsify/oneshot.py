@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from sparsify.calibrate import walk
 from sparsify.convert import sparse_layers
+from sparsify.layers import Masked
 from sparsify.masks import Allocation, n_removed_units
 from sparsify.methods import Method
 from sparsify.patterns import parse_pattern
@@ -44,14 +45,34 @@ def make_tasks(
     return {name: Task(method, parsed, n, seed) for name, n in n_removed.items()}
 
 
-def prune_on_data(model: nn.Module, tasks: Mapping[str, Task], data: Iterable[Any], *, progress: bool = False) -> None:
+class Keeper(Protocol):
+    """Where finished layers go, and, where the model's weights are on disk, unfinished ones come from."""
+
+    def fetch(self, module: nn.Module) -> None:
+        """Make sure that a layer's weight is in memory."""
+
+    def write(self, name: str, layer: Masked) -> None:
+        """Keep a layer that is finished."""
+
+
+def prune_on_data(
+    model: nn.Module,
+    tasks: Mapping[str, Task],
+    data: Iterable[Any],
+    *,
+    keeper: Keeper | None = None,
+    cache_bytes: int | None = None,
+    progress: bool = False,
+) -> None:
     """Give every layer its task, in place and in execution order, so that each sees what those before it have become.
 
-    Each layer then has its `Fit` as an attribute `fit`. An error leaves all layers as they were.
+    Each layer then has its `Fit` as an attribute `fit`. An error leaves all layers as they were; with a `keeper`, those
+    that are finished are kept there instead, and so they stay. cache_bytes: how much of the data on its way through the
+    model stays in memory, the rest goes to files (None: all of it).
     """
     layers = {name: layer for name, layer in sparse_layers(model).items() if name in tasks}
     before: dict[str, tuple[Tensor, Tensor]] = {}
-    stops = walk(model, layers, data)
+    stops = walk(model, layers, data, cache_bytes=cache_bytes)
     try:
         with tqdm(total=len(layers), desc="calibrate", unit="layer", disable=not progress) as bar:
             for stop in stops:
@@ -59,13 +80,18 @@ def prune_on_data(model: nn.Module, tasks: Mapping[str, Task], data: Iterable[An
                 for name in stop.names:
                     started = time.perf_counter()
                     layer = layers[name]
+                    if keeper is not None:
+                        keeper.fetch(layer)
                     matrix = layer.matrix(layer.weight.detach())
                     weight, mask = solve(name, matrix, layer.matrix(layer.mask), tasks[name], gram)
                     error = output_error(matrix, weight, gram)
-                    before[name] = layer.weight.detach().clone(), layer.mask
+                    if keeper is None:
+                        before[name] = layer.weight.detach().clone(), layer.mask
                     matrix.copy_(weight)
                     layer.set_mask(mask)
                     layer.__dict__["fit"] = Fit(error, time.perf_counter() - started)
+                    if keeper is not None:
+                        keeper.write(name, layer)
                     bar.set_postfix_str(f"{name}, error {error:.3f}")
                     bar.update(1)
     except BaseException:

@@ -1,0 +1,85 @@
+"""What a run has finished, on disk, layer by layer, so that an interrupted one can go on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sparsify.checkpoint import read_layer, save, unpack_layer
+from sparsify.container import LayerEntry
+from sparsify.layers import Masked
+from sparsify.oneshot import Fit
+
+_ABOUT = "run.json"
+
+
+class Journal:
+    """A folder with one checkpoint for each finished layer, and a note of what the run was to do.
+
+    `about` is that note: whatever decides the result, as text by name. Raises ValueError, naming what differs, for a
+    folder that another run began.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], about: Mapping[str, str]) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        note = self.folder / _ABOUT
+        if not note.exists():
+            if any(self.folder.iterdir()):
+                raise ValueError(f"{self.folder}: a folder with other files in it; a run starts in an empty one")
+            temporary = note.with_suffix(".tmp")
+            temporary.write_text(json.dumps(dict(about), indent=1))
+            temporary.replace(note)
+            return
+        begun = json.loads(note.read_text())
+        if odd := [key for key in {**about, **begun} if begun.get(key) != about.get(key)]:
+            raise ValueError(
+                f"{self.folder}: begun by a run with another {odd[0]} ({begun.get(odd[0])}, now {about.get(odd[0])}); "
+                "give the same, or delete the folder to start anew"
+            )
+
+    def __contains__(self, name: str) -> bool:
+        return self._file(name).exists()
+
+    def write(self, name: str, layer: Masked) -> None:
+        """Keep a finished layer. A crash leaves all of it, or nothing."""
+        if isinstance(fit := layer.__dict__.get("fit"), Fit):
+            self._notes(name).write_text(json.dumps({"error": fit.error, "time_s": fit.time_s}))
+        save(layer, self._file(name))
+
+    def read(self, name: str) -> tuple[LayerEntry, dict[str, Tensor]]:
+        """Return a finished layer as `checkpoint.save` packed it; the names of its tensors begin below the layer."""
+        return read_layer(self._file(name))
+
+    def fetch(self, module: nn.Module) -> None:
+        """Do nothing: the model is in memory (see `resident` for one that is not)."""
+
+    def restore(self, name: str, layer: Masked) -> None:
+        """Give a layer of a model in memory what it was when it was finished."""
+        weight, mask = unpack_layer(*self.read(name))
+        with torch.no_grad():
+            layer.matrix(layer.weight.detach()).copy_(weight)
+        layer.set_mask(mask)
+        layer.__dict__["fit"] = self.fit(name)
+
+    def fit(self, name: str) -> Fit | None:
+        """Return how a finished layer came out."""
+        notes = self._notes(name)
+        return Fit(**json.loads(notes.read_text())) if notes.exists() else None
+
+    def delete(self) -> None:
+        """Remove the folder, once the result is elsewhere."""
+        for file in self.folder.iterdir():
+            file.unlink()
+        self.folder.rmdir()
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name or '(root)'}.safetensors"
+
+    def _notes(self, name: str) -> Path:
+        return self.folder / f"{name or '(root)'}.fit.json"

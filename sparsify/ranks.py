@@ -1,0 +1,53 @@
+"""Calibration under torchrun: every process looks at its share of the data, and all see the sum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from sparsify.gram import Gram
+
+T = TypeVar("T")
+
+
+def own_share(batches: Sequence[T]) -> list[T]:
+    """Return every n-th batch, beginning with this process's number; all of them outside of a process group.
+
+    Raises ValueError, in every process, if there are fewer batches than processes.
+    """
+    if not _in_group():
+        return list(batches)
+    if len(batches) < dist.get_world_size():
+        raise ValueError(f"{len(batches)} batches cannot be split over {dist.get_world_size()} processes")
+    return list(batches[dist.get_rank() :: dist.get_world_size()])
+
+
+def add_up(gram: Gram | None, error: ValueError | None = None) -> Gram:
+    """Return the sum of all processes' Gram matrices, the same bits in each; outside of a process group, `gram`.
+
+    A process that saw none of the inputs gives None, one that failed its error: then every process raises.
+    """
+    if error is not None and not _in_group():
+        raise error
+    if not _in_group():
+        assert gram is not None
+        return gram
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    state = torch.tensor([0 if gram is None else len(gram.sum), int(error is not None)], device=device)
+    dist.all_reduce(state, op=dist.ReduceOp.MAX)
+    n_features, failed = state.tolist()
+    if failed:
+        raise error or ValueError("another process found its calibration data wrong; its message says how")
+    total = gram or Gram(n_features, device)
+    matrix, n_rows = total.sum.to(device), torch.tensor(total.n_rows, device=device)
+    dist.all_reduce(matrix)
+    dist.all_reduce(n_rows)
+    total.sum, total.n_rows = matrix.to(total.sum.device), int(n_rows)
+    return total
+
+
+def _in_group() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

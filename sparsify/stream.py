@@ -1,0 +1,151 @@
+"""Prune a model that need not fit in memory: its weights are read from disk block by block, and written back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparsify import container
+from sparsify.checkpoint import unpack_layer
+from sparsify.choose import Choice, Chooser
+from sparsify.container import LayerEntry
+from sparsify.convert import sparse_layers
+from sparsify.journal import Journal
+from sparsify.kernels import FORMS
+from sparsify.oneshot import prune_on_data
+from sparsify.report import Report, Row
+from sparsify.resident import Resident, Weights, largest_block_bytes
+from sparsify.solve import Task
+
+#: How much of the data on its way through the model stays in memory, unless the caller says otherwise.
+CACHE_BYTES = 2**30
+
+
+def prune_from_disk(
+    model: nn.Module,
+    weights: Weights,
+    tasks: Mapping[str, Task],
+    data: Iterable[Any],
+    out: str | os.PathLike[str],
+    journal: Journal,
+    *,
+    format: str = "auto",
+    tokens: int | None = None,
+    cache_bytes: int = CACHE_BYTES,
+    progress: bool = False,
+) -> Report:
+    """Prune a model that was built `without_memory`, and write the exported layers and everything else to `out`.
+
+    model: converted; see `resident.without_memory`. tasks: for every masked layer (`oneshot.make_tasks`). In memory are
+    one block of layers, what its largest layer needs to be solved, and `cache_bytes` of activations. Each finished
+    layer goes to the journal; layers that are there already are not pruned again, and the result is the same bit for
+    bit. format and tokens as in `export`. The model is of no use afterwards; `sparsify.load` reads the file.
+    """
+    layers = sparse_layers(model)
+    if missing := [name for name in layers if name not in tasks]:
+        raise ValueError(f"{missing[0]}: there is no task for this layer; convert only what is to be pruned")
+    resident = Resident(model, weights, journal, largest_block_bytes(model))
+    try:
+        todo = {name: task for name, task in tasks.items() if name not in journal}
+        if todo:
+            prune_on_data(model, todo, data, keeper=resident, cache_bytes=cache_bytes, progress=progress)
+        chooser = Chooser(128 if tokens is None else tokens)
+        choices = {}
+        for name, layer in layers.items():
+            resident.fetch(layer)
+            choices[name] = chooser.choose(layer) if format == "auto" else Choice(format, 0, {}, "")
+    finally:
+        resident.close()
+    return _write(model, weights, journal, choices, out)
+
+
+def _write(
+    model: nn.Module, weights: Weights, journal: Journal, choices: Mapping[str, Choice], out: str | os.PathLike[str]
+) -> Report:
+    """Put the journal's layers and the file's other tensors together, one at a time."""
+    parts = _Parts(journal)
+    tensors: dict[str, Callable[[], Tensor]] = {}
+    entries: dict[str, LayerEntry] = {}
+    rows = []
+    for name, layer in sparse_layers(model).items():
+        entry, packed = parts.of(name)
+        form = choices[name].form
+        becomes = "CSRLinear" if form in FORMS else "Linear"
+        if (becomes, entry.format) != ("Linear", "dense"):
+            entries[name] = entry.model_copy(update={"module": becomes})
+        own = {key: tensor for key, tensor in packed.items() if key.startswith("weight")}
+        n_kept = int(unpack_layer(entry, packed)[1].sum())
+        n_weights, itemsize = entry.out_features * entry.in_features, layer.weight.element_size()
+        fit = journal.fit(name)
+        rows.append(
+            Row(
+                name,
+                entry.shape,
+                1 - n_kept / max(n_weights, 1),
+                entry.format,
+                sum(tensor.nbytes for tensor in own.values()),
+                n_weights * itemsize,
+                choices[name].reason,
+                dict(choices[name].times_us),
+                *((fit.error, fit.time_s) if fit else ()),
+            )
+        )
+        for key in packed:
+            tensors[f"{name}.{key}".lstrip(".")] = partial(parts.tensor, name, key)
+    packed_ids = {id(layer.weight) for layer in sparse_layers(model).values()}
+    packed_ids |= {id(layer.mask) for layer in sparse_layers(model).values()}
+    aliases: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if id(value) in packed_ids:
+            continue
+        if first.setdefault(id(value), name) != name:
+            aliases[name] = first[id(value)]
+        elif name not in tensors:
+            tensors[name] = partial(_other, weights, model, name, value)
+    container.write(out, entries, aliases, dict(choices), _Lazy(tensors))
+    return Report(tuple(rows))
+
+
+def _other(weights: Weights, model: nn.Module, name: str, value: Tensor) -> Tensor:
+    """Read a tensor that no layer's entry stands for: under any of its names in the file, or a buffer of the model."""
+    names = [other for other, tensor in model.state_dict(keep_vars=True).items() if tensor is value]
+    found = next((other for other in names if other in weights), None)
+    return value if found is None else weights.read(found)
+
+
+class _Parts:
+    """Packed layers of a journal, of which the last one read is kept."""
+
+    def __init__(self, journal: Journal) -> None:
+        self.journal = journal
+        self._last: tuple[str, tuple[LayerEntry, dict[str, Tensor]]] | None = None
+
+    def of(self, name: str) -> tuple[LayerEntry, dict[str, Tensor]]:
+        if self._last is None or self._last[0] != name:
+            self._last = None
+            self._last = name, self.journal.read(name)
+        return self._last[1]
+
+    def tensor(self, name: str, key: str) -> Tensor:
+        return self.of(name)[1][key]
+
+
+class _Lazy(Mapping[str, Tensor]):
+    """Tensors that are read when they are looked up."""
+
+    def __init__(self, readers: Mapping[str, Callable[[], Tensor]]) -> None:
+        self.readers = readers
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.readers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.readers)
+
+    def __len__(self) -> int:
+        return len(self.readers)
