@@ -1,7 +1,8 @@
 """The forms in which a weight can lie in memory, and which of them runs where.
 
 A form is a tuple of plain tensors. "csr" is the canonical one and runs everywhere, by the reference kernel; the others
-are packed for the native CPU kernels (csrc/), and are made from it and turned back into it bit for bit.
+are packed for the native CPU kernels (csrc/) or the Triton kernels for GPUs (gpu/), and are made from it and turned
+back into it bit for bit.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsify.formats import CSR, check_csr, col_dtype
-from sparsify.kernels import native
+from sparsify.kernels import gpu, native
 
 #: The names of the tensors that make up each form. The last one holds the values, and has the layer's dtype.
 FORMS: dict[str, tuple[str, ...]] = {
@@ -18,6 +19,8 @@ FORMS: dict[str, tuple[str, ...]] = {
     "panel": ("index", "values"),
     "bitmask": ("index", "values"),
     "gather": ("index", "values"),
+    "tiles": ("index", "values"),
+    "narrow": ("index", "values"),
 }
 
 
@@ -27,7 +30,7 @@ def supports(form: str, device: torch.device, dtype: torch.dtype) -> bool:
         raise ValueError(f"form {form!r} is none of: {', '.join(FORMS)}")
     if form == "csr" or device.type == "meta":
         return True
-    return device.type == "cpu" and dtype in native.DTYPES and native.available()
+    return not _why_not(form, device, dtype)
 
 
 def pack(form: str, csr: CSR, shape: tuple[int, int]) -> tuple[Tensor, ...]:
@@ -37,10 +40,12 @@ def pack(form: str, csr: CSR, shape: tuple[int, int]) -> tuple[Tensor, ...]:
     """
     check_csr(csr, shape)
     if not supports(form, csr.values.device, csr.values.dtype):
-        why = native.why_missing() or f"{csr.values.dtype} on {csr.values.device.type} is not among them"
-        raise ValueError(f"form {form!r} needs the native CPU kernels: {why}; run 'sparsify doctor'")
+        why = _why_not(form, csr.values.device, csr.values.dtype)
+        raise ValueError(f"form {form!r} does not run here: {why}; use 'csr', and see 'sparsify doctor'")
     if form == "csr":
         return tuple(csr)
+    if form in gpu.FORMS:
+        return gpu.pack(form, csr, shape)
     return native.pack(form, csr.crow, csr.col, csr.values, shape)
 
 
@@ -49,6 +54,20 @@ def unpack(form: str, parts: tuple[Tensor, ...], shape: tuple[int, int]) -> CSR:
     if form == "csr":
         return CSR(*parts)
     index, packed = parts
+    if form in gpu.FORMS:
+        return gpu.unpack(form, index, packed, shape)
     crow, col, values = native.unpack(form, index, packed, shape)
     device = packed.device
     return CSR(crow.to(device), col.to(col_dtype(shape[1])).to(device), values.to(device))
+
+
+def _why_not(form: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Say why no kernel of a packed form runs on a device and dtype; empty if one does."""
+    kind, dtypes, missing = "the native CPU kernels", tuple(native.DTYPES), native.why_missing()
+    if form in gpu.FORMS:
+        kind, dtypes, missing = "the Triton kernels", gpu.DTYPES, gpu.why_missing(device)
+    elif device.type != "cpu":
+        missing = f"they run on the CPU, not on {device.type}"
+    if not missing and dtype not in dtypes:
+        missing = f"{dtype} is not among their types"
+    return missing and f"it needs {kind}: {missing}"

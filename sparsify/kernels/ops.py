@@ -1,6 +1,7 @@
 """The operators as torch knows them: schema, implementations, shape rule, gradient.
 
-`linear_csr` takes the canonical form and runs anywhere, `linear_packed` a form packed for the native CPU kernels.
+`linear_csr` takes the canonical form and runs anywhere, `linear_packed` a form packed for the native CPU kernels or for
+the Triton kernels on GPUs.
 Registered with define and impl rather than the custom_op decorator, and with plain arguments rather than lists and
 strings: each of these costs microseconds a call, which small layers would notice.
 """
@@ -13,13 +14,15 @@ import torch
 from torch import Tensor
 
 from sparsify.formats import CSR
-from sparsify.kernels import native, reference
+from sparsify.kernels import gpu, native, reference
 from sparsify.kernels.forms import unpack
 from sparsify.kernels.reference import ACTIVATIONS
 
 __all__ = ["ACTIVATIONS", "linear"]
 
-_FORM_IDS = {form: number for number, form in enumerate(native.FORMS)}
+#: The number by which `linear_packed` knows a form: first those for the CPU, then those for GPUs.
+FORM_IDS = {form: number for number, form in enumerate((*native.FORMS, *gpu.FORMS))}
+_FORM_NAMES, _N_NATIVE = tuple(FORM_IDS), len(native.FORMS)
 #: Numbered in their order, which is that of `enum sparsify_activation` in csrc/sparsify.h.
 _ACTIVATION_IDS = {name: number for number, name in enumerate(ACTIVATIONS)}
 _ACTIVATION_NAMES = tuple(ACTIVATIONS)
@@ -57,7 +60,7 @@ def linear(
     ops: Any = torch.ops.sparsify if torch.compiler.is_compiling() else _eager
     if form == "csr":
         return ops.linear_csr(x, *parts, bias, *shape, _ACTIVATION_IDS[activation], *rows)  # type: ignore[no-any-return]
-    return ops.linear_packed(x, *parts, _FORM_IDS[form], bias, *shape, _ACTIVATION_IDS[activation], *rows)  # type: ignore[no-any-return]
+    return ops.linear_packed(x, *parts, FORM_IDS[form], bias, *shape, _ACTIVATION_IDS[activation], *rows)  # type: ignore[no-any-return]
 
 
 def _check(x: Tensor, values: Tensor, bias: Tensor | None, out: int, inner: int, first: int, end: int) -> int:
@@ -103,6 +106,10 @@ def _linear_packed(
     end: int = -1,
 ) -> Tensor:
     rows = first, _check(x, values, bias, out, inner, first, end)
+    if form >= _N_NATIVE:
+        return gpu.linear(_FORM_NAMES[form], x, index, values, bias, (out, inner), activation, rows)
+    if not index.is_cpu:
+        raise RuntimeError(f"the form {_FORM_NAMES[form]!r} is packed for the CPU, but is on {index.device}")
     return native.linear(native.FORMS[form], x, index, values, bias, (out, inner), activation, rows=rows)
 
 
@@ -116,14 +123,19 @@ def _grad_input_csr(
 def _grad_input_packed(
     grad: Tensor, index: Tensor, values: Tensor, form: int, out: int, inner: int, first: int = 0, end: int = -1
 ) -> Tensor:
-    csr = unpack(native.FORMS[form], (index, values), (out, inner))
-    return _grad_input_csr(grad, *csr, out, inner, first, end)
+    name, shape = _FORM_NAMES[form], (out, inner)
+    if form >= _N_NATIVE:
+        with torch.autocast(grad.device.type, enabled=False):
+            return grad @ gpu.dense(name, index, values, shape, (first, out if end == -1 else end))
+    return _grad_input_csr(grad, *unpack(name, (index, values), shape), out, inner, first, end)
 
 
 _library.impl("linear_csr", _linear_csr, "CompositeExplicitAutograd")
 _library.impl("linear_packed", _linear_packed, "CPU")
+_library.impl("linear_packed", _linear_packed, "CUDA")
 _library.impl("grad_input_csr", _grad_input_csr, "CompositeExplicitAutograd")
 _library.impl("grad_input_packed", _grad_input_packed, "CPU")
+_library.impl("grad_input_packed", _grad_input_packed, "CUDA")
 
 
 @torch.library.register_fake("sparsify::linear_csr", lib=_library)

@@ -1,0 +1,97 @@
+"""The Triton kernels for GPUs behind tensors: pack a CSR weight into a form, unpack it, multiply with it.
+
+As in `native`, a packed weight is two plain tensors: `index` (uint8) and `values`. Packing is torch code that runs on
+any device. Triton itself is imported by the first multiplication on a GPU, or on the CPU if TRITON_INTERPRET=1 asks for
+its interpreter, which computes the same, slowly.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsify.formats import CSR
+from sparsify.kernels.gpu import launch, narrow, tiles
+from sparsify.kernels.reference import ACTIVATIONS
+
+#: Each form's functions: pack, unpack, multiply, dense.
+FORMS: dict[str, ModuleType] = {"tiles": tiles, "narrow": narrow}
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+#: The oldest compute capability whose tensor cores take bfloat16.
+FEWEST_CAPABILITY = (8, 0)
+
+_ACTIVATIONS = tuple(ACTIVATIONS.values())
+
+
+def why_missing(device: torch.device) -> str:
+    """Say why the kernels do not run on a device; empty if they do."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if device.type == "cpu":
+        return "" if os.environ.get("TRITON_INTERPRET") == "1" else "they run on a GPU"
+    if device.type != "cuda" or torch.version.cuda is None:
+        return f"they run on an NVIDIA GPU, not on {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < FEWEST_CAPABILITY:
+        return f"{torch.cuda.get_device_name(device)} has compute capability {capability}, {FEWEST_CAPABILITY} is needed"
+    return ""
+
+
+def pack(form: str, csr: CSR, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Pack a CSR weight (out, in), where it is: (index, values)."""
+    packed: tuple[Tensor, Tensor] = FORMS[form].pack(csr, shape)
+    return packed
+
+
+def unpack(form: str, index: Tensor, values: Tensor, shape: tuple[int, int]) -> CSR:
+    """Turn a form back into CSR, bit for bit, where it is."""
+    csr: CSR = FORMS[form].unpack(index, values, shape)
+    return csr
+
+
+def linear(
+    form: str,
+    x: Tensor,
+    index: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    shape: tuple[int, int],
+    activation: int,
+    rows: tuple[int, int],
+) -> Tensor:
+    """Return activation(x @ weight.T + bias) for x of shape (..., in), and of that the outputs rows[0] to rows[1] - 1.
+
+    The number of tokens alone decides how: by a kernel of the form, or, for more of them than it is good for, expanded
+    into memory that the caching allocator lends to one layer after the other, and multiplied dense. Nothing waits for
+    the device.
+    """
+    if x.device != values.device:
+        raise RuntimeError(f"the input is on {x.device}, but the layer's weight on {values.device}")
+    inner, (first, end), leading = shape[1], rows, x.shape[:-1]
+    bias = bias if bias is None or end - first == shape[0] else bias[first:end]
+    flat = x.reshape(leading.numel(), inner)
+    if inner > 1 and flat.stride(1) != 1:
+        flat = flat.contiguous()
+    y: Tensor | None = None
+    with launch.on(x.device):
+        if 0 not in (flat.shape[0], end - first, inner):
+            y = FORMS[form].multiply(flat, index, values, bias, shape, rows, activation)
+    if y is None:
+        with torch.autocast(x.device.type, enabled=False):
+            y = _ACTIVATIONS[activation](F.linear(flat, dense(form, index, values, shape, rows), bias))
+    return y.reshape(*leading, end - first)
+
+
+def dense(form: str, index: Tensor, values: Tensor, shape: tuple[int, int], rows: tuple[int, int]) -> Tensor:
+    """Expand the rows from rows[0] to before rows[1] to a dense weight."""
+    if rows[0] == rows[1] or shape[1] == 0:
+        return values.new_zeros((rows[1] - rows[0], shape[1]))
+    with launch.on(values.device):
+        weight: Tensor = FORMS[form].dense(index, values, shape, rows)
+    return weight

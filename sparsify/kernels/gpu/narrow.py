@@ -1,0 +1,99 @@
+"""The form "narrow": CSR with one byte a column. Work and memory follow the kept weights alone: for high sparsity.
+
+A row is cut into windows of 256 columns; a column is a byte within its window, a start says how many values of its row
+lie before a window. The last start of a row is their number.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify.formats import CSR, col_dtype, csr_positions
+from sparsify.kernels.gpu import index, launch
+
+#: Columns in a window.
+WINDOW = 256
+
+#: How many tokens the kernel takes; more are left to a dense product. Reasoned, not yet measured.
+FEW_TOKENS = 8
+
+#: The tile of a program: windows it takes at once, lanes that walk in each, steps they take at once at most.
+WINDOWS_AT_ONCE, LANES, MAX_STEPS = 16, 8, 8
+
+
+def n_windows(in_features: int) -> int:
+    """Return the number of windows in a row."""
+    return -(-in_features // WINDOW)
+
+
+def pack(csr: CSR, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Pack a CSR weight: (index, values)."""
+    out, inner = shape
+    edges = (torch.arange(n_windows(inner) + 1, device=csr.col.device) * WINDOW).clamp(max=inner)
+    rows = torch.arange(out, device=csr.col.device)[:, None] * inner
+    before = torch.searchsorted(csr_positions(csr, inner), rows + edges)
+    starts = before - csr.crow[:-1, None]
+    bytes_ = (csr.col.to(torch.int32) % WINDOW).to(torch.uint8)
+    return index.join(csr.crow, starts, bytes_, shape), csr.values.detach().clone()
+
+
+def unpack(packed: Tensor, values: Tensor, shape: tuple[int, int]) -> CSR:
+    """Turn the form back into CSR."""
+    out, inner = shape
+    windows = n_windows(inner)
+    crow, starts, bytes_ = index.split(packed, shape, windows + 1)
+    window = torch.arange(windows, device=packed.device).repeat(out)
+    windows_of = torch.repeat_interleave(window, starts.diff(dim=1).reshape(-1), output_size=values.numel())
+    columns = windows_of * WINDOW + bytes_.to(torch.int64)
+    return CSR(crow.clone(), columns.to(col_dtype(inner)), values.detach().clone())
+
+
+def multiply(
+    x: Tensor,
+    packed: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    shape: tuple[int, int],
+    rows: tuple[int, int],
+    activation: int,
+) -> Tensor | None:
+    """Multiply x (tokens, in) by some rows of the weight; None for more tokens than there is a kernel for."""
+    from sparsify.kernels.gpu import triton_narrow
+
+    tokens, out = x.shape[0], rows[1] - rows[0]
+    if tokens > FEW_TOKENS:
+        return None
+    y = x.new_empty((tokens, out))
+    sizes, options = _launch(values, shape)
+    few: Any = triton_narrow.few[(out,)]
+    few(
+        x, packed, values, y if bias is None else bias, y, tokens, x.stride(0), rows[0], out, *sizes,
+        TOKENS=launch.power_of_2(tokens), HAS_BIAS=bias is not None, ACTIVATION=activation, **options,
+    )  # fmt: skip
+    return y
+
+
+def dense(packed: Tensor, values: Tensor, shape: tuple[int, int], rows: tuple[int, int]) -> Tensor:
+    """Expand some rows to a dense weight."""
+    from sparsify.kernels.gpu import triton_narrow
+
+    weight = values.new_zeros((rows[1] - rows[0], shape[1]))
+    sizes, options = _launch(values, shape)
+    kernel: Any = triton_narrow.dense[(weight.shape[0],)]
+    kernel(packed, values, weight, rows[0], shape[1], *sizes, **options)
+    return weight
+
+
+def _launch(values: Tensor, shape: tuple[int, int]) -> tuple[tuple[int, int, int], dict[str, Any]]:
+    """Return the sizes that both kernels take, and a tile that fits a row: its lanes hold a usual window at once."""
+    out, inner = shape
+    windows = n_windows(inner)
+    where = index.sections(shape, windows + 1)
+    per_window = values.numel() / (out * windows)
+    steps = min(MAX_STEPS, launch.power_of_2(round(per_window / LANES) or 1))
+    tile = {"WINDOWS": min(WINDOWS_AT_ONCE, launch.power_of_2(windows)), "STEPS": steps, "LANES": LANES}
+    sizes = (windows, where.starts_at, where.rest_at)
+    return sizes, {**tile, "IS_WIDE": where.is_wide, "num_warps": 2, **launch.FUSED}
