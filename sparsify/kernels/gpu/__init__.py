@@ -39,7 +39,9 @@ def why_missing(device: torch.device) -> str:
         return f"they run on an NVIDIA GPU, not on {device.type}"
     capability = torch.cuda.get_device_capability(device)
     if capability < FEWEST_CAPABILITY:
-        return f"{torch.cuda.get_device_name(device)} has compute capability {capability}, {FEWEST_CAPABILITY} is needed"
+        return (
+            f"{torch.cuda.get_device_name(device)} has compute capability {capability}, {FEWEST_CAPABILITY} is needed"
+        )
     return ""
 
 

@@ -38,7 +38,7 @@ def programs_wanted(device: torch.device) -> int:
 
 
 def is_widened(x: Tensor) -> bool:
-    """Say whether products must be taken in float32: Triton's interpreter multiplies the bits of bfloat16 as integers."""
+    """Say whether products must be taken in float32: the interpreter multiplies the bits of bfloat16 as integers."""
     return x.dtype == torch.bfloat16 and x.device.type == "cpu"
 
 

@@ -20,8 +20,9 @@ WINDOW = 256
 #: How many tokens the kernel takes; more are left to a dense product. Reasoned, not yet measured.
 FEW_TOKENS = 8
 
-#: The tile of a program: windows it takes at once, lanes that walk in each, steps they take at once at most.
-WINDOWS_AT_ONCE, LANES, MAX_STEPS = 16, 8, 8
+#: The tile of a program: windows it takes at once, lanes that walk in each, and the steps they take at once, which are
+#: bounded alone and times the tokens: each has its own sum in a register.
+WINDOWS_AT_ONCE, LANES, MAX_STEPS, MAX_SUMS = 16, 8, 8, 16
 
 
 def n_windows(in_features: int) -> int:
@@ -67,11 +68,12 @@ def multiply(
     if tokens > FEW_TOKENS:
         return None
     y = x.new_empty((tokens, out))
-    sizes, options = _launch(values, shape)
+    slots = launch.power_of_2(tokens)
+    sizes, options = _launch(values, shape, slots)
     few: Any = triton_narrow.few[(out,)]
     few(
         x, packed, values, y if bias is None else bias, y, tokens, x.stride(0), rows[0], out, *sizes,
-        TOKENS=launch.power_of_2(tokens), HAS_BIAS=bias is not None, ACTIVATION=activation, **options,
+        TOKENS=slots, HAS_BIAS=bias is not None, ACTIVATION=activation, **options,
     )  # fmt: skip
     return y
 
@@ -81,19 +83,19 @@ def dense(packed: Tensor, values: Tensor, shape: tuple[int, int], rows: tuple[in
     from sparsify.kernels.gpu import triton_narrow
 
     weight = values.new_zeros((rows[1] - rows[0], shape[1]))
-    sizes, options = _launch(values, shape)
+    sizes, options = _launch(values, shape, 1)
     kernel: Any = triton_narrow.dense[(weight.shape[0],)]
     kernel(packed, values, weight, rows[0], shape[1], *sizes, **options)
     return weight
 
 
-def _launch(values: Tensor, shape: tuple[int, int]) -> tuple[tuple[int, int, int], dict[str, Any]]:
+def _launch(values: Tensor, shape: tuple[int, int], tokens: int) -> tuple[tuple[int, int, int], dict[str, Any]]:
     """Return the sizes that both kernels take, and a tile that fits a row: its lanes hold a usual window at once."""
     out, inner = shape
     windows = n_windows(inner)
     where = index.sections(shape, windows + 1)
     per_window = values.numel() / (out * windows)
-    steps = min(MAX_STEPS, launch.power_of_2(round(per_window / LANES) or 1))
+    steps = min(MAX_STEPS, MAX_SUMS // tokens, launch.power_of_2(round(per_window / LANES) or 1))
     tile = {"WINDOWS": min(WINDOWS_AT_ONCE, launch.power_of_2(windows)), "STEPS": steps, "LANES": LANES}
     sizes = (windows, where.starts_at, where.rest_at)
-    return sizes, {**tile, "IS_WIDE": where.is_wide, "num_warps": 2, **launch.FUSED}
+    return sizes, {**tile, "IS_WIDE": where.is_wide, "num_warps": 2 if tokens <= 2 else 4, **launch.FUSED}

@@ -58,7 +58,7 @@ def unpack(packed: Tensor, values: Tensor, shape: tuple[int, int]) -> CSR:
     crow, _, bits = index.split(packed, shape, n_groups(inner))
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
     kept = (bits[:, None] >> shifts) & 1
-    columns = kept.view(out, -1).nonzero()[:, 1]
+    columns = kept.view(out, n_groups(inner) * GROUP).nonzero()[:, 1]
     return CSR(crow.clone(), columns.to(col_dtype(inner)), values[:-1].detach().clone())
 
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_SQRT_HALF = tl.constexpr(0.7071067811865476)
-_SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
-
 
 @triton.jit
 def activate(y, ACTIVATION: tl.constexpr):
@@ -15,9 +12,10 @@ def activate(y, ACTIVATION: tl.constexpr):
     if ACTIVATION == 1:
         y = tl.where(y < 0, 0.0, y)  # NaN stays
     elif ACTIVATION == 2:
-        y = 0.5 * y * (1 + tl.erf(y * _SQRT_HALF))
+        y = 0.5 * y * (1 + tl.erf(y * 0.7071067811865476))  # the root of 1/2
     elif ACTIVATION == 3:
-        y = y * tl.sigmoid(2 * _SQRT_2_OVER_PI * (y + 0.044715 * y * y * y))  # tanh(z) = 2 sigmoid(2 z) - 1
+        # tanh(z) = 2 sigmoid(2 z) - 1, and 2 z = 2 sqrt(2 / pi) (y + 0.044715 y^3)
+        y = y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
     elif ACTIVATION == 4:
         y = y * tl.sigmoid(y)
     return y

@@ -22,8 +22,8 @@ def _ones(bits):
 
 
 @triton.jit
-def _find(index, first_row + rows, live, byte, n_groups, starts_at, bits_at, IS_WIDE: tl.constexpr):
-    """Return (rows, bytes): eight bits of the mask, and where the values of their columns begin. Bits of no row are 0."""
+def _find(index, rows, live, byte, n_groups, starts_at, bits_at, IS_WIDE: tl.constexpr):
+    """Return (rows, bytes): eight bits of the mask, and where the values of their columns begin. No row: 0."""
     at = rows[:, None] * n_groups + (byte // 8)[None, :]
     inside = live[:, None] & (byte < 8 * n_groups)[None, :]
     group = tl.load((index + bits_at).to(tl.pointer_type(tl.uint64)) + at, mask=inside, other=0)
@@ -137,8 +137,8 @@ def many(
 ):
     """Multiply up to TOKENS rows of x by ROWS rows of the weight, expanded tile by tile, on tensor cores.
 
-    Split, a program takes one range of columns, and y is float32 (splits, tokens, out) for `finish` to add up. IS_WIDENED is
-    for Triton's interpreter, which has no bfloat16 product.
+    Split, a program takes one range of columns, and y is float32 (splits, tokens, out) for `finish` to add up.
+    IS_WIDENED is for Triton's interpreter, which has no bfloat16 product.
     """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = rows < out
@@ -185,7 +185,9 @@ def dense(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = rows < out
     first = tl.program_id(1) * COLUMNS
-    bits, at = _find(index, first_row + rows, live, first // 8 + tl.arange(0, COLUMNS // 8), n_groups, starts_at, bits_at, IS_WIDE)
+    bits, at = _find(
+        index, first_row + rows, live, first // 8 + tl.arange(0, COLUMNS // 8), n_groups, starts_at, bits_at, IS_WIDE
+    )
     tile = _expand(values + at, bits, ROWS, COLUMNS)
     column = first + tl.arange(0, COLUMNS)
     where = rows.to(tl.int64)[:, None] * inner + column[None, :]

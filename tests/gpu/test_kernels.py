@@ -1,0 +1,123 @@
+"""Every Triton kernel in every dtype, against float64, over odd shapes; on a GPU, or under Triton's interpreter."""
+
+import itertools
+
+import pytest
+import torch
+from launches import seen
+from table import exact_and_allowed_error, random_weight
+
+from sparsify.formats import dense_to_csr
+from sparsify.kernels import ACTIVATIONS, gpu, linear, pack
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+# (out, in): one, odd, prime, around a group (64), a tile (64 rows), a window (256), several splits of the columns.
+# Few and small: the interpreter takes milliseconds for what a GPU does in nanoseconds.
+SHAPES = [(1, 1), (3, 5), (66, 65), (7, 257), (5, 1100)]
+SPARSITIES = (0.0, 0.5, 0.9, 1.0)
+
+#: The kernels each form has to run, some tokens for each of them among these.
+TOKENS = {"tiles": (1, 3, 16, 2, 33, 129), "narrow": (1, 3, 8, 9)}
+KERNELS = {
+    "tiles": {"tiles.few", "tiles.many", "tiles.dense", "epilogue.finish"},
+    "narrow": {"narrow.few", "narrow.dense"},
+}
+
+
+def packed(form, shape, sparsity, dtype):
+    weight, mask = random_weight(shape, sparsity)
+    weight = weight.to(dtype)
+    return weight, pack(form, dense_to_csr(weight.to(DEVICE), mask.to(DEVICE)), shape)
+
+
+def inputs(tokens, inner, dtype, gap=0):
+    x = torch.randn(tokens, inner + gap, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+    return x[:, :inner]
+
+
+def test_the_tables_name_every_form():
+    assert set(TOKENS) == set(KERNELS) == set(gpu.FORMS) - {"2:4"}
+
+
+@pytest.mark.parametrize("dtype", gpu.DTYPES)
+@pytest.mark.parametrize("form", KERNELS)
+def test_as_accurate_as_torch(form, dtype):
+    """Each number of tokens meets several weights."""
+    tokens, activations, biases, gaps = map(
+        itertools.cycle, (TOKENS[form], ("none", "gelu", "relu", "silu", "gelu_tanh"), (True, True, False), range(4))
+    )
+    with seen() as launches:
+        for shape, sparsity in itertools.product(SHAPES, SPARSITIES):
+            n, activation = next(tokens), next(activations)
+            weight, parts = packed(form, shape, sparsity, dtype)
+            x = inputs(n, shape[1], dtype, next(gaps))
+            bias = torch.randn(shape[0], generator=torch.Generator().manual_seed(1)).to(dtype) if next(biases) else None
+            on_device = None if bias is None else bias.to(DEVICE)
+            y = linear(x.to(DEVICE), parts, form, shape, on_device, activation).cpu()
+            assert (y.dtype, y.shape) == (dtype, (n, shape[0]))
+            exact, allowed = exact_and_allowed_error(x, weight, bias, None if activation == "none" else activation)
+            error = (y.double() - exact).abs()
+            assert bool((error <= allowed).all()), f"{shape} {sparsity} {n} {activation}: error {error.max():.3g}"
+    assert {launch.name for launch in launches} == KERNELS[form]
+
+
+@pytest.mark.parametrize("form", KERNELS)
+def test_some_rows_are_those_of_all(form):
+    shape, rows = (20, 300), (3, 19)
+    _, parts = packed(form, shape, 0.7, torch.float32)
+    bias = torch.randn(20, device=DEVICE)
+    for n in TOKENS[form]:
+        x = inputs(n, 300, torch.float32).to(DEVICE)
+        whole = linear(x, parts, form, shape, bias, "relu")
+        some = linear(x, parts, form, shape, bias, "relu", rows)
+        torch.testing.assert_close(some, whole[:, 3:19])
+
+
+@pytest.mark.parametrize("dtype", gpu.DTYPES)
+@pytest.mark.parametrize("form", KERNELS)
+def test_expansion_is_exact_for_any_bits(form, dtype):
+    shape = (6, 300)
+    weight, mask = random_weight(shape, 0.6)
+    weight = weight.clone().to(dtype)
+    special = torch.tensor([torch.nan, -0.0, torch.inf, -torch.inf, 1e-7], dtype=dtype)
+    where = mask.nonzero()[:5]
+    weight[where[:, 0], where[:, 1]] = special
+    parts = pack(form, dense_to_csr(weight.to(DEVICE), mask.to(DEVICE)), shape)
+    expanded = gpu.dense(form, *parts, shape, (0, 6)).cpu()
+    assert torch.equal(expanded.view(torch.uint8), torch.where(mask, weight, 0).view(torch.uint8))
+
+
+@pytest.mark.parametrize("form", KERNELS)
+def test_the_same_call_gives_the_same_bits_and_no_output_is_left_out(form):
+    shape = (5, 1100)
+    _, parts = packed(form, shape, 0.7, torch.float32)
+    for n in TOKENS[form]:
+        x = inputs(n, 1100, torch.float32).to(DEVICE)
+        first = linear(x, parts, form, shape)
+        torch.empty_like(first).fill_(torch.nan)  # where the next output will lie, if memory is reused
+        assert torch.equal(linear(x, parts, form, shape), first)
+        assert bool(first.isfinite().all())
+
+
+@pytest.mark.parametrize("form", KERNELS)
+def test_rows_too_long_for_starts_of_16_bits(form):
+    weight, parts = packed(form, (1, 65600), 0.99, torch.float32)
+    x = inputs(1, 65600, torch.float32)
+    exact, allowed = exact_and_allowed_error(x, weight, None, None)
+    assert bool(((linear(x.to(DEVICE), parts, form, (1, 65600)).cpu().double() - exact).abs() <= allowed).all())
+
+
+def test_a_removed_weight_of_narrow_has_no_part_in_the_sum():
+    _, parts = packed("narrow", (9, 300), 0.8, torch.float32)
+    mask = random_weight((9, 300), 0.8)[1]
+    x = inputs(2, 300, torch.float32)
+    x[1, 7] = torch.inf
+    y = linear(x.to(DEVICE), parts, "narrow", (9, 300)).cpu()
+    assert bool(y[0].isfinite().all())
+    assert torch.equal(y[1].isfinite(), ~mask[:, 7])
+
+
+def test_activations_have_a_number_each():
+    """The kernels know them by these."""
+    assert list(ACTIVATIONS) == ["none", "relu", "gelu", "gelu_tanh", "silu"]
