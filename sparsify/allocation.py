@@ -1,15 +1,22 @@
 """How one target becomes a number of removed units for each layer.
 
-"global" is no formula of the shapes: there the scores of all layers are ranked together (masks.py).
+"uniform" and "erk" are formulas of the shapes. "global" ranks the scores of all layers together (masks.py); "owl" and
+"error" need what calibration data says about each layer (share.py).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 
 ALLOCATIONS = ("uniform", "global", "erk")
+
+#: Allocations that need calibration data.
+MEASURED_ALLOCATIONS = ("owl", "error")
+
+_OWL_SPREAD = 0.08  # no layer's sparsity is further than this from the target: the paper's lambda
 
 
 def check_sparsity(sparsity: object, what: str = "sparsity") -> float:
@@ -53,13 +60,102 @@ def erk(n_units: Mapping[str, int], shapes: Mapping[str, tuple[int, int]], spars
     def kept_at(scale: float) -> dict[str, int]:
         return {name: min(n, math.floor(scale * share[name] + 0.5)) for name, n in n_units.items()}
 
-    low, high = 0.0, max((2 * n / share[name] for name, n in n_units.items() if n), default=0.0)
+    high = max((2 * n / share[name] for name, n in n_units.items() if n), default=0.0)
+    kept = _kept_in_total(kept_at, 0.0, high, n_keep)
+    return {name: n - kept[name] for name, n in n_units.items()}
+
+
+def owl(n_units: Mapping[str, int], outliers: Mapping[str, float], sparsity: float) -> dict[str, int]:
+    """Keep more of layers whose scores have more outliers, within 0.08 of the target.
+
+    outliers is the share of a layer's scores that are larger than five times their mean. Densities follow it linearly,
+    over a range of 0.16, and are moved together until the removed units of all layers add up to exactly
+    round(sparsity x their number).
+
+    >>> owl({"a": 100, "b": 100}, {"a": 0.01, "b": 0.03}, 0.5)
+    {'a': 58, 'b': 42}
+
+    Yin et al. 2023, arXiv:2310.05175.
+    """
+    total = sum(n_units.values())
+    least, most = min(outliers.values(), default=0.0), max(outliers.values(), default=0.0)
+    share = {name: 2 * _OWL_SPREAD * (x - least) / ((most - least) or 1.0) for name, x in outliers.items()}
+
+    def kept_at(shift: float) -> dict[str, int]:
+        return {name: math.floor(n * min(max(share[name] + shift, 0.0), 1.0) + 0.5) for name, n in n_units.items()}
+
+    kept = _kept_in_total(kept_at, -1.0, 1.5, total - n_removed(sparsity, total))
+    return {name: n - kept[name] for name, n in n_units.items()}
+
+
+def least_error(curves: Mapping[str, Sequence[tuple[int, float]]], n_total: int) -> dict[str, int]:
+    """Remove `n_total` units where they cost least, from each layer's measured (removed units, error) points.
+
+    A curve begins with (0, 0.0) and ends with all units of the layer; between its points it is straight. Pieces are
+    taken cheapest first, by error per unit; a piece counts as at least as costly as those before it, so that each curve
+    is taken from its beginning.
+
+    >>> least_error({"a": [(0, 0.0), (5, 1.0), (10, 9.0)], "b": [(0, 0.0), (10, 4.0)]}, 12)
+    {'a': 5, 'b': 7}
+    """
+    pieces: list[tuple[float, int, str, int]] = []
+    for order, (name, points) in enumerate(curves.items()):
+        steepest = 0.0
+        for (n, error), (n_next, error_next) in itertools.pairwise(points):
+            steepest = max(steepest, (error_next - error) / max(n_next - n, 1))
+            pieces.append((steepest, order, name, n_next - n))
+    removed = dict.fromkeys(curves, 0)
+    for _, _, name, n in sorted(pieces, key=lambda piece: piece[:2]):
+        taken = min(n, n_total)
+        removed[name] += taken
+        n_total -= taken
+    return removed
+
+
+def capped(
+    allocate: Callable[[Mapping[str, int], float], Mapping[str, int]],
+    n_units: Mapping[str, int],
+    sparsity: float,
+    max_sparsity: float | None,
+) -> dict[str, int]:
+    """Share a target between layers so that none loses more than `max_sparsity` of its units, rounded down.
+
+    `allocate` says what layers with these units lose at a sparsity. A layer that would lose more is held at its cap,
+    and the others share what is left, until none does. Raises ValueError if the caps leave no room for the target.
+
+    >>> shapes = {"a": (10, 10), "b": (20, 20)}
+    >>> capped(lambda units, sparsity: erk(units, shapes, sparsity), {"a": 100, "b": 400}, 0.8, 0.82)
+    {'a': 72, 'b': 328}
+    """
+    if max_sparsity is None:
+        return dict(allocate(n_units, sparsity))
+    total = sum(n_units.values())
+    caps = {name: math.floor(check_sparsity(max_sparsity, "max_sparsity") * n + 1e-9) for name, n in n_units.items()}
+    n_left = n_removed(sparsity, total)
+    if n_left > sum(caps.values()):
+        raise ValueError(f"max_sparsity={max_sparsity:g} for each layer leaves no room for sparsity {sparsity:g}")
+    held: dict[str, int] = {}
+    while True:
+        free = {name: n for name, n in n_units.items() if name not in held}
+        shared = allocate(free, n_left / max(sum(free.values()), 1)) if free else {}
+        over = {name: caps[name] for name, n in shared.items() if n > caps[name]}
+        if not over:
+            return {name: held[name] if name in held else shared[name] for name in n_units}
+        held |= over
+        n_left -= sum(over.values())
+
+
+def _kept_in_total(kept_at: Callable[[float], dict[str, int]], low: float, high: float, n_keep: int) -> dict[str, int]:
+    """Find the level between `low` and `high` at which the layers keep `n_keep` units together, exactly.
+
+    kept_at never falls as the level rises. Where layers gain a unit at the same level, the first in order get theirs.
+    """
     while low < (middle := (low + high) / 2) < high:
         low, high = (low, middle) if sum(kept_at(middle).values()) >= n_keep else (middle, high)
     kept, above = kept_at(low), kept_at(high)
     missing = n_keep - sum(kept.values())
-    for name in n_units:  # where layers cross a half at the same scale, the first in order get the unit
+    for name in kept:
         extra = min(missing, above[name] - kept[name])
         kept[name] += extra
         missing -= extra
-    return {name: n - kept[name] for name, n in n_units.items()}
+    return kept

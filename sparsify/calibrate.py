@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from sparsify.gram import Gram
+from sparsify.layers import Masked
 from sparsify.outline import Form, Outline, Recorder, block_of, first_tensor, take_apart
 from sparsify.ranks import add_up, own_share
 from sparsify.shelf import Shelf
@@ -39,10 +40,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Stop:
-    """A place in the walk: layers that get the very same input, and what is known about that input."""
+    """A place in the walk: layers that get the very same input, its Gram matrix, and their block in a chain."""
 
     names: tuple[str, ...]
     gram: Gram
+    block: str | None
 
 
 def walk(
@@ -65,7 +67,7 @@ def walk(
         for group in outline.groups:
             chain = outline.chain_of(group[0])
             if chain is None:
-                yield Stop(group, _gram(model, group, outline, batches, whole.run))
+                yield Stop(group, _gram(model, group, outline, batches, whole.run), None)
             elif chain not in walked:
                 walked.add(chain)
                 hidden = shelves.enter_context(Shelf(len(batches), cache_bytes))
@@ -77,7 +79,8 @@ def read_batches(model: nn.Module, data: Iterable[Any]) -> list[Batch]:
 
     A batch is a tensor; a tuple or list of positional arguments, of which as many are used as the model's forward takes
     (labels at the end do no harm); or a mapping of keyword arguments. What a 2-D "attention_mask" among these marks
-    with 0 is padding and does not count. Raises ValueError if there is no batch, or one of another kind.
+    with 0 is padding and does not count. A `Batch`, read before, is taken as it is. Raises ValueError if there is no
+    batch, or one of another kind.
 
     >>> len(read_batches(nn.Linear(2, 1), [torch.ones(3, 2), (torch.ones(3, 2), "label")]))
     2
@@ -95,6 +98,8 @@ def _read_batch(model: nn.Module, number: int, batch: Any, device: torch.device)
             return value
         return value.clone().to(device) if value.is_inference() else value.to(device)
 
+    if isinstance(batch, Batch):
+        return batch
     if isinstance(batch, Mapping):
         kwargs = {key: tree_map(move, value) for key, value in batch.items()}
         mask = kwargs.get("attention_mask")
@@ -186,7 +191,7 @@ def _walk_chain(whole: _Whole, chain: tuple[str, ...], batches: list[Batch], hid
 
         for group in outline.groups:
             if block_of(group[0], [name]) is not None:
-                yield Stop(group, _gram(model, group, outline, batches, run))
+                yield Stop(group, _gram(model, group, outline, batches, run), name)
         for number in range(len(batches)):
             found = take_apart(_run(block, *forms[number][name].fill(hidden[number])))
             assert found is not None
@@ -208,6 +213,11 @@ def _gram(
     def look(number: int, batch: Batch) -> Callable[..., None]:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             rows = input_rows(first_tensor(args, kwargs), batch.counts)
+            if isinstance(layer, Masked) and rows.shape[1] != layer.shape[1]:
+                raise ValueError(
+                    f"{group[0]}: a {type(layer).__name__} does not multiply its weight with rows of its input, which "
+                    f"calibration needs; leave it dense with exclude=[{group[0]!r}], or prune it without data"
+                )
             if not gram:
                 gram.append(Gram(rows.shape[1], rows.device))
             try:

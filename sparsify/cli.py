@@ -23,11 +23,12 @@ from tqdm import tqdm
 
 import sparsify
 from sparsify.bench import bench
+from sparsify.data import SAMPLES, TOKENS, load_data
 from sparsify.errors import CheckpointError, LeftDenseWarning, RecipeError
 from sparsify.export import FORMATS
 from sparsify.inputs import check_inputs, make_inputs
 from sparsify.machine import doctor
-from sparsify.methods import METHODS
+from sparsify.methods import CALIBRATED, METHODS, SOLVERS
 from sparsify.models import build_model, load_weights
 from sparsify.plan import PlannedLayer, plan
 from sparsify.recipe import Recipe, assign_layers, load_recipe
@@ -65,6 +66,7 @@ def compress(arguments: argparse.Namespace) -> None:
         raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}")
     if out.is_dir():
         raise IsADirectoryError(f"--out {out}: it is a folder; name a file in it")
+    data = _data_of(arguments)
     with tqdm(
         total=5, desc="build the model", bar_format="{desc:<28}{bar}| {n_fmt}/{total_fmt}", disable=arguments.json
     ) as bar:
@@ -76,7 +78,7 @@ def compress(arguments: argparse.Namespace) -> None:
             model = sparsify.convert(model, include=group.layers, exclude=group.exclude)
         _advance(bar, "prune")
         with _naming(arguments.recipe):
-            sparsify.apply(model, recipe)
+            sparsify.apply(model, recipe, data=data, progress=not arguments.json)
         _advance(bar, "export")
         fast = sparsify.export(model, format=arguments.format, tokens=arguments.tokens)
         _advance(bar, f"save {out.name}")
@@ -193,9 +195,14 @@ def _parser() -> argparse.ArgumentParser:
     model_arguments(sub)
     sub.add_argument("--recipe", metavar="FILE", help="a YAML recipe; or say it all with the options below")
     sub.add_argument("--sparsity", type=float, help="fraction of zeros, 0 to 1")
-    sub.add_argument("--method", help=f"one of: {', '.join(METHODS)} (default: magnitude)")
+    sub.add_argument("--method", help=f"one of: {', '.join((*METHODS, *CALIBRATED, *SOLVERS))} (default: magnitude)")
     sub.add_argument("--pattern", help='unstructured (default), rows, columns, "2:4", "4x1" ...')
-    sub.add_argument("--allocation", help="uniform (default), global, erk")
+    sub.add_argument("--allocation", help="uniform (default), global, erk, owl, error")
+    sub.add_argument("--max-sparsity", type=float, help="no layer loses more, where the allocation shares one target")
+    sub.add_argument("--refit", action="store_true", default=None, help="refit the kept weights to the data")
+    sub.add_argument("--data", metavar="DATA", help="calibration data: texts, pictures, or package.module:function")
+    sub.add_argument("--samples", type=int, metavar="N", help=f"texts or pictures to calibrate on (default: {SAMPLES})")
+    sub.add_argument("--sample-tokens", type=int, metavar="N", help=f"tokens of each text (default: {TOKENS})")
     sub.add_argument("--include", action="append", metavar="PATTERN", help="layers to prune (default: all)")
     sub.add_argument("--exclude", action="append", metavar="PATTERN", help="layers to leave dense")
     sub.add_argument("--seed", type=int, help="for methods that draw random numbers")
@@ -233,13 +240,14 @@ def _parser() -> argparse.ArgumentParser:
 def _recipe_of(arguments: argparse.Namespace) -> Recipe:
     """Read the recipe file, or make one group of the options."""
     options = {
-        key: getattr(arguments, key) for key in ("sparsity", "method", "pattern", "allocation", "exclude", "seed")
+        key: getattr(arguments, key)
+        for key in ("sparsity", "method", "pattern", "allocation", "max_sparsity", "refit", "exclude", "seed")
     }
     options["layers"] = arguments.include
     given = {key: value for key, value in options.items() if value is not None}
     if arguments.recipe:
         if given:
-            option = "include" if "layers" in given else next(iter(given))
+            option = "include" if "layers" in given else next(iter(given)).replace("_", "-")
             raise ValueError(
                 f"--{option} has no effect beside --recipe; set the recipe's variables with --set NAME=VALUE"
             )
@@ -272,6 +280,17 @@ def _model_of(arguments: argparse.Namespace) -> Any:
     if arguments.weights:
         load_weights(model, arguments.weights)
     return model
+
+
+def _data_of(arguments: argparse.Namespace) -> Any:
+    """Read the calibration data, or return None if there is none."""
+    sizes = {"samples": arguments.samples, "tokens": arguments.sample_tokens}
+    given = {key: n for key, n in sizes.items() if n is not None}
+    if arguments.data is None:
+        if given:
+            raise ValueError("--samples and --sample-tokens have no effect without --data")
+        return None
+    return load_data(arguments.data, arguments.model, **given)
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -5,20 +5,20 @@ Everything here is a function of tensors; modules come in prune.py and layers/.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from sparsify.allocation import ALLOCATIONS, check_sparsity, erk, n_removed, uniform
+from sparsify.allocation import ALLOCATIONS, MEASURED_ALLOCATIONS, capped, check_sparsity, erk, n_removed, uniform
 from sparsify.match import matching
 from sparsify.methods import Method, needs, score
 from sparsify.patterns import (
     Pattern,
     check_fits,
     choose_mask,
-    expand_units,
     keep_largest,
     parse_pattern,
     prefer_kept,
@@ -37,6 +37,7 @@ def make_masks(
     method: str | Method = "magnitude",
     pattern: str = "unstructured",
     allocation: Allocation = "uniform",
+    max_sparsity: float | None = None,
     seed: int | None = None,
     evidence: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> dict[str, Tensor]:
@@ -50,7 +51,9 @@ def make_masks(
     """
     parsed = parse_pattern(pattern)
     shapes = {name: (int(weight.shape[0]), int(weight.shape[1])) for name, weight in weights.items()}
-    n_zeros = n_removed_units(shapes, sparsity, parsed, allocation)
+    n_zeros = n_removed_units(shapes, sparsity, parsed, allocation, max_sparsity)
+    if n_zeros is None and allocation != "global":
+        raise ValueError(f"allocation {allocation!r} needs calibration data: sparsify.prune(model, ..., data=...)")
     if needs(method) and (sparsity == 0 if n_zeros is None else not any(n_zeros.values())):
         return {name: torch.ones_like(mask) for name, mask in masks.items()}  # nothing has been seen yet, nor need be
     shown = evidence or {}
@@ -59,20 +62,29 @@ def make_masks(
         for name, weight in weights.items()
     }
     if n_zeros is None:
-        return _keep_together(scores, masks, parsed, _checked(sparsity))
+        units = {name: parsed.n_units(shape) for name, shape in shapes.items()}
+        together = functools.partial(removed_together, scores, masks, parsed)
+        n_zeros = capped(together, units, check_target(sparsity), max_sparsity)
     return {name: choose_mask(scores[name], masks[name], parsed, n_zeros[name]) for name in weights}
 
 
 def n_removed_units(
-    shapes: Mapping[str, tuple[int, int]], sparsity: float | None, pattern: Pattern, allocation: Allocation
+    shapes: Mapping[str, tuple[int, int]],
+    sparsity: float | None,
+    pattern: Pattern,
+    allocation: Allocation,
+    max_sparsity: float | None = None,
 ) -> dict[str, int] | None:
-    """Return how many units each layer loses, from shapes (out, in) alone; None for "global", which needs scores.
+    """Return how many units each layer loses, from shapes (out, in) alone; None for allocations that need more.
 
     Raises ValueError, naming the layer, where a shape, pattern, allocation and target do not go together.
     """
     for name, shape in shapes.items():
         check_fits(pattern, shape, name)
     n_units = {name: pattern.n_units(shape) for name, shape in shapes.items()}
+    if max_sparsity is not None and (pattern.is_nm or allocation == "uniform" or isinstance(allocation, Mapping)):
+        what = f"pattern {pattern.text}" if pattern.is_nm else f"allocation {allocation!r}"
+        raise ValueError(f"max_sparsity={max_sparsity} has no effect with {what}, which says what each layer loses")
     if pattern.is_nm:
         _check_nm(pattern, sparsity, allocation)
         return {
@@ -83,9 +95,10 @@ def n_removed_units(
         if sparsity is not None:
             raise ValueError(f"sparsity={sparsity} has no effect beside an allocation for each layer; leave it out")
         return {name: n_removed(s, n_units[name]) for name, s in layer_targets(allocation, shapes).items()}
-    if allocation not in ALLOCATIONS:
-        raise ValueError(f"allocation {allocation!r} is none of: {', '.join(ALLOCATIONS)}, or a dict of layer patterns")
-    target = _checked(sparsity)
+    known = (*ALLOCATIONS, *MEASURED_ALLOCATIONS)
+    if allocation not in known:
+        raise ValueError(f"allocation {allocation!r} is none of: {', '.join(known)}, or a dict of layer patterns")
+    target = check_target(sparsity)
     if allocation == "uniform":
         return uniform(n_units, target)
     sizes = {name: math.prod(pattern.unit_shape(shape)) for name, shape in shapes.items()}
@@ -95,7 +108,9 @@ def n_removed_units(
             f"allocation {allocation!r} needs units of one size, but with pattern {pattern.text!r} a unit has "
             f"{a} weights in {one} and {b} in {other}; use allocation 'uniform'"
         )
-    return erk(n_units, shapes, target) if allocation == "erk" else None
+    if allocation != "erk":
+        return None
+    return capped(lambda units, sparsity: erk(units, shapes, sparsity), n_units, target, max_sparsity)
 
 
 def layer_targets(allocation: Mapping[str, float], names: Mapping[str, object]) -> dict[str, float]:
@@ -113,16 +128,20 @@ def layer_targets(allocation: Mapping[str, float], names: Mapping[str, object]) 
     return {name: targets[name] for name in names}
 
 
-def _keep_together(
-    scores: Mapping[str, Tensor], masks: Mapping[str, Tensor], pattern: Pattern, sparsity: float
-) -> dict[str, Tensor]:
-    """Rank the units of all layers against each other."""
-    units = {name: (unit_scores(s, pattern), unit_any(masks[name], pattern)) for name, s in scores.items()}
-    total = sum(kept.numel() for _, kept in units.values())
+def removed_together(
+    scores: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    pattern: Pattern,
+    n_units: Mapping[str, int],
+    sparsity: float,
+) -> dict[str, int]:
+    """Rank the units of the layers in `n_units` against each other, and return how many each of them loses."""
+    units = {name: (unit_scores(scores[name], pattern), unit_any(masks[name], pattern)) for name in n_units}
+    total = sum(n_units.values())
     n_keep = total - n_removed(sparsity, total)
     n_kept = sum(int(kept.sum()) for _, kept in units.values())
     chosen = keep_largest([prefer_kept(s, kept, n_keep, n_kept) for s, kept in units.values()], n_keep)
-    return {name: expand_units(kept, pattern, scores[name].shape) for name, kept in zip(units, chosen, strict=True)}
+    return {name: int((~kept).sum()) for name, kept in zip(units, chosen, strict=True)}
 
 
 def _check_nm(pattern: Pattern, sparsity: float | None, allocation: Allocation) -> None:
@@ -135,7 +154,8 @@ def _check_nm(pattern: Pattern, sparsity: float | None, allocation: Allocation) 
         raise ValueError(f"pattern {pattern.text} means sparsity {fixed:g}, got {sparsity:g}; leave the sparsity out")
 
 
-def _checked(sparsity: float | None) -> float:
+def check_target(sparsity: float | None) -> float:
+    """Return the target; raise ValueError if it is missing or no fraction."""
     if sparsity is None:
         raise ValueError("a sparsity is needed (a fraction between 0 and 1)")
     return check_sparsity(sparsity)

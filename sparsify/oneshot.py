@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sparsify.calibrate import walk
+from sparsify.allocation import capped
+from sparsify.calibrate import Batch, read_batches, walk
 from sparsify.convert import sparse_layers
 from sparsify.layers import Masked
-from sparsify.masks import Allocation, n_removed_units
+from sparsify.masks import Allocation, check_target, n_removed_units
 from sparsify.methods import Method
 from sparsify.patterns import parse_pattern
+from sparsify.share import SHARES
 from sparsify.solve import Task, output_error, solve
 
 
@@ -28,21 +30,44 @@ class Fit:
     time_s: float
 
 
-def make_tasks(
-    shapes: Mapping[str, tuple[int, int]],
-    sparsity: float | None,
-    *,
-    method: str | Method,
-    pattern: str = "unstructured",
-    allocation: Allocation = "uniform",
-    seed: int | None = None,
-) -> dict[str, Task]:
-    """Say for layers of these shapes (out, in) what each is to become; see `prune` for the arguments."""
-    parsed = parse_pattern(pattern)
-    n_removed = n_removed_units(shapes, sparsity, parsed, allocation)
+@dataclass(frozen=True)
+class Order:
+    """What layers are to become together, in the words of `prune`."""
+
+    sparsity: float | None
+    method: str | Method = "magnitude"
+    pattern: str = "unstructured"
+    allocation: Allocation = "uniform"
+    max_sparsity: float | None = None
+    refit: bool = False
+    seed: int | None = None
+
+
+def make_tasks(shapes: Mapping[str, tuple[int, int]], order: Order) -> dict[str, Task]:
+    """Say for layers of these shapes (out, in) what each is to become.
+
+    Raises ValueError if that takes a look at the data first, as allocations "global", "owl" and "error" do: see
+    `follow`.
+    """
+    pattern = parse_pattern(order.pattern)
+    n_removed = n_removed_units(shapes, order.sparsity, pattern, order.allocation, order.max_sparsity)
     if n_removed is None:
-        raise ValueError("allocation 'global' ranks the layers before the first is pruned; leave the data out")
-    return {name: Task(method, parsed, n, seed) for name, n in n_removed.items()}
+        raise ValueError(f"allocation {order.allocation!r} is measured on the model and its data, not on shapes")
+    return _tasks(order, n_removed)
+
+
+def follow(
+    model: nn.Module, orders: Sequence[tuple[Order, Sequence[str]]], data: Iterable[Any], *, progress: bool = False
+) -> None:
+    """Follow orders, each for the layers named beside it, in one walk through the model; see `prune_on_data`."""
+    layers = sparse_layers(model)
+    chosen = [(order, {name: layers[name] for name in names}) for order, names in orders]
+    shares = [_n_removed(order, mine) for order, mine in chosen]  # what cannot be done is said before the data is read
+    batches = read_batches(model, data)
+    tasks: dict[str, Task] = {}
+    for (order, mine), n_removed in zip(chosen, shares, strict=True):
+        tasks |= _tasks(order, _measure(model, mine, order, batches) if n_removed is None else n_removed)
+    prune_on_data(model, tasks, batches, progress=progress)
 
 
 class Keeper(Protocol):
@@ -103,3 +128,24 @@ def prune_on_data(
         raise
     finally:
         stops.close()
+
+
+def _tasks(order: Order, n_removed: Mapping[str, int]) -> dict[str, Task]:
+    pattern = parse_pattern(order.pattern)
+    return {name: Task(order.method, pattern, n, order.refit, order.seed) for name, n in n_removed.items()}
+
+
+def _n_removed(order: Order, layers: Mapping[str, Masked]) -> dict[str, int] | None:
+    """Return what each layer loses as far as shapes say it."""
+    shapes = {name: layer.shape for name, layer in layers.items()}
+    return n_removed_units(shapes, order.sparsity, parse_pattern(order.pattern), order.allocation, order.max_sparsity)
+
+
+def _measure(model: nn.Module, layers: Mapping[str, Masked], order: Order, batches: list[Batch]) -> dict[str, int]:
+    """Look at the data to say what each layer loses."""
+    assert isinstance(order.allocation, str)
+    pattern, target = parse_pattern(order.pattern), check_target(order.sparsity)
+    sample = Task(order.method, pattern, 0, order.refit, order.seed)
+    allocate = SHARES[order.allocation](model, layers, target, sample, batches)
+    n_units = {name: pattern.n_units(layer.shape) for name, layer in layers.items()}
+    return capped(allocate, n_units, target, order.max_sparsity)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sparsify.allocation import MEASURED_ALLOCATIONS
 from sparsify.edit import layers_of_type
 from sparsify.formats import bitmask_bytes, csr_bytes
 from sparsify.layers import Masked
@@ -21,7 +22,8 @@ class PlannedLayer:
     """One layer of a recipe: `targets` are (time, sparsity) in the unit of its schedule, the last being the final one.
 
     `ranked` says that the layers of the group share one target, so that this layer's part, taken from the
-    present weights, may still move. `n_bytes` is the weight in the file, in its smallest format.
+    present weights (or, where calibration data decides, the target itself), may still move. `n_bytes` is the weight in
+    the file, in its smallest format.
     """
 
     name: str
@@ -53,7 +55,7 @@ def plan(recipe: Recipe, model: nn.Module) -> list[PlannedLayer]:
             itemsize = weight.element_size()
             kept = n_weights - zeros[-1][name]
             sizes = (csr_bytes(shape, kept, itemsize), bitmask_bytes(shape, kept, itemsize), n_weights * itemsize)
-            ranked = group.allocation == "global"
+            ranked = group.allocation == "global" or group.allocation in MEASURED_ALLOCATIONS
             planned.append(
                 PlannedLayer(
                     name, number, shape, group.schedule.unit, targets, ranked, min(sizes), n_weights * itemsize
@@ -75,7 +77,10 @@ def _zeros(model: nn.Module, group: Group, weights: dict[str, Tensor], time: flo
         allocation = {name: group.schedule.sparsity_at(time, final) for name, final in finals.items()}
     elif group.sparsity is not None and not pattern.is_nm:
         sparsity = group.schedule.sparsity_at(time, group.sparsity)
-    if (removed := n_removed_units(shapes, sparsity, pattern, allocation)) is None:
+    max_sparsity = group.max_sparsity
+    if group.needs_data and n_removed_units(shapes, sparsity, pattern, allocation, max_sparsity) is None:
+        allocation, max_sparsity = "uniform", None
+    if (removed := n_removed_units(shapes, sparsity, pattern, allocation, max_sparsity)) is None:
         layers = layers_of_type(model, Masked)
         present = {  # all True for a layer that is not converted yet
             name: layers[name].matrix(layers[name].mask)
@@ -90,6 +95,7 @@ def _zeros(model: nn.Module, group: Group, weights: dict[str, Tensor], time: flo
             method="magnitude" if needs(group.method) else group.method,  # what training will show is not known yet
             pattern=group.pattern,
             allocation=allocation,
+            max_sparsity=max_sparsity,
             seed=group.seed,
         )
         return {name: int((~mask).sum()) for name, mask in masks.items()}

@@ -10,7 +10,7 @@ from sparsify.edit import Model
 from sparsify.masks import Allocation, make_masks
 from sparsify.match import Selector
 from sparsify.methods import Method
-from sparsify.oneshot import make_tasks, prune_on_data
+from sparsify.oneshot import Order, follow
 
 
 def prune(
@@ -22,7 +22,9 @@ def prune(
     allocation: Allocation = "uniform",
     include: Selector | Sequence[Selector] | None = None,
     exclude: Selector | Sequence[Selector] | None = None,
+    max_sparsity: float | None = None,
     seed: int | None = None,
+    refit: bool = False,
     data: Iterable[Any] | None = None,
     progress: bool = False,
 ) -> Model:
@@ -30,15 +32,16 @@ def prune(
 
     sparsity: fraction of zeros, 0 to 1; left out where the pattern ("2:4") or an allocation dict says it.
     method: "magnitude", "random", or a function `(weight) -> scores` (see sparsify.methods); seed is for random ones;
-    with data also "wanda" and "sparsegpt".
+    with data also "wanda", "sparsegpt" and "alps", the best and slowest.
     pattern: "unstructured", "rows", "columns", N:M ("2:4"), blocks rows x columns ("4x1").
     allocation: "uniform", the same for each layer; "global", all layers ranked together; "erk"; or a dict
-    {layer pattern: sparsity}, of which the first match counts.
+    {layer pattern: sparsity}, of which the first match counts; with data also "owl" (outliers among the inputs) and
+    "error" (measured for each layer). max_sparsity: no layer loses more, where the allocation shares one target.
 
     data: batches of the model's inputs, a few hundred samples in all: tensors, tuples of positional arguments, or dicts
     of keyword arguments (`sparsify.calibrate.read_batches`); read once. The layers are then pruned in the order in
     which they run, each on what those before it have become, and the report tells how far their outputs moved.
-    progress: show a bar.
+    refit: change the kept weights to the ones that reproduce the layer's outputs best. progress: show a bar.
 
     An optimizer that holds momentum of what is masked here may move it in memory, though never in an output; use a
     Pruner while training. Raises ValueError, naming the layer, before any mask is changed.
@@ -51,10 +54,11 @@ def prune(
     """
     layers = sparse_layers(model, include, exclude)
     if data is not None:
-        shapes = {name: layer.shape for name, layer in layers.items()}
-        tasks = make_tasks(shapes, sparsity, method=method, pattern=pattern, allocation=allocation, seed=seed)
-        prune_on_data(model, tasks, data, progress=progress)
+        order = Order(sparsity, method, pattern, allocation, max_sparsity, refit, seed)
+        follow(model, [(order, list(layers))], data, progress=progress)
         return model
+    if refit or progress:
+        raise ValueError(f"{'refit' if refit else 'progress'}=True has no effect without data; give data=...")
     masks = make_masks(
         {name: layer.weight_matrix for name, layer in layers.items()},
         sparsity,
@@ -62,6 +66,7 @@ def prune(
         method=method,
         pattern=pattern,
         allocation=allocation,
+        max_sparsity=max_sparsity,
         seed=seed,
     )
     for name, mask in masks.items():

@@ -7,7 +7,7 @@ names the file, the line and the key, and the nearest valid word.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any, Literal
 
@@ -15,19 +15,19 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import Tensor, nn
 
-from sparsify.allocation import ALLOCATIONS, check_sparsity
+from sparsify.allocation import ALLOCATIONS, MEASURED_ALLOCATIONS, check_sparsity
 from sparsify.convert import plan_convert, sparse_layers
 from sparsify.edit import Model
 from sparsify.errors import RecipeError
 from sparsify.masks import Allocation, layer_targets, make_masks, n_removed_units
-from sparsify.methods import METHODS, TRAINED, needs, takes_seed
+from sparsify.methods import CALIBRATED, METHODS, SOLVERS, TRAINED, needs, needs_data, takes_seed
+from sparsify.oneshot import Order, follow
 from sparsify.patterns import parse_pattern
 from sparsify.schedules import Schedule
 from sparsify.yaml_file import Value, YamlFile, nearest, read_yaml, substitute
 
-#: Methods that a recipe may name: those that need no calibration data.
-_METHODS = METHODS | TRAINED
-
+_METHODS = (*METHODS, *TRAINED, *CALIBRATED, *SOLVERS)
+_ALLOCATIONS = (*ALLOCATIONS, *MEASURED_ALLOCATIONS)
 _STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 #: A method of recipes only: the zeros that are there stay, and no others come.
@@ -55,7 +55,11 @@ class Group(BaseModel):
     )
     method: str = Field("magnitude", description=f"one of: {', '.join(_METHODS)}, {HOLD} (the zeros there are stay)")
     pattern: str = Field("unstructured", description='unstructured, rows, columns, N:M ("2:4"), blocks ("4x1")')
-    allocation: str | dict[str, float] = Field("uniform", description=f"{', '.join(ALLOCATIONS)}, or pattern: sparsity")
+    allocation: str | dict[str, float] = Field(
+        "uniform", description=f"{', '.join(_ALLOCATIONS)}, or pattern: sparsity"
+    )
+    max_sparsity: float | None = Field(None, description="no layer loses more, where the allocation shares one target")
+    refit: bool = Field(False, description="change the kept weights to reproduce the layer's outputs; needs data")
     schedule: Schedule = Field(Schedule(), description="when; constant: at once")
     seed: int | None = Field(None, description="for methods that draw random numbers")
     masked: Literal["zero", "frozen", "trained"] = Field(
@@ -64,6 +68,15 @@ class Group(BaseModel):
     decay: float = Field(0.0, ge=0, description="how fast masked weights that are trained shrink (SR-STE)")
     regrow: Regrow | None = Field(None, description="kept and masked weights change places at each update")
     rewind: float | None = Field(None, ge=0, description="after each update all weights go back to this time")
+
+    @property
+    def needs_data(self) -> str:
+        """What of this group needs calibration data; "" if nothing does."""
+        if self.method != HOLD and needs_data(self.method):
+            return f"method {self.method!r}"
+        if self.refit:
+            return "'refit'"
+        return f"allocation {self.allocation!r}" if self.allocation in MEASURED_ALLOCATIONS else ""
 
     @field_validator("schedule", mode="before")
     @classmethod
@@ -74,7 +87,7 @@ class Group(BaseModel):
                 raise ValueError(f"{key!r} must be a number, got {value!r}")
         return schedule
 
-    @field_validator("sparsity")
+    @field_validator("sparsity", "max_sparsity")
     @classmethod
     def _fraction(cls, sparsity: float | None) -> float | None:
         return sparsity if sparsity is None else check_sparsity(sparsity)
@@ -94,8 +107,8 @@ class Group(BaseModel):
     @field_validator("allocation")
     @classmethod
     def _known_allocation(cls, allocation: Allocation) -> Allocation:
-        if isinstance(allocation, str) and allocation not in ALLOCATIONS:
-            raise ValueError(f"there is no allocation {allocation!r}{nearest(allocation, ALLOCATIONS)}")
+        if isinstance(allocation, str) and allocation not in _ALLOCATIONS:
+            raise ValueError(f"there is no allocation {allocation!r}{nearest(allocation, _ALLOCATIONS)}")
         return allocation
 
     @model_validator(mode="after")
@@ -104,8 +117,10 @@ class Group(BaseModel):
         if self.method == HOLD:
             return self
         pattern = parse_pattern(self.pattern)
-        n_removed_units({}, self.sparsity, pattern, self.allocation if isinstance(self.allocation, str) else {})
-        if self.seed is not None and not takes_seed(_METHODS[self.method]) and not self.regrow:
+        allocation: Allocation = self.allocation if isinstance(self.allocation, str) else {}
+        n_removed_units({}, self.sparsity, pattern, allocation, self.max_sparsity)
+        draws = self.method in METHODS and takes_seed(METHODS[self.method])
+        if self.seed is not None and not draws and not self.regrow:
             raise ValueError(f"'seed' has no effect with method {self.method!r}; take it out")
         if isinstance(self.allocation, dict):
             if self.sparsity is not None:
@@ -114,6 +129,10 @@ class Group(BaseModel):
         else:
             finals = [1 - pattern.keep / pattern.group if pattern.is_nm else check_sparsity(self.sparsity or 0.0)]
         kind, points = self.schedule.kind, self.schedule.points
+        if self.needs_data and kind not in ("constant", "one-shot"):
+            raise ValueError(
+                f"{self.needs_data} needs calibration data, which is looked at once, so the schedule must be constant"
+            )
         if pattern.is_nm and kind not in ("constant", "one-shot", "alternating"):
             raise ValueError(
                 f"pattern {self.pattern} has one sparsity only, so the schedule must be constant, one-shot or "
@@ -218,7 +237,8 @@ def assign_layers(recipe: Recipe, model: nn.Module) -> list[dict[str, Tensor]]:
             if not shapes:
                 raise ValueError("no layer is left after 'exclude'")
             if group.method != HOLD:
-                n_removed_units(shapes, group.sparsity, parse_pattern(group.pattern), group.allocation)
+                pattern = parse_pattern(group.pattern)
+                n_removed_units(shapes, group.sparsity, pattern, group.allocation, group.max_sparsity)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         for name in shapes:
@@ -229,10 +249,12 @@ def assign_layers(recipe: Recipe, model: nn.Module) -> list[dict[str, Tensor]]:
     return groups
 
 
-def apply(model: Model, recipe: Recipe) -> Model:
+def apply(model: Model, recipe: Recipe, *, data: Iterable[Any] | None = None, progress: bool = False) -> Model:
     """Prune a converted model as the recipe says, now, in place, and return the model.
 
-    Raises ValueError if a schedule needs training (use a Pruner in the training loop), before any mask is changed.
+    data: calibration batches, as for `prune`; all groups are then pruned in one walk through the model. progress: show
+    a bar. Raises ValueError if a schedule needs training (use a Pruner in the training loop), or a group data, before
+    any mask is changed.
     """
     for number, group in enumerate(recipe.groups):
         if group.trains:
@@ -240,9 +262,19 @@ def apply(model: Model, recipe: Recipe) -> Model:
                 f"groups.{number}: method {group.method!r} with a {group.schedule.kind} schedule is followed while "
                 "training; use sparsify.Pruner(model, recipe) in the loop, or a recipe with a constant schedule"
             )
+        if data is None and group.needs_data:
+            raise ValueError(
+                f"groups.{number}: {group.needs_data} needs calibration data: sparsify.apply(..., data=...)"
+            )
+    layers = [list(weights) for weights in assign_layers(recipe, model)]
+    if data is not None:
+        groups = zip(recipe.groups, layers, strict=True)
+        orders = [(_order(group), names) for group, names in groups if group.method != HOLD]
+        follow(model, orders, data, progress=progress)
+        return model
     masks: dict[str, Tensor] = {}
-    for group, weights in zip(recipe.groups, assign_layers(recipe, model), strict=True):
-        masks |= group_masks(model, group, list(weights))
+    for group, weights in zip(recipe.groups, layers, strict=True):
+        masks |= group_masks(model, group, weights)
     for name, layer in sparse_layers(model).items():
         if name in masks:
             layer.set_mask(masks[name])
@@ -284,6 +316,7 @@ def group_masks(
             method=method,
             pattern=group.pattern,
             allocation=allocation,
+            max_sparsity=group.max_sparsity,
             seed=seed,
             evidence=evidence,
         )
@@ -297,6 +330,12 @@ def group_masks(
         return masks_of(names, None, "uniform")
     assert group.sparsity is not None
     return masks_of(names, target(group.sparsity), group.allocation)
+
+
+def _order(group: Group) -> Order:
+    return Order(
+        group.sparsity, group.method, group.pattern, group.allocation, group.max_sparsity, group.refit, group.seed
+    )
 
 
 def _strings(content: Value) -> set[str]:

@@ -7,17 +7,18 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sparsify.methods import BY_ROW, SOLVERS, Method, check_weight, score
+from sparsify.methods import BY_ROW, SOLVERS, Method, check_weight, refit, score
 from sparsify.patterns import Pattern, choose_mask
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a layer is to become: `n_removed` of its units removed by `method`."""
+    """What a layer is to become: `n_removed` of its units removed by `method`, and the kept weights refitted or not."""
 
     method: str | Method
     pattern: Pattern
     n_removed: int
+    refit: bool = False
     seed: int | None = None
 
 
@@ -27,10 +28,12 @@ def solve(name: str, weight: Tensor, mask: Tensor, task: Task, gram: Tensor) -> 
     weight = weight.detach().masked_fill(~mask, 0)
     if task.method in SOLVERS:
         assert isinstance(task.method, str)
-        return SOLVERS[task.method](weight, mask, task.n_removed, task.pattern, gram=gram)
-    scores = score(name, weight, task.method, task.seed, gram)
-    mask = choose_mask(scores, mask, task.pattern, task.n_removed, by_row=task.method in BY_ROW)
-    return weight.masked_fill(~mask, 0), mask
+        new, mask = SOLVERS[task.method](weight, mask, task.n_removed, task.pattern, gram=gram)
+    else:
+        scores = score(name, weight, task.method, task.seed, gram)
+        mask = choose_mask(scores, mask, task.pattern, task.n_removed, by_row=task.method in BY_ROW)
+        new = weight.masked_fill(~mask, 0)
+    return (refit(weight, mask, gram=gram) if task.refit else new), mask
 
 
 def output_error(weight: Tensor, new: Tensor, gram: Tensor) -> float:

@@ -119,7 +119,7 @@ def test_compress_json(run, tmp_path: Path) -> None:
     assert done.json["file_bytes"] == out.stat().st_size
     assert [row["name"] for row in done.json["in_file"]] == ["first", "second", "total"]
     assert done.json["in_memory"][0]["sparsity"] == 0.75
-    keys = {"name", "shape", "sparsity", "format", "n_bytes", "dense_bytes", "reason", "times_us"}
+    keys = {"name", "shape", "sparsity", "format", "n_bytes", "dense_bytes", "reason", "times_us", "error", "time_s"}
     assert set(done.json["in_file"][0]) == set(done.json["in_memory"][0]) == keys
     assert "dense" in done.json["in_memory"][0]["times_us"]
 

@@ -6,9 +6,11 @@ from cases import DTYPES, weight
 from torch import Tensor, nn
 
 import sparsify
-from sparsify import SparseLinear, convert, prune
+from sparsify import Recipe, SparseLinear, apply, convert, prune
+from sparsify.allocation import ALLOCATIONS, MEASURED_ALLOCATIONS
 from sparsify.methods import CALIBRATED, METHODS, SOLVERS
 from sparsify.methods.wanda import wanda
+from sparsify.plan import plan
 
 NEED_DATA = (*CALIBRATED, *SOLVERS)
 X = weight((64, 16), seed=9)
@@ -29,8 +31,12 @@ def state(net: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("method", [*METHODS, *NEED_DATA])
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.37, 0.5, 1.0])
-@pytest.mark.parametrize("allocation", ["uniform", "erk"])
+@pytest.mark.parametrize("allocation", [*ALLOCATIONS, *MEASURED_ALLOCATIONS])
 def test_the_number_of_zeros_is_exact(method: str, sparsity: float, allocation: str) -> None:
+    if allocation == "global" and method in SOLVERS:
+        with pytest.raises(ValueError, match="allocation 'global' ranks scores, and method"):
+            prune(model(), sparsity, method=method, allocation=allocation, data=[X])
+        return
     net = prune(model(), sparsity, method=method, allocation=allocation, data=[X])
     zeros = [int((layer.weight == 0).sum()) for layer in layers(net)]
     sizes = [layer.weight.numel() for layer in layers(net)]
@@ -156,3 +162,86 @@ def test_activations_that_overflow_leave_the_model_as_it_was() -> None:
     with pytest.raises(ValueError, match=r"4: its input in batch 0 of the calibration data holds NaN or Inf"):
         prune(net, 0.5, method="sparsegpt", data=[X.abs()])
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+@pytest.mark.parametrize("method", [*METHODS, *NEED_DATA])
+def test_refit_never_raises_the_error(method: str) -> None:
+    plain = prune(model(), 0.5, method=method, data=[X])
+    fitted = prune(model(), 0.5, method=method, refit=True, data=[X])
+    assert torch.equal(plain[0].mask, fitted[0].mask)
+    assert fitted[0].fit.error <= plain[0].fit.error * 1.01  # refit minimises the damped error
+
+
+@pytest.mark.parametrize("allocation", ["global", "erk", "owl", "error"])
+def test_a_cap_holds_and_the_total_stays(allocation: str) -> None:
+    free = prune(model(), 0.6, method="wanda", allocation=allocation, data=[X])
+    cap = max(layer.sparsity for layer in layers(free)) - 0.02
+    if cap < 0.6:
+        pytest.skip("all layers lose the same")
+    held = prune(model(), 0.6, method="wanda", allocation=allocation, max_sparsity=cap, data=[X])
+    sizes = [layer.weight.numel() for layer in layers(held)]
+    assert max(layer.sparsity for layer in layers(held)) <= cap
+    assert sum(int((~layer.mask).sum()) for layer in layers(held)) == round(0.6 * sum(sizes))
+
+
+def test_a_cap_without_data() -> None:
+    net = prune(model(), 0.6, allocation="global", max_sparsity=0.61)
+    assert max(layer.sparsity for layer in layers(net)) <= 0.61
+    assert sum(int((~layer.mask).sum()) for layer in layers(net)) == round(0.6 * (192 + 144 + 96))
+    with pytest.raises(ValueError, match=r"max_sparsity=0.5 for each layer leaves no room for sparsity 0.6"):
+        prune(model(), 0.6, allocation="erk", max_sparsity=0.5)
+    with pytest.raises(ValueError, match=r"max_sparsity=0\.9 has no effect with allocation 'uniform'"):
+        prune(model(), 0.6, max_sparsity=0.9)
+
+
+@pytest.mark.parametrize("allocation", MEASURED_ALLOCATIONS)
+def test_measured_allocations_need_data(allocation: str) -> None:
+    with pytest.raises(ValueError, match=f"allocation '{allocation}' needs calibration data"):
+        prune(model(), 0.5, allocation=allocation)
+    with pytest.raises(ValueError, match="refit=True has no effect without data"):
+        prune(model(), 0.5, refit=True)
+
+
+def test_the_layer_whose_errors_cost_least_loses_most() -> None:
+    net = model()
+    with torch.no_grad():
+        net[2].weight[:, 1:] *= 1e-4  # one input column says it all
+    prune(net, 0.5, method="wanda", allocation="error", data=[X])
+    sparsities = [layer.sparsity for layer in layers(net)]
+    assert sparsities[1] == max(sparsities) > 0.6
+
+
+def test_a_recipe_prunes_all_groups_in_one_walk() -> None:
+    recipe = Recipe(
+        groups=[
+            {"layers": ["2"], "method": "alps", "pattern": "2:4"},
+            {"layers": ["0", "4"], "method": "wanda", "sparsity": 0.75, "refit": True},
+        ]
+    )
+    net = apply(model(), recipe, data=iter([X]))
+    assert [layer.sparsity for layer in layers(net)] == [0.75, 0.5, 0.75]
+    first = prune(model(), 0.75, method="wanda", refit=True, include=["0"], data=[X])
+    assert torch.equal(net[0].weight, first[0].weight)
+    assert all("fit" in layer.__dict__ for layer in layers(net))
+    with pytest.raises(ValueError, match=r"groups\.0: method 'alps' needs calibration data"):
+        apply(model(), recipe)
+    with pytest.raises(ValueError, match=r"needs calibration data"):
+        sparsify.Pruner(model(), recipe)
+
+
+@pytest.mark.parametrize(
+    "group",
+    [
+        {"sparsity": 0.5, "method": "wanda", "schedule": {"kind": "linear", "end": 4, "every": 1}},
+        {"sparsity": 0.5, "refit": True, "schedule": {"kind": "linear", "end": 4, "every": 1}},
+        {"sparsity": 0.5, "allocation": "owl", "schedule": {"kind": "linear", "end": 4, "every": 1}},
+    ],
+)
+def test_data_is_not_for_schedules(group: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="needs calibration data, which is looked at once"):
+        Recipe(groups=[group])
+
+
+def test_a_plan_marks_what_the_data_decides() -> None:
+    recipe = Recipe(groups=[{"sparsity": 0.5, "method": "sparsegpt", "allocation": "error"}])
+    assert [(layer.ranked, layer.targets[-1][1]) for layer in plan(recipe, model())] == [(True, 0.5)] * 3

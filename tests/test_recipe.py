@@ -330,6 +330,8 @@ def test_a_recipe_of_ours_works_and_does_what_it_says(path: Path) -> None:
         with pytest.raises(ValueError, match="Pruner"):
             sparsify.apply(model, recipe)
         _train(model, recipe, n_epochs=10)
+    elif any(group.needs_data for group in recipe.groups):
+        sparsify.apply(model, recipe, data=[torch.randn(32, model[0].in_features)])
     else:
         sparsify.apply(model, recipe)
     n_zeros = [int((~layer.mask).sum()) for layer in layers]

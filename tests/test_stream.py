@@ -14,7 +14,7 @@ import sparsify
 from sparsify.convert import sparse_layers
 from sparsify.journal import Journal
 from sparsify.layers import Masked
-from sparsify.oneshot import make_tasks
+from sparsify.oneshot import Order, make_tasks
 from sparsify.report import Report
 from sparsify.resident import Resident, Weights, largest_block_bytes, without_memory
 from sparsify.solve import Task
@@ -87,7 +87,7 @@ def empty() -> nn.Module:
 
 def tasks_for(model: nn.Module) -> dict[str, Task]:
     shapes = {name: layer.shape for name, layer in sparse_layers(model).items()}
-    return make_tasks(shapes, 0.5, method="sparsegpt")
+    return make_tasks(shapes, Order(0.5, "sparsegpt"))
 
 
 def from_disk(folder: Path, out: Path, **options: Any) -> Report:

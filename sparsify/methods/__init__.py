@@ -16,15 +16,17 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from sparsify.methods.alps import alps
 from sparsify.methods.grasp import grasp
 from sparsify.methods.magnitude import magnitude
 from sparsify.methods.movement import movement
 from sparsify.methods.random import random
+from sparsify.methods.refit import refit
 from sparsify.methods.snip import snip
 from sparsify.methods.sparsegpt import sparsegpt
 from sparsify.methods.wanda import wanda
 
-__all__ = ["BY_ROW", "CALIBRATED", "EVIDENCE", "METHODS", "SOLVERS", "TRAINED", "Method", "Solver", "score"]
+__all__ = ["BY_ROW", "CALIBRATED", "EVIDENCE", "METHODS", "SOLVERS", "TRAINED", "Method", "Solver", "refit", "score"]
 
 Method = Callable[..., Tensor]
 Solver = Callable[..., tuple[Tensor, Tensor]]
@@ -45,7 +47,7 @@ EVIDENCE: dict[str, str] = {
 BY_ROW = ("wanda",)
 
 #: `(weight, mask, n_removed, pattern, *, gram) -> weight, mask`; see `sparsegpt`.
-SOLVERS: dict[str, Solver] = {"sparsegpt": sparsegpt}
+SOLVERS: dict[str, Solver] = {"sparsegpt": sparsegpt, "alps": alps}
 
 
 def needs_data(method: str | Method) -> bool:

@@ -1,0 +1,108 @@
+"""Calibration data for the command line: texts, pictures, or batches made by the user's own function."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SAMPLES, TOKENS, BATCH = 128, 256, 8
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+TEXTS = (".txt", ".md", ".jsonl", ".csv", ".cor")
+
+_IMAGE_SIZE, _CROP = 256, 224
+_MEAN, _SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision's models expect
+
+
+def load_data(source: str, model: str, *, samples: int = SAMPLES, tokens: int = TOKENS) -> Iterable[Any]:
+    """Make calibration batches for the model named `model` from `source`.
+
+    source is "package.module:function", a function that returns an iterable of batches; or a file or folder of texts,
+    for "hf:FOLDER" models, whose tokenizer.json cuts them into `samples` pieces of `tokens` tokens, without padding; or
+    a folder of pictures, of which `samples`, evenly spread over the sorted files, are scaled to 256, cropped to 224 and
+    normalised as ImageNet's are. Raises ValueError with the way out.
+    """
+    if samples < 1 or tokens < 1:
+        raise ValueError(f"--samples and --sample-tokens must be positive, got {samples} and {tokens}")
+    path = Path(source)
+    if not path.exists():
+        return _from_function(source)
+    files = sorted(file for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
+    texts = [file for file in files if file.suffix.lower() in TEXTS]
+    images = [file for file in files if file.suffix.lower() in IMAGES]
+    if images and not texts:
+        return _picture_batches(_spread(images, samples))
+    if texts and not images:
+        return _text_batches(texts, model, samples, tokens)
+    found = "both texts and pictures" if texts else "no text or picture"
+    raise ValueError(f"--data {source}: {found}; give a file or folder of {', '.join(TEXTS)} or of {', '.join(IMAGES)}")
+
+
+def _text_batches(files: list[Path], model: str, samples: int, tokens: int) -> list[dict[str, Tensor]]:
+    """Cut the texts, one after the other, into pieces of one length, evenly spread over them."""
+    source, _, folder = model.partition(":")
+    vocabulary = Path(folder) / "tokenizer.json"
+    if source != "hf" or not vocabulary.is_file():
+        raise ValueError(
+            f"--data: texts need an hf:FOLDER model with a tokenizer.json, and {model!r} has none; "
+            "give --data package.module:function, which returns batches"
+        )
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise ValueError("tokenizers is not installed: pip install 'sparsify-torch[hf]'") from None
+    tokenizer = Tokenizer.from_file(str(vocabulary))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    ids: list[int] = []
+    for file in files:
+        ids += tokenizer.encode(file.read_text(encoding="utf-8", errors="replace")).ids
+    pieces = [ids[start : start + tokens] for start in range(0, len(ids) - tokens + 1, tokens)]
+    if not pieces:
+        raise ValueError(f"--data: the texts have {len(ids)} tokens, less than one sample of {tokens}")
+    chosen = _spread(pieces, samples)
+    return [{"input_ids": torch.tensor(chosen[i : i + BATCH])} for i in range(0, len(chosen), BATCH)]
+
+
+def _picture_batches(files: list[Path]) -> Iterator[Tensor]:
+    try:
+        from PIL import Image
+    except ImportError:
+        raise ValueError("pillow is not installed: pip install pillow") from None
+    mean, spread = torch.tensor(_MEAN)[:, None, None], torch.tensor(_SPREAD)[:, None, None]
+
+    def read(file: Path) -> Tensor:
+        with Image.open(file) as opened:
+            picture = opened.convert("RGB")
+        width, height = picture.size
+        scale = _IMAGE_SIZE / min(width, height)
+        picture = picture.resize((max(_CROP, round(width * scale)), max(_CROP, round(height * scale))))
+        left, top = (picture.width - _CROP) // 2, (picture.height - _CROP) // 2
+        values = torch.frombuffer(
+            bytearray(picture.crop((left, top, left + _CROP, top + _CROP)).tobytes()), dtype=torch.uint8
+        )
+        return (values.reshape(_CROP, _CROP, 3).permute(2, 0, 1) / 255 - mean) / spread
+
+    return (torch.stack([read(file) for file in files[i : i + BATCH]]) for i in range(0, len(files), BATCH))
+
+
+def _from_function(path: str) -> Iterable[Any]:
+    module, _, name = path.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"--data {path}: there is no such file or folder, nor such a function ({error}); "
+            "give a file or folder, or package.module:function, importable from here"
+        ) from error
+    batches: Iterable[Any] = function()
+    return batches
+
+
+def _spread(items: list[Any], n: int) -> list[Any]:
+    """Return n of the items, evenly spread, or all if there are no more."""
+    return items if len(items) <= n else [items[i * len(items) // n] for i in range(n)]
