@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparsify import container
 from sparsify.choose import Choice
-from sparsify.container import LayerEntry
+from sparsify.container import Header, LayerEntry
 from sparsify.edit import Model, become, layers_of_type, replace
 from sparsify.errors import CheckpointError, MeasuredElsewhereWarning
 from sparsify.formats import (
@@ -30,6 +30,7 @@ from sparsify.fuse import fuse_activations
 from sparsify.kernels import FORMS, supports
 from sparsify.kinds import followers, join, kind_of, kinds, matrices
 from sparsify.layers import CSRLinear, Masked
+from sparsify.layers.tied import check_tieable, tie
 from sparsify.machine import machine_name
 from sparsify.report import Report, Row
 
@@ -50,17 +51,25 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     layers: dict[str, LayerEntry] = {}
     tensors: dict[str, Tensor] = {}
     state = model.state_dict(keep_vars=True)
+    aliases: dict[str, str] = {}
+    packed: dict[int, str] = {}
     for name, module in _linear_layers(model).items():
         entry, parts = _pack(module)
         if entry.module == "Linear" and entry.format == "dense":
             continue
         layers[name] = entry
-        tensors |= {join(name, "weight", part): tensor for part, tensor in parts.items()}
+        first_of = packed.setdefault(id(_held(module)), name)
+        if first_of != name:
+            aliases[join(name, "weight")] = join(first_of, "weight")
+        else:
+            tensors |= {join(name, "weight", part): tensor for part, tensor in parts.items()}
     for name in own_keys(model, layers):
         state.pop(name, None)
-    aliases: dict[str, str] = {}
     first: dict[int, str] = {}
     for name, value in state.items():
+        if leader := _packed_as(model, name, value, layers, packed):
+            aliases[name] = join(leader, "weight")
+            continue
         if not isinstance(value, Tensor):
             raise ValueError(f"{name}: a checkpoint holds tensors only, got {type(value).__name__} (get_extra_state?)")
         if first.setdefault(id(value), name) != name:
@@ -92,10 +101,11 @@ def load(path: str | os.PathLike[str], model: Model) -> Model:
         try:
             # Before anything is unpacked: a bitmask of few bytes may claim to stand for a huge weight.
             _check_layers(model, header.layers)
-            weights = _take_weights(header.layers, tensors)
-            _add_aliases(header.aliases, tensors)
+            weights = _take_weights(_stored(header), tensors)
+            _add_aliases(header, tensors, weights)
             _check_rest(model, header.layers, weights, tensors)
             _check_choices(model, header.choices)
+            _check_tied(model, header)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
     modules = dict(model.named_modules())
@@ -105,6 +115,7 @@ def load(path: str | os.PathLike[str], model: Model) -> Model:
     for name, kind in followers(model, set(made)).items():
         made[modules[name]] = kind.to_sparse(modules[name])
     replace(model, made)
+    _tie_again(header, modules)
     _fill(model, tensors)
     fuse_activations(model)
     for name, choice in header.choices.items():
@@ -142,8 +153,8 @@ def inspect(path: str | os.PathLike[str]) -> Report:
     header, tensors = container.read(path)
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
     try:
-        weights = _take_weights(header.layers, tensors)
-        _add_aliases(header.aliases, tensors)
+        weights = _take_weights(_stored(header), tensors)
+        _add_aliases(header, tensors, weights)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     rows = []
@@ -151,7 +162,7 @@ def inspect(path: str | os.PathLike[str]) -> Report:
         values = weights[name].values
         n_weights = entry.out_features * entry.in_features
         sparsity = 1 - values.numel() / n_weights if n_weights else 0.0
-        n_bytes = sum(sizes[key] for key in _part_names(name, entry))
+        n_bytes = sum(sizes.get(key, 0) for key in _part_names(name, entry))  # one that is tied takes none
         rows.append(Row(name, entry.shape, sparsity, entry.format, n_bytes, n_weights * values.element_size()))
     return Report(tuple(rows))
 
@@ -239,6 +250,11 @@ def _part_names(name: str, entry: LayerEntry) -> list[str]:
     return [join(name, "weight", part) for part in _PARTS[entry.format]] or [join(name, "weight")]
 
 
+def _stored(header: Header) -> dict[str, LayerEntry]:
+    """Return the layers with tensors of their own; the others' weights are packed in those of another."""
+    return {name: entry for name, entry in header.layers.items() if join(name, "weight") not in header.aliases}
+
+
 def _take_weights(layers: Mapping[str, LayerEntry], tensors: dict[str, Tensor]) -> dict[str, CSR]:
     """Take the parts of every packed weight out of `tensors`, check them, and return them as CSR."""
     weights = {}
@@ -254,12 +270,77 @@ def _take_weights(layers: Mapping[str, LayerEntry], tensors: dict[str, Tensor]) 
     return weights
 
 
-def _add_aliases(aliases: Mapping[str, str], tensors: dict[str, Tensor]) -> None:
-    """Give every tensor its other names too."""
-    for alias, name in aliases.items():
-        if name not in tensors or alias in tensors:
+def _add_aliases(header: Header, tensors: dict[str, Tensor], weights: dict[str, CSR]) -> None:
+    """Give every tensor and every packed weight its other names too."""
+    layers = {join(name, "weight"): name for name in header.layers}
+    packed = {key: name for key, name in layers.items() if name in weights}
+    added: dict[str, Tensor] = {}
+    for alias, name in header.aliases.items():
+        if alias in tensors or alias in packed or (name not in tensors and name not in packed):
             raise CheckpointError(f"the header says {alias!r} is the same tensor as {name!r}, which cannot be")
-    tensors |= {alias: tensors[name] for alias, name in aliases.items()}
+        if alias not in layers:
+            entry = header.layers[packed[name]] if name in packed else None
+            added[alias] = csr_to_dense(weights[packed[name]], entry.shape)[0] if entry else tensors[name]
+        elif name in packed and header.layers[layers[alias]] == header.layers[packed[name]]:
+            weights[layers[alias]] = weights[packed[name]]
+        else:
+            raise CheckpointError(f"the header says {alias!r} is packed as {name!r} is, which cannot be")
+    tensors |= added
+
+
+def _held(module: nn.Module) -> Tensor | None:
+    """Return the tensor by which layers that share a weight are known."""
+    return module.parts[-1] if isinstance(module, CSRLinear) else module._parameters.get("weight")
+
+
+def _packed_as(
+    model: nn.Module, name: str, value: object, layers: Mapping[str, LayerEntry], packed: Mapping[int, str]
+) -> str | None:
+    """Return the layer whose packed weight says all of a state's tensor: a tied one, or the Embedding of an export."""
+    if id(value) in packed:
+        return packed[id(value)]
+    owner = dict(model.named_modules()).get(name.rpartition(".")[0])
+    if type(owner) is not nn.Embedding or value is not owner.weight:
+        return None
+    for layer, entry in layers.items():
+        module = model.get_submodule(layer)
+        if entry.module == "CSRLinear" and isinstance(module, CSRLinear) and entry.shape == owner.weight.shape:
+            dense = csr_to_dense(module.csr, module.shape)[0]
+            if dense.dtype == owner.weight.dtype and torch.equal(_bytes(dense), _bytes(owner.weight.detach())):
+                return layer
+    return None
+
+
+def _tied_to_masked(header: Header) -> dict[str, str]:
+    """Return the modules that used the mask of a layer when the file was written, and that layer."""
+    layers = {join(name, "weight"): name for name, entry in header.layers.items() if entry.module == "SparseLinear"}
+    return {
+        alias.rpartition(".")[0]: layers[name]
+        for alias, name in header.aliases.items()
+        if name in layers and alias not in layers and alias.rpartition(".")[2] == "weight"
+    }
+
+
+def _check_tied(model: nn.Module, header: Header) -> None:
+    """Raise CheckpointError unless every module that uses another's mask in the file can do so in the model."""
+    for name, leader in _tied_to_masked(header).items():
+        try:
+            check_tieable(model.get_submodule(name))
+        except ValueError as error:
+            raise CheckpointError(f"{name} is tied to {leader} in the file, but in the model {error}") from None
+
+
+def _tie_again(header: Header, modules: Mapping[str, nn.Module]) -> None:
+    """Let modules share what they shared when the file was written: a masked layer's weight, or packed tensors."""
+    for name, leader in _tied_to_masked(header).items():
+        masked = modules[leader]
+        assert isinstance(masked, Masked)
+        modules[name]._parameters["weight"] = masked._parameters["weight"]
+        tie(modules[name], masked)
+    for alias, name in header.aliases.items():
+        one, other = modules.get(alias.rpartition(".")[0]), modules.get(name.rpartition(".")[0])
+        if isinstance(one, CSRLinear) and isinstance(other, CSRLinear) and one.form == other.form:
+            one._buffers = dict(other._buffers)
 
 
 def _as_csr(entry: LayerEntry, parts: list[Tensor]) -> CSR:

@@ -13,9 +13,10 @@ from sparsify.errors import LeftDenseWarning
 from sparsify.fuse import unfuse_activations
 from sparsify.interop import adapters
 from sparsify.kinds import Kind, chosen_kinds, followers, join, kind_of, kinds, reads_weights
-from sparsify.layers import CSRLinear, Masked
+from sparsify.layers import CSRLinear, Masked, Tied
+from sparsify.layers.tied import tie, untie
 from sparsify.match import Selector, select
-from sparsify.ties import check_untied
+from sparsify.ties import settle_ties
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,14 @@ class Plan:
 
     swap: the modules it changes, and how. already: the chosen layers that are masked. left: those left dense, and why.
     weights: the matrix (out_features, in_features) of every chosen layer that is masked, or will be.
+    shared: the modules that will use the weight and mask of another, and of which.
     """
 
     swap: dict[str, Kind]
     already: tuple[str, ...]
     left: dict[str, str]
     weights: dict[str, Tensor]
+    shared: dict[str, str]
 
 
 def convert(
@@ -38,6 +41,7 @@ def convert(
     include: Selector | Sequence[Selector] | None = None,
     exclude: Selector | Sequence[Selector] | None = None,
     types: type[nn.Module] | Sequence[type[nn.Module]] | None = None,
+    tied: str = "error",
 ) -> Model:
     """Swap every nn.Linear of a model for a SparseLinear, in place, and return the model.
 
@@ -50,6 +54,10 @@ def convert(
 
     A subclass of nn.Linear without methods of its own is converted too, and comes back as nn.Linear. The adapters of
     peft (LoRA) are left alone, the layers they are added to are not.
+    tied: what to do with a weight that other modules use too, such as an output head that shares its Embedding's:
+    "error", "skip" (it stays dense) or "share": the first linear layer among them gets the mask, and the other places
+    use the same masked weight.
+
     Layers that cannot be swapped stay dense, and one LeftDenseWarning names them and their share of the parameters.
     Raises ValueError, before anything is changed, for a selector that matches nothing, for a weight shared with another
     module, and if there is nothing to convert.
@@ -57,7 +65,7 @@ def convert(
     >>> convert(nn.Sequential(nn.Linear(4, 3), nn.ReLU()))[0]
     SparseLinear(in_features=4, out_features=3, bias=True, sparsity=0)
     """
-    plan = plan_convert(model, include=include, exclude=exclude, types=types)
+    plan = plan_convert(model, include=include, exclude=exclude, types=types, tied=tied)
     if not plan.swap and not plan.already:
         reasons = "; ".join(f"{name or '(root)'}: {why}" for name, why in list(plan.left.items())[:3])
         names = ", ".join(_name(kind.dense) for kind in chosen_kinds(types))
@@ -71,6 +79,10 @@ def convert(
         layer = model.get_submodule(name)
         if not isinstance(layer, Masked) and (inner := kind_of(layer)):  # in a module that was only laid out
             become(layer, inner.to_sparse(layer))
+    for name, leader in plan.shared.items():
+        masked = modules[leader]
+        assert isinstance(masked, Masked)
+        tie(modules[name], masked)
     return model
 
 
@@ -80,6 +92,7 @@ def plan_convert(
     include: Selector | Sequence[Selector] | None = None,
     exclude: Selector | Sequence[Selector] | None = None,
     types: type[nn.Module] | Sequence[type[nn.Module]] | None = None,
+    tied: str = "error",
 ) -> Plan:
     """Say what `convert` would do with the same arguments, and raise what it would raise; the model is not touched."""
     owners = _owners(model, chosen_kinds(types))
@@ -117,10 +130,13 @@ def plan_convert(
     if include is not None and left and not swap and not already:
         name, why = next(iter(left.items()))
         raise ValueError(f"{name or '(root)'}: cannot be converted, {why}")
-    check_untied(model, swap)
+    skipped, shared = settle_ties(model, swap, tied)
+    left |= skipped
+    swap = {name: kind for name, kind in swap.items() if name not in skipped and name not in shared}
+    weights = {layer: weight for layer, weight in weights.items() if owners[layer][0] in swap}
     modules = dict(model.named_modules())
     swap = followers(model, {modules[name] for name in swap}) | swap
-    return Plan(swap, tuple(already), left, already | weights)
+    return Plan(swap, tuple(already), left, already | weights, shared)
 
 
 def to_dense(model: Model) -> Model:
@@ -132,6 +148,8 @@ def to_dense(model: Model) -> Model:
     for layer in layers_of_type(model, CSRLinear).values():
         become(layer, layer.to_sparse())
     unfuse_activations(model)
+    for tied in layers_of_type(model, Tied).values():
+        untie(tied)
     for kind in kinds():
         for module in layers_of_type(model, kind.sparse).values():
             become(module, kind.to_dense(module))
@@ -176,7 +194,7 @@ def _owners(model: nn.Module, chosen: Sequence[Kind]) -> dict[str, tuple[str, nn
     owners: dict[str, tuple[str, nn.Module, Kind | None]] = {}
     beside = adapters(model)
     for name, module in model.named_modules():
-        if module in beside:
+        if module in beside or isinstance(module, Tied):
             continue
         if isinstance(module, Masked):
             owners[name] = name, module, None

@@ -68,7 +68,8 @@ def _alias(tensor: Tensor) -> Tensor:
 
 def _extra(module: nn.Module) -> dict[str, Any]:
     """Return what is on a module beyond what every module has: its class's own attributes, and the user's."""
-    return {key: value for key, value in module.__dict__.items() if key not in nn.Module().__dict__}
+    plain = {*nn.Module().__dict__, "leader"}  # a Tied layer's, which what it becomes has not
+    return {key: value for key, value in module.__dict__.items() if key not in plain}
 
 
 def _own_state(module: nn.Module) -> dict[str, Any]:

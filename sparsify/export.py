@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 from torch import nn
 from tqdm import tqdm
 
@@ -10,7 +13,8 @@ from sparsify.edit import Model, copy_with, layers_of_type
 from sparsify.fuse import fuse_activations
 from sparsify.kernels import FORMS, supports
 from sparsify.kinds import masked_as
-from sparsify.layers import CSRLinear, Masked
+from sparsify.layers import CSRLinear, Masked, Tied
+from sparsify.layers.tied import untie
 
 FORMATS = ("auto", "dense", *FORMS)
 
@@ -60,6 +64,8 @@ def export(model: Model, *, format: str = "auto", tokens: int | None = None, pro
     for layer in tqdm(layers.values(), desc="measuring layers", disable=not progress or format != "auto"):
         choice = chooser.choose(layer) if format == "auto" else Choice(format, 0, {}, "")
         replacements[layer] = _export_layer(layer, choice)
+    for tied in layers_of_type(model, Tied).values():
+        replacements[tied] = _export_tied(tied, replacements[tied.leader[0]])
     return fuse_activations(copy_with(model, replacements))
 
 
@@ -71,3 +77,19 @@ def _export_layer(layer: Masked, choice: Choice) -> nn.Module:
         exported = CSRLinear.from_sparse(layer, form=choice.form)
     exported.__dict__["choice"] = choice
     return exported
+
+
+def _export_tied(tied: Tied, leader: nn.Module) -> nn.Module:
+    """Let a tied layer hold the exported leader's own tensors, packed or dense; an Embedding needs them dense."""
+    if isinstance(leader, CSRLinear) and isinstance(tied, nn.Linear):
+        packed = copy.copy(leader)
+        packed._parameters = {"bias": tied._parameters["bias"]}
+        packed._buffers = dict(leader._buffers)
+        return packed
+    plain = copy.copy(tied)
+    untie(plain)
+    weight: Any = leader.weight
+    if isinstance(leader, CSRLinear):
+        weight = nn.Parameter(tied.leader[0].masked_weight().detach(), requires_grad=tied.weight.requires_grad)
+    plain._parameters = {**plain._parameters, "weight": weight}
+    return plain

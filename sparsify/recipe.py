@@ -232,7 +232,7 @@ def assign_layers(recipe: Recipe, model: nn.Module) -> list[dict[str, Tensor]]:
     for number, group in enumerate(recipe.groups):
         where = f"groups.{number}"
         try:
-            weights = plan_convert(model, include=group.layers, exclude=group.exclude).weights
+            weights = plan_convert(model, include=group.layers, exclude=group.exclude, tied="skip").weights
             shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
             if not shapes:
                 raise ValueError("no layer is left after 'exclude'")

@@ -1,30 +1,86 @@
-"""Which Parameters of a model are one: the same object, or the same memory."""
+"""Which Parameters of a model are one, the same object or the same memory, and what becomes of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterator
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from sparsify.layers.tied import check_tieable
 
-def check_untied(model: nn.Module, names: Iterable[str]) -> None:
-    """Raise ValueError if a weight in one of the named modules is also used by another module."""
-    places: dict[object, list[tuple[str, Tensor]]] = {}
+#: What can be done with a weight that several modules use.
+TIED = ("error", "skip", "share")
+
+
+class Place(NamedTuple):
+    """Where a module holds a Parameter, under which key."""
+
+    module: str
+    key: str
+    parameter: nn.Parameter
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.key}".lstrip(".")
+
+
+def settle_ties(model: nn.Module, names: Collection[str], tied: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Say what becomes of the named modules, each about to be masked, whose weights other modules use too.
+
+    Returns those to leave dense with the reason, and those that are to use another's mask with its name. Raises
+    ValueError for tied="error", and for what cannot share a mask.
+    """
+    if tied not in TIED:
+        raise ValueError(f"tied={tied!r} is none of: {', '.join(TIED)}")
+    skipped: dict[str, str] = {}
+    shared: dict[str, str] = {}
+    for name, places in _ties(model, names):
+        together = " and ".join(map(str, places))
+        inside = ".*" if next(model.get_submodule(name).children(), None) is not None else ""
+        if tied == "error":
+            raise ValueError(
+                f"{name}: its weight is tied: {together} are one Parameter, and a mask would change both; leave it "
+                f"dense with exclude=[{name + inside!r}] or tied='skip', let both use one mask with tied='share', "
+                "or untie it"
+            )
+        if tied == "skip":
+            skipped[name] = f"its weight is tied: {together} are one Parameter"
+        elif name not in shared:
+            for place in places:
+                if place.module != name:
+                    _check_shareable(model, name, place)
+                    shared[place.module] = name
+    return skipped, shared
+
+
+def _check_shareable(model: nn.Module, name: str, place: Place) -> None:
+    """Raise ValueError if the module at a place cannot use the mask of the layer `name`."""
+    leader = model.get_submodule(name)
+    try:
+        if place.parameter is not leader._parameters.get("weight") or place.key != "weight":
+            raise ValueError("it is not the same Parameter `weight`, it only overlaps in memory")
+        if not isinstance(leader, nn.Linear):
+            raise ValueError("only the mask of an nn.Linear can be shared")
+        check_tieable(model.get_submodule(place.module))
+    except ValueError as error:
+        raise ValueError(
+            f"{name}: its weight is tied to {place}, which cannot share its mask: {error}; "
+            f"leave it dense with exclude=[{name!r}], or untie it"
+        ) from None
+
+
+def _ties(model: nn.Module, names: Collection[str]) -> Iterator[tuple[str, list[Place]]]:
+    """Yield each of the named modules with a weight that has several places, and those places."""
+    places: dict[object, list[Place]] = {}
     for module_name, module in model.named_modules():
         for key, parameter in module._parameters.items():
             if parameter is not None:
-                place = f"{module_name}.{key}".lstrip("."), parameter
-                places.setdefault(_memory(parameter)[0], []).append(place)
+                places.setdefault(_memory(parameter)[0], []).append(Place(module_name, key, parameter))
     for name in names:
-        module = model.get_submodule(name)
-        inside = ".*" if next(module.children(), None) is not None else ""
-        for weight in module.parameters():
-            used = [place for place, parameter in places[_memory(weight)[0]] if _overlap(weight, parameter)]
+        for weight in model.get_submodule(name).parameters():
+            used = [place for place in places[_memory(weight)[0]] if _overlap(weight, place.parameter)]
             if weight.ndim > 1 and len(used) > 1:
-                raise ValueError(
-                    f"{name}: its weight is tied: {' and '.join(used)} are one Parameter, and a mask would "
-                    f"change both; leave it dense with exclude=[{name + inside!r}], or untie it first"
-                )
+                yield name, used
 
 
 def _memory(parameter: Tensor) -> tuple[object, int, int]:

@@ -199,7 +199,7 @@ def test_a_tied_weight_is_an_error_that_names_both_and_the_way_out() -> None:
     with pytest.raises(
         ValueError,
         match=r"head: its weight is tied: embedding\.weight and head\.weight .*"
-        r"exclude=\['head'\], or untie",
+        r"exclude=\['head'\] or tied='skip', .* tied='share', or untie",
     ):
         convert(model)
     assert_unchanged(model, before)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sparsify.kinds.attention import ATTENTION, ENCODER, followers, reads_weights
 from sparsify.kinds.kind import Kind
 from sparsify.kinds.linear import LINEAR
-from sparsify.layers import CSRLinear, Masked
+from sparsify.layers import CSRLinear, Masked, Tied
 
 __all__ = [
     "Kind",
@@ -71,7 +71,7 @@ def matrices(module: nn.Module) -> dict[str, Tensor]:
     """
     if isinstance(module, Masked):
         return {"": module.weight_matrix}
-    kind = kind_of(module)
+    kind = None if isinstance(module, Tied) else kind_of(module)
     return {} if kind is None or isinstance(module, kind.sparse) else kind.matrices(module)
 
 

@@ -8,5 +8,6 @@ from sparsify.layers.csr_linear import CSRLinear
 from sparsify.layers.encoder import LayeredEncoder
 from sparsify.layers.masked import Masked
 from sparsify.layers.sparse_linear import SparseLinear
+from sparsify.layers.tied import Tied
 
-__all__ = ["CSRLinear", "LayeredAttention", "LayeredEncoder", "Masked", "SparseLinear"]
+__all__ = ["CSRLinear", "LayeredAttention", "LayeredEncoder", "Masked", "SparseLinear", "Tied"]

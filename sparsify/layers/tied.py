@@ -1,0 +1,71 @@
+"""A second place that uses the weight of a masked layer: it reads the weight under that layer's mask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparsify.layers.masked import Masked
+
+
+class Tied(nn.Module):
+    """A module whose Parameter `weight` is also that of a masked layer, its leader; only the leader has a mask.
+
+    So its gradient of a masked weight is exactly zero too, and it sees what the leader sees after any optimizer step.
+    """
+
+    weight: Tensor
+    #: In a tuple, where nn.Module does not take it for a child.
+    leader: tuple[Masked]
+
+    @property
+    def mask(self) -> Tensor:
+        """The leader's mask, laid out as the weight."""
+        return self.leader[0].mask
+
+
+class TiedLinear(Tied, nn.Linear):
+    """A Linear that uses the weight of a masked layer; the bias is its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the layer to (..., in_features); returns (..., out_features)."""
+        return F.linear(input, torch.where(self.mask, self.weight, 0.0), self.bias)
+
+
+class TiedEmbedding(Tied, nn.Embedding):
+    """An Embedding that looks up rows of the weight of a masked layer."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Look up the rows of `input`; returns (..., embedding_dim)."""
+        return torch.where(self.mask[input], super().forward(input), 0.0)
+
+
+_TIED: dict[type[nn.Module], type[Tied]] = {nn.Linear: TiedLinear, nn.Embedding: TiedEmbedding}
+
+
+def check_tieable(module: nn.Module) -> None:
+    """Raise ValueError, saying why, if a module cannot use another layer's mask."""
+    if type(module) not in _TIED:
+        names = " and ".join(f"nn.{kind.__name__}" for kind in _TIED)
+        raise ValueError(f"it is a {type(module).__name__}; only {names} can use another layer's mask")
+    if "forward" in module.__dict__:
+        raise ValueError("its forward was replaced on the instance")
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        raise ValueError("its max_norm changes the weight as it is used")
+
+
+def tie(module: nn.Module, leader: Masked) -> None:
+    """Let a module that has the leader's weight use the leader's mask, in place."""
+    check_tieable(module)
+    module.__class__ = _TIED[type(module)]
+    module.__dict__["leader"] = (leader,)
+
+
+def untie(module: Tied) -> None:
+    """Let a module be what it was before it was tied, in place; the Parameter stays shared."""
+    plain: Any = next(plain for plain, tied in _TIED.items() if type(module) is tied)
+    module.__class__ = plain
+    del module.__dict__["leader"]
