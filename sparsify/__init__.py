@@ -11,7 +11,7 @@ from sparsify.checkpoint import inspect, load, save
 from sparsify.convert import convert, masks_from_zeros, to_dense
 from sparsify.errors import CheckpointError, LeftDenseWarning, MeasuredElsewhereWarning, RecipeError, ScheduleWarning
 from sparsify.export import export
-from sparsify.layers import CSRLinear, SparseLinear
+from sparsify.layers import CSRConv2d, CSRLinear, SparseConv2d, SparseLinear
 from sparsify.prune import prune
 from sparsify.pruner import Pruner
 from sparsify.recipe import Recipe, apply, load_recipe
@@ -20,6 +20,7 @@ from sparsify.report import report
 from sparsify.schedules import Schedule
 
 __all__ = [
+    "CSRConv2d",
     "CSRLinear",
     "CheckpointError",
     "LeftDenseWarning",
@@ -29,6 +30,7 @@ __all__ = [
     "RecipeError",
     "Schedule",
     "ScheduleWarning",
+    "SparseConv2d",
     "SparseLinear",
     "apply",
     "convert",

@@ -19,7 +19,7 @@ from sparsify.edit import layers_of_type
 from sparsify.export import export
 from sparsify.inputs import Inputs, run
 from sparsify.kinds import matrices
-from sparsify.layers import CSRLinear
+from sparsify.layers import Packed
 from sparsify.machine import machine_name
 from sparsify.prune import prune
 from sparsify.report import report, table
@@ -161,7 +161,7 @@ def _timed(model: nn.Module) -> Iterator[tuple[dict[str, float], dict[str, int]]
     started: dict[str, float] = {}
     handles = []
     for name, layer in layers_of_type(model, nn.Module).items():
-        if not isinstance(layer, CSRLinear) and "" not in matrices(layer):
+        if not isinstance(layer, Packed) and "" not in matrices(layer):
             continue
 
         def before(_: nn.Module, arguments: tuple[Any, ...], name: str = name) -> None:

@@ -29,7 +29,7 @@ from sparsify.formats import (
 from sparsify.fuse import fuse_activations
 from sparsify.kernels import FORMS, supports
 from sparsify.kinds import followers, join, kind_of, kinds, matrices
-from sparsify.layers import CSRLinear, Masked
+from sparsify.layers import Masked, Packed
 from sparsify.layers.tied import check_tieable, tie
 from sparsify.machine import machine_name
 from sparsify.report import Report, Row
@@ -197,9 +197,10 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in layers_of_type(model, nn.Module).items()
-        if isinstance(module, (Masked, CSRLinear))
+        if isinstance(module, (Masked, Packed))
         or (
             any(type(module) is kind.dense and kind.layers(module) == ("",) for kind in kinds())
+            and "" in matrices(module)
             and used.get(id(module._parameters.get("weight"))) == 1
         )
     }
@@ -218,7 +219,7 @@ def own_keys(model: nn.Module, names: Iterable[str]) -> set[str]:
 
 def _pack(module: nn.Module) -> tuple[LayerEntry, dict[str, Tensor]]:
     """Choose the smallest format for a layer's weight, and pack it."""
-    if isinstance(module, CSRLinear):
+    if isinstance(module, Packed):
         becomes = "CSRLinear"
         weight, mask = csr_to_dense(module.csr, module.shape)
     elif isinstance(module, Masked):
@@ -290,7 +291,7 @@ def _add_aliases(header: Header, tensors: dict[str, Tensor], weights: dict[str, 
 
 def _held(module: nn.Module) -> Tensor | None:
     """Return the tensor by which layers that share a weight are known."""
-    return module.parts[-1] if isinstance(module, CSRLinear) else module._parameters.get("weight")
+    return module.parts[-1] if isinstance(module, Packed) else module._parameters.get("weight")
 
 
 def _packed_as(
@@ -304,7 +305,7 @@ def _packed_as(
         return None
     for layer, entry in layers.items():
         module = model.get_submodule(layer)
-        if entry.module == "CSRLinear" and isinstance(module, CSRLinear) and entry.shape == owner.weight.shape:
+        if entry.module == "CSRLinear" and isinstance(module, Packed) and entry.shape == owner.weight.shape:
             dense = csr_to_dense(module.csr, module.shape)[0]
             if dense.dtype == owner.weight.dtype and torch.equal(_bytes(dense), _bytes(owner.weight.detach())):
                 return layer
@@ -339,7 +340,7 @@ def _tie_again(header: Header, modules: Mapping[str, nn.Module]) -> None:
         tie(modules[name], masked)
     for alias, name in header.aliases.items():
         one, other = modules.get(alias.rpartition(".")[0]), modules.get(name.rpartition(".")[0])
-        if isinstance(one, CSRLinear) and isinstance(other, CSRLinear) and one.form == other.form:
+        if isinstance(one, Packed) and isinstance(other, Packed) and one.form == other.form:
             one._buffers = dict(other._buffers)
 
 
@@ -456,7 +457,7 @@ def _make(entry: LayerEntry, old: nn.Module, csr: CSR, choice: Choice | None) ->
     form = choice.form if choice and entry.module == "CSRLinear" and choice.form in FORMS else "csr"
     form = form if supports(form, device, csr.values.dtype) else "csr"
     on_device = CSR(*(part.to(device) for part in csr))
-    layer = CSRLinear(entry.in_features, entry.out_features, on_device, bias, form=form, masked_type=kind.sparse)
+    layer = kind.packed(entry.in_features, entry.out_features, on_device, bias, form=form, masked_type=kind.sparse)
     if entry.module == "CSRLinear":
         return layer
     sparse = layer.to_sparse()

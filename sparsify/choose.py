@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from sparsify.formats import CSR, dense_to_csr
-from sparsify.kernels import FORMS, linear, pack, supports
-from sparsify.layers import Masked
+from sparsify.kernels import FORMS, supports
+from sparsify.kinds import masked_as
+from sparsify.layers import Masked, Packed
 from sparsify.machine import machine_name
 from sparsify.timing import measure
 
@@ -55,7 +54,7 @@ class Choice:
 
 
 class Chooser:
-    """Measures layers one by one, each kind (shape, dtype, device, bias, kept weights in percent) only once."""
+    """Measures layers one by one, each kind (type, shape, dtype, device, bias, kept weights in percent, input) once."""
 
     def __init__(self, tokens: int) -> None:
         if tokens < 1:
@@ -64,43 +63,55 @@ class Chooser:
         self._known: dict[object, Choice] = {}
 
     @torch.inference_mode()
-    def choose(self, layer: Masked) -> Choice:
-        """Return the fastest form for a layer, "dense" unless another beats it by the margin."""
-        weight, mask = layer.weight_matrix, layer.matrix(layer.mask)
-        kind = (
-            weight.shape,
-            weight.dtype,
-            weight.device,
-            layer._parameters.get("bias") is None,
-            round(100 * layer.sparsity),
-        )
+    def choose(self, layer: Masked, given: Tensor | None = None) -> Choice:
+        """Return the fastest form for a layer, "dense" unless another beats it by the margin.
+
+        given: a tensor of the shape and layout of its input, on any device; else `tokens` rows of input.
+        """
+        shape = layer.input_shape(self.tokens) if given is None else tuple(given.shape)
+        strides = None if given is None else given.stride()
+        weight, bias = layer.weight, layer._parameters.get("bias")
+        sparsity = round(100 * layer.sparsity)
+        kind = (type(layer), layer.shape, weight.dtype, weight.device, bias is None, sparsity, shape, strides)
         if kind not in self._known:
-            csr = dense_to_csr(weight, mask)
-            times = self._measure(layer.matrix(layer.masked_weight()), csr, layer._parameters.get("bias"))
+            # A stride of 0 is an expanded tensor, which takes no values.
+            x = torch.empty(shape) if strides is None or 0 in strides else torch.empty_strided(shape, strides)
+            x.normal_(generator=torch.Generator().manual_seed(0))  # the user's random numbers are not ours to draw
+            times = self._measure(layer, x.to(weight))
             best = min(times, key=lambda form: times[form])
             form = best if times[best] < MARGIN * times["dense"] else "dense"
-            self._known[kind] = Choice(form, self.tokens, times, machine_name())
+            self._known[kind] = Choice(form, x.numel() // max(layer.shape[1], 1), times, machine_name())
         return self._known[kind]
 
-    def _measure(self, dense: Tensor, csr: CSR, bias: Tensor | None) -> dict[str, float]:
-        """Time dense, and every form that has a fast kernel here and takes less memory, in turns.
+    def _measure(self, layer: Masked, x: Tensor) -> dict[str, float]:
+        """Time dense, and every form that has a fast kernel here and takes less memory, in turns, on an input.
 
         Return medians in us.
         """
-        shape = (dense.shape[0], dense.shape[1])
-        generator = torch.Generator().manual_seed(0)  # the user's random numbers are not ours to draw
-        x = torch.randn(self.tokens, shape[1], generator=generator).to(dense)
-        calls: dict[str, Callable[[], object]] = {"dense": lambda: F.linear(x, dense, bias)}
-        for form in FORMS:
-            if form != "csr" and supports(form, dense.device, dense.dtype):
-                parts = pack(form, csr, shape)
-                if sum(part.numel() * part.element_size() for part in parts) < dense.numel() * dense.element_size():
-                    calls[form] = _call(x, parts, form, shape, bias)
-        timings = measure({form: [call] for form, call in calls.items()}, rounds=N_ROUNDS, sample_s=SAMPLE_S)
+        forms = [form for form in FORMS if form != "csr" and supports(form, x.device, x.dtype)]
+        candidates = {form: exported_as(layer, form) for form in ("dense", *forms)}
+        calls = {
+            form: [_call(module, x)]
+            for form, module in candidates.items()
+            if not isinstance(module, Packed) or _n_bytes(module.parts) < _n_bytes([layer.weight])
+        }
+        timings = measure(calls, rounds=N_ROUNDS, sample_s=SAMPLE_S)
         return {form: timing.median_s * 1e6 for form, timing in timings.items()}
 
 
-def _call(
-    x: Tensor, parts: tuple[Tensor, ...], form: str, shape: tuple[int, int], bias: Tensor | None
-) -> Callable[[], object]:
-    return lambda: linear(x, parts, form, shape, bias)
+def exported_as(layer: Masked, form: str) -> nn.Module:
+    """Make what a masked layer is exported as in a form; "dense" is the layer it was, with zeros."""
+    kind = masked_as(layer)
+    if form != "dense":
+        return kind.packed.from_sparse(layer, form=form)
+    dense = kind.to_dense(layer)
+    dense.weight = nn.Parameter(layer.masked_weight().detach(), requires_grad=layer.weight.requires_grad)
+    return dense
+
+
+def _call(module: nn.Module, x: Tensor) -> Callable[[], object]:
+    return lambda: module.forward(x)
+
+
+def _n_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -13,7 +13,7 @@ from sparsify.errors import LeftDenseWarning
 from sparsify.fuse import unfuse_activations
 from sparsify.interop import adapters
 from sparsify.kinds import Kind, chosen_kinds, followers, join, kind_of, kinds, reads_weights
-from sparsify.layers import CSRLinear, Masked, Tied
+from sparsify.layers import Masked, Packed, Tied
 from sparsify.layers.tied import tie, untie
 from sparsify.match import Selector, select
 from sparsify.ties import settle_ties
@@ -145,7 +145,7 @@ def to_dense(model: Model) -> Model:
     >>> to_dense(convert(nn.Sequential(nn.Linear(4, 3))))[0]
     Linear(in_features=4, out_features=3, bias=True)
     """
-    for layer in layers_of_type(model, CSRLinear).values():
+    for layer in layers_of_type(model, Packed).values():
         become(layer, layer.to_sparse())
     unfuse_activations(model)
     for tied in layers_of_type(model, Tied).values():

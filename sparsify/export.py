@@ -8,27 +8,33 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-from sparsify.choose import Choice, Chooser
+from sparsify.choose import Choice, Chooser, exported_as
 from sparsify.edit import Model, copy_with, layers_of_type
+from sparsify.example import layer_inputs
 from sparsify.fuse import fuse_activations
 from sparsify.kernels import FORMS, supports
-from sparsify.kinds import masked_as
-from sparsify.layers import CSRLinear, Masked, Tied
+from sparsify.layers import CSRLinear, Masked, Packed, Tied
 from sparsify.layers.tied import untie
 
 FORMATS = ("auto", "dense", *FORMS)
 
 
-def export(model: Model, *, format: str = "auto", tokens: int | None = None, progress: bool = False) -> Model:
+def export(
+    model: Model, *, format: str = "auto", tokens: int | None = None, example: Any = None, progress: bool = False
+) -> Model:
     """Return a copy for inference in which each masked layer is a CSRLinear, or the dense layer it was.
 
     The model itself stays as it was, and the copy shares the memory of every tensor that does not change. Outputs
     equal the masked model's. An activation that a layer's output goes to, and nowhere else, is applied by the layer.
 
-    format: "auto" measures each layer here, with `tokens` rows of input (batch x sequence, 128 if not given),
-    and takes the fastest form, dense where no sparse one is faster: no layer is left slower than dense. Or the form for
-    all layers: "csr" (runs anywhere, on the reference kernel), "panel" (many tokens), "bitmask" and "gather" (few),
-    "dense" (zeros in plain weights). The choice is on each exported layer as `choice`, and in `report`.
+    format: "auto" measures each layer here and takes the fastest form, dense where no sparse one is faster: no layer is
+    left slower than dense. Or the form for all layers: "csr" (runs anywhere, on the reference kernel), "panel" (many
+    tokens), "bitmask" and "gather" (few), "dense" (zeros in plain weights). The choice is on each exported layer as
+    `choice`, and in `report`.
+
+    "auto" measures with `example`, what the model is given in use (a tensor, a tuple, or a dict by name), on which it
+    runs once, so that each layer is measured with its own input. Layers that the example does not reach, and all
+    without one, are measured with `tokens` rows (batch x sequence, or positions of an image; 128 if not given).
 
     Raises ValueError if there is nothing to export, a form does not run here, or the model cannot be copied.
 
@@ -40,6 +46,8 @@ def export(model: Model, *, format: str = "auto", tokens: int | None = None, pro
         raise ValueError(f"format {format!r} is none of: {', '.join(FORMATS)}")
     if format != "auto" and tokens is not None:
         raise ValueError(f"tokens={tokens} has no effect with format {format!r}; only 'auto' measures")
+    if format != "auto" and example is not None:
+        raise ValueError(f"example has no effect with format {format!r}; only 'auto' measures")
     layers = layers_of_type(model, Masked)
     if not layers:
         raise ValueError("the model has no SparseLinear to export; call sparsify.convert(model) and prune it first")
@@ -60,23 +68,15 @@ def export(model: Model, *, format: str = "auto", tokens: int | None = None, pro
                 "see 'sparsify doctor', or use format='csr'"
             )
     chooser = Chooser(128 if tokens is None else tokens)
+    given = {} if example is None else layer_inputs(model, example)
     replacements: dict[nn.Module, nn.Module] = {}
     for layer in tqdm(layers.values(), desc="measuring layers", disable=not progress or format != "auto"):
-        choice = chooser.choose(layer) if format == "auto" else Choice(format, 0, {}, "")
-        replacements[layer] = _export_layer(layer, choice)
+        choice = chooser.choose(layer, given.get(layer)) if format == "auto" else Choice(format, 0, {}, "")
+        replacements[layer] = exported_as(layer, choice.form)
+        replacements[layer].__dict__["choice"] = choice
     for tied in layers_of_type(model, Tied).values():
         replacements[tied] = _export_tied(tied, replacements[tied.leader[0]])
     return fuse_activations(copy_with(model, replacements))
-
-
-def _export_layer(layer: Masked, choice: Choice) -> nn.Module:
-    if choice.form == "dense":
-        exported = masked_as(layer).to_dense(layer)
-        exported.weight = nn.Parameter(layer.masked_weight().detach(), requires_grad=layer.weight.requires_grad)
-    else:
-        exported = CSRLinear.from_sparse(layer, form=choice.form)
-    exported.__dict__["choice"] = choice
-    return exported
 
 
 def _export_tied(tied: Tied, leader: nn.Module) -> nn.Module:
@@ -89,7 +89,7 @@ def _export_tied(tied: Tied, leader: nn.Module) -> nn.Module:
     plain = copy.copy(tied)
     untie(plain)
     weight: Any = leader.weight
-    if isinstance(leader, CSRLinear):
+    if isinstance(leader, Packed):
         weight = nn.Parameter(tied.leader[0].masked_weight().detach(), requires_grad=tied.weight.requires_grad)
     plain._parameters = {**plain._parameters, "weight": weight}
     return plain

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from sparsify.choose import Choice
 from sparsify.edit import layers_of_type
-from sparsify.kinds import join, matrices
-from sparsify.layers import CSRLinear, Masked
+from sparsify.kinds import join, kind_of, matrices
+from sparsify.layers import Masked, Packed
 from sparsify.oneshot import Fit
 
 #: Of the printed table; a column without any entry is left out.
@@ -85,7 +85,7 @@ class Report(Sequence[Row]):
 
 
 def report(model: nn.Module) -> Report:
-    """List every layer that is exported, masked, or dense and of a kind that converts, with what its weight takes.
+    """List every layer that is exported, masked, or dense and such that convert takes it unasked, with its memory.
 
     >>> model = sparsify.convert(nn.Sequential(nn.Linear(8, 4)))
     >>> row = report(sparsify.export(sparsify.prune(model, 0.75), format="csr"))[0]
@@ -96,14 +96,16 @@ def report(model: nn.Module) -> Report:
     for name, layer in layers_of_type(model, nn.Module).items():
         choice = layer.__dict__.get("choice")
         measured = (choice.reason, dict(choice.times_us)) if isinstance(choice, Choice) else ("", {})
-        if isinstance(layer, CSRLinear):
+        if isinstance(layer, Packed):
             if layer.activation != "none":
                 applies = f"applies {layer.activation}"
                 measured = (f"{measured[0]}; {applies}" if measured[0] else applies, measured[1])
             dense_bytes = layer.shape[0] * layer.shape[1] * layer.parts[-1].element_size()
             n_bytes = _n_bytes(*layer.parts)
             rows.append(Row(name, layer.shape, layer.sparsity, layer.form, n_bytes, dense_bytes, *measured))
-        for part, weight in matrices(layer).items():
+        kind = kind_of(layer)
+        unasked = kind is None or kind.unasked or isinstance(layer, Masked) or isinstance(choice, Choice)
+        for part, weight in matrices(layer).items() if unasked else ():
             shape, n_bytes = (weight.shape[0], weight.shape[1]), _n_bytes(weight)
             if isinstance(layer, Masked):
                 row = Row(name, shape, layer.sparsity, "masked", n_bytes + _n_bytes(layer.mask), n_bytes)

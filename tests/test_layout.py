@@ -42,6 +42,7 @@ ORDER = (
     "recover",
     "prune",
     "machine",
+    "example",
     "choose",
     "export",
     "report",

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from sparsify.kinds.attention import ATTENTION, ENCODER, followers, reads_weights
+from sparsify.kinds.conv2d import CONV2D
 from sparsify.kinds.kind import Kind
 from sparsify.kinds.linear import LINEAR
-from sparsify.layers import CSRLinear, Masked, Tied
+from sparsify.layers import Masked, Packed, Tied
 
 __all__ = [
     "Kind",
@@ -30,7 +31,7 @@ def kinds() -> tuple[Kind, ...]:
 
     Those of an optional package are among them once that is imported: no model holds one of its modules before.
     """
-    found = [LINEAR]
+    found = [LINEAR, CONV2D]
     if "transformers.pytorch_utils" in sys.modules:
         from sparsify.kinds.conv1d import CONV1D
 
@@ -58,9 +59,9 @@ def kind_of(module: nn.Module) -> Kind | None:
     return found[0] if found else None
 
 
-def masked_as(layer: Masked | CSRLinear) -> Kind:
+def masked_as(layer: Masked | Packed) -> Kind:
     """Return the kind of a layer that is masked, or was before it was exported."""
-    masked_type = layer.masked_type if isinstance(layer, CSRLinear) else type(layer)
+    masked_type = layer.masked_type if isinstance(layer, Packed) else type(layer)
     return next(kind for kind in kinds() if issubclass(masked_type, kind.sparse))
 
 

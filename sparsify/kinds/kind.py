@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sparsify.layers import CSRLinear, Packed
+
 #: The module is of the kind's own type; what stands here instead is Any, because functions of a type take that type.
 _Of = Any
 
@@ -23,6 +25,7 @@ class Kind:
     to_dense(sparse): make what it was, with zeros.
     layers(dense): the names of the layers with those weights, below the module; "" is the module itself. Layers below
         it that to_sparse leaves dense are converted by a kind of their own.
+    packed: what each of those layers becomes when it is exported.
     unasked: whether convert takes it without being told to by `types`.
     """
 
@@ -33,4 +36,5 @@ class Kind:
     to_sparse: Callable[[_Of], nn.Module]
     to_dense: Callable[[_Of], nn.Module]
     layers: Callable[[_Of], tuple[str, ...]] = lambda _: ("",)
+    packed: type[Packed] = CSRLinear
     unasked: bool = True

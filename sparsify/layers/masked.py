@@ -51,6 +51,10 @@ class Masked(nn.Module):
         out_features, in_features = self.matrix(self.mask).shape
         return out_features, in_features
 
+    def input_shape(self, n_rows: int) -> tuple[int, ...]:
+        """The shape of an input of so many rows, each of which the weight is multiplied with."""
+        return n_rows, self.shape[1]
+
     def masked_weight(self) -> Tensor:
         """Return weight * mask.
 

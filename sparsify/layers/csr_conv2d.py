@@ -1,0 +1,49 @@
+"""CSRConv2d: what an exported pointwise convolution runs. Only the kept weights are in memory."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sparsify.kernels import pointwise
+from sparsify.layers.masked import Masked
+from sparsify.layers.packed import Packed
+from sparsify.layers.sparse_conv2d import SparseConv2d
+
+
+class CSRConv2d(Packed):
+    """A 1x1 convolution over a sparse weight (out_channels, in_channels); see `Packed` for how that is held.
+
+    Images stay as they lie in memory, channels first or last. `weight` is the dense one, unpacked at each look.
+
+    >>> layer = CSRConv2d.from_sparse(SparseConv2d(8, 4, 0.75, seed=1))
+    >>> layer.n_kept, layer(torch.ones(2, 8, 5, 5)).shape
+    (8, torch.Size([2, 4, 5, 5]))
+    """
+
+    masked_type: type[Masked] = SparseConv2d
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the layer to (n, in_channels, height, width), or to one image without n."""
+        if input.dim() == 3:
+            return self.forward(input.unsqueeze(0)).squeeze(0)
+        bias, activation = self._parameters["bias"], self.activation
+        autocast = self._autocast_dtype(input)
+        if autocast is None:
+            return pointwise(input, self.parts, self.form, self.shape, bias, activation)
+        input = input.to(self.parts[-1].dtype)
+        return pointwise(input, self.parts, self.form, self.shape, bias, activation).to(autocast)
+
+    @property
+    def in_channels(self) -> int:
+        """As nn.Conv2d calls it."""
+        return self.in_features
+
+    @property
+    def out_channels(self) -> int:
+        """As nn.Conv2d calls it."""
+        return self.out_features
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight, (out_channels, in_channels, 1, 1), for code that looks at a convolution's."""
+        return self._unpack()[:, :, None, None]

@@ -1,0 +1,170 @@
+"""Packed: what every exported layer can do, whatever it computes with its weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from sparsify.formats import CSR, check_csr, csr_to_dense, dense_to_csr
+from sparsify.kernels import FORMS, pack, supports, unpack
+from sparsify.layers.masked import Masked
+
+
+class Packed(nn.Module):
+    """The contract of a layer over a sparse weight (out_features, in_features), held in plain buffers in one form.
+
+    In the form "csr": `crow` int32 (out_features + 1), `col` uint8, uint16 or int32 (n_kept), whichever is the
+    narrowest, `values` (n_kept) in the layer's dtype. The other forms ("panel", "bitmask", "gather") hold the same
+    weight as `index` and `values`, packed for the native CPU kernels; where those do not run (another device, float16)
+    the layer changes to "csr" by itself, and back. A state_dict always has crow, col and values.
+
+    `bias` is a Parameter or None, `activation` follows it. Being plain tensors, all of it survives deepcopy, pickle,
+    state_dict, `.to()`, torch.compile and torch.export. The gradient reaches the input and the bias, not the values:
+    train a Masked layer instead. `masked_type` is the type of layer it was packed from, and becomes again in
+    `to_sparse`.
+
+    A layer of this kind computes with `parts`, and reports itself in `extra_repr`.
+    """
+
+    bias: nn.Parameter | None
+    masked_type: type[Masked]
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        csr: CSR,
+        bias: nn.Parameter | None = None,
+        *,
+        form: str = "csr",
+        activation: str = "none",
+        masked_type: type[Masked] | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.n_kept = csr.values.numel()
+        self.wanted_form = self.form = form
+        self.activation = activation
+        if masked_type is not None:
+            self.masked_type = masked_type
+        self._set_parts(form, pack(form, csr, self.shape))
+        self.register_parameter("bias", bias)
+
+    @classmethod
+    def from_sparse(cls, layer: Masked, *, form: str = "csr") -> Self:
+        """Pack the kept weights of a masked layer (kept zeros included); the bias is shared."""
+        csr = dense_to_csr(layer.weight_matrix, layer.matrix(layer.mask))
+        out_features, in_features = layer.shape
+        packed = cls(in_features, out_features, csr, layer._parameters.get("bias"), form=form, masked_type=type(layer))
+        return packed.train(layer.training)
+
+    def to_sparse(self) -> Masked:
+        """Unpack into a layer that can be trained again; the bias is shared, an activation left out."""
+        weight, mask = csr_to_dense(self.csr, self.shape)
+        return self.masked_type.from_matrix(weight, mask, self.bias).train(self.training)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of the weight, (out_features, in_features)."""
+        return self.out_features, self.in_features
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """The tensors that hold the weight, as FORMS names them."""
+        buffers = self._buffers
+        return tuple([buffers[name] for name in FORMS[self.form]])  # type: ignore[misc]
+
+    @property
+    def csr(self) -> CSR:
+        """The weight as row pointers, column indices and values, whatever the form."""
+        return unpack(self.form, self.parts, self.shape)
+
+    def _unpack(self) -> Tensor:
+        return csr_to_dense(self.csr, self.shape)[0]
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of weights that are gone (0 for a layer without weights)."""
+        total = self.in_features * self.out_features
+        return (total - self.n_kept) / total if total else 0.0
+
+    def to_csr(self) -> Tensor:
+        """Return the kept weights as a torch sparse CSR tensor (a copy)."""
+        crow, col, values = self.csr
+        return torch.sparse_csr_tensor(crow, col.to(torch.int32), values.clone(), self.shape, check_invariants=False)
+
+    def extra_repr(self) -> str:
+        """Describe the layer as nn.Linear does, with its sparsity."""
+        form = "" if self.form == "csr" else f", form={self.form!r}"
+        activation = "" if self.activation == "none" else f", activation={self.activation!r}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"sparsity={self.sparsity:.4g}{form}{activation}"
+        )
+
+    def _autocast_dtype(self, input: Tensor) -> torch.dtype | None:
+        """Return the dtype to answer in under autocast, which computes in the layer's own; None outside it."""
+        device = input.device.type
+        castable = device != "meta" and input.is_floating_point() and input.dtype != torch.float64
+        return torch.get_autocast_dtype(device) if castable and torch.is_autocast_enabled(device) else None
+
+    def _set_parts(self, form: str, parts: tuple[Tensor, ...]) -> None:
+        for name in FORMS[self.form]:
+            self._buffers.pop(name, None)
+        self.form = form
+        for name, tensor in zip(FORMS[form], parts, strict=True):
+            self.register_buffer(name, tensor)
+
+    def _set_csr(self, csr: CSR) -> None:
+        """Hold another set of kept weights, in the wanted form if it runs where the values are."""
+        runs = supports(self.wanted_form, csr.values.device, csr.values.dtype)
+        form = self.wanted_form if runs else "csr"
+        self.n_kept = csr.values.numel()
+        self._set_parts(form, pack(form, csr, self.shape))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or convert as any module does, and change the form if that is needed, or possible again."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        values = self.parts[-1]
+        runs = supports(self.wanted_form, values.device, values.dtype)
+        if not values.is_meta and self.form != (self.wanted_form if runs else "csr"):
+            self._set_csr(self.csr)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Save the weight as CSR, whatever the form, so that any machine can load it."""
+        own, self._buffers = self._buffers, {}
+        try:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+        finally:
+            self._buffers = own
+        for name, tensor in self.csr._asdict().items():
+            destination[prefix + name] = tensor
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load a set of kept weights of the same layer shape, after checking that they are a valid CSR weight."""
+        _, _, missing_keys, _, errors = args
+        given = {name: state_dict.get(prefix + name) for name in CSR._fields}
+        missing_keys.extend(prefix + name for name, tensor in given.items() if tensor is None)
+        if all(isinstance(tensor, Tensor) for tensor in given.values()):
+            self._load_csr(CSR(**given), prefix, errors)  # type: ignore[arg-type]
+        others = {key: value for key, value in state_dict.items() if key.removeprefix(prefix) not in CSR._fields}
+        own, self._buffers = self._buffers, {}
+        try:
+            super()._load_from_state_dict(others, prefix, *args)
+        finally:
+            self._buffers = own
+
+    def _load_csr(self, csr: CSR, prefix: str, errors: list[str]) -> None:
+        try:
+            check_csr(csr, self.shape)
+        except ValueError as error:
+            errors.append(f"{prefix.rstrip('.')}: {error}")
+            return
+        values = self.parts[-1]
+        device = csr.values.device if values.is_meta else values.device
+        crow, col, new_values = (part.detach().to(device, copy=True) for part in csr)
+        self._set_csr(CSR(crow, col, new_values.to(values.dtype)))

@@ -1,0 +1,113 @@
+"""SparseConv2d: a pointwise convolution under a mask, for pruning and training."""
+
+from __future__ import annotations
+
+from typing import Self, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparsify.layers.masked import Masked
+from sparsify.methods import Method
+
+_Conv2d = TypeVar("_Conv2d", bound=nn.Conv2d)
+
+#: What a pointwise convolution is, in the attributes of nn.Conv2d.
+POINTWISE = {"kernel_size": (1, 1), "stride": (1, 1), "padding": (0, 0), "groups": 1}
+_REST = {
+    **{"dilation": (1, 1), "output_padding": (0, 0), "transposed": False, "padding_mode": "zeros"},
+    "_reversed_padding_repeated_twice": [0, 0, 0, 0],
+}
+
+
+class SparseConv2d(Masked, nn.Conv2d):
+    """A 1x1 convolution with stride 1, without groups and padding, whose weight is used as weight * mask.
+
+    See `Masked` for what that means. `weight` and `mask` are (out_channels, in_channels, 1, 1). It is an nn.Conv2d, so
+    code that asks for one finds one. The arguments after the channels are those of SparseLinear.
+
+    >>> layer = SparseConv2d(8, 4, 0.75, seed=1)
+    >>> layer.sparsity, layer(torch.ones(2, 8, 5, 5)).shape
+    (0.75, torch.Size([2, 4, 5, 5]))
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        sparsity: float,
+        bias: bool = True,
+        *,
+        method: str | Method = "random",
+        pattern: str = "unstructured",
+        seed: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_channels, out_channels, 1, bias=bias, device=device, dtype=dtype)
+        self._keep_all()
+        if sparsity != 0 or not self.weight.is_meta:  # without data there is nothing to rank
+            self.sparse_update(sparsity, method=method, pattern=pattern, seed=seed)
+
+    @classmethod
+    def from_conv2d(cls, conv: nn.Conv2d, mask: Tensor | None = None) -> Self:
+        """Make a layer that shares the Parameters; everything is kept, or what `mask` (out_channels, in_channels) says.
+
+        Raises ValueError, saying why, for a convolution that is not pointwise.
+        """
+        if odd := odd_setting(conv):
+            raise ValueError(f"only pointwise convolutions can be SparseConv2d, this one has {odd}")
+        layer = bare_conv2d(cls, conv.weight, conv.bias)
+        layer._keep_all()
+        if mask is not None:
+            layer.set_mask(mask)
+        return layer.train(conv.training)
+
+    @classmethod
+    def from_matrix(cls, weight: Tensor, mask: Tensor, bias: nn.Parameter | None) -> Self:
+        """Make a layer of a weight and a mask, (out_channels, in_channels); the bias is shared."""
+        return cls.from_conv2d(bare_conv2d(nn.Conv2d, nn.Parameter(weight[:, :, None, None]), bias), mask)
+
+    def to_conv2d(self) -> nn.Conv2d:
+        """Make a plain nn.Conv2d that shares the Parameters, with the masked weights set to zero."""
+        self.zero_masked()
+        return bare_conv2d(nn.Conv2d, self.weight, self.bias).train(self.training)
+
+    def matrix(self, tensor: Tensor) -> Tensor:
+        """View a tensor of the weight's shape as (out_channels, in_channels)."""
+        return tensor[:, :, 0, 0]
+
+    def input_shape(self, n_rows: int) -> tuple[int, ...]:
+        """The shape of one image of so many positions."""
+        return 1, self.in_channels, n_rows, 1
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the layer to (n, in_channels, height, width), or to one image without n."""
+        return F.conv2d(input, self.masked_weight(), self.bias)
+
+    def reset_parameters(self) -> None:
+        """Initialise weight and bias afresh, as nn.Conv2d does; the mask stays."""
+        super().reset_parameters()
+        if "mask" in self._buffers:
+            self.zero_masked()
+
+
+def odd_setting(conv: nn.Conv2d) -> str:
+    """Say by which of its settings a convolution is not pointwise; nothing if it is."""
+    for name, wanted in POINTWISE.items():
+        value = getattr(conv, name)
+        if value != wanted and (name, value) != ("padding", "valid"):  # another word for 0
+            return f"{name} {value}"
+    return ""
+
+
+def bare_conv2d(kind: type[_Conv2d], weight: Tensor, bias: Tensor | None) -> _Conv2d:
+    """Make a pointwise convolution of this kind that holds the very Parameters given; nothing is allocated or drawn."""
+    layer = kind.__new__(kind)
+    nn.Module.__init__(layer)
+    layer.__dict__.update(POINTWISE | _REST)
+    layer.out_channels, layer.in_channels = weight.shape[:2]
+    layer.register_parameter("weight", weight)  # type: ignore[arg-type]
+    layer.register_parameter("bias", bias)  # type: ignore[arg-type]
+    return layer
