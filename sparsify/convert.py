@@ -14,6 +14,7 @@ from sparsify.fuse import unfuse_activations
 from sparsify.interop import adapters
 from sparsify.kinds import Kind, chosen_kinds, followers, join, kind_of, kinds, reads_weights
 from sparsify.layers import Masked, Packed, Tied
+from sparsify.layers.sharded import data_or_shape
 from sparsify.layers.tied import tie, untie
 from sparsify.match import Selector, select
 from sparsify.ties import settle_ties
@@ -109,7 +110,7 @@ def plan_convert(
     for layer in select(model, {layer: module for layer, (_, module, _) in owners.items()}, include, exclude):
         name, module, kind = owners[layer]
         if isinstance(module, Masked):
-            already[layer] = module.weight_matrix
+            already[layer] = module.matrix(data_or_shape(module.weight.detach()))
             continue
         assert kind is not None
         if any(isinstance(p, nn.UninitializedParameter) for p in module.parameters()):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparsify.layers import Masked
 from sparsify.layers.hidden import Watch
+from sparsify.processes import ALONE, Ranks
 
 Evidence = dict[str, dict[str, Tensor]]
 
@@ -22,11 +23,13 @@ def watch(layer: Masked, *, gradient: bool, movement: bool) -> None:
     layer.watch = Watch(zeros(gradient), zeros(movement)) if gradient or movement else None
 
 
-def from_loss(layers: Mapping[str, Masked], loss: Callable[[], Tensor], curvature: bool) -> Evidence:
+def from_loss(
+    layers: Mapping[str, Masked], loss: Callable[[], Tensor], *, curvature: bool, ranks: Ranks = ALONE
+) -> Evidence:
     """Work out -weight * gradient for each layer from a loss, and the Hessian times the gradient if asked for.
 
-    The gradients that parameters hold are left alone. Raises ValueError, naming the layer, if the loss does not depend
-    on its weight.
+    Of several `ranks` each gives the loss of its own examples, and gets the same result. The gradients that parameters
+    hold are left alone. Raises ValueError, naming the layer, if the loss does not depend on its weight.
     """
     weights = {name: layer.weight for name, layer in layers.items()}
     with torch.enable_grad():
@@ -34,13 +37,11 @@ def from_loss(layers: Mapping[str, Masked], loss: Callable[[], Tensor], curvatur
         for name, gradient in zip(weights, gradients, strict=True):
             if gradient is None:
                 raise ValueError(f"{name}: the loss given does not depend on its weight; leave the layer out")
-        found = {
-            name: {"movement": -(weight * gradient).detach()}
-            for (name, weight), gradient in zip(weights.items(), gradients, strict=True)
-        }
+        means = {name: ranks.mean(g.detach()) for name, g in zip(weights, gradients, strict=True) if g is not None}
+        found = {name: {"movement": -(weight.detach() * means[name])} for name, weight in weights.items()}
         if curvature:
-            inner = torch.stack([(gradient * gradient.detach()).sum() for gradient in gradients]).sum()
+            inner = torch.stack([(g * means[name]).sum() for name, g in zip(weights, gradients, strict=True)]).sum()
             products = torch.autograd.grad(inner, list(weights.values()), allow_unused=True)
             for (name, weight), product in zip(weights.items(), products, strict=True):
-                found[name]["curvature"] = torch.zeros_like(weight) if product is None else product.detach()
+                found[name]["curvature"] = ranks.mean(torch.zeros_like(weight) if product is None else product.detach())
     return found

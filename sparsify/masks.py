@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparsify.allocation import ALLOCATIONS, MEASURED_ALLOCATIONS, capped, check_sparsity, erk, n_removed, uniform
 from sparsify.match import matching
-from sparsify.methods import Method, needs, score
+from sparsify.methods import Method, needs, resolve_method, score, takes_seed
 from sparsify.patterns import (
     Pattern,
     check_fits,
@@ -25,6 +25,7 @@ from sparsify.patterns import (
     unit_any,
     unit_scores,
 )
+from sparsify.processes import ALONE, Ranks
 
 Allocation = str | Mapping[str, float]
 
@@ -40,6 +41,7 @@ def make_masks(
     max_sparsity: float | None = None,
     seed: int | None = None,
     evidence: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Tensor]:
     """Return a new bool mask (True = kept) for each weight (out, in); nothing given is changed.
 
@@ -47,25 +49,31 @@ def make_masks(
     pattern a higher target only takes away and a lower one only gives back (of weights that are all zero now, the
     first in order). The removed units number exactly round(sparsity x units), over each layer, or over all layers
     together for the allocations "global" and "erk". `evidence` has, for each layer, what a method asks a training for
-    (methods.EVIDENCE). Raises ValueError, naming the layer, for whatever cannot be done exactly.
+    (methods.EVIDENCE). Of several `ranks`, each gives and gets its own rows of everything.
+
+    Raises ValueError, naming the layer, for whatever cannot be done exactly.
     """
     parsed = parse_pattern(pattern)
-    shapes = {name: (int(weight.shape[0]), int(weight.shape[1])) for name, weight in weights.items()}
+    n_rows = ranks.sum(torch.tensor([weight.shape[0] for weight in weights.values()], dtype=torch.int64)).tolist()
+    shapes = {name: (n, int(weight.shape[1])) for (name, weight), n in zip(weights.items(), n_rows, strict=True)}
     n_zeros = n_removed_units(shapes, sparsity, parsed, allocation, max_sparsity)
     if n_zeros is None and allocation != "global":
         raise ValueError(f"allocation {allocation!r} needs calibration data: sparsify.prune(model, ..., data=...)")
     if needs(method) and (sparsity == 0 if n_zeros is None else not any(n_zeros.values())):
         return {name: torch.ones_like(mask) for name, mask in masks.items()}  # nothing has been seen yet, nor need be
     shown = evidence or {}
-    scores = {
-        name: score(name, weight.detach().masked_fill(~masks[name], 0), method, seed, evidence=shown.get(name))
-        for name, weight in weights.items()
-    }
+    scores = {}
+    for name, weight in weights.items():
+        values = weight.detach().masked_fill(~masks[name], 0)
+        if ranks.n > 1 and takes_seed(resolve_method(method)):  # the same draws as one process would make
+            scores[name] = ranks.rows(score(name, values.new_zeros(()).expand(shapes[name]), method, seed))
+        else:
+            scores[name] = score(name, values, method, seed, evidence=shown.get(name))
     if n_zeros is None:
         units = {name: parsed.n_units(shape) for name, shape in shapes.items()}
-        together = functools.partial(removed_together, scores, masks, parsed)
+        together = functools.partial(removed_together, scores, masks, parsed, ranks=ranks)
         n_zeros = capped(together, units, check_target(sparsity), max_sparsity)
-    return {name: choose_mask(scores[name], masks[name], parsed, n_zeros[name]) for name in weights}
+    return {name: choose_mask(scores[name], masks[name], parsed, n_zeros[name], ranks=ranks) for name in weights}
 
 
 def n_removed_units(
@@ -134,14 +142,17 @@ def removed_together(
     pattern: Pattern,
     n_units: Mapping[str, int],
     sparsity: float,
+    *,
+    ranks: Ranks = ALONE,
 ) -> dict[str, int]:
     """Rank the units of the layers in `n_units` against each other, and return how many each of them loses."""
     units = {name: (unit_scores(scores[name], pattern), unit_any(masks[name], pattern)) for name in n_units}
     total = sum(n_units.values())
     n_keep = total - n_removed(sparsity, total)
-    n_kept = sum(int(kept.sum()) for _, kept in units.values())
-    chosen = keep_largest([prefer_kept(s, kept, n_keep, n_kept) for s, kept in units.values()], n_keep)
-    return {name: int((~kept).sum()) for name, kept in zip(units, chosen, strict=True)}
+    n_kept = int(ranks.sum(torch.tensor([int(kept.sum()) for _, kept in units.values()]).sum()))
+    chosen = keep_largest([prefer_kept(s, kept, n_keep, n_kept) for s, kept in units.values()], n_keep, ranks)
+    n_gone = ranks.sum(torch.tensor([int((~kept).sum()) for kept in chosen])).tolist()
+    return dict(zip(units, n_gone, strict=True))
 
 
 def _check_nm(pattern: Pattern, sparsity: float | None, allocation: Allocation) -> None:

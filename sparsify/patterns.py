@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparsify.processes import ALONE, Ranks
+
 KINDS = ("unstructured", "rows", "columns", 'N:M such as "2:4"', 'blocks such as "4x1" (rows x columns)')
 
 
@@ -99,12 +101,14 @@ def expand_units(kept: Tensor, pattern: Pattern, shape: Sequence[int]) -> Tensor
     return kept.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
 
 
-def choose_mask(scores: Tensor, mask: Tensor, pattern: Pattern, n_removed: int, *, by_row: bool = False) -> Tensor:
+def choose_mask(
+    scores: Tensor, mask: Tensor, pattern: Pattern, n_removed: int, *, by_row: bool = False, ranks: Ranks = ALONE
+) -> Tensor:
     """Keep all but the `n_removed` lowest units of a layer, or of each group the N best.
 
     scores (out, in) rank the weights; what `mask` removes now ranks below what it keeps, so that within one pattern
     masks nest. With `by_row` a unit competes with those of its row only: each row loses as many, and where that does
-    not come out even, the last rows lose one more.
+    not come out even, the last rows lose one more. Of several `ranks` each has its own rows.
 
     >>> scores, mask = torch.tensor([[1.0, 2.0], [8.0, 9.0]]), torch.ones(2, 2, dtype=torch.bool)
     >>> choose_mask(scores, mask, parse_pattern("unstructured"), 2).int().tolist()
@@ -115,10 +119,13 @@ def choose_mask(scores: Tensor, mask: Tensor, pattern: Pattern, n_removed: int, 
     units, kept = unit_scores(scores, pattern), unit_any(mask, pattern)
     if pattern.is_nm:
         return nm_mask(prefer_kept(units, kept, n_keep=0), pattern.keep, pattern.group)
-    n_keep = units.numel() - n_removed
+    n_units, n_kept = ranks.sum(torch.tensor([kept.numel(), int(kept.sum())])).tolist()
+    n_keep = n_units - n_removed
     if by_row:
         units = _rank_in_row(units.masked_fill(~kept, -math.inf))
-    return expand_units(keep_largest([prefer_kept(units, kept, n_keep)], n_keep)[0], pattern, scores.shape)
+    return expand_units(
+        keep_largest([prefer_kept(units, kept, n_keep, n_kept)], n_keep, ranks)[0], pattern, scores.shape
+    )
 
 
 def prefer_kept(scores: Tensor, kept: Tensor, n_keep: int, n_kept: int | None = None) -> Tensor:
@@ -154,28 +161,31 @@ def nm_mask(scores: Tensor, keep: int, group: int) -> Tensor:
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, best, True).reshape(scores.shape)
 
 
-def keep_largest(scores: Sequence[Tensor], n_keep: int) -> list[Tensor]:
+def keep_largest(scores: Sequence[Tensor], n_keep: int, ranks: Ranks = ALONE) -> list[Tensor]:
     """Keep exactly the `n_keep` largest of all scores together; of equal ones the first in order stays.
 
     scores are floating tensors of any shapes and devices, free of NaN; returns a bool mask for each.
-    Works by radix selection on the bits, one tensor at a time: nothing is concatenated or sorted.
+    Works by radix selection on the bits, one tensor at a time: nothing is concatenated or sorted. Of several `ranks`,
+    each has its own rows of every tensor, and only counts travel between them.
 
     >>> [m.int().tolist() for m in keep_largest([torch.tensor([1.0, 5.0, 2.0]), torch.tensor([2.0, 2.0])], 3)]
     [[0, 1, 1], [1, 0]]
     """
-    total = sum(s.numel() for s in scores)
+    total = int(ranks.sum(torch.tensor(sum(s.numel() for s in scores))))
     if not 0 <= n_keep <= total:
         raise ValueError(f"cannot keep {n_keep} of {total} scores")
     if n_keep in (0, total):
         return [torch.full_like(s, n_keep > 0, dtype=torch.bool) for s in scores]
     wide = any(s.dtype == torch.float64 for s in scores)
     keys = [_ordered_bits(s.double() if wide else s.float()) for s in scores]
-    threshold, n_ties = _radix_select(keys, n_keep, bits=64 if wide else 32)
+    threshold, n_ties = _radix_select(keys, n_keep, 64 if wide else 32, ranks)
+    # Ties in order: all of the first tensor's, whichever rank has them, before any of the second's.
+    ties = ranks.gather(torch.tensor([int((key == threshold).sum()) for key in keys])).T.flatten()
+    before = (ties.cumsum(0) - ties).reshape(len(keys), ranks.n)[:, ranks.rank].tolist()
     masks = []
-    for key in keys:
+    for key, n_before in zip(keys, before, strict=True):
         tied = (key == threshold).flatten()
-        first = tied & (tied.cumsum(0) <= n_ties)
-        n_ties -= int(first.sum())
+        first = tied & (tied.cumsum(0) <= n_ties - n_before)
         masks.append((key > threshold) | first.reshape(key.shape))
     return masks
 
@@ -187,7 +197,7 @@ def _ordered_bits(values: Tensor) -> Tensor:
     return torch.where(bits < 0, bits ^ (2**top - 1), bits)
 
 
-def _radix_select(keys: Sequence[Tensor], n_keep: int, bits: int) -> tuple[int, int]:
+def _radix_select(keys: Sequence[Tensor], n_keep: int, bits: int, ranks: Ranks) -> tuple[int, int]:
     """Find the n_keep-th largest key, 16 bits at a time; also say how many keys equal to it are to be kept."""
     digit_range = 1 << 16
     prefix = 0
@@ -200,6 +210,7 @@ def _radix_select(keys: Sequence[Tensor], n_keep: int, bits: int) -> tuple[int, 
                 high = high[(high >> 16) == prefix]
             digit = high + offset if offset else high & (digit_range - 1)
             counts += torch.bincount(digit.flatten(), minlength=digit_range).cpu()
+        counts = ranks.sum(counts)
         from_top = counts.flip(0).cumsum(0)
         position = int((from_top >= n_keep).int().argmax())
         digit_found = digit_range - 1 - position

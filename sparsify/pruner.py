@@ -14,10 +14,11 @@ from sparsify.convert import sparse_layers
 from sparsify.errors import ScheduleWarning
 from sparsify.evidence import Evidence, from_loss, watch
 from sparsify.layers import Masked
-from sparsify.layers.sharded import shard_like
+from sparsify.layers.sharded import cut_by_rows, own_rows, shard_like
 from sparsify.methods import mix_seed, needs, score
 from sparsify.optimizer_state import forget, learning_rate
 from sparsify.patterns import parse_pattern
+from sparsify.processes import ALONE, ranks_of
 from sparsify.recipe import HOLD, Group, Recipe, assign_layers, group_masks
 from sparsify.regrow import exchange, fraction_at, random_growth
 from sparsify.rewind import copy_state, restore_state
@@ -36,6 +37,9 @@ class Pruner:
     without arguments that returns the loss of some batch, is for methods that look at gradients at one moment (snip,
     grasp). `scaler` is the GradScaler, if there is one. `state` is a saved `state_dict()` to go on from: like
     `load_state_dict`, but the model may have been loaded before.
+
+    In a distributed training, every rank makes a Pruner, of the model in its DDP wrapper or after FSDP2's fully_shard:
+    all get the same masks, from gradients averaged over ranks, and no rank sees another's weights.
 
     >>> model = sparsify.convert(nn.Sequential(nn.Linear(8, 4)))
     >>> recipe = sparsify.Recipe(groups=[{"sparsity": 0.5, "schedule": {"kind": "linear", "end": 2, "every": 1}}])
@@ -59,6 +63,9 @@ class Pruner:
         scaler: torch.amp.GradScaler | None = None,
         state: Mapping[str, Any] | None = None,
     ) -> None:
+        self.ranks = ranks_of(model)
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
         self.model, self.recipe, self.optimizer, self.loss, self.scaler = model, recipe, optimizer, loss, scaler
         self.steps_per_epoch, self.n_steps, self._epoch_began = steps_per_epoch, 0, 0
         names = assign_layers(recipe, model)
@@ -179,12 +186,14 @@ class Pruner:
             for name in names:
                 self.layers[name].masked_are = "zero" if self.n_steps == max(updates) else group.masked
             time = updates[self.n_steps]
-            masks = group_masks(self.model, group, names, time, self._evidence(group, names))
+            evidence = self._evidence(group, names)
+            masks = group_masks(self.model, group, names, time, evidence, self.ranks)
             if group.regrow and self.n_steps > min(updates):
                 masks = {name: self._exchanged(group, name, mask, updates) for name, mask in masks.items()}
             for name, mask in masks.items():
                 self._set_mask(self.layers[name], mask)
             rewind |= group.rewind is not None
+            self._check_ranks(names)
         if rewind:
             restore_state(self.model, self._start, self.optimizer)
             for layer in self.layers.values():
@@ -198,12 +207,27 @@ class Pruner:
             growth = random_growth(mask, mix_seed(group.seed or 0, f"{name} at {self.n_steps}"))
         else:
             seen = layer.watch.gradient if layer.watch else None
+            seen = None if seen is None else self.ranks.mean(seen)
             if seen is None or not bool(torch.isfinite(seen).all()):  # overflowed under AMP: this step was skipped
                 return mask
             growth = layer.matrix(seen).abs()
-        scores = score(name, layer.weight_matrix, group.method)
         fraction = fraction_at(group.regrow.fraction, (self.n_steps - first) / (last - first))
-        return exchange(mask, scores, growth, fraction, parse_pattern(group.pattern))
+        pattern = parse_pattern(group.pattern)
+        ranks = self.ranks if cut_by_rows(layer, pattern, self.ranks) else ALONE
+        scores = score(name, own_rows(layer, ranks), group.method)
+        rows = exchange(ranks.rows(mask), scores, ranks.rows(growth), fraction, pattern, ranks)
+        return ranks.join(rows, mask.shape[0])
+
+    def _check_ranks(self, names: list[str]) -> None:
+        """Raise RuntimeError if processes that train one model have come to different masks."""
+        if self.ranks.n > 1:
+            marks = self.ranks.gather(torch.tensor([fingerprint(self.layers[name].mask) for name in names]))
+            for name, differs in zip(names, (marks != marks[0]).any(0).tolist(), strict=True):
+                if differs:
+                    raise RuntimeError(
+                        f"{name}: the ranks have different masks, so their weights or gradients differ; give the "
+                        "Pruner the model in its DDP wrapper, or after fully_shard"
+                    )
 
     def _set_mask(self, layer: Masked, mask: Tensor) -> None:
         """Use a mask, and clear gradient and optimizer state of what goes and of what comes back."""
@@ -225,7 +249,7 @@ class Pruner:
         asked = needs(group.method) if group.method != HOLD else set()
         layers = {name: self.layers[name] for name in names}
         if asked and self.loss is not None:
-            found = from_loss(layers, self.loss, curvature="curvature" in asked)
+            found = from_loss(layers, self.loss, curvature="curvature" in asked, ranks=self.ranks)
         else:
             found = {name: {"movement": self._movement[name]} for name in names if name in self._movement}
         return {name: {key: layers[name].matrix(value) for key, value in of.items()} for name, of in found.items()}
@@ -234,6 +258,7 @@ class Pruner:
         """Take over what the backward passes of this step added up."""
         for name, layer in self.layers.items():
             moved = layer.watch.movement if layer.watch else None
+            moved = None if moved is None else self.ranks.mean(moved)
             if moved is not None and bool(torch.isfinite(moved).all()):
                 self._movement[name] = self._movement.get(name, 0) + moved / self._scale
 

@@ -19,10 +19,12 @@ from sparsify.allocation import ALLOCATIONS, MEASURED_ALLOCATIONS, check_sparsit
 from sparsify.convert import plan_convert, sparse_layers
 from sparsify.edit import Model
 from sparsify.errors import RecipeError
+from sparsify.layers.sharded import cut_by_rows, own_rows
 from sparsify.masks import Allocation, layer_targets, make_masks, n_removed_units
 from sparsify.methods import CALIBRATED, METHODS, SOLVERS, TRAINED, needs, needs_data, takes_seed
 from sparsify.oneshot import Order, follow
 from sparsify.patterns import parse_pattern
+from sparsify.processes import ALONE, Ranks
 from sparsify.schedules import Schedule
 from sparsify.yaml_file import Value, YamlFile, nearest, read_yaml, substitute
 
@@ -287,21 +289,41 @@ def group_masks(
     names: list[str],
     time: float | None = None,
     evidence: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Tensor]:
     """Return the masks (out, in) that a group's layers get at a time (None: at the end); nothing is changed.
 
-    `evidence` has, for each layer, what its training showed (methods.EVIDENCE).
+    `evidence` has, for each layer, what its training showed (methods.EVIDENCE). Several `ranks` share the ranking, each
+    its rows, and get the same masks: whole weights of layers that FSDP2 has sharded are nowhere.
     """
     layers = sparse_layers(model)
     if missing := [name for name in names if name not in layers]:
         raise ValueError(f"{missing[0]}: not converted; call sparsify.convert(model) first")
-    weights = {name: layers[name].weight_matrix for name in names}
-    masks = {name: layers[name].matrix(layers[name].mask) for name in names}
+    if not all(cut_by_rows(layers[name], parse_pattern(group.pattern), ranks) for name in names):
+        ranks = ALONE  # every rank ranks all of it
+    weights = {name: own_rows(layers[name], ranks) for name in names}
+    masks = {name: ranks.rows(layers[name].matrix(layers[name].mask)) for name in names}
+    shown = {n: {key: ranks.rows(value) for key, value in of.items()} for n, of in (evidence or {}).items()}
+    made = _group_rows(group, weights, masks, time, shown, ranks)
+    return {name: ranks.join(mask, layers[name].shape[0]) for name, mask in made.items()}
+
+
+def _group_rows(
+    group: Group,
+    weights: dict[str, Tensor],
+    masks: dict[str, Tensor],
+    time: float | None,
+    evidence: Mapping[str, Mapping[str, Tensor]],
+    ranks: Ranks,
+) -> dict[str, Tensor]:
+    """Return this rank's rows of the masks."""
+    names = list(weights)
     if group.method == HOLD:
         return {name: masks[name] & (weights[name] != 0) for name in names}
     method, seed = group.method, group.seed
     if group.regrow:  # it begins at random places; later masks of the same sizes keep theirs
-        method, seed = ("random", seed) if all(bool(mask.all()) for mask in masks.values()) else (method, None)
+        n_masked = ranks.sum(torch.stack([(~mask).sum() for mask in masks.values()]))
+        method, seed = (method, None) if bool(n_masked.any()) else ("random", seed)
     if group.masked != "zero":  # what is masked has a value, and may come back
         masks = {name: torch.ones_like(mask) for name, mask in masks.items()}
 
@@ -319,6 +341,7 @@ def group_masks(
             max_sparsity=group.max_sparsity,
             seed=seed,
             evidence=evidence,
+            ranks=ranks,
         )
 
     if isinstance(group.allocation, dict):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsify.patterns import Pattern, expand_units, keep_largest, unit_any, unit_scores
+from sparsify.processes import ALONE, Ranks
 
 
 def fraction_at(fraction: float, progress: float) -> float:
@@ -21,10 +22,13 @@ def fraction_at(fraction: float, progress: float) -> float:
     return fraction / 2 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
 
 
-def exchange(mask: Tensor, scores: Tensor, growth: Tensor, fraction: float, pattern: Pattern) -> Tensor:
+def exchange(
+    mask: Tensor, scores: Tensor, growth: Tensor, fraction: float, pattern: Pattern, ranks: Ranks = ALONE
+) -> Tensor:
     """Drop round(fraction x kept units) of the lowest scores, and grow as many of the highest growth elsewhere.
 
     mask, scores and growth are (out, in); returns a new mask with as many units. What was just dropped may grow back.
+    Of several `ranks` each has its own rows.
 
     >>> mask = torch.tensor([[True, True, False, False]])
     >>> exchange(mask, torch.tensor([[3.0, 1.0, 9.0, 9.0]]), torch.tensor([[0.0, 1.0, 2.0, 5.0]]), 0.5,
@@ -35,12 +39,12 @@ def exchange(mask: Tensor, scores: Tensor, growth: Tensor, fraction: float, patt
     gradient: RigL).
     """
     kept = unit_any(mask, pattern)
-    n_kept = int(kept.sum())
+    n_kept = int(ranks.sum(kept.sum()))
     n_moved = round(fraction * n_kept)
     strength = unit_scores(scores, pattern).masked_fill(~kept, -math.inf)
-    survivors = keep_largest([strength], n_kept - n_moved)[0]
+    survivors = keep_largest([strength], n_kept - n_moved, ranks)[0]
     growing = unit_scores(growth, pattern).masked_fill(survivors, -math.inf)
-    grown = keep_largest([growing], n_moved)[0]
+    grown = keep_largest([growing], n_moved, ranks)[0]
     return expand_units(survivors | grown, pattern, mask.shape)
 
 

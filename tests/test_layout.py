@@ -15,6 +15,7 @@ ORDER = (
     "errors",
     "timing",
     "gram",
+    "processes",
     "patterns",
     "allocation",
     "schedules",
