@@ -79,3 +79,9 @@ def test_a_singular_gram_matrix(gram: Tensor) -> None:
     w = weight((4, 8))
     for new in (refit(w, masks((4, 8))["half"], gram=gram), alps(w, w != 0, 16, parse_pattern("2:4"), gram=gram)[0]):
         assert torch.isfinite(new).all()
+
+
+def test_what_does_not_converge_is_solved_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    w, gram, mask = weight((5, 12)), gram_of(12), masks((5, 12))["half"]
+    monkeypatch.setattr(importlib.import_module("sparsify.methods.refit"), "_TOLERANCE", -1.0)
+    torch.testing.assert_close(refit(w, mask, gram=gram), by_lstsq(w, mask, gram), rtol=1e-6, atol=1e-8)
