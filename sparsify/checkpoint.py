@@ -27,7 +27,7 @@ from sparsify.formats import (
     pack_bitmask,
 )
 from sparsify.fuse import fuse_activations
-from sparsify.kernels import FORMS, supports
+from sparsify.kernels import FORMS, form_for
 from sparsify.kinds import followers, join, kind_of, kinds, matrices
 from sparsify.layers import Masked, Packed
 from sparsify.layers.tied import check_tieable, tie
@@ -120,10 +120,11 @@ def load(path: str | os.PathLike[str], model: Model) -> Model:
     fuse_activations(model)
     for name, choice in header.choices.items():
         modules[name].__dict__["choice"] = choice
-    elsewhere = sorted({choice.machine for choice in header.choices.values() if choice.times_us} - {machine_name()})
+    here = machine_name(next((parameter.device for parameter in model.parameters()), None))
+    elsewhere = sorted({choice.machine for choice in header.choices.values() if choice.times_us} - {here})
     if elsewhere:
         warnings.warn(
-            f"{path}: its forms were chosen on another machine ({elsewhere[0]}), this is {machine_name()}; "
+            f"{path}: its forms were chosen on another machine ({elsewhere[0]}), this is {here}; "
             "they are right everywhere, but may not be the fastest here: sparsify.export(model) chooses anew",
             MeasuredElsewhereWarning,
             stacklevel=2,
@@ -455,7 +456,8 @@ def _make(entry: LayerEntry, old: nn.Module, csr: CSR, choice: Choice | None) ->
     assert issubclass(kind.sparse, Masked)
     device = torch.device("cpu") if weight.is_meta else weight.device
     form = choice.form if choice and entry.module == "CSRLinear" and choice.form in FORMS else "csr"
-    form = form if supports(form, device, csr.values.dtype) else "csr"
+    density = csr.values.numel() / max(entry.out_features * entry.in_features, 1)
+    form = form_for(form, device, csr.values.dtype, density)
     on_device = CSR(*(part.to(device) for part in csr))
     layer = kind.packed(entry.in_features, entry.out_features, on_device, bias, form=form, masked_type=kind.sparse)
     if entry.module == "CSRLinear":

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import copy
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from sparsify.kernels import FORMS, supports
+from sparsify import gpu_timing
+from sparsify.formats import dense_to_csr
+from sparsify.kernels import FORMS, fits, supports
 from sparsify.kinds import masked_as
 from sparsify.layers import Masked, Packed
 from sparsify.machine import machine_name
-from sparsify.timing import measure
+from sparsify.timing import Call, measure
 
 #: Rounds in which each candidate is timed once, and the time each gets in a round.
 N_ROUNDS, SAMPLE_S = 7, 2e-3
 
 #: A sparse form must beat dense by this much: less is within the noise of the measurement.
 MARGIN = 0.97
+
+#: What a choice looks at first. "speed": the fastest form, of those as fast (within the margin) the smallest, and dense
+#: unless it is beaten by the margin. "memory": the smallest form, however fast, of several the fastest.
+PREFERENCES = ("speed", "memory")
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,8 @@ class Choice:
         others = [(t, form) for form, t in self.times_us.items() if form != "dense"]
         if self.form != "dense":
             ours = self.times_us[self.form]
-            return f"{dense / ours:.2f}x dense for {self.tokens} tokens ({ours:.0f} of {dense:.0f} us)"
+            why = "" if ours < MARGIN * dense else ", taken for its memory"
+            return f"{dense / ours:.2f}x dense for {self.tokens} tokens ({ours:.0f} of {dense:.0f} us){why}"
         if not others:
             return "no sparse kernel runs here; see sparsify doctor"
         time_us, form = min(others)
@@ -56,15 +64,17 @@ class Choice:
 class Chooser:
     """Measures layers one by one, each kind (type, shape, dtype, device, bias, kept weights in percent, input) once."""
 
-    def __init__(self, tokens: int) -> None:
+    def __init__(self, tokens: int, prefer: str = "speed") -> None:
         if tokens < 1:
             raise ValueError(f"tokens must be at least 1, got {tokens}")
-        self.tokens = tokens
+        if prefer not in PREFERENCES:
+            raise ValueError(f"prefer={prefer!r} is none of: {', '.join(PREFERENCES)}")
+        self.tokens, self.prefer = tokens, prefer
         self._known: dict[object, Choice] = {}
 
     @torch.inference_mode()
     def choose(self, layer: Masked, given: Tensor | None = None) -> Choice:
-        """Return the fastest form for a layer, "dense" unless another beats it by the margin.
+        """Return the form for a layer: see PREFERENCES.
 
         given: a tensor of the shape and layout of its input, on any device; else `tokens` rows of input.
         """
@@ -77,26 +87,53 @@ class Chooser:
             # A stride of 0 is an expanded tensor, which takes no values.
             x = torch.empty(shape) if strides is None or 0 in strides else torch.empty_strided(shape, strides)
             x.normal_(generator=torch.Generator().manual_seed(0))  # the user's random numbers are not ours to draw
-            times = self._measure(layer, x.to(weight))
-            best = min(times, key=lambda form: times[form])
-            form = best if times[best] < MARGIN * times["dense"] else "dense"
-            self._known[kind] = Choice(form, x.numel() // max(layer.shape[1], 1), times, machine_name())
+            candidates = _candidates(layer)
+            times = self._measure(candidates, x.to(weight))
+            n_bytes = {form: _n_bytes(module) for form, module in candidates.items()}
+            form, tokens = _best(times, n_bytes, self.prefer), x.numel() // max(layer.shape[1], 1)
+            self._known[kind] = Choice(form, tokens, times, machine_name(weight.device))
         return self._known[kind]
 
-    def _measure(self, layer: Masked, x: Tensor) -> dict[str, float]:
-        """Time dense, and every form that has a fast kernel here and takes less memory, in turns, on an input.
-
-        Return medians in us.
-        """
-        forms = [form for form in FORMS if form != "csr" and supports(form, x.device, x.dtype)]
-        candidates = {form: exported_as(layer, form) for form in ("dense", *forms)}
-        calls = {
-            form: [_call(module, x)]
-            for form, module in candidates.items()
-            if not isinstance(module, Packed) or _n_bytes(module.parts) < _n_bytes([layer.weight])
-        }
-        timings = measure(calls, rounds=N_ROUNDS, sample_s=SAMPLE_S)
+    def _measure(self, candidates: Mapping[str, nn.Module], x: Tensor) -> dict[str, float]:
+        """Time what a layer may become, in turns, on an input: medians in us. A GPU finds no weight in its cache."""
+        calls = {form: [_call(module, x)] for form, module in candidates.items()}
+        if x.is_cuda:
+            for form, module in candidates.items():
+                n = gpu_timing.n_copies(_n_bytes(module), x.device)
+                calls[form] += [_call(copy.deepcopy(module), x) for _ in range(n - 1)]
+            timings = gpu_timing.measure_replays(calls, x.device, rounds=N_ROUNDS, sample_s=SAMPLE_S)
+        else:
+            timings = measure(calls, rounds=N_ROUNDS, sample_s=SAMPLE_S)
         return {form: timing.median_s * 1e6 for form, timing in timings.items()}
+
+
+def _candidates(layer: Masked) -> dict[str, nn.Module]:
+    """Make dense, and every form that has a fast kernel here, fits the mask, and takes less memory than dense."""
+    weight = layer.weight
+    here = [form for form in FORMS if form != "csr" and supports(form, weight.device, weight.dtype)]
+    csr = dense_to_csr(layer.weight_matrix, layer.matrix(layer.mask))
+    packed = {form: exported_as(layer, form) for form in here if fits(form, csr, layer.shape)}
+    return {
+        "dense": exported_as(layer, "dense"),
+        **{form: module for form, module in packed.items() if _n_bytes(module) < weight.nbytes},
+    }
+
+
+def _best(times: Mapping[str, float], n_bytes: Mapping[str, int], prefer: str) -> str:
+    """Choose a form as PREFERENCES says.
+
+    >>> _best({"dense": 9.0, "tiles": 10.0, "narrow": 12.0}, {"dense": 100, "tiles": 60, "narrow": 70}, "speed")
+    'dense'
+    >>> _best({"dense": 9.0, "tiles": 10.0, "narrow": 12.0}, {"dense": 100, "tiles": 60, "narrow": 70}, "memory")
+    'tiles'
+    """
+    if prefer == "memory":
+        return min(times, key=lambda form: (n_bytes.get(form, 0), times[form]))
+    fastest = min(times.values())
+    if fastest >= MARGIN * times["dense"]:
+        return "dense"
+    close = [form for form, time in times.items() if MARGIN * time <= fastest and time < MARGIN * times["dense"]]
+    return min(close, key=lambda form: (n_bytes.get(form, 0), times[form]))
 
 
 def exported_as(layer: Masked, form: str) -> nn.Module:
@@ -109,9 +146,11 @@ def exported_as(layer: Masked, form: str) -> nn.Module:
     return dense
 
 
-def _call(module: nn.Module, x: Tensor) -> Callable[[], object]:
+def _call(module: nn.Module, x: Tensor) -> Call:
     return lambda: module.forward(x)
 
 
-def _n_bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def _n_bytes(module: nn.Module) -> int:
+    """Return what the weight takes in memory."""
+    tensors: Iterable[Tensor] = module.parts if isinstance(module, Packed) else [module.weight]  # type: ignore[list-item]
+    return sum(tensor.nbytes for tensor in tensors)

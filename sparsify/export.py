@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -20,7 +21,14 @@ FORMATS = ("auto", "dense", *FORMS)
 
 
 def export(
-    model: Model, *, format: str = "auto", tokens: int | None = None, example: Any = None, progress: bool = False
+    model: Model,
+    *,
+    format: str = "auto",
+    tokens: int | None = None,
+    example: Any = None,
+    prefer: str = "speed",
+    device: torch.device | str | None = None,
+    progress: bool = False,
 ) -> Model:
     """Return a copy for inference in which each masked layer is a CSRLinear, or the dense layer it was.
 
@@ -29,12 +37,15 @@ def export(
 
     format: "auto" measures each layer here and takes the fastest form, dense where no sparse one is faster: no layer is
     left slower than dense. Or the form for all layers: "csr" (runs anywhere, on the reference kernel), "panel" (many
-    tokens), "bitmask" and "gather" (few), "dense" (zeros in plain weights). The choice is on each exported layer as
-    `choice`, and in `report`.
+    tokens), "bitmask" and "gather" (few), on GPUs "tiles" and "narrow" (moderate and high sparsity), "blocks" and "2:4"
+    (masks of these patterns), "dense" (zeros in plain weights). The choice is on each exported layer as `choice`, and
+    in `report`.
 
     "auto" measures with `example`, what the model is given in use (a tensor, a tuple, or a dict by name), on which it
     runs once, so that each layer is measured with its own input. Layers that the example does not reach, and all
     without one, are measured with `tokens` rows (batch x sequence, or positions of an image; 128 if not given).
+    prefer: for "auto", "speed" as said (of forms equally fast the smallest), or "memory": the smallest form, however
+    fast. device: where the copy is to run, if not where the model is; it is measured, packed and put there.
 
     Raises ValueError if there is nothing to export, a form does not run here, or the model cannot be copied.
 
@@ -48,6 +59,10 @@ def export(
         raise ValueError(f"tokens={tokens} has no effect with format {format!r}; only 'auto' measures")
     if format != "auto" and example is not None:
         raise ValueError(f"example has no effect with format {format!r}; only 'auto' measures")
+    if format != "auto" and prefer != "speed":
+        raise ValueError(f"prefer={prefer!r} has no effect with format {format!r}; only 'auto' chooses")
+    if device is not None:
+        model = copy_with(model, {}).to(device)
     layers = layers_of_type(model, Masked)
     if not layers:
         raise ValueError("the model has no SparseLinear to export; call sparsify.convert(model) and prune it first")
@@ -67,7 +82,7 @@ def export(
                 f"{name}: the form {format!r} does not run on {layer.weight.device.type} in {layer.weight.dtype} here; "
                 "see 'sparsify doctor', or use format='csr'"
             )
-    chooser = Chooser(128 if tokens is None else tokens)
+    chooser = Chooser(128 if tokens is None else tokens, prefer)
     given = {} if example is None else layer_inputs(model, example)
     replacements: dict[nn.Module, nn.Module] = {}
     for layer in tqdm(layers.values(), desc="measuring layers", disable=not progress or format != "auto"):

@@ -8,14 +8,16 @@ from pathlib import Path
 
 import torch
 
-from sparsify.kernels import native
+from sparsify.kernels import gpu, native
 
 
-def machine_name() -> str:
-    """Name what decides how fast a kernel is: the processor, its instruction set in use, the number of threads.
+def machine_name(device: torch.device | None = None) -> str:
+    """Name what decides how fast a kernel is: the GPU, or the processor, its instruction set in use, and its threads.
 
     A choice measured under one name says little under another.
     """
+    if device is not None and device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     kernel = native.kernel() if native.available() else "no native kernels"
     return f"{_processor()}, {kernel}, {torch.get_num_threads()} threads"
 
@@ -40,8 +42,12 @@ def doctor() -> list[tuple[str, str, str]]:
                 "run on the torch reference, and export(format='auto') keeps them dense",
             )
         )
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    rows.append(("GPU", gpu, "" if gpu == "none" else "exported layers run there on the torch reference"))
+    if torch.cuda.is_available():
+        why = gpu.why_missing(torch.device("cuda", torch.cuda.current_device()))
+        what = f"exported layers run there on the torch reference: {why}" if why else "exported layers run there"
+        rows.append(("GPU", torch.cuda.get_device_name(), what))
+    else:
+        rows.append(("GPU", "none", ""))
     return rows
 
 

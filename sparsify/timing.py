@@ -47,16 +47,25 @@ class Timing:
         low, _, high = quantiles(samples_s, n=4, method="inclusive") if len(samples_s) > 1 else [samples_s[0]] * 3
         return cls(median(samples_s), low, high, len(samples_s))
 
+    def over(self, n_calls: int) -> Timing:
+        """Say how long each of several calls took that were timed as one."""
+        return Timing(self.median_s / n_calls, self.low_s / n_calls, self.high_s / n_calls, self.n)
+
     def __str__(self) -> str:
         return f"{self.median_s * 1e3:.3g} ms ({self.low_s * 1e3:.3g} to {self.high_s * 1e3:.3g}, n={self.n})"
 
 
 def measure(
-    candidates: Mapping[Key, Sequence[Call]], *, rounds: int = 11, sample_s: float = SAMPLE_S
+    candidates: Mapping[Key, Sequence[Call]],
+    *,
+    rounds: int = 11,
+    sample_s: float = SAMPLE_S,
+    wait: Call = lambda: None,
 ) -> dict[Key, Timing]:
     """Time every candidate in each of `rounds` rounds, in an order shuffled anew (the same in every run).
 
     A candidate is one call, or several that are called in rotation: copies of a layer that together exceed the cache.
+    `wait` returns when what was called is done, for a device that works on its own.
     """
     samples: dict[Key, list[float]] = {name: [] for name in candidates}
     rotations = {name: itertools.cycle(calls) for name, calls in candidates.items()}
@@ -69,7 +78,7 @@ def measure(
             if round_ >= FEWEST_ROUNDS and used_s[name] > BUDGET_S:
                 continue
             start = time.perf_counter()
-            samples[name].append(_sample(rotations[name], sample_s))
+            samples[name].append(_sample(rotations[name], sample_s, wait))
             used_s[name] += time.perf_counter() - start
     return {name: Timing.of(s) for name, s in samples.items()}
 
@@ -117,7 +126,7 @@ def _cpu_seconds() -> tuple[float, float, float]:
     return time.monotonic(), (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK"), own
 
 
-def _sample(rotation: itertools.cycle[Call], sample_s: float) -> float:
+def _sample(rotation: itertools.cycle[Call], sample_s: float, wait: Call) -> float:
     settle()
     start = time.perf_counter()
     n_calls = 0
@@ -126,8 +135,10 @@ def _sample(rotation: itertools.cycle[Call], sample_s: float) -> float:
         n_calls += 1
         if time.perf_counter() - start > 4 * sample_s:  # one call is longer than a sample: warm enough
             break
+    wait()
     repeats = max(1, int(sample_s * n_calls / (time.perf_counter() - start)))
     start = time.perf_counter()
     for _ in range(repeats):
         next(rotation)()
+    wait()
     return (time.perf_counter() - start) / repeats

@@ -78,6 +78,8 @@ def test_where_no_native_kernel_runs_the_layer_stays_dense_and_says_so():
     [
         ({"tokens": 0}, "tokens must be at least 1"),
         ({"format": "csr", "tokens": 4}, "tokens=4 has no effect"),
+        ({"prefer": "size"}, "prefer='size' is none of: speed, memory"),
+        ({"format": "csr", "prefer": "memory"}, "prefer='memory' has no effect"),
         ({"format": "fast"}, "'fast' is none of: auto, dense, csr"),
     ],
 )
@@ -97,3 +99,34 @@ def test_measuring_draws_no_random_numbers_of_the_users(monkeypatch):
     torch.manual_seed(7)
     choose.Chooser(4).choose(sparsify.SparseLinear(8, 8, 0.0, device="meta").to_empty(device="cpu"))
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_memory_is_part_of_the_choice():
+    times = {"dense": 100.0, "panel": 50.0, "bitmask": 51.0, "gather": 200.0}
+    n_bytes = {"dense": 1000, "panel": 800, "bitmask": 600, "gather": 500}
+    assert choose._best(times, n_bytes, "speed") == "bitmask"  # as fast as panel within the margin, and smaller
+    assert choose._best({**times, "bitmask": 52.0}, n_bytes, "speed") == "panel"
+    assert choose._best(times, n_bytes, "memory") == "gather"
+    assert choose._best({"dense": 1.0}, {"dense": 1000}, "memory") == "dense"
+    slower = Choice("gather", 64, times, "m")
+    assert slower.reason == "0.50x dense for 64 tokens (200 of 100 us), taken for its memory"
+
+
+@pytest.mark.skipif(not native.available(), reason="no native kernels")
+def test_prefer_memory_takes_the_smallest_that_was_measured():
+    model = pruned(0.7)
+    rows = sparsify.report(sparsify.export(model, tokens=4, prefer="memory"))
+    forms = [sparsify.report(sparsify.export(model, format=form)) for form in native.FORMS]
+    for i, row in enumerate(rows):
+        assert row.n_bytes == min(other[i].n_bytes for other in forms) < row.dense_bytes
+
+
+def test_export_for_a_device_moves_a_copy():
+    model = pruned(sizes=(16, 16))
+    x = torch.randn(2, 16)
+    fast = sparsify.export(model, format="csr", device="cpu")
+    assert torch.equal(fast(x), model(x))
+    assert fast[0].bias.data_ptr() == model[0].bias.data_ptr()  # it was there already
+    with pytest.raises(ValueError, match="on the meta device and has no data"):
+        sparsify.export(model, format="csr", device="meta")
+    assert all(parameter.device.type == "cpu" for parameter in model.parameters())

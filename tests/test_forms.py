@@ -220,7 +220,7 @@ def test_a_checkpoint_keeps_the_form_and_says_where_it_was_chosen(tmp_path, monk
     ]
     x = torch.randn(32, 64)
     assert torch.equal(loaded(x), fast(x))
-    monkeypatch.setattr("sparsify.checkpoint.machine_name", lambda: "another machine")
+    monkeypatch.setattr("sparsify.checkpoint.machine_name", lambda _: "another machine")
     with pytest.warns(sparsify.MeasuredElsewhereWarning, match="another machine"):
         sparsify.load(tmp_path / "model.safetensors", fresh())
 

@@ -9,10 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import SHAPES, masks, weight
 
-from sparsify.formats import dense_to_csr
-from sparsify.kernels import gpu, pack, supports
+import sparsify
+from sparsify import CSRLinear, SparseLinear
+from sparsify.formats import CSR, csr_to_dense, dense_to_csr
+from sparsify.kernels import gpu, native, pack, supports
+from sparsify.patterns import nm_mask
 
 TESTS = Path(__file__).parent
 CPU = torch.device("cpu")
@@ -80,11 +84,143 @@ def test_the_smallest_form_takes_little_of_dense_bfloat16(sparsity: float, share
     assert min(sizes) <= share * 2 * mask.numel()
 
 
+def blocks(size: int, shape: tuple[int, int] = (128, 192)) -> CSR:
+    """A weight that keeps a third of its blocks; NaN and -0.0 are among the values."""
+    generator = torch.Generator().manual_seed(size)
+    mask = torch.rand(shape[0] // size, shape[1] // size, generator=generator) < 0.3
+    mask[0] = False  # an empty row, where there are several
+    mask[-1, 0] = True
+    dense = weight(shape)
+    dense[-size, :3] = torch.tensor([torch.nan, -0.0, 0.0])
+    return dense_to_csr(dense, mask.repeat_interleave(size, 0).repeat_interleave(size, 1))
+
+
+def assert_same_bits(one: CSR, other: CSR) -> None:
+    for a, b in zip(one, other, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+@pytest.mark.parametrize("size", [16, 32, 64])
+def test_blocks_are_found_and_come_back_exactly(size: int) -> None:
+    csr = blocks(size)
+    assert gpu.fits("blocks", csr, (128, 192))
+    index, values = gpu.pack("blocks", csr, (128, 192))
+    assert_same_bits(gpu.unpack("blocks", index, values, (128, 192)), csr)
+    assert index.nbytes == 4 * (128 // size + 1 + values.numel() // size**2)
+    expanded = gpu.dense("blocks", index, values, (128, 192), (5, 77))
+    torch.testing.assert_close(expanded, csr_to_dense(csr, (128, 192))[0][5:77], equal_nan=True)
+
+
+def test_a_mask_that_is_not_whole_blocks_is_refused() -> None:
+    mask = masks((64, 48))["half"]
+    csr = dense_to_csr(weight((64, 48)), mask)
+    assert not gpu.fits("blocks", csr, (64, 48))
+    with pytest.raises(ValueError, match="needs whole blocks of one of the sizes"):
+        gpu.pack("blocks", csr, (64, 48))
+    assert not gpu.fits("blocks", dense_to_csr(weight((5, 3)), masks((5, 3))["all"]), (5, 3))
+
+
+def compress(dense: torch.Tensor, alone: int) -> torch.Tensor:
+    """What cuSPARSELt's compression does, as far as it is documented; `alone` is where it puts a value on its own."""
+    groups = dense.reshape(-1, 4)
+    places = torch.zeros(len(groups), 2, dtype=dense.dtype)
+    for place, group in zip(places, groups, strict=True):
+        kept = group[group.view(torch.int16) != 0]
+        if len(kept) == 2:
+            place[:] = kept
+        elif len(kept) == 1:
+            place[alone] = kept[0]
+    values = places.reshape(len(dense), -1)
+    metadata = torch.full((len(dense), dense.shape[1] // 16), 7.0, dtype=dense.dtype)
+    return torch.cat([values.reshape(-1), metadata.reshape(-1)]).reshape(len(dense), -1)
+
+
+@pytest.mark.parametrize("alone", [0, 1])
+def test_two_of_four_come_back_exactly_and_are_multiplied_padded(alone: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's operators need a GPU: here stand-ins say what they are documented to do."""
+    shape = (32, 48)
+    dense = weight(shape, torch.bfloat16)
+    mask = nm_mask(dense.abs().float(), 2, 4)
+    mask[3, :4] = False  # a group that keeps none, one that keeps one
+    mask[4, :4] = torch.tensor([False, False, True, False])
+    csr = dense_to_csr(dense, mask)
+    asked = []
+
+    def multiply(values: torch.Tensor, x: torch.Tensor, bias: torch.Tensor, transpose_result: bool) -> torch.Tensor:
+        asked.append(tuple(x.shape))
+        assert transpose_result
+        return F.linear(x.t(), dense * mask, bias)
+
+    monkeypatch.setattr(torch, "_cslt_compress", lambda weight: compress(weight, alone))
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", multiply)
+    assert gpu.fits("2:4", csr, shape)
+    index, values = gpu.pack("2:4", csr, shape)
+    assert_same_bits(gpu.unpack("2:4", index, values, shape), csr)
+    assert index.nbytes + values.nbytes <= 0.65 * dense.nbytes
+    x, bias = weight((2, 5, 48), torch.bfloat16), weight((1, 32), torch.bfloat16)[0]
+    expected = F.relu(F.linear(x, dense * mask, bias))
+    torch.testing.assert_close(gpu.linear("2:4", x, index, values, bias, shape, 1, (0, 32)), expected)
+    torch.testing.assert_close(gpu.linear("2:4", x, index, values, bias, shape, 1, (3, 9)), expected[..., 3:9])
+    assert asked == [(48, 16)]
+
+    kept_zero = torch.where(torch.arange(48) == int(mask[0].nonzero()[0]), 0.0, dense.float()).bfloat16()
+    # A kept zero is lost where the compression moves the value beside it: then the form does not fit.
+    assert gpu.fits("2:4", dense_to_csr(kept_zero, mask), shape) == (alone == 1)
+    minus_zero = torch.where(kept_zero == 0, -0.0, kept_zero)
+    monkeypatch.setattr(torch, "_cslt_compress", lambda weight: compress(weight + 0.0, alone))  # the sign is lost
+    assert not gpu.fits("2:4", dense_to_csr(minus_zero, mask), shape)
+    assert not gpu.fits("2:4", dense_to_csr(dense, torch.ones_like(mask)), shape)
+    with pytest.raises(ValueError, match="needs a 2:4 mask of a shape in multiples of 16"):
+        gpu.pack("2:4", dense_to_csr(dense[:5], mask[:5]), (5, 48))
+
+
+def pretend_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU has the kernels of a GPU from now on, and no others."""
+    monkeypatch.setattr(native, "why_missing", lambda: "this is a GPU")
+    monkeypatch.setattr(gpu, "why_missing", lambda _: "")
+
+
+@pytest.mark.skipif(not native.available(), reason="no native kernels")
+@pytest.mark.parametrize(("sparsity", "form"), [(0.5, "tiles"), (0.9, "narrow")])
+def test_a_layer_that_moves_to_a_gpu_and_back_changes_its_form_and_no_bit(sparsity: float, form: str) -> None:
+    layer = CSRLinear.from_sparse(SparseLinear(70, 30, sparsity, seed=0), form="bitmask")
+    before = layer.csr
+    with pytest.MonkeyPatch.context() as patched:
+        pretend_a_gpu(patched)
+        layer._apply(lambda tensor: tensor.clone())
+        assert (layer.form, set(layer._buffers)) == (form, {"index", "values"})
+        assert_same_bits(layer.csr, before)
+        state = layer.state_dict()
+        assert set(state) == {"bias", "crow", "col", "values"}
+        assert layer.bfloat16().form == form
+        assert layer.double().form == "csr"
+        layer.float()
+        layer.load_state_dict(state)
+        assert layer.form == form
+    layer._apply(lambda tensor: tensor.clone())
+    assert layer.form == "bitmask"
+    assert_same_bits(layer.csr, before)
+
+
+@pytest.mark.skipif(not native.available(), reason="no native kernels")
+def test_what_was_packed_on_a_gpu_is_saved_and_loaded_on_the_cpu(tmp_path: Path) -> None:
+    model = sparsify.prune(sparsify.convert(torch.nn.Sequential(torch.nn.Linear(70, 30))), 0.8)
+    with pytest.MonkeyPatch.context() as patched:
+        pretend_a_gpu(patched)
+        there = sparsify.export(model, format="tiles")
+        sparsify.save(there, tmp_path / "model.safetensors")
+    here = sparsify.load(tmp_path / "model.safetensors", torch.nn.Sequential(torch.nn.Linear(70, 30)))
+    assert here[0].form == "panel"
+    assert_same_bits(here[0].csr, there[0].csr)
+    assert torch.equal(here(torch.ones(2, 70)), sparsify.export(model, format="panel")(torch.ones(2, 70)))
+
+
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter is asked for")
 def test_on_the_cpu_the_forms_for_gpus_are_refused_and_triton_is_not_imported() -> None:
     assert not supports("tiles", CPU, torch.float32)
     csr = dense_to_csr(torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool))
-    with pytest.raises(ValueError, match="'narrow' does not run here: it needs the Triton kernels: they run on a GPU"):
+    with pytest.raises(ValueError, match="'narrow' does not run here: it needs the kernels for GPUs: they run on"):
         pack("narrow", csr, (2, 3))
     code = "import sys, torch; seen = set(sys.modules); import sparsify; assert 'triton' not in {*sys.modules} - seen"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -100,6 +236,11 @@ def test_a_device_without_kernels_is_refused_with_its_reason(monkeypatch: pytest
     assert gpu.why_missing(cuda) == ""
     assert supports("tiles", cuda, torch.bfloat16)
     assert not supports("tiles", cuda, torch.float64)
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+    assert supports("2:4", cuda, torch.bfloat16)
+    assert not supports("2:4", cuda, torch.float32)
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
+    assert not supports("2:4", cuda, torch.bfloat16)
     assert "not on xpu" in gpu.why_missing(torch.device("xpu"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     assert "pip install triton" in gpu.why_missing(cuda)
@@ -120,6 +261,10 @@ def launches_of(dtype: torch.dtype) -> list[object]:
                     form, torch.empty(n, 4096, dtype=dtype), *parts, torch.empty(64, dtype=dtype), shape, 2, (0, 64)
                 )
             gpu.dense(form, *parts, shape, (0, 64))
+        for size in (16, 64):
+            parts = gpu.pack("blocks", CSR(*blocks(size, shape)[:2], blocks(size, shape).values.to(dtype)), shape)
+            for n in (1, 64):
+                gpu.linear("blocks", torch.empty(n, 4096, dtype=dtype), *parts, None, shape, 0, (0, 64))
         found += launches
     return found
 
@@ -146,4 +291,5 @@ def test_every_kernel_compiles_for_a_gpu(
             assert ("wgmma" if capability == 90 else "mma.sync") in kernel.ptx
         if launch.name.startswith("tiles."):
             assert "popc" in kernel.ptx
-    assert names == {"tiles.few", "tiles.many", "tiles.dense", "epilogue.finish", "narrow.few", "narrow.dense"}
+    tiles = {"tiles.few", "tiles.many", "tiles.dense", "epilogue.finish"}
+    assert names == tiles | {"narrow.few", "narrow.dense", "blocks.multiply"}

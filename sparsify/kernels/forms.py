@@ -21,7 +21,12 @@ FORMS: dict[str, tuple[str, ...]] = {
     "gather": ("index", "values"),
     "tiles": ("index", "values"),
     "narrow": ("index", "values"),
+    "blocks": ("index", "values"),
+    "2:4": ("index", "values"),
 }
+
+#: The density below which "narrow" stands in on a GPU for a form of the CPU, and "tiles" above. Reasoned, not measured.
+NARROW_BELOW = 0.2
 
 
 def supports(form: str, device: torch.device, dtype: torch.dtype) -> bool:
@@ -31,6 +36,20 @@ def supports(form: str, device: torch.device, dtype: torch.dtype) -> bool:
     if form == "csr" or device.type == "meta":
         return True
     return not _why_not(form, device, dtype)
+
+
+def fits(form: str, csr: CSR, shape: tuple[int, int]) -> bool:
+    """Say whether a form can hold this weight: some are for masks of a pattern."""
+    return form not in gpu.FORMS or gpu.fits(form, csr, shape)
+
+
+def form_for(wanted: str, device: torch.device, dtype: torch.dtype, density: float) -> str:
+    """Return the wanted form where it runs, elsewhere one that has kernels there, "csr" where none has.
+
+    density: the share of the weights that is kept. Which stand-in is the faster depends on more: `export` measures.
+    """
+    candidates = (wanted, "panel", "narrow" if density < NARROW_BELOW else "tiles")
+    return next((form for form in candidates if supports(form, device, dtype)), "csr")
 
 
 def pack(form: str, csr: CSR, shape: tuple[int, int]) -> tuple[Tensor, ...]:
@@ -63,11 +82,12 @@ def unpack(form: str, parts: tuple[Tensor, ...], shape: tuple[int, int]) -> CSR:
 
 def _why_not(form: str, device: torch.device, dtype: torch.dtype) -> str:
     """Say why no kernel of a packed form runs on a device and dtype; empty if one does."""
-    kind, dtypes, missing = "the native CPU kernels", tuple(native.DTYPES), native.why_missing()
     if form in gpu.FORMS:
-        kind, dtypes, missing = "the Triton kernels", gpu.DTYPES, gpu.why_missing(device)
-    elif device.type != "cpu":
+        missing = gpu.why_not(form, device, dtype)
+        return missing and f"it needs the kernels for GPUs: {missing}"
+    missing = native.why_missing()
+    if device.type != "cpu":
         missing = f"they run on the CPU, not on {device.type}"
-    if not missing and dtype not in dtypes:
+    elif not missing and dtype not in native.DTYPES:
         missing = f"{dtype} is not among their types"
-    return missing and f"it needs {kind}: {missing}"
+    return missing and f"it needs the native CPU kernels: {missing}"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.formats import CSR, check_csr, csr_to_dense, dense_to_csr
-from sparsify.kernels import FORMS, pack, supports, unpack
+from sparsify.kernels import FORMS, form_for, pack, unpack
 from sparsify.layers.masked import Masked
 
 
@@ -17,9 +17,10 @@ class Packed(nn.Module):
     """The contract of a layer over a sparse weight (out_features, in_features), held in plain buffers in one form.
 
     In the form "csr": `crow` int32 (out_features + 1), `col` uint8, uint16 or int32 (n_kept), whichever is the
-    narrowest, `values` (n_kept) in the layer's dtype. The other forms ("panel", "bitmask", "gather") hold the same
-    weight as `index` and `values`, packed for the native CPU kernels; where those do not run (another device, float16)
-    the layer changes to "csr" by itself, and back. A state_dict always has crow, col and values.
+    narrowest, `values` (n_kept) in the layer's dtype. The other forms hold the same weight as `index` and `values`,
+    packed for the native CPU kernels ("panel", "bitmask", "gather") or for those on GPUs ("tiles", "narrow", "blocks",
+    "2:4"). Where the kernels of its form do not run (another device, float16 on the CPU) the layer changes by itself to
+    a form whose kernels do, or to "csr", and back. A state_dict always has crow, col and values.
 
     `bias` is a Parameter or None, `activation` follows it. Being plain tensors, all of it survives deepcopy, pickle,
     state_dict, `.to()`, torch.compile and torch.export. The gradient reaches the input and the bias, not the values:
@@ -120,19 +121,20 @@ class Packed(nn.Module):
 
     def _set_csr(self, csr: CSR) -> None:
         """Hold another set of kept weights, in the wanted form if it runs where the values are."""
-        runs = supports(self.wanted_form, csr.values.device, csr.values.dtype)
-        form = self.wanted_form if runs else "csr"
         self.n_kept = csr.values.numel()
+        form = self._form_on(csr.values.device, csr.values.dtype)
         self._set_parts(form, pack(form, csr, self.shape))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or convert as any module does, and change the form if that is needed, or possible again."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         values = self.parts[-1]
-        runs = supports(self.wanted_form, values.device, values.dtype)
-        if not values.is_meta and self.form != (self.wanted_form if runs else "csr"):
+        if not values.is_meta and self.form != self._form_on(values.device, values.dtype):
             self._set_csr(self.csr)
         return self
+
+    def _form_on(self, device: torch.device, dtype: torch.dtype) -> str:
+        return form_for(self.wanted_form, device, dtype, 1 - self.sparsity)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """Save the weight as CSR, whatever the form, so that any machine can load it."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -16,11 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsify.formats import CSR
-from sparsify.kernels.gpu import launch, narrow, tiles
+from sparsify.kernels.gpu import blocks, launch, narrow, tiles, two_four
 from sparsify.kernels.reference import ACTIVATIONS
 
 #: Each form's functions: pack, unpack, multiply, dense.
-FORMS: dict[str, ModuleType] = {"tiles": tiles, "narrow": narrow}
+FORMS: dict[str, ModuleType] = {"tiles": tiles, "narrow": narrow, "blocks": blocks, "2:4": two_four}
+#: Of the forms that are not for every mask, what says whether one fits.
+_FITS: dict[str, Callable[[CSR, tuple[int, int]], bool]] = {"blocks": blocks.fits, "2:4": two_four.fits}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 #: The oldest compute capability whose tensor cores take bfloat16.
@@ -43,6 +46,21 @@ def why_missing(device: torch.device) -> str:
             f"{torch.cuda.get_device_name(device)} has compute capability {capability}, {FEWEST_CAPABILITY} is needed"
         )
     return ""
+
+
+def why_not(form: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Say why a form does not run on a device and dtype; empty if it does."""
+    missing = why_missing(device)
+    if not missing and form == "2:4":
+        missing = two_four.why_missing(device)
+    if not missing and dtype not in (two_four.DTYPES if form == "2:4" else DTYPES):
+        missing = f"{dtype} is not among their types"
+    return missing
+
+
+def fits(form: str, csr: CSR, shape: tuple[int, int]) -> bool:
+    """Say whether a form can hold this weight."""
+    return form not in _FITS or _FITS[form](csr, shape)
 
 
 def pack(form: str, csr: CSR, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,107 @@
+"""The form "blocks": whole blocks of 16, 32 or 64 rows and columns, kept or removed. For tensor cores, at any sparsity.
+
+The index is two lists of int32: where each row of blocks begins (out / size + 1), and the column of each block. The
+values are the blocks one after the other, each in rows. The size is the only one that fits the length of both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify.formats import CSR, csr_to_dense, dense_to_csr
+from sparsify.kernels.gpu import launch
+
+#: Sizes of a block, the best first.
+SIZES = (64, 32, 16)
+
+#: Tokens of a tile: at least, as tensor cores want, and at most.
+FEWEST_TOKENS, MOST_TOKENS = 16, 64
+
+
+def fits(csr: CSR, shape: tuple[int, int]) -> bool:
+    """Say whether the kept weights are whole blocks."""
+    return 0 not in shape and _size_of(csr, shape) is not None
+
+
+def pack(csr: CSR, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Pack a CSR weight: (index, values). Raises ValueError if its kept weights are no whole blocks."""
+    size = _size_of(csr, shape) if 0 not in shape else None
+    if size is None:
+        raise ValueError(f"the form 'blocks' needs whole blocks of one of the sizes {SIZES}; use 'tiles' or 'narrow'")
+    weight, mask = (_in_blocks(tensor, size) for tensor in csr_to_dense(csr, shape))
+    kept = mask[:, :, 0, 0]
+    rows = torch.nn.functional.pad(kept.sum(1).cumsum(0), (1, 0))
+    lists = torch.cat([rows, kept.nonzero()[:, 1]]).to(torch.int32)
+    return lists.view(torch.uint8), weight[kept].reshape(-1)
+
+
+def unpack(packed: Tensor, values: Tensor, shape: tuple[int, int]) -> CSR:
+    """Turn the form back into CSR."""
+    ones = torch.ones_like(values, dtype=torch.bool)
+    return dense_to_csr(dense(packed, values, shape, (0, shape[0])), dense(packed, ones, shape, (0, shape[0])))
+
+
+def multiply(
+    x: Tensor,
+    packed: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    shape: tuple[int, int],
+    rows: tuple[int, int],
+    activation: int,
+) -> Tensor | None:
+    """Multiply x (tokens, in), as many as there are, by some rows of the weight."""
+    from sparsify.kernels.gpu import triton_blocks
+
+    size, n_rows = _size(packed, values, shape), rows[1] - rows[0]
+    y = x.new_empty((x.shape[0], n_rows))
+    tokens = max(FEWEST_TOKENS, min(MOST_TOKENS, launch.power_of_2(x.shape[0])))
+    first_block = rows[0] // size
+    kernel: Any = triton_blocks.multiply[(-(-rows[1] // size) - first_block, -(-x.shape[0] // tokens))]
+    kernel(
+        x, packed, values, y if bias is None else bias, y, x.shape[0], x.stride(0), first_block, rows[0], n_rows,
+        4 * (shape[0] // size + 1),
+        TOKENS=tokens, SIZE=size, IS_WIDENED=launch.is_widened(x), HAS_BIAS=bias is not None, ACTIVATION=activation,
+        num_warps=max(1, size // 16), num_stages=3, **launch.FUSED,
+    )  # fmt: skip
+    return y
+
+
+def dense(packed: Tensor, values: Tensor, shape: tuple[int, int], rows: tuple[int, int]) -> Tensor:
+    """Expand some rows to a dense weight."""
+    (out, inner), size = shape, _size(packed, values, shape)
+    lists = packed.view(torch.int32)
+    starts, columns = lists[: out // size + 1], lists[out // size + 1 :]
+    block_rows = torch.arange(out // size, device=packed.device)
+    row = torch.repeat_interleave(block_rows, starts.diff(), output_size=columns.numel())
+    blocks = values.new_zeros((out // size, inner // size, size, size))
+    blocks[row, columns.to(torch.int64)] = values.reshape(-1, size, size)
+    return blocks.transpose(1, 2).reshape(out, inner)[rows[0] : rows[1]]
+
+
+def _in_blocks(weight: Tensor, size: int) -> Tensor:
+    """View a weight as (rows of blocks, columns of blocks, size, size)."""
+    out, inner = weight.shape
+    return weight.reshape(out // size, size, inner // size, size).transpose(1, 2)
+
+
+def _size_of(csr: CSR, shape: tuple[int, int]) -> int | None:
+    """Return the largest size of which the kept weights are whole blocks."""
+    fitting = [size for size in SIZES if shape[0] % size == 0 and shape[1] % size == 0]
+    if not fitting or csr.values.numel() % fitting[-1] ** 2:
+        return None
+    _, mask = csr_to_dense(csr, shape)
+    for size in fitting:
+        kept = _in_blocks(mask, size).sum((2, 3))
+        if bool(((kept == 0) | (kept == size**2)).all()):
+            return size
+    return None
+
+
+def _size(packed: Tensor, values: Tensor, shape: tuple[int, int]) -> int:
+    """Return the size: the longer the blocks, the shorter the lists, so only one can be right."""
+    n = packed.numel() // 4
+    return next(size for size in SIZES if shape[0] // size + 1 + values.numel() // size**2 == n)

@@ -1,0 +1,100 @@
+"""The form "2:4": at most two of every four columns kept, for the sparse tensor cores, by torch's cuSPARSELt operators.
+
+The values are what cuSPARSELt compresses the weight to: the kept values, two for every four columns, then its own
+metadata, which is not documented. So the index holds the mask as well, a bit for each weight, and packing checks that
+the weight comes back bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsify.formats import CSR, csr_to_dense, dense_to_csr
+from sparsify.kernels.reference import ACTIVATIONS
+
+DTYPES = (torch.float16, torch.bfloat16)
+
+#: Rows, columns and tokens must be multiples of this; tokens are padded.
+MULTIPLE = 16
+
+_ACTIVATIONS = tuple(ACTIVATIONS.values())
+_torch: Any = torch  # the operators have a leading underscore, and no types
+
+
+def why_missing(device: torch.device) -> str:
+    """Say why the operators do not run on a device that has Triton's kernels; empty if they do."""
+    if device.type != "cuda":
+        return "it needs the sparse tensor cores of a GPU"
+    return "" if torch.backends.cusparselt.is_available() else "this torch has no cuSPARSELt"
+
+
+def fits(csr: CSR, shape: tuple[int, int]) -> bool:
+    """Say whether the mask is 2:4, the sizes are right, and cuSPARSELt's values can be read back."""
+    if 0 in shape or shape[0] % MULTIPLE or shape[1] % MULTIPLE:
+        return False
+    weight, mask = csr_to_dense(csr, shape)
+    if int(mask.reshape(-1, 4).sum(1).max()) > 2:
+        return False
+    back = unpack(*_pack(weight, mask), shape)
+    return torch.equal(back.col, csr.col) and torch.equal(
+        back.values.contiguous().view(torch.uint8), csr.values.contiguous().view(torch.uint8)
+    )
+
+
+def pack(csr: CSR, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Pack a CSR weight: (index, values). Raises ValueError if it does not fit."""
+    if not fits(csr, shape):
+        raise ValueError(
+            f"the form '2:4' needs a 2:4 mask of a shape in multiples of {MULTIPLE}, got {shape}; use 'tiles'"
+        )
+    return _pack(*csr_to_dense(csr, shape))
+
+
+def unpack(packed: Tensor, values: Tensor, shape: tuple[int, int]) -> CSR:
+    """Turn the form back into CSR."""
+    weight, mask = _expand(packed, values, shape)
+    return dense_to_csr(weight, mask)
+
+
+def multiply(
+    x: Tensor,
+    packed: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    shape: tuple[int, int],
+    rows: tuple[int, int],
+    activation: int,
+) -> Tensor | None:
+    """Multiply x (tokens, in), as many as there are; None for some rows only."""
+    if rows != (0, shape[0]):
+        return None
+    tokens = x.shape[0]
+    padded = F.pad(x, (0, 0, 0, -tokens % MULTIPLE))
+    y: Tensor = _torch._cslt_sparse_mm(values, padded.t(), bias=bias, transpose_result=True)
+    return _ACTIVATIONS[activation](y[:tokens])
+
+
+def dense(packed: Tensor, values: Tensor, shape: tuple[int, int], rows: tuple[int, int]) -> Tensor:
+    """Expand some rows to a dense weight."""
+    return _expand(packed, values, shape)[0][rows[0] : rows[1]]
+
+
+def _pack(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    powers = 1 << torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return (mask.reshape(-1, 8) * powers).sum(1, dtype=torch.uint8), _torch._cslt_compress(weight)
+
+
+def _expand(packed: Tensor, values: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Return weight and mask. The kept value of a group that keeps one lies in either of its two places."""
+    mask = ((packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1).bool().reshape(-1, 4)
+    places = values.reshape(-1)[: 2 * mask.shape[0]].reshape(-1, 2)
+    bits = places.contiguous().view(torch.int16)
+    alone = torch.where(bits[:, :1] != 0, places[:, :1], places[:, 1:])
+    both = mask.sum(1, keepdim=True) == 2
+    second = (mask.cumsum(1) == 2) & both
+    value = torch.where(second, places[:, 1:], torch.where(both, places[:, :1], alone))
+    return torch.where(mask, value, 0).reshape(shape), mask.reshape(shape)
