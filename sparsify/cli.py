@@ -1,4 +1,4 @@
-"""The command line: sparsify compress | inspect | plan | bench | doctor | schema.
+"""The command line: sparsify compress | sensitivity | inspect | plan | bench | doctor | schema.
 
 Exit codes: 0 done; 2 wrong arguments, model or weights; 3 a recipe that cannot be followed; 4 an invalid checkpoint;
 5 a file that cannot be opened or written.
@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import sparsify
 from sparsify.bench import bench
+from sparsify.commands import compress_layer_by_layer, evaluation, measure, quality_table, sensitivity_table
 from sparsify.data import SAMPLES, TOKENS, load_data
 from sparsify.errors import CheckpointError, LeftDenseWarning, RecipeError
 from sparsify.export import FORMATS
@@ -33,6 +34,7 @@ from sparsify.models import build_model, load_weights
 from sparsify.plan import PlannedLayer, plan
 from sparsify.recipe import Recipe, assign_layers, load_recipe
 from sparsify.report import Report, table
+from sparsify.sensitivity import SPARSITIES
 from sparsify.yaml_file import read_text
 
 _MODEL_HELP = "torchvision:NAME, hf:FOLDER, or package.module:builder"
@@ -67,10 +69,19 @@ def compress(arguments: argparse.Namespace) -> None:
     if out.is_dir():
         raise IsADirectoryError(f"--out {out}: it is a folder; name a file in it")
     data = _data_of(arguments)
+    if arguments.stream or arguments.resume:
+        _compress_layer_by_layer(arguments, recipe, data, out)
+        return
+    if arguments.cache is not None:
+        raise ValueError("--cache has no effect without --stream or --resume")
+    evaluate = evaluation(arguments.eval) if arguments.eval else None
+    quality: dict[str, dict[str, float]] = {}
     with tqdm(
         total=5, desc="build the model", bar_format="{desc:<28}{bar}| {n_fmt}/{total_fmt}", disable=arguments.json
     ) as bar:
         model = _model_of(arguments)
+        if evaluate:
+            quality["dense"] = evaluate(model)
         _advance(bar, "convert its layers")
         with _naming(arguments.recipe):
             assign_layers(recipe, model)
@@ -83,17 +94,50 @@ def compress(arguments: argparse.Namespace) -> None:
         fast = sparsify.export(model, format=arguments.format, tokens=arguments.tokens)
         _advance(bar, f"save {out.name}")
         sparsify.save(fast, out)
+        if evaluate:
+            quality["sparse"] = evaluate(fast)
         _advance(bar, "done")
     report, stored = sparsify.report(fast), sparsify.inspect(out)
     if arguments.json:
-        _print_json(
-            {"file": str(out), "file_bytes": out.stat().st_size, "in_memory": _rows(report), "in_file": _rows(stored)}
-        )
+        found = {"in_memory": _rows(report), "in_file": _rows(stored)} | ({"quality": quality} if quality else {})
+        _print_json({"file": str(out), "file_bytes": out.stat().st_size, **found})
         return
     print(report)
+    if quality:
+        print(f"\n{quality_table(**quality)}")
     print(f"\n{out}: {out.stat().st_size:,} bytes")
     print(f"next: sparsify inspect {out}")
     print(f"      python: model = sparsify.load({str(out)!r}, the_dense_model)")
+
+
+def _compress_layer_by_layer(arguments: argparse.Namespace, recipe: Recipe, data: Any, out: Path) -> None:
+    """Do the same so that it can be interrupted, and, with --stream, with the weights on disk."""
+    if data is None:
+        raise ValueError("--stream and --resume are for pruning on calibration data; give --data")
+    if arguments.eval:
+        raise ValueError("--eval has no effect with --stream or --resume; evaluate the file when it is done")
+    with _naming(arguments.recipe):
+        model = None if arguments.stream else _model_of(arguments)
+        report = compress_layer_by_layer(arguments, recipe, list(data), out, model)
+    if arguments.json:
+        _print_json({"file": str(out), "file_bytes": out.stat().st_size, "in_file": _rows(report)})
+        return
+    print(f"{report}\n\n{out}: {out.stat().st_size:,} bytes")
+
+
+def sensitivity(arguments: argparse.Namespace) -> None:
+    """Measure what pruning each layer alone does to the model's output, and write a recipe for a budget."""
+    data = _data_of(arguments)
+    if data is None:
+        raise ValueError("give calibration data with --data: texts, pictures, or package.module:function")
+    measured, targets = measure(arguments, _model_of(arguments), data)
+    if arguments.json:
+        _print_json({"sparsities": measured.sparsities, "damage": dict(measured.damage), "targets": targets})
+        return
+    print("squared change of the model's output, relative to its variance, with one layer pruned to:")
+    print(sensitivity_table(measured, targets))
+    if arguments.recipe:
+        print(f"\nnext: sparsify compress --model {arguments.model} --recipe {arguments.recipe} --data ... --out ...")
 
 
 def inspect(arguments: argparse.Namespace) -> None:
@@ -203,12 +247,33 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--data", metavar="DATA", help="calibration data: texts, pictures, or package.module:function")
     sub.add_argument("--samples", type=int, metavar="N", help=f"texts or pictures to calibrate on (default: {SAMPLES})")
     sub.add_argument("--sample-tokens", type=int, metavar="N", help=f"tokens of each text (default: {TOKENS})")
+    sub.add_argument("--recover", type=float, metavar="SECONDS", help="then tune what is kept towards the dense model")
+    sub.add_argument("--stream", action="store_true", help="read weights from disk block by block (.safetensors)")
+    sub.add_argument("--resume", action="store_true", help="keep what is finished in OUT.partial, and go on from there")
+    sub.add_argument("--cache", type=float, metavar="GB", help="activations in memory, the rest on disk (default: 1)")
+    sub.add_argument("--eval", metavar="MODULE:FUNCTION", help="a function of the model: its quality, before and after")
     sub.add_argument("--include", action="append", metavar="PATTERN", help="layers to prune (default: all)")
     sub.add_argument("--exclude", action="append", metavar="PATTERN", help="layers to leave dense")
     sub.add_argument("--seed", type=int, help="for methods that draw random numbers")
     sub.add_argument("--format", default="auto", choices=FORMATS, help="form of the weights in memory (default: auto)")
     sub.add_argument("--tokens", type=int, metavar="N", help="rows of input that auto measures with (default: 128)")
     sub.add_argument("--out", required=True, metavar="FILE", help="the file to write (.safetensors)")
+    sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+    sub = command("sensitivity", sensitivity, "Measure what each layer can lose, and write a recipe for a budget.")
+    model_arguments(sub, recipe=False)
+    sub.add_argument("--data", metavar="DATA", help="calibration data: texts, pictures, or package.module:function")
+    sub.add_argument("--samples", type=int, metavar="N", help=f"texts or pictures to calibrate on (default: {SAMPLES})")
+    sub.add_argument("--sample-tokens", type=int, metavar="N", help=f"tokens of each text (default: {TOKENS})")
+    sub.add_argument("--method", default="magnitude", help="how each layer is pruned (default: magnitude)")
+    sub.add_argument("--refit", action="store_true", help="refit the kept weights to the data")
+    sub.add_argument("--sparsities", type=_fractions, default=SPARSITIES, metavar="S,S", help="what to measure at")
+    sub.add_argument("--target", type=float, metavar="SPARSITY", help="the budget: fraction of zeros of all layers")
+    sub.add_argument("--max-sparsity", type=float, help="no layer loses more (default: the last of --sparsities)")
+    sub.add_argument("--recipe", metavar="FILE", help="the recipe to write for the budget")
+    sub.add_argument("--picture", metavar="FILE", help="draw it (.png, .svg); needs matplotlib")
+    sub.add_argument("--include", action="append", metavar="PATTERN", help="layers to measure (default: all)")
+    sub.add_argument("--exclude", action="append", metavar="PATTERN", help="layers to leave dense")
     sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     sub = command("inspect", inspect, "List the layers in a file, without building the model.")
@@ -246,18 +311,23 @@ def _recipe_of(arguments: argparse.Namespace) -> Recipe:
     options["layers"] = arguments.include
     given = {key: value for key, value in options.items() if value is not None}
     if arguments.recipe:
+        if arguments.recover is not None:
+            raise ValueError("--recover has no effect beside --recipe; write a recover stage in the recipe")
         if given:
             option = "include" if "layers" in given else next(iter(given)).replace("_", "-")
             raise ValueError(
                 f"--{option} has no effect beside --recipe; set the recipe's variables with --set NAME=VALUE"
             )
         return load_recipe(arguments.recipe, **_variables(arguments.set))
+    if arguments.recover is not None and not given:
+        raise ValueError("--recover follows pruning; say how with --sparsity FRACTION")
     if arguments.set:
         raise ValueError("--set has no effect without --recipe")
     if not given:
         raise ValueError("say what to do with --recipe FILE or --sparsity FRACTION")
     try:
-        return Recipe.model_validate({"groups": [given]})
+        stage = {} if arguments.recover is None else {"recover": {"seconds": arguments.recover}}
+        return Recipe.model_validate({"groups": [given], **stage})
     except ValidationError as error:
         first = error.errors()[0]
         option = {"layers": "--include: ", 0: ""}.get(first["loc"][-1], f"--{first['loc'][-1]}: ")
@@ -291,6 +361,13 @@ def _data_of(arguments: argparse.Namespace) -> Any:
             raise ValueError("--samples and --sample-tokens have no effect without --data")
         return None
     return load_data(arguments.data, arguments.model, **given)
+
+
+def _fractions(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of fractions; write 0.5,0.7,0.9") from None
 
 
 def _shape(text: str) -> tuple[int, ...]:

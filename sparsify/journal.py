@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from sparsify.checkpoint import read_layer, save, unpack_layer
 from sparsify.container import LayerEntry
@@ -16,6 +19,20 @@ from sparsify.layers import Masked
 from sparsify.oneshot import Fit
 
 _ABOUT = "run.json"
+
+
+def fingerprint(batches: Iterable[Any]) -> str:
+    """Return a SHA-256 over all tensors in calibration data.
+
+    >>> fingerprint([torch.ones(2)]) == fingerprint([(torch.ones(2), "label")])
+    True
+    """
+    digest = hashlib.sha256()
+    for leaf in tree_flatten(list(batches))[0]:
+        if isinstance(leaf, Tensor):
+            digest.update(f"{leaf.dtype} {tuple(leaf.shape)} ".encode())
+            digest.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 class Journal:

@@ -9,11 +9,14 @@ import pickle
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from sparsify.resident import without_memory
 
 
 def build_model(spec: str) -> nn.Module:
@@ -30,7 +33,7 @@ def build_model(spec: str) -> nn.Module:
         return _torchvision(name).eval()
     if source == "hf":
         return _transformers(name).eval()
-    with _importable_from(os.getcwd()):
+    with importable_from_here():
         try:
             builder = getattr(importlib.import_module(source), name)
         except (ImportError, AttributeError) as error:
@@ -42,8 +45,9 @@ def build_model(spec: str) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _importable_from(folder: str) -> Iterator[None]:
-    """Find modules in a folder too: python -m does so for the present one, but an installed command does not."""
+def importable_from_here() -> Iterator[None]:
+    """Find modules in the present folder too: python -m does so, but an installed command does not."""
+    folder = os.getcwd()
     sys.path.insert(0, folder)
     try:
         yield
@@ -106,7 +110,25 @@ def _torchvision(name: str) -> nn.Module:
     return model
 
 
+def build_empty(spec: str) -> tuple[nn.Module, Path | None]:
+    """Build a model without memory for its weights, and say where those of an hf:FOLDER lie; names as `build_model`."""
+    source, _, name = spec.partition(":")
+    with without_memory():
+        if source != "hf":
+            return build_model(spec), None
+        config, kind = _hf_kind(name)
+        model: nn.Module = kind._from_config(config) if hasattr(kind, "_from_config") else kind.from_config(config)
+    return model.eval(), Path(name)
+
+
 def _transformers(folder: str) -> nn.Module:
+    _, kind = _hf_kind(folder)
+    model: nn.Module = kind.from_pretrained(folder, local_files_only=True)
+    return model
+
+
+def _hf_kind(folder: str) -> tuple[Any, Any]:
+    """Return the configuration in a folder, and the class of its model."""
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"hf:{folder}: there is no config.json in this folder; nothing is downloaded")
     try:
@@ -115,7 +137,7 @@ def _transformers(folder: str) -> nn.Module:
         raise ValueError("transformers is not installed: pip install 'sparsify-torch[hf]'") from None
     import transformers
 
-    architectures = AutoConfig.from_pretrained(folder, local_files_only=True).architectures or []
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    architectures = config.architectures or []
     kind = next((getattr(transformers, name) for name in architectures if hasattr(transformers, name)), AutoModel)
-    model: nn.Module = kind.from_pretrained(folder, local_files_only=True)
-    return model
+    return config, kind

@@ -68,6 +68,8 @@ class Pruner:
             model = model.module
         self.model, self.recipe, self.optimizer, self.loss, self.scaler = model, recipe, optimizer, loss, scaler
         self.steps_per_epoch, self.n_steps, self._epoch_began = steps_per_epoch, 0, 0
+        if recipe.recover is not None:
+            raise ValueError("'recover' follows one-shot pruning (sparsify.apply); in a training it has no effect")
         names = assign_layers(recipe, model)
         layers = sparse_layers(model)
         if missing := [name for group in names for name in group if name not in layers]:

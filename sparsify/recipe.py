@@ -6,6 +6,7 @@ names the file, the line and the key, and the nearest valid word.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
@@ -22,10 +23,12 @@ from sparsify.errors import RecipeError
 from sparsify.layers.sharded import cut_by_rows, own_rows
 from sparsify.masks import Allocation, layer_targets, make_masks, n_removed_units
 from sparsify.methods import CALIBRATED, METHODS, SOLVERS, TRAINED, needs, needs_data, takes_seed
-from sparsify.oneshot import Order, follow
+from sparsify.oneshot import Order, follow, make_tasks
 from sparsify.patterns import parse_pattern
 from sparsify.processes import ALONE, Ranks
+from sparsify.recover import LR, recover
 from sparsify.schedules import Schedule
+from sparsify.solve import Task
 from sparsify.yaml_file import Value, YamlFile, nearest, read_yaml, substitute
 
 _METHODS = (*METHODS, *TRAINED, *CALIBRATED, *SOLVERS)
@@ -180,6 +183,23 @@ class Group(BaseModel):
         return not one_moment or bool(evidence) or self.rewind is not None
 
 
+class Recover(BaseModel):
+    """A short distillation towards the dense model, after all groups are pruned; see `sparsify.recover`."""
+
+    model_config = _STRICT
+
+    steps: int | None = Field(None, gt=0, description="batches to train on")
+    seconds: float | None = Field(None, gt=0, description="time to train for")
+    lr: float = Field(LR, gt=0, description="Adam's highest learning rate")
+    seed: int = Field(0, description="for the order of the batches")
+
+    @model_validator(mode="after")
+    def _has_a_budget(self) -> Recover:
+        if self.steps is None and self.seconds is None:
+            raise ValueError("recover needs a budget: 'steps', 'seconds', or both")
+        return self
+
+
 class Recipe(BaseModel):
     """A checked recipe. Read one with `load_recipe`, or build it in Python with the same fields."""
 
@@ -189,6 +209,7 @@ class Recipe(BaseModel):
     description: str = ""
     vars: dict[str, Any] = Field({}, description="values for ${name} elsewhere in the file")
     groups: list[Group] = Field(min_length=1)
+    recover: Recover | None = Field(None, description="a short distillation after the pruning; needs data")
 
 
 def load_recipe(path: str | os.PathLike[str], **variables: Value) -> Recipe:
@@ -254,9 +275,9 @@ def assign_layers(recipe: Recipe, model: nn.Module) -> list[dict[str, Tensor]]:
 def apply(model: Model, recipe: Recipe, *, data: Iterable[Any] | None = None, progress: bool = False) -> Model:
     """Prune a converted model as the recipe says, now, in place, and return the model.
 
-    data: calibration batches, as for `prune`; all groups are then pruned in one walk through the model. progress: show
-    a bar. Raises ValueError if a schedule needs training (use a Pruner in the training loop), or a group data, before
-    any mask is changed.
+    data: calibration batches, as for `prune`; all groups are then pruned in one walk through the model. With a
+    `recover` stage, the model as it comes, copied, is the teacher. progress: show a bar. Raises ValueError if a
+    schedule needs training (use a Pruner in the training loop), or a group data, before any mask is changed.
     """
     for number, group in enumerate(recipe.groups):
         if group.trains:
@@ -268,19 +289,44 @@ def apply(model: Model, recipe: Recipe, *, data: Iterable[Any] | None = None, pr
             raise ValueError(
                 f"groups.{number}: {group.needs_data} needs calibration data: sparsify.apply(..., data=...)"
             )
-    layers = [list(weights) for weights in assign_layers(recipe, model)]
+    if recipe.recover is not None:
+        if data is None:
+            raise ValueError("recover needs calibration data: sparsify.apply(..., data=...)")
+        data, teacher = list(data), copy.deepcopy(model)
+        apply(model, recipe.model_copy(update={"recover": None}), data=data, progress=progress)
+        return recover(model, teacher, data, **recipe.recover.model_dump(), progress=progress)
     if data is not None:
-        groups = zip(recipe.groups, layers, strict=True)
-        orders = [(_order(group), names) for group, names in groups if group.method != HOLD]
-        follow(model, orders, data, progress=progress)
+        follow(model, _orders(recipe, model), data, progress=progress)
         return model
     masks: dict[str, Tensor] = {}
-    for group, weights in zip(recipe.groups, layers, strict=True):
-        masks |= group_masks(model, group, weights)
+    for group, weights in zip(recipe.groups, assign_layers(recipe, model), strict=True):
+        masks |= group_masks(model, group, list(weights))
     for name, layer in sparse_layers(model).items():
         if name in masks:
             layer.set_mask(masks[name])
     return model
+
+
+def tasks_of(recipe: Recipe, model: nn.Module) -> dict[str, Task]:
+    """Say what each layer of a converted model is to become, as far as shapes decide it; the model may be on meta.
+
+    Raises ValueError for an allocation that is measured, a group that trains, and a layer that is to be held.
+    """
+    tasks: dict[str, Task] = {}
+    for number, group in enumerate(recipe.groups):
+        if group.trains or group.method == HOLD:
+            raise ValueError(
+                f"groups.{number}: takes more than one look at calibration data; prune the model in memory"
+            )
+    layers = sparse_layers(model)
+    for order, names in _orders(recipe, model):
+        tasks |= make_tasks({name: layers[name].shape for name in names}, order)
+    return tasks
+
+
+def _orders(recipe: Recipe, model: nn.Module) -> list[tuple[Order, list[str]]]:
+    groups = zip(recipe.groups, assign_layers(recipe, model), strict=True)
+    return [(_order(group), list(weights)) for group, weights in groups if group.method != HOLD]
 
 
 def group_masks(
@@ -376,7 +422,7 @@ def _explain(file: YamlFile, error: ValidationError) -> RecipeError:
     place = tuple(
         key
         for key in first["loc"]
-        if key in ("groups", "schedule", "regrow") or isinstance(key, int) or _is_key(file, key)
+        if key in ("groups", "schedule", "regrow", "recover") or isinstance(key, int) or _is_key(file, key)
     )
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
@@ -399,4 +445,6 @@ def _known_keys(place: tuple[str | int, ...]) -> list[str]:
         return [field.name for field in fields(Schedule)]
     if place and place[-1] == "regrow":
         return list(Regrow.model_fields)
+    if place and place[-1] == "recover":
+        return list(Recover.model_fields)
     return list(Group.model_fields if place else Recipe.model_fields)

@@ -22,6 +22,7 @@ from sparsify.edit import Model
 from sparsify.layers import Masked
 from sparsify.outline import take_apart
 
+LR = 3e-3
 WARM_UP = 0.05  # of the budget; from there the learning rate falls to zero in a straight line
 
 
@@ -32,7 +33,7 @@ def recover(
     *,
     steps: int | None = None,
     seconds: float | None = None,
-    lr: float = 5e-4,
+    lr: float = LR,
     seed: int = 0,
     progress: bool = False,
 ) -> Model:

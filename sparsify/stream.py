@@ -22,7 +22,7 @@ from sparsify.resident import Resident, Weights, largest_block_bytes
 from sparsify.solve import Task
 
 #: How much of the data on its way through the model stays in memory, unless the caller says otherwise.
-CACHE_BYTES = 2**30
+CACHE_BYTES = 10**9
 
 
 def prune_from_disk(
@@ -61,6 +61,24 @@ def prune_from_disk(
     finally:
         resident.close()
     return _write(model, weights, journal, choices, out)
+
+
+def prune_resumably(
+    model: nn.Module,
+    tasks: Mapping[str, Task],
+    data: Iterable[Any],
+    journal: Journal,
+    *,
+    cache_bytes: int = CACHE_BYTES,
+    progress: bool = False,
+) -> None:
+    """Prune a model in memory, in place, and keep each finished layer in the journal; layers there are taken over."""
+    for name, layer in sparse_layers(model).items():
+        if name in tasks and name in journal:
+            journal.restore(name, layer)
+    todo = {name: task for name, task in tasks.items() if name not in journal}
+    if todo:
+        prune_on_data(model, todo, data, keeper=journal, cache_bytes=cache_bytes, progress=progress)
 
 
 def _write(

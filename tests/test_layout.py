@@ -42,6 +42,7 @@ ORDER = (
     "share",
     "oneshot",
     "recover",
+    "sensitivity",
     "prune",
     "machine",
     "example",
@@ -63,6 +64,7 @@ ORDER = (
     "inputs",
     "data",
     "bench",
+    "commands",
     "cli",
     "__main__",
 )

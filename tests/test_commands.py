@@ -1,0 +1,135 @@
+"""The commands that look at data, from the command line: evaluation, recovery, streaming, resuming, sensitivity."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import sparsify
+from sparsify.cli import main
+from sparsify.journal import Journal
+
+MODULE = """
+import torch
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(x)))
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(*(Block() for _ in range(3)))
+
+def data():
+    return [torch.randn(30, 16, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+
+def norm(model):
+    return {"norm": sum(float(model(x).norm()) for x in data())}
+
+def text(model):
+    return "good"
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a module of a model, data and an evaluation, and the model's weights."""
+    name = f"user_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    module = __import__(name)
+    save_file(module.model().state_dict(), tmp_path / "weights.safetensors")
+    return Path(name)
+
+
+def compress(here: Path, *options: str) -> int:
+    common = ["--model", f"{here}:model", "--data", f"{here}:data", "--format", "csr", "--json"]
+    return main(["compress", *common, *options])
+
+
+def test_eval_reports_quality_before_and_after(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compress(here, "--sparsity", "0.9", "--out", "a.safetensors", "--eval", f"{here}:norm") == 0
+    quality = json.loads(capsys.readouterr().out)["quality"]
+    module = __import__(str(here))
+    with torch.no_grad():
+        assert quality["dense"] == pytest.approx(module.norm(module.model()), rel=1e-4)
+        loaded = sparsify.load("a.safetensors", module.model())
+        assert quality["sparse"] == pytest.approx(module.norm(loaded), rel=1e-4)
+    assert compress(here, "--sparsity", "0.9", "--out", "a.safetensors", "--eval", f"{here}:text") == 2
+    assert "must return a number or a dict of numbers, got 'good'" in capsys.readouterr().err
+
+
+def test_recover_in_a_recipe(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = "version: 1\ngroups:\n  - {method: wanda, sparsity: 0.8}\n"
+    errors = {}
+    for name, stage in (("plain", ""), ("recovered", "recover: {steps: 100}\n")):
+        Path(f"{name}.yaml").write_text(recipe + stage)
+        assert compress(here, "--recipe", f"{name}.yaml", "--out", f"{name}.safetensors") == 0
+        module = __import__(str(here))
+        loaded, dense = sparsify.load(f"{name}.safetensors", module.model()), module.model()
+        with torch.no_grad():
+            errors[name] = sum(float((loaded(x) - dense(x)).square().sum()) for x in module.data())
+    assert errors["recovered"] < 0.7 * errors["plain"]
+    Path("wrong.yaml").write_text(recipe + "recover: {stepps: 100}\n")
+    assert compress(here, "--recipe", "wrong.yaml", "--out", "x.safetensors") == 3
+    assert "stepps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stream", [["--stream", "--weights", "weights.safetensors"], []])
+def test_interrupted_and_resumed(
+    here: Path, stream: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--sparsity", "0.5", "--method", "sparsegpt", "--resume", *stream]
+    assert compress(here, *options, "--out", "whole.safetensors") == 0
+    write, n_written = Journal.write, 0
+
+    def stopping(self: Journal, name: str, layer: sparsify.SparseLinear) -> None:
+        nonlocal n_written
+        if n_written == 3:
+            raise KeyboardInterrupt
+        n_written += 1
+        write(self, name, layer)
+
+    monkeypatch.setattr(Journal, "write", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        compress(here, *options, "--out", "out.safetensors")
+    monkeypatch.setattr(Journal, "write", write)
+    capsys.readouterr()
+    other = ["0.6" if option == "0.5" else option for option in options]
+    assert compress(here, *other, "--out", "out.safetensors") != 0
+    assert "another recipe" in capsys.readouterr().err
+    if stream:
+        assert compress(here, *(o for o in options if o != "--resume"), "--out", "out.safetensors") == 2
+        assert "go on with --resume, or delete it" in capsys.readouterr().err
+    assert compress(here, *options, "--out", "out.safetensors") == 0
+    assert Path("out.safetensors").read_bytes() == Path("whole.safetensors").read_bytes()
+    assert not list(Path().glob("*.partial"))
+
+
+def test_what_does_not_go_together_is_said(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for options, message in (
+        (["--cache", "1"], "--cache has no effect without"),
+        (["--stream"], "give the weights of"),
+        (["--stream", "--recover", "1"], "cannot --stream"),
+        (["--resume", "--eval", f"{here}:norm"], "--eval has no effect with"),
+    ):
+        assert compress(here, "--sparsity", "0.5", "--out", "x.safetensors", *options) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_sensitivity_writes_a_recipe_that_meets_the_budget(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model", f"{here}:model", "--data", f"{here}:data", "--method", "wanda", "--sparsities", "0.5,0.9"]
+    budget = ["--target", "0.7", "--recipe", "found.yaml"]
+    assert main(["sensitivity", *options, *budget]) == 0
+    assert "0.down" in capsys.readouterr().out
+    assert compress(here, "--recipe", "found.yaml", "--out", "x.safetensors") == 0
+    assert json.loads(capsys.readouterr().out)["in_file"][-1]["sparsity"] == pytest.approx(0.7, abs=1e-3)
+    assert main(["sensitivity", *options, "--target", "0.7"]) == 2
+    assert "go together" in capsys.readouterr().err
