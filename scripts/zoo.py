@@ -18,7 +18,7 @@ import torch
 from architectures import FILES, installed, models, page
 from architectures.checks import CHECKS, Subject
 from architectures.model import Model
-from architectures.share import share
+from architectures.share import Share, share
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
 
@@ -38,16 +38,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, model in chosen.items():
         if not options.only or name in options.only:
             print(f"{name} ...", file=sys.stderr, flush=True)
-            rows[name] = page.Row(share(model), *check_all(model))
+            rows[name] = page.Row(shares(model), check_all(model))
     if options.only:
-        print(page.table(rows))
+        print(page.table(rows), page.outcomes(rows), sep="\n\n")
     else:
         PAGE.write_text(page.page(rows))
     return int(any(outcome.startswith(page.FAILED) for row in rows.values() for outcome in row.outcomes.values()))
 
 
-def check_all(model: Model) -> tuple[dict[str, str], str]:
-    """Return the outcome of every check, up to the first that fails, and what convert says stays dense."""
+def shares(model: Model) -> dict[str, Share]:
+    """Return the model's share by the arguments of convert: without types=, and with them where the zoo has some."""
+    plain = {key: value for key, value in model.convert.items() if key != "types"}
+    return {page.call(arguments): share(model, **arguments) for arguments in (plain, model.convert)}
+
+
+def check_all(model: Model) -> dict[str, str]:
+    """Return the outcome of every check, up to the first that fails."""
     outcomes = {}
     with tempfile.TemporaryDirectory() as folder:
         subject = Subject(model, Path(folder))
@@ -58,7 +64,7 @@ def check_all(model: Model) -> tuple[dict[str, str], str]:
                 traceback.print_exc()
                 outcomes[name] = f"{page.FAILED}: {error}"
                 break
-    return outcomes, subject.left
+    return outcomes
 
 
 if __name__ == "__main__":

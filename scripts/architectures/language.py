@@ -15,6 +15,10 @@ from sparsify.inputs import Inputs
 
 #: A small model, in the words that most configurations have.
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+#: The head is tied to the embedding, and stays dense with it.
+SKIP = {"tied": "skip"}
+#: Or both have one mask.
+SHARE = {"tied": "share"}
 #: Special tokens have to lie inside a small vocabulary.
 WORDS = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -63,18 +67,17 @@ _IMAGE = {"pixel_values": _pixels(32)}
 _FULL_IMAGE = {"pixel_values": _pixels(224)}
 
 MODELS = {
-    "BertForMaskedLM": _model(
-        "BertForMaskedLM", "BertConfig", SMALL | WORDS, _IDS, convert={"exclude": ["cls.predictions.decoder"]}
-    ),
-    "RobertaForMaskedLM": _model(
-        "RobertaForMaskedLM", "RobertaConfig", SMALL | WORDS, _IDS, convert={"exclude": ["lm_head.decoder"]}
-    ),
+    "BertForMaskedLM": _model("BertForMaskedLM", "BertConfig", SMALL | WORDS, _IDS, convert=SKIP),
+    "RobertaForMaskedLM": _model("RobertaForMaskedLM", "RobertaConfig", SMALL | WORDS, _IDS, convert=SKIP),
     "DistilBertForMaskedLM": _model(
         "DistilBertForMaskedLM",
         "DistilBertConfig",
         {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, **WORDS},
         _IDS,
-        convert={"exclude": ["vocab_projector"]},
+        convert=SKIP,
+    ),
+    "GPT2LMHeadModel": _model(
+        "GPT2LMHeadModel", "GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, **WORDS}, _IDS, convert=SHARE
     ),
     "OPTForCausalLM": _model(
         "OPTForCausalLM",
@@ -82,7 +85,7 @@ MODELS = {
         {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
         | WORDS,
         _IDS,
-        convert={"exclude": ["lm_head"]},
+        convert=SKIP,
     ),
     "LlamaForCausalLM": _model("LlamaForCausalLM", "LlamaConfig", SMALL | WORDS | {"num_key_value_heads": 2}, _IDS),
     "MistralForCausalLM": _model(
@@ -94,14 +97,14 @@ MODELS = {
         "GemmaConfig",
         SMALL | WORDS | {"num_key_value_heads": 2, "head_dim": 8},
         _IDS,
-        convert={"exclude": ["lm_head"]},
+        convert=SKIP,
     ),
     "T5ForConditionalGeneration": _model(
         "T5ForConditionalGeneration",
         "T5Config",
         {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 2, "num_heads": 4, **WORDS},
         _PAIR,
-        convert={"exclude": ["lm_head"]},
+        convert=SHARE,
     ),
     "BartForConditionalGeneration": _model(
         "BartForConditionalGeneration",
@@ -114,7 +117,7 @@ MODELS = {
             **WORDS,
         },
         _PAIR,
-        convert={"exclude": ["lm_head"]},
+        convert=SKIP,
     ),
     "WhisperForConditionalGeneration": _model(
         "WhisperForConditionalGeneration",
@@ -131,7 +134,7 @@ MODELS = {
         },
         {"input_features": lambda batch, _: torch.randn(batch, 8, 16), "decoder_input_ids": _ids},
         full_inputs={"input_features": lambda batch, _: torch.randn(batch, 80, 3000), "decoder_input_ids": _ids},
-        convert={"exclude": ["proj_out"]},
+        convert=SKIP,
     ),
     "ViTForImageClassification": _model(
         "ViTForImageClassification",
@@ -160,6 +163,6 @@ MODELS = {
         {"hidden_size": 32, "state_size": 8, "num_hidden_layers": 2, "time_step_rank": 4, **WORDS},
         _IDS,
         reads_weights=True,
-        convert={"exclude": ["lm_head"]},
+        convert=SKIP,
     ),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Any
 
 from architectures import FILES
 from architectures.checks import CHECKS
@@ -15,11 +16,10 @@ FAILED = "FAILED"
 
 @dataclass(frozen=True)
 class Row:
-    """One model: its share, the outcome of each check, and what stays dense."""
+    """One model: its share by the arguments of convert, and the outcome of each check."""
 
-    share: Share
+    shares: Mapping[str, Share]
     outcomes: Mapping[str, str]
-    left: str
 
 
 def page(rows: Mapping[str, Row]) -> str:
@@ -31,41 +31,62 @@ def page(rows: Mapping[str, Row]) -> str:
 What sparsify does with {len(rows)} architectures, each as it comes: nothing in the library knows their names.
 Written by `scripts/zoo.py` with {versions}; `tests/test_zoo.py` goes through the same list.
 
-How much: the model in its usual size (transformers: the default of its configuration), for one image of 224 pixels or
-128 tokens. *layers*: how many are swapped. *of parameters*, *of work*: their share of all parameters and of the
-multiply-adds in matrix products and convolutions.
+## How much becomes sparse
 
-Whether it is right: a small model of the same structure, random weights.
+Each model in its usual size (transformers: the default of its configuration), for one image of 224 pixels or 128
+tokens. *layers*: how many are swapped. *of parameters*, *of work*: their share of all parameters, and of the
+multiply-adds in matrix products and convolutions. 1x1 convolutions convert when `types=` asks for them; a head that is
+tied to its embedding stays dense with it by `tied="skip"`, or has one mask with it by `"share"`.
+
+{table(rows)}
+
+## Whether it is right
+
+A small model of the same structure, with random weights, converted as in the last line above.
 
 {means}
 
-{table(rows)}
+{outcomes(rows)}
 
 {notes(rows)}"""
 
 
+def call(arguments: Mapping[str, Any]) -> str:
+    """Write the arguments of convert as they stand in code.
+
+    >>> call({"types": [nn.Linear], "tied": "skip"})
+    'types=[Linear], tied="skip"'
+    """
+    texts = {
+        key: f"[{', '.join(kind.__name__ for kind in value)}]" if key == "types" else f'"{value}"'
+        for key, value in arguments.items()
+    }
+    return ", ".join(f"{key}={text}" for key, text in texts.items())
+
+
 def table(rows: Mapping[str, Row]) -> str:
-    """Lay out the rows; what takes more than a few words becomes a note."""
-    names = [*CHECKS]
-    lines = ["| model | parameters | layers | of parameters | of work | " + " | ".join(names) + " |"]
-    lines.append("|" + "---|" * (5 + len(names)))
+    """Lay out the shares."""
+    lines = ["| model | parameters | convert with | layers | of parameters | of work |", "|---|---|---|---|---|---|"]
     for name, row in rows.items():
-        work = "depends" if row.share.of_work is None else f"{row.share.of_work:.0%}"
-        cells = [_cell(row.outcomes.get(check, "not reached")) for check in names]
-        lines.append(
-            f"| {name} | {row.share.n_parameters / 1e6:,.1f} M | {row.share.n_layers} | {row.share.of_parameters:.0%} "
-            f"| {work} | " + " | ".join(cells) + " |"
-        )
+        for number, (arguments, share) in enumerate(row.shares.items()):
+            first = f"{name} | {share.n_parameters / 1e6:,.1f} M" if number == 0 else " | "
+            lines.append(f"| {first} | {f'`{arguments}`' if arguments else ''} | {share} |")
+    return "\n".join(lines)
+
+
+def outcomes(rows: Mapping[str, Row]) -> str:
+    """Lay out the outcomes; what takes more than a few words becomes a note."""
+    lines = ["| model | " + " | ".join(CHECKS) + " |", "|" + "---|" * (1 + len(CHECKS))]
+    for name, row in rows.items():
+        cells = [_cell(row.outcomes.get(check, "not reached")) for check in CHECKS]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def notes(rows: Mapping[str, Row]) -> str:
     """Say at length what the table has no room for."""
-    found = []
-    for name, row in rows.items():
-        found += [f"- {name}, {check}: {text}" for check, text in row.outcomes.items() if _cell(text) != text]
-        found += [f"- {name}, the small one: {row.left}"] if row.left else []
-    return "\n".join(found) + "\n"
+    found = [(name, check, text) for name, row in rows.items() for check, text in row.outcomes.items()]
+    return "".join(f"- {name}, {check}: {text}\n" for name, check, text in found if _cell(text) != text)
 
 
 def _cell(outcome: str) -> str:

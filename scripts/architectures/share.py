@@ -25,14 +25,18 @@ from sparsify.layers import Masked
 class Share:
     """The layers swapped, and their fractions; `of_work` is None where it depends on the data."""
 
-    n_layers: int
     n_parameters: int
+    n_layers: int
     of_parameters: float
     of_work: float | None
 
+    def __str__(self) -> str:
+        work = "it depends" if self.of_work is None else f"{self.of_work:.0%}"
+        return f"{self.n_layers} | {self.of_parameters:.0%} | {work}"
 
-def share(model: Model) -> Share:
-    """Convert the full size on the meta device, which takes no memory, and count."""
+
+def share(model: Model, **arguments: Any) -> Share:
+    """Convert the full size on the meta device, which takes no memory, with these arguments, and count."""
     with torch.device("meta"):
         full = model.full().eval()
         inputs = model.full_inputs() if model.full_inputs else None
@@ -43,12 +47,12 @@ def share(model: Model) -> Share:
         work = counter.of_memory
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", sparsify.LeftDenseWarning)
-        sparsify.convert(full, **model.convert)
+        sparsify.convert(full, **arguments)
     weights = [layer.weight for layer in layers_of_type(full, Masked).values()]
     n_parameters = sum(parameter.numel() for parameter in full.parameters())
     return Share(
-        n_layers=len(weights),
         n_parameters=n_parameters,
+        n_layers=len(weights),
         of_parameters=sum(weight.numel() for weight in weights) / n_parameters,
         of_work=sum(work.get(_memory(weight), 0) for weight in weights) / work[None] if work else None,
     )

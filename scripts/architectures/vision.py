@@ -23,13 +23,16 @@ from torchvision.models import (
 from architectures.model import Model
 from sparsify.inputs import Inputs
 
+#: Convolutions convert when asked for.
+POINTWISE = {"types": [nn.Linear, nn.Conv2d]}
+
 
 def _images(size: int, n: int = 2) -> Callable[[], Inputs]:
     return lambda: (torch.randn(n, 3, size, size),)
 
 
-def _model(name: str, small: Callable[[], nn.Module], size: int, **options: bool) -> Model:
-    return Model(small, _images(size), partial(_full, name), _images(224, 1), **options)  # type: ignore[arg-type]
+def _model(name: str, small: Callable[[], nn.Module], size: int, **options: Any) -> Model:
+    return Model(small, _images(size), partial(_full, name), _images(224, 1), **options)
 
 
 def _full(name: str) -> nn.Module:
@@ -137,12 +140,14 @@ MODELS = {
     "vit_b_16": _model("vit_b_16", _vit, 32),
     "swin_t": _model("swin_t", partial(_swin, 1), 32, reads_weights=True),
     "swin_v2_t": _model("swin_v2_t", partial(_swin, 2), 32, reads_weights=True),
-    "maxvit_t": _model("maxvit_t", _maxvit, 32),
+    "maxvit_t": _model("maxvit_t", _maxvit, 32, convert=POINTWISE),
     "convnext_tiny": _model("convnext_tiny", _convnext, 32),
-    "efficientnet_b0": _model("efficientnet_b0", _efficientnet, 32),
-    "mobilenet_v3_large": _model("mobilenet_v3_large", _mobilenet, 32),
-    "resnet50": _model("resnet50", lambda: models.ResNet(resnet.Bottleneck, [1, 1, 1, 1], num_classes=10), 32),
-    "regnet_y_400mf": _model("regnet_y_400mf", _regnet, 32),
+    "efficientnet_b0": _model("efficientnet_b0", _efficientnet, 32, convert=POINTWISE),
+    "mobilenet_v3_large": _model("mobilenet_v3_large", _mobilenet, 32, convert=POINTWISE),
+    "resnet50": _model(
+        "resnet50", lambda: models.ResNet(resnet.Bottleneck, [1, 1, 1, 1], num_classes=10), 32, convert=POINTWISE
+    ),
+    "regnet_y_400mf": _model("regnet_y_400mf", _regnet, 32, convert=POINTWISE),
     "vgg11": _model("vgg11", _vgg, 32),
     "alexnet": _model("alexnet", _alexnet, 64),
     "fasterrcnn_resnet50_fpn": Model(
@@ -151,6 +156,7 @@ MODELS = {
         full=partial(models.get_model, "fasterrcnn_resnet50_fpn", weights=None, weights_backbone=None),
         full_inputs=None,
         train_inputs=lambda: (_pictures(), _boxes()),
+        convert=POINTWISE,
         continuous=False,
     ),
 }

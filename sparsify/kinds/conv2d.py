@@ -16,9 +16,7 @@ def _check(conv: nn.Conv2d) -> None:
     if "forward" in conv.__dict__:
         raise ValueError("its forward was replaced on the instance")
     if odd := odd_setting(conv):
-        raise ValueError(
-            f"it has {odd}; only pointwise convolutions convert: kernel size 1, stride 1, no groups or padding"
-        )
+        raise ValueError(f"it has {odd}; only 1x1 convolutions of stride 1 without groups and padding convert")
     check_weight(masked_parts(conv).weight)
 
 
