@@ -2,6 +2,7 @@
 
     scripts/bench.py layers --json docs/results/layers.json     CSRLinear against dense and sparse peers
     scripts/bench.py kernels --json docs/results/kernels.json   kernels alone against the peak of the machine
+    scripts/bench.py gpu --device cuda --json docs/results/gpu.json   forms for GPUs against cuBLAS, in graph replays
     scripts/bench.py models --json docs/results/models.json     whole models
     scripts/bench.py load --json docs/results/load.json         latency beside a busy process
     scripts/bench.py report docs/results/*.json                 docs/results.md and docs/results.svg
@@ -19,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks import cases, kernels, layers, load, models, page, picture, record, tables
+from benchmarks import cases, gpu, kernels, layers, load, models, page, picture, record, tables
 
+from sparsify.machine import machine_name
 from sparsify.report import table
 from sparsify.timing import Watch, disturbance
 
@@ -51,6 +53,9 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> None:
     result, watch = record.describe(options.benchmark, argv), Watch()
     for peer, why in result["absent"].items():
         print(f"left out: {peer}: {why}", file=sys.stderr)
+    if options.benchmark == "gpu":
+        result["machine"]["name"] = machine_name(_device(options))
+        result["roofs"] = gpu.measure_roofs(_device(options))
     if options.benchmark == "kernels":
         before = kernels.measure_roofs()
     result["rows"] = _measure(options)
@@ -94,20 +99,25 @@ def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     if options.rounds:
         changes["rounds"] = options.rounds
     grid = dataclasses.replace(grid, **changes)
+    if options.benchmark == "gpu":
+        return list(gpu.run(grid, gpu.DTYPES[options.dtype], _device(options)))
     runs = {"kernels": kernels.run, "layers": layers.run, "load": load.run}
     return list(runs[options.benchmark](grid))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, dest="benchmark", metavar="kernels|layers|models|load|report")
-    for name in ("kernels", "layers", "models", "load"):
+    commands = parser.add_subparsers(required=True, dest="benchmark", metavar="kernels|layers|gpu|models|load|report")
+    for name in ("kernels", "layers", "gpu", "models", "load"):
         sub = commands.add_parser(name)
         sub.add_argument("--quick", action="store_true", help="a few cells, few rounds")
         sub.add_argument("--json", type=Path, metavar="FILE", help="write every measurement there")
         sub.add_argument("--sparsity", type=float, nargs="+", metavar="S")
         sub.add_argument("--rounds", type=int, metavar="N", help="times each candidate is measured")
         sub.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores, %(default)s")
+        if name == "gpu":
+            sub.add_argument("--device", default="cuda", help="default: %(default)s")
+            sub.add_argument("--dtype", choices=gpu.DTYPES, default="bfloat16", help="default: %(default)s")
         if name == "models":
             sub.add_argument("--models", nargs="+", choices=models.MODELS, metavar="NAME", help=" ".join(models.MODELS))
             continue
@@ -118,6 +128,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("files", type=Path, nargs="+", metavar="FILE", help="what --json wrote")
     sub.add_argument("--out", type=Path, default=DOCS / "results.md", help="default: docs/results.md")
     return parser
+
+
+def _device(options: argparse.Namespace) -> torch.device:
+    """Return the GPU to measure. Raises RuntimeError if there is none."""
+    if not torch.cuda.is_available():
+        raise RuntimeError("there is no CUDA device here; the forms for GPUs are measured on one")
+    return torch.empty(0, device=options.device).device
 
 
 def _shape(text: str) -> cases.Shape:

@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("tokenizers", reason="tokenizers is missing: pip install 'sparsify-torch[hf]'")
 
 import bench as script
-from benchmarks import bars, kernels, layers, load, models, page, peers, record, tables, weights
+from benchmarks import bars, gpu, kernels, layers, load, models, page, peers, record, tables, weights
 from benchmarks.cases import GRIDS, Grid
 from torch import nn
 
@@ -321,3 +321,27 @@ def test_inputs_are_guessed_from_the_kind_of_model():
     assert ids.shape == (2, 128)
     assert int(ids.max()) < 7
     check_inputs(nn.Embedding(9, 2), "my:model", make_inputs(nn.Embedding(9, 2), "my:model", seq=4))
+
+
+@needs_native
+def test_the_gpu_benchmark_end_to_end_on_the_forms_of_the_cpu(monkeypatch):
+    """What needs a GPU has stand-ins; the flow, the check of answers and the table are the real ones."""
+    monkeypatch.setattr(gpu.gpu_timing, "n_copies", lambda *_: 2)
+    monkeypatch.setattr(gpu.gpu_timing, "measure_replays", lambda calls, _, rounds: measure(calls, rounds=rounds))
+    grid = Grid(((64, 128),), (1, 5), (0.5, 0.9), rounds=1)
+    rows = list(gpu.run(grid, torch.float32, torch.device("cpu")))
+    assert len(rows) == 7 * 2 * (1 + len(native.FORMS))
+    assert {row["pattern"] for row in rows} == set(gpu.PATTERNS)
+    assert all(row["copies"] == 2 and row["bytes_of_dense"] > 0 for row in rows)
+    result = run_record("gpu", rows, {"copy_gbs": 100.0})
+    (table,) = tables.tables(result).values()
+    assert len(table) == 1 + len(rows)
+    monkeypatch.setattr(gpu, "_sparse", lambda x, *_: lambda: x.new_zeros(len(x), 64))
+    with pytest.raises(RuntimeError, match="off by"):
+        list(gpu.run(grid, torch.float32, torch.device("cpu")))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_gpu_benchmark_says_that_there_is_no_gpu(capsys):
+    assert script.main(["gpu", "--quick"]) == 2
+    assert "there is no CUDA device here" in capsys.readouterr().err

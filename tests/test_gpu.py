@@ -1,5 +1,6 @@
 """The runtime for GPUs, as far as it shows without one: packing, memory, Triton's interpreter and its compiler."""
 
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -51,6 +53,8 @@ def interpreted(*arguments: str) -> subprocess.CompletedProcess[str]:
     ids=lambda arguments: arguments[0],
 )
 def test_under_the_interpreter(arguments: tuple[str, ...]) -> None:
+    if importlib.metadata.version("triton") < "3.7" and numpy.__version__ >= "2.4":
+        pytest.skip("the interpreter of triton 3.6 does not run with numpy 2.4: it makes scalars of arrays")
     ran = interpreted(*arguments)
     assert ran.returncode == 0, ran.stdout[-5000:] + ran.stderr[-2000:]
     passed = re.search(r"(\d+) passed", ran.stdout)

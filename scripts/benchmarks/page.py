@@ -9,6 +9,7 @@ from sparsify.timing import disturbance
 TITLES = {
     "layers": "Layers: `CSRLinear` as `export` makes it, everything included",
     "kernels": "Kernels alone",
+    "gpu": "On a GPU, against cuBLAS in the same dtype",
     "models": "Whole models",
     "load": "Latency beside a busy process",
 }
@@ -19,7 +20,8 @@ timed in turns, in shuffled rounds, by the same number of threads; a time is the
 of medians, a mean of ratios is geometric. The peers are at their best: ONNX Runtime and OpenVINO with packed weights
 and fixed buffers, bfloat16 on input that is bfloat16 already. "best dense fp32" is the fastest of ONNX Runtime,
 OpenVINO and torch in each cell. "torch csr" is `F.linear(x, csr)`; "torch csr matmul" is `csr @ x.T`, which is faster
-but leaves its result transposed.
+but leaves its result transposed. Figures from a GPU stand below if there are any: until `scripts/bench.py gpu` has run
+on one, nothing on a GPU is measured.
 """
 
 

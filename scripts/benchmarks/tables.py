@@ -23,7 +23,7 @@ Table = list[list[str]]
 
 def tables(record: Record) -> dict[str, Table]:
     """Return the tables of a record, title -> rows; the first row is the head."""
-    by_benchmark = {"kernels": _kernels, "layers": _layers, "models": _models, "load": _load}
+    by_benchmark = {"kernels": _kernels, "layers": _layers, "gpu": _gpu, "models": _models, "load": _load}
     return by_benchmark[record["benchmark"]](record)
 
 
@@ -111,6 +111,19 @@ def _kernels(record: Record) -> dict[str, Table]:
     if len(one) > 1:
         result[f"One token, weights from memory, which gives {bandwidth:.0f} GB/s"] = one
     return result
+
+
+def _gpu(record: Record) -> dict[str, Table]:
+    bandwidth = record["roofs"]["copy_gbs"]
+    head = ["weight", "tokens", "pattern", "sparsity", "form", "us", "x cuBLAS", "bytes of dense", "of the bandwidth"]
+    lines = [head]
+    dense: Row = {}
+    for r in record["rows"]:
+        dense = r if r["candidate"] == "cuBLAS" else dense  # the first of its cell
+        where = ["x".join(map(str, r["shape"])), str(r["tokens"]), r["pattern"], f"{r['sparsity']:.0%}"]
+        times, share = f"{dense['median_us'] / r['median_us']:.2f}", f"{r['gbs'] / bandwidth:.2f}"
+        lines.append([*where, r["candidate"], _time(r), times, f"{r['bytes_of_dense']:.3f}", share])
+    return {f"{record['rows'][0]['dtype']}; a large copy moves {bandwidth:.0f} GB/s": lines}
 
 
 def _where(row: Row) -> list[str]:

@@ -13,13 +13,14 @@ from benchmarks.record import llc_bytes
 TIMES_LLC = 4
 
 
-def pruned_layer(shape: Shape, sparsity: float) -> sparsify.SparseLinear:
-    """Make a layer with random weights of which exactly `sparsity` are zero, always the same."""
+def pruned_layer(shape: Shape, sparsity: float, pattern: str = "unstructured") -> sparsify.SparseLinear:
+    """Make a layer with random weights of which exactly `sparsity`, or what 2:4 says, are zero, always the same."""
     torch.manual_seed(0)
     out, in_ = shape
     layer = sparsify.convert(nn.Linear(in_, out).eval())
     assert isinstance(layer, sparsify.SparseLinear)
-    return sparsify.prune(layer, sparsity, method="random", seed=0)
+    share = None if ":" in pattern else sparsity
+    return sparsify.prune(layer, share, method="random", seed=0, pattern=pattern)
 
 
 def dense_tensors(layer: sparsify.SparseLinear) -> tuple[Tensor, Tensor]:
