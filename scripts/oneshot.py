@@ -44,6 +44,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "SparseGPT": {"method": "sparsegpt"},
     "SparseGPT + refit": {"method": "sparsegpt", "refit": True},
     "ALPS": {"method": "alps"},
+    "ALPS, correcting": {"method": "alps", "correct": True},
 }
 #: Lines of the table of allocations, at 70%.
 ALLOCATIONS: dict[str, dict[str, Any]] = {

@@ -48,13 +48,21 @@ class Stop:
 
 
 def walk(
-    model: nn.Module, layers: Collection[str], data: Iterable[Any], *, cache_bytes: int | None = None
+    model: nn.Module,
+    layers: Collection[str],
+    data: Iterable[Any],
+    *,
+    dense: bool = False,
+    cache_bytes: int | None = None,
 ) -> Generator[Stop]:
     """Stop at each group of the named layers in execution order.
 
     Inputs kept between the blocks of a chain take at most `cache_bytes` of memory, and lie in files beyond that. In a
     process group (torchrun) every process gives the same data, takes its share of the batches, and sees the Gram
     matrices of all of them.
+
+    With `dense`, the Gram matrices in chains also have `cross`: the inputs that the chain's layers had before the walk
+    changed any of them, times those they have now.
 
     The model is in eval mode and keeps no cache (`config.use_cache`) until the walk ends. Raises ValueError, naming
     layer and batch, for data the model does not run on, an input that holds NaN or Inf, and layers that never run.
@@ -71,7 +79,8 @@ def walk(
             elif chain not in walked:
                 walked.add(chain)
                 hidden = shelves.enter_context(Shelf(len(batches), cache_bytes))
-                yield from _walk_chain(whole, chain, batches, hidden)
+                before = shelves.enter_context(Shelf(len(batches), cache_bytes)) if dense else None
+                yield from _walk_chain(whole, chain, batches, hidden, before)
 
 
 def read_batches(model: nn.Module, data: Iterable[Any]) -> list[Batch]:
@@ -176,22 +185,38 @@ class _Whole:
         return forward
 
 
-def _walk_chain(whole: _Whole, chain: tuple[str, ...], batches: list[Batch], hidden: Shelf) -> Iterator[Stop]:
-    """Walk through the blocks of a chain, one at a time, on the outputs of the one before, which `hidden` holds."""
+def _walk_chain(
+    whole: _Whole, chain: tuple[str, ...], batches: list[Batch], hidden: Shelf, dense: Shelf | None
+) -> Iterator[Stop]:
+    """Walk through the blocks of a chain, one at a time, on the outputs of the one before, which `hidden` holds.
+
+    `dense` holds what these outputs were without the changes on the way.
+    """
     model, outline = whole.model, whole.outline
     forms = []
     for number, batch in enumerate(batches):
         hidden[number], arguments = whole.arguments(chain, number, batch)
         forms.append(arguments)
+        if dense is not None:
+            dense[number] = hidden[number]
     for name in chain:
         block = model.get_submodule(name)
+        groups = [group for group in outline.groups if block_of(group[0], [name]) is not None]
+        inputs: dict[str, Shelf] = {}
+        if dense is not None:  # while the block's own layers are still what they were
+            inputs = {group[0]: Shelf(len(batches), dense.budget_bytes) for group in groups if group[0] in outline.once}
+            for number, batch in enumerate(batches):
+                dense[number] = _run_noting(
+                    model, block, forms[number][name].fill(dense[number]), number, batch, inputs
+                )
 
         def run(number: int, batch: Batch, name: str = name, block: nn.Module = block) -> None:
             _run(block, *forms[number][name].fill(hidden[number]))
 
-        for group in outline.groups:
-            if block_of(group[0], [name]) is not None:
-                yield Stop(group, _gram(model, group, outline, batches, run), name)
+        for group in groups:
+            yield Stop(group, _gram(model, group, outline, batches, run, inputs.get(group[0])), name)
+            if group[0] in inputs:
+                inputs.pop(group[0]).close()
         for number in range(len(batches)):
             found = take_apart(_run(block, *forms[number][name].fill(hidden[number])))
             assert found is not None
@@ -205,8 +230,9 @@ def _gram(
     outline: Outline,
     batches: list[Batch],
     run: Callable[[int, Batch], None],
+    dense: Shelf | None = None,
 ) -> Gram:
-    """Add up the Gram matrix of a group's input over all batches."""
+    """Add up the Gram matrix of a group's input over all batches; `dense` holds the rows it had at first."""
     layer = model.get_submodule(group[0])
     gram: list[Gram] = []
 
@@ -221,7 +247,7 @@ def _gram(
             if not gram:
                 gram.append(Gram(rows.shape[1], rows.device))
             try:
-                gram[0].add(rows)
+                gram[0].add(rows, None if dense is None else _alike(dense[number], rows))
             except ValueError as error:
                 raise ValueError(f"{group[0]}: its input in batch {number} of the calibration data {error}") from None
             if group[0] in outline.once:
@@ -240,6 +266,31 @@ def _gram(
         finally:
             hook.remove()
     return add_up(gram[0] if gram else None, failed)
+
+
+def _run_noting(
+    model: nn.Module, block: nn.Module, call: Any, number: int, batch: Batch, inputs: Mapping[str, Shelf]
+) -> Tensor:
+    """Run a block, put the rows that its layers get on their shelves, and return its output."""
+
+    def note(name: str) -> Callable[..., None]:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs[name][number] = input_rows(first_tensor(args, kwargs), batch.counts)
+
+        return before
+
+    with contextlib.ExitStack() as hooks:
+        for name in inputs:
+            hook = model.get_submodule(name).register_forward_pre_hook(note(name), with_kwargs=True)
+            hooks.callback(hook.remove)
+        found = take_apart(_run(block, *call))
+    assert found is not None
+    return found[0]
+
+
+def _alike(dense: Tensor, rows: Tensor) -> Tensor:
+    """Return the dense rows; where a router has sent others here since, the rows as they are."""
+    return dense if dense.shape == rows.shape else rows
 
 
 def input_rows(tensor: Tensor, counts: Tensor | None) -> Tensor:

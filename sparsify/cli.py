@@ -244,6 +244,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--allocation", help="uniform (default), global, erk, owl, error")
     sub.add_argument("--max-sparsity", type=float, help="no layer loses more, where the allocation shares one target")
     sub.add_argument("--refit", action="store_true", default=None, help="refit the kept weights to the data")
+    sub.add_argument(
+        "--correct", action="store_true", default=None, help="make up for what the layers before have lost"
+    )
     sub.add_argument("--data", metavar="DATA", help="calibration data: texts, pictures, or package.module:function")
     sub.add_argument("--samples", type=int, metavar="N", help=f"texts or pictures to calibrate on (default: {SAMPLES})")
     sub.add_argument("--sample-tokens", type=int, metavar="N", help=f"tokens of each text (default: {TOKENS})")
@@ -306,7 +309,17 @@ def _recipe_of(arguments: argparse.Namespace) -> Recipe:
     """Read the recipe file, or make one group of the options."""
     options = {
         key: getattr(arguments, key)
-        for key in ("sparsity", "method", "pattern", "allocation", "max_sparsity", "refit", "exclude", "seed")
+        for key in (
+            "sparsity",
+            "method",
+            "pattern",
+            "allocation",
+            "max_sparsity",
+            "refit",
+            "correct",
+            "exclude",
+            "seed",
+        )
     }
     options["layers"] = arguments.include
     given = {key: value for key, value in options.items() if value is not None}

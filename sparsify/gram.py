@@ -23,10 +23,14 @@ class Gram:
 
     def __init__(self, n_features: int, device: torch.device | str = "cpu") -> None:
         self.sum = torch.zeros(n_features, n_features, dtype=torch.float64, device=device)
+        self.cross: Tensor | None = None
         self.n_rows = 0
 
-    def add(self, rows: Tensor) -> None:
-        """Add the rows of a batch, (rows, in_features). Raises ValueError if one of them holds NaN or Inf."""
+    def add(self, rows: Tensor, dense: Tensor | None = None) -> None:
+        """Add the rows of a batch, (rows, in_features), and to `cross` their products d xᵀ with those of a dense model.
+
+        Raises ValueError if one of the rows holds NaN or Inf.
+        """
         rows = rows.detach()
         rows = rows if rows.dtype == torch.float64 else rows.float()
         for start in range(0, rows.shape[1], _BLOCK):
@@ -35,6 +39,9 @@ class Gram:
             if not torch.isfinite(product.diagonal()).all():  # a square is finite only where its row's values are
                 raise ValueError("holds NaN or Inf, or values whose squares overflow")
             self.sum[start : start + _BLOCK, start:] += product
+        if dense is not None:
+            self.cross = torch.zeros_like(self.sum) if self.cross is None else self.cross
+            self.cross += dense.to(rows).T @ rows
         self.n_rows += rows.shape[0]
 
     @property

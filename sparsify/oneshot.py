@@ -16,10 +16,10 @@ from sparsify.calibrate import Batch, read_batches, walk
 from sparsify.convert import sparse_layers
 from sparsify.layers import Masked
 from sparsify.masks import Allocation, check_target, n_removed_units
-from sparsify.methods import Method
+from sparsify.methods import SOLVERS, Method
 from sparsify.patterns import parse_pattern
 from sparsify.share import SHARES
-from sparsify.solve import Task, output_error, solve
+from sparsify.solve import Task, aim, output_error, solve
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,15 @@ class Order:
     allocation: Allocation = "uniform"
     max_sparsity: float | None = None
     refit: bool = False
+    correct: bool = False
     seed: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse an option that would have no effect."""
+        if self.correct and not self.refit and self.method not in SOLVERS:
+            raise ValueError(
+                f"correct=True has no effect with method {self.method!r} unless refit=True changes weights"
+            )
 
 
 def make_tasks(shapes: Mapping[str, tuple[int, int]], order: Order) -> dict[str, Task]:
@@ -97,7 +105,7 @@ def prune_on_data(
     """
     layers = {name: layer for name, layer in sparse_layers(model).items() if name in tasks}
     before: dict[str, tuple[Tensor, Tensor]] = {}
-    stops = walk(model, layers, data, cache_bytes=cache_bytes)
+    stops = walk(model, layers, data, dense=any(task.correct for task in tasks.values()), cache_bytes=cache_bytes)
     try:
         with tqdm(total=len(layers), desc="calibrate", unit="layer", disable=not progress) as bar:
             for stop in stops:
@@ -108,8 +116,10 @@ def prune_on_data(
                     if keeper is not None:
                         keeper.fetch(layer)
                     matrix = layer.matrix(layer.weight.detach())
-                    weight, mask = solve(name, matrix, layer.matrix(layer.mask), tasks[name], gram)
-                    error = output_error(matrix, weight, gram)
+                    present = layer.matrix(layer.mask)
+                    wanted = aim(matrix.masked_fill(~present, 0), stop.gram) if tasks[name].correct else matrix
+                    weight, mask = solve(name, wanted, present, tasks[name], gram)
+                    error = output_error(wanted, weight, gram)
                     if keeper is None:
                         before[name] = layer.weight.detach().clone(), layer.mask
                     matrix.copy_(weight)
@@ -132,7 +142,9 @@ def prune_on_data(
 
 def _tasks(order: Order, n_removed: Mapping[str, int]) -> dict[str, Task]:
     pattern = parse_pattern(order.pattern)
-    return {name: Task(order.method, pattern, n, order.refit, order.seed) for name, n in n_removed.items()}
+    return {
+        name: Task(order.method, pattern, n, order.refit, order.correct, order.seed) for name, n in n_removed.items()
+    }
 
 
 def _n_removed(order: Order, layers: Mapping[str, Masked]) -> dict[str, int] | None:
@@ -145,7 +157,7 @@ def _measure(model: nn.Module, layers: Mapping[str, Masked], order: Order, batch
     """Look at the data to say what each layer loses."""
     assert isinstance(order.allocation, str)
     pattern, target = parse_pattern(order.pattern), check_target(order.sparsity)
-    sample = Task(order.method, pattern, 0, order.refit, order.seed)
+    sample = Task(order.method, pattern, 0, order.refit, order.correct, order.seed)
     allocate = SHARES[order.allocation](model, layers, target, sample, batches)
     n_units = {name: pattern.n_units(layer.shape) for name, layer in layers.items()}
     return capped(allocate, n_units, target, order.max_sparsity)

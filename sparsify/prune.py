@@ -25,6 +25,7 @@ def prune(
     max_sparsity: float | None = None,
     seed: int | None = None,
     refit: bool = False,
+    correct: bool = False,
     data: Iterable[Any] | None = None,
     progress: bool = False,
 ) -> Model:
@@ -41,7 +42,8 @@ def prune(
     data: batches of the model's inputs, a few hundred samples in all: tensors, tuples of positional arguments, or dicts
     of keyword arguments (`sparsify.calibrate.read_batches`); read once. The layers are then pruned in the order in
     which they run, each on what those before it have become, and the report tells how far their outputs moved.
-    refit: change the kept weights to the ones that reproduce the layer's outputs best. progress: show a bar.
+    refit: change the kept weights to the ones that reproduce the layer's outputs best. correct: let them aim
+    at the outputs of the dense model, to make up for what the layers before have lost. progress: show a bar.
 
     An optimizer that holds momentum of what is masked here may move it in memory, though never in an output; use a
     Pruner while training. Raises ValueError, naming the layer, before any mask is changed.
@@ -54,11 +56,12 @@ def prune(
     """
     layers = sparse_layers(model, include, exclude)
     if data is not None:
-        order = Order(sparsity, method, pattern, allocation, max_sparsity, refit, seed)
+        order = Order(sparsity, method, pattern, allocation, max_sparsity, refit, correct, seed)
         follow(model, [(order, list(layers))], data, progress=progress)
         return model
-    if refit or progress:
-        raise ValueError(f"{'refit' if refit else 'progress'}=True has no effect without data; give data=...")
+    for option, is_set in (("refit", refit), ("correct", correct), ("progress", progress)):
+        if is_set:
+            raise ValueError(f"{option}=True has no effect without data; give data=...")
     masks = make_masks(
         {name: layer.weight_matrix for name, layer in layers.items()},
         sparsity,

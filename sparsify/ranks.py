@@ -36,14 +36,19 @@ def add_up(gram: Gram | None, error: ValueError | None = None) -> Gram:
         assert gram is not None
         return gram
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-    state = torch.tensor([0 if gram is None else len(gram.sum), int(error is not None)], device=device)
+    has_cross = gram is not None and gram.cross is not None
+    state = torch.tensor([0 if gram is None else len(gram.sum), int(error is not None), int(has_cross)], device=device)
     dist.all_reduce(state, op=dist.ReduceOp.MAX)
-    n_features, failed = state.tolist()
+    n_features, failed, crosses = state.tolist()
     if failed:
         raise error or ValueError("another process found its calibration data wrong; its message says how")
     total = gram or Gram(n_features, device)
     matrix, n_rows = total.sum.to(device), torch.tensor(total.n_rows, device=device)
     dist.all_reduce(matrix)
+    if crosses:
+        cross = (torch.zeros_like(matrix) if total.cross is None else total.cross.to(device)).contiguous()
+        dist.all_reduce(cross)
+        total.cross = cross.to(total.sum.device)
     dist.all_reduce(n_rows)
     total.sum, total.n_rows = matrix.to(total.sum.device), int(n_rows)
     return total

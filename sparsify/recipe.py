@@ -65,6 +65,7 @@ class Group(BaseModel):
     )
     max_sparsity: float | None = Field(None, description="no layer loses more, where the allocation shares one target")
     refit: bool = Field(False, description="change the kept weights to reproduce the layer's outputs; needs data")
+    correct: bool = Field(False, description="aim at the dense model's outputs, to make up for the layers before")
     schedule: Schedule = Field(Schedule(), description="when; constant: at once")
     seed: int | None = Field(None, description="for methods that draw random numbers")
     masked: Literal["zero", "frozen", "trained"] = Field(
@@ -79,8 +80,8 @@ class Group(BaseModel):
         """What of this group needs calibration data; "" if nothing does."""
         if self.method != HOLD and needs_data(self.method):
             return f"method {self.method!r}"
-        if self.refit:
-            return "'refit'"
+        if self.refit or self.correct:
+            return "'refit'" if self.refit else "'correct'"
         return f"allocation {self.allocation!r}" if self.allocation in MEASURED_ALLOCATIONS else ""
 
     @field_validator("schedule", mode="before")
@@ -134,6 +135,7 @@ class Group(BaseModel):
         else:
             finals = [1 - pattern.keep / pattern.group if pattern.is_nm else check_sparsity(self.sparsity or 0.0)]
         kind, points = self.schedule.kind, self.schedule.points
+        _order(self)  # refuses what would have no effect
         if self.needs_data and kind not in ("constant", "one-shot"):
             raise ValueError(
                 f"{self.needs_data} needs calibration data, which is looked at once, so the schedule must be constant"
@@ -403,7 +405,14 @@ def _group_rows(
 
 def _order(group: Group) -> Order:
     return Order(
-        group.sparsity, group.method, group.pattern, group.allocation, group.max_sparsity, group.refit, group.seed
+        group.sparsity,
+        group.method,
+        group.pattern,
+        group.allocation,
+        group.max_sparsity,
+        group.refit,
+        group.correct,
+        group.seed,
     )
 
 

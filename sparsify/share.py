@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +75,7 @@ def by_error(
         counts = {n_removed(min(max(sparsity + step, 0.0), 1.0), n_units) for step in _STEPS} - {0, n_units}
         points = [(0, 0.0)]
         for n in sorted(counts):
-            new, _ = solve(name, weight, mask, Task(task.method, task.pattern, n, task.refit, task.seed), gram)
+            new, _ = solve(name, weight, mask, replace(task, n_removed=n), gram)
             points.append((n, output_error(weight, new, gram) ** 2))
         curves[name] = [*points, (n_units, 1.0)]
 

@@ -5,20 +5,28 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from sparsify.gram import Gram, damped
 from sparsify.methods import BY_ROW, SOLVERS, Method, check_weight, refit, score
 from sparsify.patterns import Pattern, choose_mask
+
+DAMPING = 0.01
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a layer is to become: `n_removed` of its units removed by `method`, and the kept weights refitted or not."""
+    """What a layer is to become: `n_removed` of its units removed by `method`, and the kept weights refitted or not.
+
+    With `correct` the layer aims at the outputs of the dense model, and makes up for what those before it have lost.
+    """
 
     method: str | Method
     pattern: Pattern
     n_removed: int
     refit: bool = False
+    correct: bool = False
     seed: int | None = None
 
 
@@ -34,6 +42,23 @@ def solve(name: str, weight: Tensor, mask: Tensor, task: Task, gram: Tensor) -> 
         mask = choose_mask(scores, mask, task.pattern, task.n_removed, by_row=task.method in BY_ROW)
         new = weight.masked_fill(~mask, 0)
     return (refit(weight, mask, gram=gram) if task.refit else new), mask
+
+
+def aim(weight: Tensor, gram: Gram) -> Tensor:
+    """Return the weight that reproduces, on the inputs as they are now, what `weight` makes of the dense model's.
+
+    Least squares, damped as in refit: W (C + aI) (G + aI)⁻¹ for the sums G of x xᵀ and C of d xᵀ over the present
+    inputs x and the dense ones d. A layer whose dense inputs were not kept, outside of a chain, aims at its weight.
+
+    Li et al. 2025, arXiv:2504.02692 (asymmetric calibration), here in closed form.
+    """
+    if gram.cross is None:
+        return weight
+    matrix = gram.matrix
+    hessian = damped(matrix, DAMPING)
+    wanted = weight.detach().to(hessian) @ (gram.cross + hessian - matrix)
+    aimed: Tensor = torch.cholesky_solve(wanted.T, torch.linalg.cholesky(hessian)).T
+    return aimed
 
 
 def output_error(weight: Tensor, new: Tensor, gram: Tensor) -> float:

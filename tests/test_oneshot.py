@@ -8,9 +8,11 @@ from torch import Tensor, nn
 import sparsify
 from sparsify import Recipe, SparseLinear, apply, convert, prune
 from sparsify.allocation import ALLOCATIONS, MEASURED_ALLOCATIONS
+from sparsify.gram import Gram
 from sparsify.methods import CALIBRATED, METHODS, SOLVERS
 from sparsify.methods.wanda import wanda
 from sparsify.plan import plan
+from sparsify.solve import aim
 
 NEED_DATA = (*CALIBRATED, *SOLVERS)
 X = weight((64, 16), seed=9)
@@ -245,3 +247,31 @@ def test_data_is_not_for_schedules(group: dict[str, object]) -> None:
 def test_a_plan_marks_what_the_data_decides() -> None:
     recipe = Recipe(groups=[{"sparsity": 0.5, "method": "sparsegpt", "allocation": "error"}])
     assert [(layer.ranked, layer.targets[-1][1]) for layer in plan(recipe, model())] == [(True, 0.5)] * 3
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "alps"])
+def test_correcting_brings_the_outputs_nearer_to_the_dense_ones(method: str) -> None:
+    x = weight((400, 16), seed=4) @ weight((16, 16), seed=5)
+    wanted = model()(x).detach()
+    plain, corrected = (prune(model(), 0.7, method=method, correct=c, data=[x[:200], x[200:]]) for c in (False, True))
+    assert (corrected(x) - wanted).norm() < (plain(x) - wanted).norm()
+    assert [layer.sparsity for layer in layers(corrected)] == [layer.sparsity for layer in layers(plain)]
+    assert torch.equal(corrected[0].mask, plain[0].mask)  # nothing before it has changed
+
+
+def test_aim_is_least_squares() -> None:
+    x, dense, w = weight((50, 6), torch.float64), weight((50, 6), torch.float64, 1), weight((4, 6), torch.float64, 2)
+    gram = Gram(6)
+    gram.add(x[:20], dense[:20])
+    gram.add(x[20:], dense[20:])
+    root = (0.01 * gram.matrix.diagonal().mean()).sqrt() * torch.eye(6, dtype=torch.float64)
+    inputs, outputs = torch.cat([x, root]), torch.cat([dense @ w.T, root @ w.T])
+    torch.testing.assert_close(aim(w, gram), torch.linalg.lstsq(inputs, outputs).solution.T)
+
+
+def test_correcting_needs_weights_that_change() -> None:
+    with pytest.raises(ValueError, match="correct=True has no effect with method 'wanda' unless refit=True"):
+        prune(model(), 0.5, method="wanda", correct=True, data=[X])
+    with pytest.raises(ValueError, match="correct=True has no effect without data"):
+        prune(model(), 0.5, correct=True)
+    assert prune(model(), 0.5, method="wanda", refit=True, correct=True, data=[X])[0].sparsity == 0.5
