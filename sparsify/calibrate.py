@@ -238,7 +238,8 @@ def _gram(
 
     def look(number: int, batch: Batch) -> Callable[..., None]:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            rows = input_rows(first_tensor(args, kwargs), batch.counts)
+            tensor = first_tensor(args, kwargs)
+            rows = input_rows(layer.rows(tensor) if isinstance(layer, Masked) else tensor, batch.counts)
             if isinstance(layer, Masked) and rows.shape[1] != layer.shape[1]:
                 raise ValueError(
                     f"{group[0]}: a {type(layer).__name__} does not multiply its weight with rows of its input, which "

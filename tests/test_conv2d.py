@@ -110,6 +110,22 @@ def test_training_moves_no_masked_weight():
     assert (model[0].weight != before).any()
 
 
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("width", [4, 8])  # 8 is also the number of channels
+def test_calibration_sees_one_row_for_each_position(method, width):
+    torch.manual_seed(0)
+    conv = nn.Sequential(nn.Conv2d(8, 6, 1))
+    linear = nn.Sequential(nn.Linear(8, 6))
+    linear[0].weight.data.copy_(conv[0].weight[:, :, 0, 0])
+    linear[0].bias.data.copy_(conv[0].bias)
+    images = [torch.randn(3, 8, 5, width) * torch.rand(8, 1, 1) for _ in range(2)]
+    sparsify.prune(sparsify.convert(conv, types=nn.Conv2d), 0.5, method=method, data=images)
+    rows = [x.permute(0, 2, 3, 1).contiguous() for x in images]
+    sparsify.prune(sparsify.convert(linear), 0.5, method=method, data=rows)
+    assert torch.equal(conv[0].mask[:, :, 0, 0], linear[0].mask)
+    torch.testing.assert_close(conv[0].weight[:, :, 0, 0], linear[0].weight)
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("image", IMAGES)
 @pytest.mark.parametrize("form", RUNNING)

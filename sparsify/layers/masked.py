@@ -51,6 +51,10 @@ class Masked(nn.Module):
         out_features, in_features = self.matrix(self.mask).shape
         return out_features, in_features
 
+    def rows(self, input: Tensor) -> Tensor:
+        """View an input of the layer as (..., in_features), the rows that the weight is multiplied with."""
+        return input
+
     def input_shape(self, n_rows: int) -> tuple[int, ...]:
         """The shape of an input of so many rows, each of which the weight is multiplied with."""
         return n_rows, self.shape[1]

@@ -78,6 +78,10 @@ class SparseConv2d(Masked, nn.Conv2d):
         """View a tensor of the weight's shape as (out_channels, in_channels)."""
         return tensor[:, :, 0, 0]
 
+    def rows(self, input: Tensor) -> Tensor:
+        """View images as (..., in_channels), one row for each position."""
+        return input.movedim(-3, -1)
+
     def input_shape(self, n_rows: int) -> tuple[int, ...]:
         """The shape of one image of so many positions."""
         return 1, self.in_channels, n_rows, 1
