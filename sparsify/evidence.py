@@ -32,6 +32,9 @@ def from_loss(
     hold are left alone. Raises ValueError, naming the layer, if the loss does not depend on its weight.
     """
     weights = {name: layer.weight for name, layer in layers.items()}
+    steps = {name: layer.steps for name, layer in layers.items()}
+    for layer in layers.values():
+        layer.steps = None  # their gradients have no gradients
     with torch.enable_grad():
         gradients = torch.autograd.grad(loss(), list(weights.values()), create_graph=curvature, allow_unused=True)
         for name, gradient in zip(weights, gradients, strict=True):
@@ -44,4 +47,6 @@ def from_loss(
             products = torch.autograd.grad(inner, list(weights.values()), allow_unused=True)
             for (name, weight), product in zip(weights.items(), products, strict=True):
                 found[name]["curvature"] = ranks.mean(torch.zeros_like(weight) if product is None else product.detach())
+    for name, layer in layers.items():
+        layer.steps = steps[name]
     return found

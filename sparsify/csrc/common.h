@@ -20,6 +20,7 @@ struct KernelTable {
     const char *name;
     LinearKernel linear[SPARSIFY_N_FORMS][SPARSIFY_N_DTYPES];
     PointwiseKernel pointwise[SPARSIFY_N_DTYPES];
+    int (*sddmm)(const sparsify_sddmm_call &);
 };
 
 const KernelTable *portable_table();

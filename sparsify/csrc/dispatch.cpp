@@ -82,6 +82,13 @@ int sparsify_linear(int form, int dtype, const sparsify_linear_call *call) {
     return current().table->linear[form][dtype](*call);
 }
 
+int sparsify_sddmm(const sparsify_sddmm_call *call) {
+    if (call->tokens < 0 || call->out < 0 || call->in < 0 || call->n_threads < 1) return SPARSIFY_BAD_ARGUMENT;
+    if (current().status) return current().status;
+    if (call->tokens == 0 || call->out == 0 || call->in == 0) return SPARSIFY_OK;
+    return current().table->sddmm(*call);
+}
+
 int sparsify_pointwise(int dtype, const sparsify_pointwise_call *call) {
     if (dtype < 0 || dtype >= SPARSIFY_N_DTYPES || call->n_images < 0 || !is_sound(call->image))
         return SPARSIFY_BAD_ARGUMENT;

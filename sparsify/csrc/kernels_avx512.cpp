@@ -5,6 +5,7 @@
 #include "bitmask_avx512.inc.h"
 #include "gather_avx512.inc.h"
 #include "panel.inc.h"
+#include "sddmm.inc.h"
 
 namespace sparsify {
 
@@ -17,6 +18,7 @@ const KernelTable *avx512_table() {
             {linear_row_blocks<Gather, float>, linear_row_blocks<Gather, uint16_t>},
         },
         {pointwise_panel<float>, pointwise_panel<uint16_t>},
+        sddmm_f32,
     };
     return &table;
 }

@@ -106,6 +106,24 @@ struct sparsify_pointwise_call {
 
 SPARSIFY_API int sparsify_pointwise(int dtype, const struct sparsify_pointwise_call *call);
 
+/* ---- gradient of the kept weights --------------------------------------------------------------------------------
+ * y[o, k] = sum over tokens of grad[t, o] * x[t, k] for every kept (o, k) of a CSR matrix that pack has accepted, in
+ * float32; all else of y, (out, in) without gaps, stays. workspace has SPARSIFY_SDDMM_TOKENS * (in + out) floats. */
+#define SPARSIFY_SDDMM_TOKENS 256
+struct sparsify_sddmm_call {
+    const void *grad;
+    int64_t grad_stride;
+    const void *x;
+    int64_t x_stride;
+    const int32_t *crow, *col;
+    void *y;
+    void *workspace;
+    int64_t tokens, out, in;
+    int64_t n_threads;
+};
+
+SPARSIFY_API int sparsify_sddmm(const struct sparsify_sddmm_call *call);
+
 /* ---- roofs ------------------------------------------------------------------------------------------------------
  * What the machine can do at most with the instruction set in use, measured for `seconds` on n_threads threads at once;
  * negative on error. For benchmarks: not to be called after fork. A read goes over `bytes` bytes again and again, each

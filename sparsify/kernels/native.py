@@ -40,6 +40,8 @@ _SIGNATURES = {
 }
 _LINEAR_CALL = struct.Struct("=14q")  # struct sparsify_linear_call
 _POINTWISE_CALL = struct.Struct("=17q")  # struct sparsify_pointwise_call
+_SDDMM_CALL = struct.Struct("=12q")  # struct sparsify_sddmm_call
+_SDDMM_TOKENS = 256  # SPARSIFY_SDDMM_TOKENS
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
@@ -74,6 +76,7 @@ def _function(name: str, signature: tuple[Any, Any]) -> Any:
 # Looked up once: a call must cost microseconds.
 _form_functions: dict[str, dict[str, Any]] = {}
 _linear: Any = None
+_sddmm: Any = None
 _pointwise: Any = None
 _pack_call, _pack_pointwise_call = _LINEAR_CALL.pack, _POINTWISE_CALL.pack
 if _library is not None:
@@ -81,6 +84,7 @@ if _library is not None:
         _form_functions[_form] = {n: _function(f"sparsify_{_form}_{n}", s) for n, s in _SIGNATURES.items()}
     _linear = _function("sparsify_linear", (_int, [_int, _int, ctypes.c_char_p]))
     _pointwise = _function("sparsify_pointwise", (_int, [_int, ctypes.c_char_p]))
+    _sddmm = _function("sparsify_sddmm", (_int, [ctypes.c_char_p]))
 _FORM_NUMBERS = {form: number for number, form in enumerate(FORMS)}
 
 
@@ -256,6 +260,35 @@ def pointwise(
     if status:
         _checked(status)
     return y
+
+
+def weight_grad(grad: Tensor, x: Tensor, crow: Tensor, col: Tensor, out: Tensor) -> None:
+    """Write grad.T @ x into `out` (out, in) where a CSR matrix, which pack has accepted, has entries; all float32.
+
+    grad is (tokens, out), x (tokens, in), with a token at least; crow and col are int32. What is no entry stays.
+    """
+    n_out, n_in = out.shape
+    grad = grad if grad.stride(1) == 1 else grad.contiguous()
+    x = x if x.stride(1) == 1 else x.contiguous()
+    workspace = grad.new_empty(min(len(x) + 16, _SDDMM_TOKENS) * (n_in + n_out))
+    status = _sddmm(
+        _SDDMM_CALL.pack(
+            grad.data_ptr(),
+            grad.stride(0),
+            x.data_ptr(),
+            x.stride(0),
+            crow.data_ptr(),
+            col.data_ptr(),
+            out.data_ptr(),
+            workspace.data_ptr(),
+            len(x),
+            n_out,
+            n_in,
+            torch.get_num_threads(),
+        )
+    )
+    if status:
+        _checked(status)
 
 
 def _checked(status: int) -> int:

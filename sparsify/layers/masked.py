@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sparsify.layers.hidden import Watch, used_weight
 from sparsify.layers.sharded import shard_like, whole
+from sparsify.layers.sparse_steps import SparseSteps
 from sparsify.masks import make_masks
 from sparsify.methods import Method, resolve_method, takes_seed
 
@@ -27,9 +28,11 @@ class Masked(nn.Module):
 
     weight: Tensor
     mask: Tensor
-    #: What a Pruner sets while training: what masked weights are (recipe.Group.masked), and what backward adds up.
+    #: What a Pruner sets while training: what masked weights are (recipe.Group.masked), what backward adds up, and
+    #: whether steps may touch kept weights only.
     masked_are: str = "zero"
     watch: Watch | None = None
+    steps: SparseSteps | None = None
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """View a tensor of the weight's shape as (out_features, in_features): what is written there is written here."""

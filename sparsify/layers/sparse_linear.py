@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparsify.kernels import training
 from sparsify.layers.bare import bare_linear
 from sparsify.layers.masked import Masked
 from sparsify.methods import Method
@@ -78,6 +79,8 @@ class SparseLinear(Masked, nn.Linear):
     def forward(self, input: Tensor, rows: tuple[int, int] | None = None) -> Tensor:
         """Apply the layer to (..., in_features); returns (..., out_features), or the outputs rows[0] to rows[1] - 1."""
         if rows is None:
+            if self.steps is not None and (index := self.steps.index_for(self, input)) is not None:
+                return training.linear(input, self.weight, self.bias, index)
             return F.linear(input, self.masked_weight(), self.bias)
         part = slice(*rows)
         return F.linear(input, self.masked_weight()[part], None if self.bias is None else self.bias[part])
