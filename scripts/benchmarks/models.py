@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +13,7 @@ from tqdm import tqdm
 
 from benchmarks import peers, record
 from benchmarks.layers import OURS
-from sparsify import CSRLinear, LeftDenseWarning
+from sparsify import CSRLinear
 from sparsify.bench import sparse_copy, typical_tokens
 from sparsify.inputs import Inputs, make_inputs, run
 from sparsify.models import build_model
@@ -46,7 +45,7 @@ def bench_models(
             candidates: dict[tuple[str, float | None], nn.Module] = {
                 (kind, None): m for kind, m in dense.items() if kind != "torch int8" or _runs(m, inputs)
             }
-            candidates |= {(OURS, s): _pruned(model, s, tokens) for s in sparsities}
+            candidates |= {(OURS, s): sparse_copy(model, s, tokens) for s in sparsities}
             calls = {
                 (kind, s): [_call(m, _cast(inputs) if kind == "torch bf16" else inputs)]
                 for (kind, s), m in candidates.items()
@@ -67,12 +66,6 @@ def _build(name: str) -> nn.Module:
         return minilm.load_dense()
     torch.manual_seed(0)
     return build_model(f"torchvision:{name}")
-
-
-def _pruned(model: nn.Module, sparsity: float, tokens: int) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", LeftDenseWarning)  # vit's attention; the row counts the sparse layers
-        return sparse_copy(model, sparsity, tokens)
 
 
 def _facts(model: nn.Module) -> dict[str, Any]:

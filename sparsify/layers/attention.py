@@ -126,10 +126,12 @@ class LayeredAttention(nn.MultiheadAttention):
             causal = causal and padding is None
             output = F.scaled_dot_product_attention(q, k, v, None if causal else mask, dropout, causal)
         output = output.transpose(1, 2)  # (batch, sequence, heads, head_dim)
-        output = self.out_proj((output.transpose(0, 1) if seq_first else output).flatten(2))
-        if batched:
-            return output, weights
-        return output.squeeze(0), None if weights is None else weights.squeeze(0)
+        # In training laid out in memory as torch does it: the dropout that follows draws in that order.
+        transposed = seq_first or (batched and self.training)
+        output = self.out_proj((output.transpose(0, 1) if transposed else output).flatten(2))
+        if not batched:
+            return output.squeeze(0), None if weights is None else weights.squeeze(0)
+        return output.transpose(0, 1) if transposed and self.batch_first else output, weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """Run the first projections: neighbours with the same input in one product, and no row that is not needed."""
@@ -179,7 +181,10 @@ class LayeredAttention(nn.MultiheadAttention):
         return mask
 
     def _check_widths(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        for name, x, width in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
+        wanted = [("query", query, self.embed_dim)]
+        if "in_proj" not in self._modules:
+            wanted += [("key", key, self.kdim), ("value", value, self.vdim)]
+        for name, x, width in wanted:
             if x.shape[-1] != width:
                 raise AssertionError(f"{name} must have an embedding dimension of {width}, got {x.shape[-1]}")
         if key.shape[:-1] != value.shape[:-1]:

@@ -32,11 +32,20 @@ class CSRLinear(Packed):
     def _multiply(
         self, input: Tensor, bias: Tensor | None, activation: str = "none", rows: tuple[int, int] = (0, -1)
     ) -> Tensor:
+        if input.is_nested:
+            return self._multiply_nested(input, bias, activation, rows)
         autocast = self._autocast_dtype(input)
         if autocast is None:
             return linear(input, self.parts, self.form, self.shape, bias, activation, rows)
         input = input.to(self.parts[-1].dtype)
         return linear(input, self.parts, self.form, self.shape, bias, activation, rows).to(autocast)
+
+    def _multiply_nested(self, input: Tensor, bias: Tensor | None, activation: str, rows: tuple[int, int]) -> Tensor:
+        """Multiply all sequences of a nested tensor as one."""
+        sequences = input.unbind()
+        output = self._multiply(torch.cat(sequences), bias, activation, rows)
+        parts = torch.split(output, [len(sequence) for sequence in sequences])
+        return torch.nested.as_nested_tensor(list(parts), layout=input.layout)
 
     @property
     def weight(self) -> Tensor:
