@@ -28,8 +28,10 @@ from sparsify.formats import (
 )
 from sparsify.fuse import fuse_activations
 from sparsify.kernels import FORMS, form_for
-from sparsify.kinds import followers, join, kind_of, kinds, matrices
+from sparsify.kinds import Kind, followers, join, kind_of, kinds, matrices
+from sparsify.kinds.functional import functional_kind
 from sparsify.layers import Masked, Packed
+from sparsify.layers.functional import layer_name
 from sparsify.layers.tied import check_tieable, tie
 from sparsify.machine import machine_name
 from sparsify.report import Report, Row
@@ -173,7 +175,7 @@ def _laid_out_as(names: Iterable[str], model: nn.Module) -> Iterator[None]:
     """Lay out the attentions that were so when tensors of these names were saved; if what follows fails, undo that."""
     names, laid_out = tuple(names), []
     for name, module in list(model.named_modules()):
-        kind = kind_of(module)
+        kind = kind_of(module) or _functional_kind(module, name, names)
         if kind is None or isinstance(module, kind.sparse):
             continue
         new = tuple(f"{join(name, layer)}." for layer in kind.layers(module) if layer and layer not in module._modules)
@@ -187,6 +189,15 @@ def _laid_out_as(names: Iterable[str], model: nn.Module) -> Iterator[None]:
         for module, kind in laid_out:
             become(module, kind.to_dense(module))
         raise
+
+
+def _functional_kind(module: nn.Module, prefix: str, names: Iterable[str]) -> Kind | None:
+    """Return how a module is laid out whose Parameters are layers in the file."""
+    layers = tuple(f"{join(prefix, layer_name(name))}." for name in module._parameters)
+    try:
+        return functional_kind(module) if layers and any(key.startswith(layers) for key in names) else None
+    except ValueError:
+        return None
 
 
 def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -13,7 +13,9 @@ from sparsify.errors import LeftDenseWarning
 from sparsify.fuse import unfuse_activations
 from sparsify.interop import adapters
 from sparsify.kinds import Kind, chosen_kinds, followers, join, kind_of, kinds, reads_weights
+from sparsify.kinds.functional import functional_kind
 from sparsify.layers import Masked, Packed, Tied
+from sparsify.layers.functional import Functional, undo
 from sparsify.layers.sharded import data_or_shape
 from sparsify.layers.tied import tie, untie
 from sparsify.match import Selector, select
@@ -43,6 +45,7 @@ def convert(
     exclude: Selector | Sequence[Selector] | None = None,
     types: type[nn.Module] | Sequence[type[nn.Module]] | None = None,
     tied: str = "error",
+    functional: bool = False,
 ) -> Model:
     """Swap every nn.Linear of a model for a SparseLinear, in place, and return the model.
 
@@ -59,6 +62,10 @@ def convert(
     "error", "skip" (it stays dense) or "share": the first linear layer among them gets the mask, and the other places
     use the same masked weight.
 
+    functional=True also converts Parameters that a module's own code multiplies, in F.linear(x, self.weight),
+    x @ self.weight and their like, found with torch.fx; what cannot be traced is named. Such a Parameter becomes a
+    layer with its name and "_layer", the code stays as it is, and a dense state_dict still loads.
+
     Layers that cannot be swapped stay dense, and one LeftDenseWarning names them and their share of the parameters.
     Raises ValueError, before anything is changed, for a selector that matches nothing, for a weight shared with another
     module, and if there is nothing to convert.
@@ -66,7 +73,7 @@ def convert(
     >>> convert(nn.Sequential(nn.Linear(4, 3), nn.ReLU()))[0]
     SparseLinear(in_features=4, out_features=3, bias=True, sparsity=0)
     """
-    plan = plan_convert(model, include=include, exclude=exclude, types=types, tied=tied)
+    plan = plan_convert(model, include=include, exclude=exclude, types=types, tied=tied, functional=functional)
     if not plan.swap and not plan.already:
         reasons = "; ".join(f"{name or '(root)'}: {why}" for name, why in list(plan.left.items())[:3])
         names = ", ".join(_name(kind.dense) for kind in chosen_kinds(types))
@@ -94,9 +101,10 @@ def plan_convert(
     exclude: Selector | Sequence[Selector] | None = None,
     types: type[nn.Module] | Sequence[type[nn.Module]] | None = None,
     tied: str = "error",
+    functional: bool = False,
 ) -> Plan:
     """Say what `convert` would do with the same arguments, and raise what it would raise; the model is not touched."""
-    owners = _owners(model, chosen_kinds(types))
+    owners, left = _owners(model, chosen_kinds(types), functional)
     readers = {
         id(child): f"{type(owner).__name__} reads its weight directly"
         for owner in model.modules()
@@ -106,7 +114,6 @@ def plan_convert(
     swap: dict[str, Kind] = {}
     already: dict[str, Tensor] = {}
     weights: dict[str, Tensor] = {}
-    left: dict[str, str] = {}
     for layer in select(model, {layer: module for layer, (_, module, _) in owners.items()}, include, exclude):
         name, module, kind = owners[layer]
         if isinstance(module, Masked):
@@ -131,11 +138,12 @@ def plan_convert(
     if include is not None and left and not swap and not already:
         name, why = next(iter(left.items()))
         raise ValueError(f"{name or '(root)'}: cannot be converted, {why}")
-    skipped, shared = settle_ties(model, swap, tied)
+    modules = dict(model.named_modules())
+    masked = {name: list(modules[name].parameters(kind.sparse is not Functional)) for name, kind in swap.items()}
+    skipped, shared = settle_ties(model, masked, tied)
     left |= skipped
     swap = {name: kind for name, kind in swap.items() if name not in skipped and name not in shared}
     weights = {layer: weight for layer, weight in weights.items() if owners[layer][0] in swap}
-    modules = dict(model.named_modules())
     swap = followers(model, {modules[name] for name in swap}) | swap
     return Plan(swap, tuple(already), left, already | weights, shared)
 
@@ -154,6 +162,8 @@ def to_dense(model: Model) -> Model:
     for kind in kinds():
         for module in layers_of_type(model, kind.sparse).values():
             become(module, kind.to_dense(module))
+    for laid_out in layers_of_type(model, Functional).values():
+        become(laid_out, undo(laid_out))
     return model
 
 
@@ -190,19 +200,31 @@ def sparse_layers(
     return {name: layers[name] for name in select(model, layers, include, exclude)}
 
 
-def _owners(model: nn.Module, chosen: Sequence[Kind]) -> dict[str, tuple[str, nn.Module, Kind | None]]:
-    """Return every layer that is masked or may become so, by name: the module it is in, and that module's kind."""
+def _owners(
+    model: nn.Module, chosen: Sequence[Kind], functional: bool
+) -> tuple[dict[str, tuple[str, nn.Module, Kind | None]], dict[str, str]]:
+    """Return every layer that is masked or may become so, by name: the module it is in, and that module's kind.
+
+    And the modules whose own code cannot be read, with the reason.
+    """
     owners: dict[str, tuple[str, nn.Module, Kind | None]] = {}
+    unread: dict[str, str] = {}
     beside = adapters(model)
     for name, module in model.named_modules():
         if module in beside or isinstance(module, Tied):
             continue
         if isinstance(module, Masked):
             owners[name] = name, module, None
-        for kind in chosen:
-            if isinstance(module, kind.dense) and not isinstance(module, kind.sparse) and name not in owners:
-                owners |= {join(name, layer): (name, module, kind) for layer in kind.layers(module)}
-    return owners
+            continue
+        found = [kind for kind in chosen if isinstance(module, kind.dense) and not isinstance(module, kind.sparse)]
+        if functional and kind_of(module) is None and name not in owners:
+            try:
+                found += [kind] if (kind := functional_kind(module)) else []
+            except ValueError as error:
+                unread[name] = str(error)
+        for kind in found if name not in owners else ():
+            owners |= {join(name, layer): (name, module, kind) for layer in kind.layers(module)}
+    return owners, unread
 
 
 def _name(dense: type[nn.Module]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -24,8 +24,10 @@ class Place(NamedTuple):
         return f"{self.module}.{self.key}".lstrip(".")
 
 
-def settle_ties(model: nn.Module, names: Collection[str], tied: str) -> tuple[dict[str, str], dict[str, str]]:
-    """Say what becomes of the named modules, each about to be masked, whose weights other modules use too.
+def settle_ties(
+    model: nn.Module, weights: Mapping[str, Collection[Tensor]], tied: str
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Say what becomes of modules whose `weights`, about to be masked, other modules use too.
 
     Returns those to leave dense with the reason, and those that are to use another's mask with its name. Raises
     ValueError for tied="error", and for what cannot share a mask.
@@ -34,7 +36,7 @@ def settle_ties(model: nn.Module, names: Collection[str], tied: str) -> tuple[di
         raise ValueError(f"tied={tied!r} is none of: {', '.join(TIED)}")
     skipped: dict[str, str] = {}
     shared: dict[str, str] = {}
-    for name, places in _ties(model, names):
+    for name, places in _ties(model, weights):
         together = " and ".join(map(str, places))
         inside = ".*" if next(model.get_submodule(name).children(), None) is not None else ""
         if tied == "error":
@@ -69,15 +71,15 @@ def _check_shareable(model: nn.Module, name: str, place: Place) -> None:
         ) from None
 
 
-def _ties(model: nn.Module, names: Collection[str]) -> Iterator[tuple[str, list[Place]]]:
+def _ties(model: nn.Module, weights: Mapping[str, Collection[Tensor]]) -> Iterator[tuple[str, list[Place]]]:
     """Yield each of the named modules with a weight that has several places, and those places."""
     places: dict[object, list[Place]] = {}
     for module_name, module in model.named_modules():
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 places.setdefault(_memory(parameter)[0], []).append(Place(module_name, key, parameter))
-    for name in names:
-        for weight in model.get_submodule(name).parameters():
+    for name, own in weights.items():
+        for weight in own:
             used = [place for place in places[_memory(weight)[0]] if _overlap(weight, place.parameter)]
             if weight.ndim > 1 and len(used) > 1:
                 yield name, used

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sparsify.kinds.attention import ATTENTION, ENCODER, followers, reads_weights
 from sparsify.kinds.conv2d import CONV2D
+from sparsify.kinds.functional import TRANSPOSED
 from sparsify.kinds.kind import Kind
 from sparsify.kinds.linear import LINEAR
 from sparsify.layers import Masked, Packed, Tied
@@ -31,7 +32,7 @@ def kinds() -> tuple[Kind, ...]:
 
     Those of an optional package are among them once that is imported: no model holds one of its modules before.
     """
-    found = [LINEAR, CONV2D]
+    found = [LINEAR, TRANSPOSED, CONV2D]
     if "transformers.pytorch_utils" in sys.modules:
         from sparsify.kinds.conv1d import CONV1D
 

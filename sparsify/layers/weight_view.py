@@ -23,11 +23,22 @@ _CHEAP = {
 }
 
 
+#: Products with a transposed weight at the end: (input, weight), or (bias, input, weight).
+_MULTIPLY = {torch.matmul, torch.mm, torch.addmm, Tensor.matmul, Tensor.mm, Tensor.addmm, Tensor.__matmul__}
+
+_TURNED = {Tensor.t, Tensor.T.__get__, Tensor.mT.__get__, torch.t}  # type: ignore[attr-defined]
+_TURNED_ALONG = {Tensor.transpose, torch.transpose, Tensor.permute, torch.permute, Tensor.swapaxes, torch.swapaxes}
+
+
 class WeightView(Tensor):
-    """A weight (out_features, in_features) that is not in memory; see this file's docstring."""
+    """A weight (out_features, in_features) that is not in memory; see this file's docstring.
+
+    Transposed, it is a view too, `turned`, which runs sparse where it is multiplied from the right.
+    """
 
     run_sparse: Callable[[Tensor, Tensor | None], Tensor]
     unpack: Callable[[], Tensor]
+    turned: bool
 
     @staticmethod
     def make(
@@ -38,7 +49,14 @@ class WeightView(Tensor):
     ) -> WeightView:
         """Make a view of a weight of the dtype and device of `values`: run_sparse(x, bias) uses it, unpack() is it."""
         view: WeightView = Tensor._make_wrapper_subclass(WeightView, shape, dtype=values.dtype, device=values.device)
-        view.run_sparse, view.unpack = run_sparse, unpack
+        view.run_sparse, view.unpack, view.turned = run_sparse, unpack, False
+        return view
+
+    def turn(self) -> WeightView:
+        """Return the transpose of this view."""
+        shape = (self.size(1), self.size(0))
+        view = WeightView.make(self, shape, self.run_sparse, lambda: self.unpack().t())
+        view.turned = not self.turned
         return view
 
     @classmethod
@@ -61,8 +79,16 @@ class WeightView(Tensor):
                 return func(*args, **kwargs)
         if func is F.linear:
             named = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
-            if isinstance(named["weight"], WeightView) and not isinstance(named["input"], WeightView):
-                return named["weight"].run_sparse(named["input"], named.get("bias"))
+            weight = named["weight"]
+            if isinstance(weight, WeightView) and not weight.turned and not isinstance(named["input"], WeightView):
+                return weight.run_sparse(named["input"], named.get("bias"))
+        if _transposes(func, args, kwargs):
+            view: WeightView = args[0]
+            return view.turn()
+        if func in _MULTIPLY and not kwargs:
+            *bias, input, weight = args
+            if isinstance(weight, WeightView) and weight.turned and _rows(input) and all(_vector(b) for b in bias):
+                return weight.run_sparse(input, *bias or (None,))
         return _on_dense(func, args, kwargs)
 
     @classmethod
@@ -75,6 +101,26 @@ class WeightView(Tensor):
     ) -> Any:
         """Unpack: this is reached only by calls from below Python."""
         return _on_dense(func, args, dict(kwargs or {}))
+
+
+def _transposes(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Say whether a call transposes a view."""
+    if not args or not isinstance(args[0], WeightView) or kwargs:
+        return False
+    along = args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
+    permutes = func in (Tensor.permute, torch.permute)
+    return func in _TURNED or (
+        func in _TURNED_ALONG and [axis % 2 for axis in along] in ([[1, 0]] if permutes else [[0, 1], [1, 0]])
+    )
+
+
+def _rows(input: Any) -> bool:
+    """Say whether this is a plain tensor of rows."""
+    return isinstance(input, Tensor) and not isinstance(input, WeightView) and input.ndim > 0
+
+
+def _vector(bias: Any) -> bool:
+    return isinstance(bias, Tensor) and not isinstance(bias, WeightView) and bias.ndim == 1
 
 
 def _writes(func: Callable[..., Any]) -> bool:

@@ -1,0 +1,48 @@
+"""A weight stored (in_features, out_features) and multiplied from the right, as in `x @ weight`."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from sparsify.layers.masked import Masked
+
+
+class Transposed(nn.Module):
+    """What holds such a weight: x @ weight."""
+
+    weight: Tensor
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.register_parameter("weight", weight)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the layer to (..., in_features); returns (..., out_features)."""
+        return torch.matmul(input, self.weight)
+
+
+class SparseTransposed(Masked, Transposed):
+    """The same under a mask; see `Masked`."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__(weight)
+        self._keep_all()
+
+    @classmethod
+    def from_matrix(cls, weight: Tensor, mask: Tensor, bias: nn.Parameter | None) -> Self:
+        """Make a layer of a weight and a mask, (out_features, in_features); there is never a bias."""
+        assert bias is None
+        made = cls(nn.Parameter(weight.t().contiguous()))
+        made.set_mask(mask)
+        return made
+
+    def matrix(self, tensor: Tensor) -> Tensor:
+        """View a tensor of the weight's shape as (out_features, in_features)."""
+        return tensor.t()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the layer to (..., in_features); returns (..., out_features)."""
+        return torch.matmul(input, self.masked_weight())
