@@ -238,8 +238,7 @@ def _gram(
 
     def look(number: int, batch: Batch) -> Callable[..., None]:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            tensor = first_tensor(args, kwargs)
-            rows = input_rows(layer.rows(tensor) if isinstance(layer, Masked) else tensor, batch.counts)
+            rows = _rows_of(layer, args, kwargs, batch)
             if isinstance(layer, Masked) and rows.shape[1] != layer.shape[1]:
                 raise ValueError(
                     f"{group[0]}: a {type(layer).__name__} does not multiply its weight with rows of its input, which "
@@ -276,7 +275,7 @@ def _run_noting(
 
     def note(name: str) -> Callable[..., None]:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs[name][number] = input_rows(first_tensor(args, kwargs), batch.counts)
+            inputs[name][number] = _rows_of(module, args, kwargs, batch)
 
         return before
 
@@ -287,6 +286,12 @@ def _run_noting(
         found = take_apart(_run(block, *call))
     assert found is not None
     return found[0]
+
+
+def _rows_of(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: Batch) -> Tensor:
+    """Return what a layer multiplies its weight with, as (rows, in_features), from the arguments it is called with."""
+    tensor = first_tensor(args, kwargs)
+    return input_rows(layer.rows(tensor) if isinstance(layer, Masked) else tensor, batch.counts)
 
 
 def _alike(dense: Tensor, rows: Tensor) -> Tensor:

@@ -275,3 +275,18 @@ def test_correcting_needs_weights_that_change() -> None:
     with pytest.raises(ValueError, match="correct=True has no effect without data"):
         prune(model(), 0.5, correct=True)
     assert prune(model(), 0.5, method="wanda", refit=True, correct=True, data=[X])[0].sparsity == 0.5
+
+
+@pytest.mark.parametrize("correct", [False, True])
+def test_pointwise_convolutions_are_the_linear_layers_of_their_pixels(correct: bool) -> None:
+    torch.manual_seed(0)
+    convolutions = nn.Sequential(nn.Conv2d(6, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    linears = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    for i in (0, 2):
+        linears[i].weight, linears[i].bias = nn.Parameter(convolutions[i].weight[:, :, 0, 0].detach().clone()), None
+        convolutions[i].bias = None
+    images = torch.randn(4, 6, 5, 6)  # as wide as it has channels
+    prune(convert(convolutions, types=nn.Conv2d), 0.5, method="sparsegpt", correct=correct, data=[images])
+    prune(convert(linears), 0.5, method="sparsegpt", correct=correct, data=[images.permute(0, 2, 3, 1)])
+    for i in (0, 2):
+        torch.testing.assert_close(convolutions[i].weight[:, :, 0, 0], linears[i].weight)
