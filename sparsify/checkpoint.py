@@ -467,9 +467,8 @@ def _make(entry: LayerEntry, old: nn.Module, csr: CSR, choice: Choice | None) ->
     assert issubclass(kind.sparse, Masked)
     device = torch.device("cpu") if weight.is_meta else weight.device
     form = choice.form if choice and entry.module == "CSRLinear" and choice.form in FORMS else "csr"
-    density = csr.values.numel() / max(entry.out_features * entry.in_features, 1)
-    form = form_for(form, device, csr.values.dtype, density)
     on_device = CSR(*(part.to(device) for part in csr))
+    form = form_for(form, on_device, entry.shape)
     layer = kind.packed(entry.in_features, entry.out_features, on_device, bias, form=form, masked_type=kind.sparse)
     if entry.module == "CSRLinear":
         return layer

@@ -12,8 +12,9 @@ from tqdm import tqdm
 from sparsify.choose import Choice, Chooser, exported_as
 from sparsify.edit import Model, copy_with, layers_of_type
 from sparsify.example import layer_inputs
+from sparsify.formats import dense_to_csr
 from sparsify.fuse import fuse_activations
-from sparsify.kernels import FORMS, supports
+from sparsify.kernels import FORMS, PATTERNED, fits, supports
 from sparsify.layers import CSRLinear, Masked, Packed, Tied
 from sparsify.layers.tied import untie
 
@@ -82,6 +83,10 @@ def export(
                 f"{name}: the form {format!r} does not run on {layer.weight.device.type} in {layer.weight.dtype} here; "
                 "see 'sparsify doctor', or use format='csr'"
             )
+        if format in PATTERNED:
+            csr = dense_to_csr(layer.weight_matrix, layer.matrix(layer.mask))
+            if not fits(format, csr, layer.shape):
+                raise ValueError(f"{name}: its mask does not fit the form {format!r}; use format='auto' or 'tiles'")
     chooser = Chooser(128 if tokens is None else tokens, prefer)
     given = {} if example is None else layer_inputs(model, example)
     replacements: dict[nn.Module, nn.Module] = {}

@@ -9,12 +9,12 @@ from torch.nn import functional as F
 
 import sparsify
 from sparsify import CSRConv2d, LeftDenseWarning, SparseConv2d
-from sparsify.kernels import FORMS, native, pointwise, supports
+from sparsify.kernels import FORMS, PATTERNED, native, pointwise, supports
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 needs_native = pytest.mark.skipif(not native.available(), reason=f"no native kernels: {native.why_missing()}")
 
-RUNNING = [form for form in FORMS if supports(form, torch.device("cpu"), torch.float32)]
+RUNNING = [form for form in FORMS if form not in PATTERNED and supports(form, torch.device("cpu"), torch.float32)]
 
 #: (channels, height, width): a usual image, one position (as after pooling), one channel, one row, odd.
 IMAGES = [(24, 6, 10), (24, 1, 1), (1, 5, 5), (24, 1, 7), (37, 3, 3)]

@@ -11,13 +11,14 @@ from torch import nn
 import sparsify
 from sparsify import CSRLinear, SparseLinear
 from sparsify.formats import CSR, dense_to_csr
-from sparsify.kernels import ACTIVATIONS, FORMS, linear, native, pack, supports, unpack
+from sparsify.kernels import ACTIVATIONS, FORMS, PATTERNED, linear, native, pack, supports, unpack
 from sparsify.kernels.ops import FORM_IDS
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no native kernels: {native.why_missing()}")
 
 #: Those whose kernels run on this CPU: of the forms for GPUs none, or all where TRITON_INTERPRET=1 (tests/test_gpu.py).
 HERE = [form for form in FORMS if supports(form, torch.device("cpu"), torch.float32)]
+HERE = [form for form in HERE if form not in PATTERNED]  # the masks here have no pattern
 PACKED = [form for form in HERE if form != "csr"]
 
 

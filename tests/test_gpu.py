@@ -208,6 +208,26 @@ def test_a_layer_that_moves_to_a_gpu_and_back_changes_its_form_and_no_bit(sparsi
 
 
 @pytest.mark.skipif(not native.available(), reason="no native kernels")
+def test_blocks_become_tiles_for_a_mask_that_has_none_and_blocks_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_a_gpu(monkeypatch)
+    shape = (128, 192)
+    layer = CSRLinear(192, 128, blocks(32), form="blocks")
+    state, other = (
+        layer.state_dict(),
+        CSRLinear.from_sparse(SparseLinear(192, 128, 0.5, bias=False, seed=0), form="csr"),
+    )
+    layer.load_state_dict(other.state_dict())
+    assert layer.form == "tiles"
+    assert_same_bits(layer.csr, other.csr)
+    layer.load_state_dict(state)
+    assert layer.form == "blocks"
+    assert_same_bits(layer.csr, blocks(32, shape))
+    model = sparsify.prune(sparsify.convert(torch.nn.Sequential(torch.nn.Linear(192, 128))), 0.5)
+    with pytest.raises(ValueError, match="0: its mask does not fit the form 'blocks'"):
+        sparsify.export(model, format="blocks")
+
+
+@pytest.mark.skipif(not native.available(), reason="no native kernels")
 def test_what_was_packed_on_a_gpu_is_saved_and_loaded_on_the_cpu(tmp_path: Path) -> None:
     model = sparsify.prune(sparsify.convert(torch.nn.Sequential(torch.nn.Linear(70, 30))), 0.8)
     with pytest.MonkeyPatch.context() as patched:

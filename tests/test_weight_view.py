@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from sparsify import CSRLinear, SparseLinear
-from sparsify.kernels import FORMS, native
+from sparsify.kernels import native
 
-AVAILABLE = [form for form in FORMS if form == "csr" or native.available()]
+AVAILABLE = ["csr", *(native.FORMS if native.available() else ())]
 
 
 def layers(form="csr", dtype=torch.float32):

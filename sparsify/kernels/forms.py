@@ -25,6 +25,9 @@ FORMS: dict[str, tuple[str, ...]] = {
     "2:4": ("index", "values"),
 }
 
+#: The forms that hold only masks of a pattern; see `fits`.
+PATTERNED = ("blocks", "2:4")
+
 #: The density below which "narrow" stands in on a GPU for a form of the CPU, and "tiles" above. Reasoned, not measured.
 NARROW_BELOW = 0.2
 
@@ -43,13 +46,15 @@ def fits(form: str, csr: CSR, shape: tuple[int, int]) -> bool:
     return form not in gpu.FORMS or gpu.fits(form, csr, shape)
 
 
-def form_for(wanted: str, device: torch.device, dtype: torch.dtype, density: float) -> str:
-    """Return the wanted form where it runs, elsewhere one that has kernels there, "csr" where none has.
+def form_for(wanted: str, csr: CSR, shape: tuple[int, int]) -> str:
+    """Return the wanted form where it runs and fits, else one that has kernels there, "csr" where none has.
 
-    density: the share of the weights that is kept. Which stand-in is the faster depends on more: `export` measures.
+    Which stand-in is the faster depends on more: `export` measures.
     """
+    density = csr.values.numel() / max(shape[0] * shape[1], 1)
     candidates = (wanted, "panel", "narrow" if density < NARROW_BELOW else "tiles")
-    return next((form for form in candidates if supports(form, device, dtype)), "csr")
+    device, dtype = csr.values.device, csr.values.dtype
+    return next((form for form in candidates if supports(form, device, dtype) and fits(form, csr, shape)), "csr")
 
 
 def pack(form: str, csr: CSR, shape: tuple[int, int]) -> tuple[Tensor, ...]:

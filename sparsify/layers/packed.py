@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.formats import CSR, check_csr, csr_to_dense, dense_to_csr
-from sparsify.kernels import FORMS, form_for, pack, unpack
+from sparsify.kernels import FORMS, form_for, pack, supports, unpack
 from sparsify.layers.masked import Masked
 
 
@@ -122,19 +122,17 @@ class Packed(nn.Module):
     def _set_csr(self, csr: CSR) -> None:
         """Hold another set of kept weights, in the wanted form if it runs where the values are."""
         self.n_kept = csr.values.numel()
-        form = self._form_on(csr.values.device, csr.values.dtype)
+        form = form_for(self.wanted_form, csr, self.shape)
         self._set_parts(form, pack(form, csr, self.shape))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or convert as any module does, and change the form if that is needed, or possible again."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         values = self.parts[-1]
-        if not values.is_meta and self.form != self._form_on(values.device, values.dtype):
+        settled = self.form == self.wanted_form and supports(self.form, values.device, values.dtype)
+        if not values.is_meta and not settled:
             self._set_csr(self.csr)
         return self
-
-    def _form_on(self, device: torch.device, dtype: torch.dtype) -> str:
-        return form_for(self.wanted_form, device, dtype, 1 - self.sparsity)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """Save the weight as CSR, whatever the form, so that any machine can load it."""
