@@ -1,0 +1,69 @@
+"""A recipe followed by Lightning's Trainer: `Trainer(callbacks=[PrunerCallback(recipe)])`."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from sparsify.errors import ScheduleWarning
+from sparsify.pruner import Pruner
+from sparsify.recipe import Recipe
+
+
+class PrunerCallback(Callback):
+    """Make a Pruner of a LightningModule whose layers are converted, step it, and save it with each checkpoint.
+
+    For one optimizer; `options` go to the Pruner. Sparsity goes to the loggers (TensorBoard) and the progress bar.
+    """
+
+    def __init__(self, recipe: Recipe, **options: Any) -> None:
+        self.recipe, self.options = recipe, options
+        self.pruner: Pruner | None = None
+        self._state: dict[str, Any] | None = None
+        self._n_steps = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin, or go on from the checkpoint that Lightning has loaded."""
+        self.pruner = Pruner(
+            pl_module,
+            self.recipe,
+            optimizer=trainer.optimizers[0],
+            steps_per_epoch=math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches),
+            total_steps=int(trainer.estimated_stepping_batches),
+            state=self._state,
+            **self.options,
+        )
+        self._n_steps = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
+        """Step, if the optimizer did."""
+        assert self.pruner is not None
+        if trainer.global_step > self._n_steps:
+            self._n_steps = trainer.global_step
+            self.pruner.step()
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            pl_module.log("sparsity", self.pruner.sparsity, prog_bar=True)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the pace."""
+        assert self.pruner is not None
+        self.pruner.end_epoch()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say if the target was missed."""
+        try:
+            assert self.pruner is not None
+            self.pruner.finish()
+        except RuntimeError as error:
+            warnings.warn(str(error), ScheduleWarning, stacklevel=2)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the Pruner's state, for Lightning's checkpoint."""
+        return self.pruner.state_dict() if self.pruner is not None else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep a state for the beginning of the training."""
+        self._state = state_dict or None
