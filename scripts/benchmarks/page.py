@@ -23,6 +23,10 @@ OpenVINO and torch in each cell. "torch csr" is `F.linear(x, csr)`; "torch csr m
 but leaves its result transposed. Figures from a GPU stand below if there are any: until `scripts/bench.py gpu` has run
 on one, nothing on a GPU is measured.
 """
+_ACCURACY = """What sparsity costs in accuracy when a model is trained with it: [training.md](training.md).
+
+![Accuracy against sparsity, a line per method](training.svg)
+"""
 
 
 def page(records: Sequence[Record], picture: str | None = None) -> str:
@@ -30,6 +34,7 @@ def page(records: Sequence[Record], picture: str | None = None) -> str:
     parts = [_INTRO]
     if picture:
         parts.append(f"![Speed against sparsity, a line per peer]({picture})\n")
+        parts.append(_ACCURACY)
     for record in sorted(records, key=lambda r: list(TITLES).index(r["benchmark"])):
         parts.append(_section(record))
     return "\n".join(parts)

@@ -1,0 +1,1 @@
+"""The training experiments behind docs/training.md."""

@@ -1,0 +1,43 @@
+"""The rows of the table: which recipe, with which of its variables, makes each."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+EPOCHS = 20
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way to a sparse model: a recipe, followed while training, or (`after`) applied once when it is done."""
+
+    recipe: str
+    variables: dict[str, Any] = field(default_factory=dict)
+    after: bool = False
+
+
+#: All train for EPOCHS, with the same optimizer, learning rates and order of examples.
+ROWS: dict[str, Row | None] = {
+    "dense": None,
+    "one-shot magnitude, no training after": Row("magnitude-50", after=True),
+    "gradual magnitude": Row("gradual-magnitude-90", {"start": 2, "end": 14, "every": 0.25}),
+    "iterative with rewinding": Row("lottery-ticket", {"rewind": 0.25, "end": 12.25, "every": 4}),
+    "RigL": Row("rigl", {"end": 15, "every": 0.2}),
+    "SET": Row("set", {"end": 15, "every": 0.2}),
+    "static random": Row("static-random"),
+    "SNIP": Row("snip"),
+    "straight-through top-k": Row("straight-through", {"end": 15, "every": 0.02}),
+    "gradual magnitude, global": Row(
+        "gradual-magnitude-90", {"start": 2, "end": 14, "every": 0.25, "allocation": "global"}
+    ),
+    "AC/DC": Row("ac-dc", {"start": 2, "end": 14, "every": 2}),
+    "movement": Row("movement", {"start": 2, "end": 14, "every": 0.25}),
+    "GraSP": Row("grasp"),
+}
+
+#: What the table is about, in the order in which runs are made: first what the others are compared with.
+TABLE = (
+    *("dense", "gradual magnitude", "RigL", "SET", "static random", "one-shot magnitude, no training after"),
+    *("iterative with rewinding", "SNIP", "straight-through top-k"),
+)
+SPARSITIES = (0.9, 0.95, 0.98)
+SEEDS = (0, 1, 2)
