@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import math
 import os
@@ -151,10 +152,13 @@ class Resident:
         self.fetch(module)
 
     def _make_room(self, n_bytes: int, keep: set[int]) -> None:
+        n_before = len(self._in_use)
         for old in [key for key in self._in_use if key not in keep]:
             if self.n_bytes + n_bytes <= self.budget_bytes:
                 break
             self.n_bytes -= self._in_use.pop(old)()
+        if len(self._in_use) < n_before:
+            _return_memory()
 
     @torch.no_grad()
     def _load(self, module: nn.Module, key: str, parameter: nn.Parameter) -> None:
@@ -250,6 +254,16 @@ def _make_places(model: nn.Module, weights: Weights, keys: dict[int, str]) -> di
             if buffer is not None and full in weights:
                 module._buffers[key] = weights.read(full)
     return {id(made[id(parameter)]): keys[id(parameter)] for parameter in old}
+
+
+def _return_memory() -> None:
+    """Let the C library give the system back what is free.
+
+    Weights and activations that come and go leave holes that it keeps: a model of 100 MB, with 3 MB of it in use at a
+    time, grew by up to 300 MB, and by 30 MB with this. A C library other than glibc has no such call.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _place(tensor: Tensor, dtype: torch.dtype | None = None, *, fill: float | bool = math.nan) -> Tensor:
