@@ -33,9 +33,9 @@ N_BATCHES, BATCH, N_TOKENS = 8, 4, 256
 class Shape:
     """What decides the size of a Llama: per block 2 hidden^2 (1 + kv_heads / heads) + 3 hidden x inner weights."""
 
-    hidden: int = 1536
-    inner: int = 4096
-    heads: int = 12
+    hidden: int = 1024
+    inner: int = 2816
+    heads: int = 16
     kv_heads: int = 4
     vocabulary: int = 8192
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sparsify import container
@@ -15,7 +16,7 @@ from sparsify.choose import Choice, Chooser
 from sparsify.container import LayerEntry
 from sparsify.convert import sparse_layers
 from sparsify.journal import Journal
-from sparsify.kernels import FORMS
+from sparsify.kernels import FORMS, supports
 from sparsify.oneshot import prune_on_data
 from sparsify.report import Report, Row
 from sparsify.resident import Resident, Weights, largest_block_bytes
@@ -48,6 +49,8 @@ def prune_from_disk(
     layers = sparse_layers(model)
     if missing := [name for name in layers if name not in tasks]:
         raise ValueError(f"{missing[0]}: there is no task for this layer; convert only what is to be pruned")
+    if format in FORMS and not supports(format, torch.device("cpu"), torch.float32):
+        raise ValueError(f"the form {format!r} does not run here; see 'sparsify doctor', or use format='csr'")
     resident = Resident(model, weights, journal, largest_block_bytes(model))
     try:
         todo = {name: task for name, task in tasks.items() if name not in journal}
