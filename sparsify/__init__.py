@@ -7,10 +7,11 @@ sparsify.save(fast, "model.safetensors")
 fast = sparsify.load("model.safetensors", MyModel()) # onto a fresh dense model
 """
 
-from sparsify.checkpoint import inspect, load, save
+from sparsify.checkpoint import load, save
 from sparsify.convert import convert, masks_from_zeros, to_dense
 from sparsify.errors import CheckpointError, LeftDenseWarning, MeasuredElsewhereWarning, RecipeError, ScheduleWarning
 from sparsify.export import export
+from sparsify.inspection import inspect
 from sparsify.layers import CSRConv2d, CSRLinear, SparseConv2d, SparseLinear
 from sparsify.prune import prune
 from sparsify.pruner import Pruner

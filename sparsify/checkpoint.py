@@ -148,7 +148,7 @@ def unpack_layer(entry: LayerEntry, tensors: Mapping[str, Tensor]) -> tuple[Tens
     return csr_to_dense(csr, entry.shape)
 
 
-def inspect(path: str | os.PathLike[str]) -> Report:
+def inspect_file(path: str | os.PathLike[str]) -> Report:
     """List the layers that a file holds, without a model; bytes are those in the file.
 
     Everything is checked as in `load`. Raises CheckpointError.

@@ -27,7 +27,7 @@ from sparsify.commands import compress_layer_by_layer, evaluation, measure, qual
 from sparsify.data import SAMPLES, TOKENS, load_data
 from sparsify.errors import CheckpointError, LeftDenseWarning, RecipeError
 from sparsify.export import FORMATS
-from sparsify.inputs import check_inputs, make_inputs
+from sparsify.inputs import Inputs, check_inputs, make_inputs
 from sparsify.machine import doctor
 from sparsify.methods import CALIBRATED, METHODS, SOLVERS
 from sparsify.models import build_model, load_weights
@@ -141,14 +141,34 @@ def sensitivity(arguments: argparse.Namespace) -> None:
 
 
 def inspect(arguments: argparse.Namespace) -> None:
-    """List what a file holds."""
-    report = sparsify.inspect(arguments.file)
-    n_bytes = os.path.getsize(arguments.file)
+    """List what a file holds, or what convert would do with a model."""
+    if os.path.exists(arguments.what) or ":" not in arguments.what:
+        _inspect_file(arguments)
+        return
+    arguments.model = arguments.what
+    model = build_model(arguments.model)
+    example = None
+    if arguments.once:
+        example = _inputs_of(arguments, model)
+    elif _given_inputs(arguments):
+        raise ValueError("--batch, --seq, --shape and --inputs have no effect without --run")
+    found = sparsify.inspect(model, example)
+    if not arguments.json:
+        print(found)
+        return
+    _print_json({"model": arguments.model, **dataclasses.asdict(found)})
+
+
+def _inspect_file(arguments: argparse.Namespace) -> None:
+    if arguments.once or _given_inputs(arguments):
+        raise ValueError(f"{arguments.what} is a file; --run and the options of its inputs are for models")
+    report = sparsify.inspect(arguments.what)
+    n_bytes = os.path.getsize(arguments.what)
     if arguments.json:
-        _print_json({"file": arguments.file, "file_bytes": n_bytes, "in_file": _rows(report)})
+        _print_json({"file": arguments.what, "file_bytes": n_bytes, "in_file": _rows(report)})
         return
     print(report)
-    print(f"\n{arguments.file}: {n_bytes:,} bytes, {n_bytes - report.total.n_bytes:,} of it other tensors and header")
+    print(f"\n{arguments.what}: {n_bytes:,} bytes, {n_bytes - report.total.n_bytes:,} of it other tensors and header")
 
 
 def plan_recipe(arguments: argparse.Namespace) -> None:
@@ -186,15 +206,7 @@ def bench_model(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--threads must be at least 1, got {arguments.threads}")
         torch.set_num_threads(arguments.threads)
     model = _model_of(arguments)
-    inputs = make_inputs(
-        model,
-        arguments.model,
-        batch=arguments.batch,
-        seq=arguments.seq,
-        shape=arguments.shape,
-        function=arguments.inputs,
-    )
-    check_inputs(model, arguments.model, inputs)
+    inputs = _inputs_of(arguments, model)
     result = bench(model, inputs, arguments.sparsity)
     if arguments.json:
         _print_json({**dataclasses.asdict(result), "speedup": result.speedup})
@@ -279,8 +291,18 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--exclude", action="append", metavar="PATTERN", help="layers to leave dense")
     sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
-    sub = command("inspect", inspect, "List the layers in a file, without building the model.")
-    sub.add_argument("file", metavar="FILE")
+    def input_arguments(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--batch", type=int, metavar="B", help="inputs at once (default: 1)")
+        sub.add_argument("--seq", type=int, metavar="L", help="token ids per input (default for hf: 128)")
+        sub.add_argument(
+            "--shape", type=_shape, metavar="C,H,W", help="of one input (default for torchvision: 3,224,224)"
+        )
+        sub.add_argument("--inputs", metavar="MODULE:FUNCTION", help="a function that returns the model's arguments")
+
+    sub = command("inspect", inspect, "List the layers in a file, or what convert would do with a model.")
+    sub.add_argument("what", metavar="FILE_OR_MODEL", help=f"a file written by save; or a model: {_MODEL_HELP}")
+    sub.add_argument("--run", dest="once", action="store_true", help="run the model once, to count multiply-adds too")
+    input_arguments(sub)
     sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     sub = command("plan", plan_recipe, "Show what a recipe would do to a model, and do nothing.")
@@ -291,10 +313,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("bench", bench_model, "Time a model here, dense against pruned and exported, whole and by layer.")
     model_arguments(sub, recipe=False)
     sub.add_argument("--sparsity", type=float, default=0.9, help="of every Linear, by magnitude (default: 0.9)")
-    sub.add_argument("--batch", type=int, metavar="B", help="inputs at once (default: 1)")
-    sub.add_argument("--seq", type=int, metavar="L", help="token ids per input (default for hf: 128)")
-    sub.add_argument("--shape", type=_shape, metavar="C,H,W", help="of one input (default for torchvision: 3,224,224)")
-    sub.add_argument("--inputs", metavar="MODULE:FUNCTION", help="a function that returns the model's arguments")
+    input_arguments(sub)
     sub.add_argument("--threads", type=int, metavar="N", help="default: torch's")
     sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
@@ -381,6 +400,24 @@ def _fractions(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of fractions; write 0.5,0.7,0.9") from None
+
+
+def _given_inputs(arguments: argparse.Namespace) -> bool:
+    return (arguments.batch, arguments.seq, arguments.shape, arguments.inputs) != (None, None, None, None)
+
+
+def _inputs_of(arguments: argparse.Namespace, model: Any) -> Inputs:
+    """Make inputs for the model named on the command line, and check that it takes them."""
+    inputs = make_inputs(
+        model,
+        arguments.model,
+        batch=arguments.batch,
+        seq=arguments.seq,
+        shape=arguments.shape,
+        function=arguments.inputs,
+    )
+    check_inputs(model, arguments.model, inputs)
+    return inputs
 
 
 def _shape(text: str) -> tuple[int, ...]:

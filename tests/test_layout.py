@@ -51,6 +51,7 @@ ORDER = (
     "report",
     "container",
     "checkpoint",
+    "inspection",
     "journal",
     "resident",
     "stream",

@@ -63,6 +63,15 @@ def linear(
     return ops.linear_packed(x, *parts, FORM_IDS[form], bias, *shape, _ACTIVATION_IDS[activation], *rows)  # type: ignore[no-any-return]
 
 
+def check_exporter() -> None:
+    """Raise RuntimeError if ONNX is what a layer is traced for: it has no operator for sparse weights."""
+    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        raise RuntimeError(
+            "ONNX has no sparse layers; give torch.onnx.export a copy with dense weights and zeros: "
+            "sparsify.to_dense(copy.deepcopy(model))"
+        )
+
+
 def _check(x: Tensor, values: Tensor, bias: Tensor | None, out: int, inner: int, first: int, end: int) -> int:
     """Raise RuntimeError, as torch does for a dense layer, unless all of it fits together; return the rows' end."""
     end = out if end == -1 else end
@@ -151,6 +160,7 @@ def _fake_csr(
     first: int = 0,
     end: int = -1,
 ) -> Tensor:
+    check_exporter()
     return x.new_empty((*x.shape[:-1], _check(x, values, bias, out, inner, first, end) - first))
 
 
@@ -167,6 +177,7 @@ def _fake_packed(
     first: int = 0,
     end: int = -1,
 ) -> Tensor:
+    check_exporter()
     return x.new_empty((*x.shape[:-1], _check(x, values, bias, out, inner, first, end) - first))
 
 

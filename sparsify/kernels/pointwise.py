@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparsify.formats import CSR
 from sparsify.kernels import native, reference
-from sparsify.kernels.ops import _ACTIVATION_IDS, _ACTIVATION_NAMES, _activation_grad, _library, linear
+from sparsify.kernels.ops import _ACTIVATION_IDS, _ACTIVATION_NAMES, _activation_grad, _library, check_exporter, linear
 
 _PANEL = native.FORMS.index("panel")
 
@@ -74,6 +74,7 @@ _library.impl("pointwise_packed", _pointwise_packed, "CPU")
 def _fake(
     x: Tensor, index: Tensor, values: Tensor, bias: Tensor | None, out: int, inner: int, activation: int
 ) -> Tensor:
+    check_exporter()
     return x.new_empty((x.shape[0], out, x.shape[2], x.shape[3]))
 
 
