@@ -11,7 +11,6 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from sparsify.calibrate import as_in_use, read_batches
 from sparsify.checkpoint import inspect_file
@@ -175,6 +174,9 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        from torch.utils.flop_counter import flop_registry  # a third of a second, for this alone
+
+        self.formulas = flop_registry
         self.known = {_memory(p): _memory(p) for p in parameters}
         self.counts: Counter[int] = Counter()
         self.kept: list[Tensor] = []
@@ -183,7 +185,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        flops = flop_registry.get(func._overloadpacket)
+        flops = self.formulas.get(func._overloadpacket)
         if flops is None:
             with self:
                 result = func.decompose(*args, **kwargs)
