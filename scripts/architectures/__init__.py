@@ -5,18 +5,31 @@ from __future__ import annotations
 import importlib
 import importlib.util
 
+import assets
+
 from architectures.model import Model
 
-#: The file here that needs each package; what is not installed is left out.
-FILES = {"torch": "plain", "torchvision": "vision", "transformers": "language"}
+#: The files here that hold models, and the packages that each needs.
+FILES = {
+    "plain": ("torch",),
+    "vision": ("torchvision",),
+    "language": ("transformers",),
+    "pretrained": ("transformers", "tokenizers", "gguf"),
+}
+#: What scripts/assets.py has to have fetched for the last.
+ASSETS = ("minilm", "smollm2")
 
 
-def models(package: str) -> dict[str, Model]:
-    """Return the models of a package by name. Raises ImportError where the package is missing."""
-    found: dict[str, Model] = importlib.import_module(f"architectures.{FILES[package]}").MODELS
+def models(file: str) -> dict[str, Model]:
+    """Return the models of a file by name. Raises ImportError where one of its packages is missing."""
+    found: dict[str, Model] = importlib.import_module(f"architectures.{file}").MODELS
     return found
 
 
-def installed() -> list[str]:
-    """Return the packages that are here."""
-    return [package for package in FILES if importlib.util.find_spec(package) is not None]
+def why_missing(file: str) -> str:
+    """Say what keeps the models of a file from being here; nothing if they are."""
+    if gone := [package for package in FILES[file] if importlib.util.find_spec(package) is None]:
+        return f"{gone[0]} is missing: pip install 'sparsify-torch[test]'"
+    if file == "pretrained" and (gone := [name for name in ASSETS if assets.missing_files(name)]):
+        return f".assets/{gone[0]} is missing: run scripts/assets.py"
+    return ""

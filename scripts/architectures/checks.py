@@ -77,7 +77,7 @@ def save_and_load(subject: Subject) -> str:
     path = subject.folder / "model.safetensors"
     sparsify.save(subject.fast, path)
     torch.manual_seed(1)
-    loaded = sparsify.load(path, subject.model.small().eval())
+    loaded = sparsify.load(path, (subject.model.fresh or subject.model.small)().eval())
     assert same(outputs(loaded, subject.inputs), subject.masked), "the loaded model differs"
     return "equal"
 

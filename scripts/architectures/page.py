@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from architectures import FILES
 from architectures.checks import CHECKS
 from architectures.share import Share
 
@@ -25,10 +24,10 @@ class Row:
 def page(rows: Mapping[str, Row]) -> str:
     """Write the page."""
     means = "\n".join(f"- *{name}*: {' '.join((check.__doc__ or '').split())}" for name, check in CHECKS.items())
-    versions = ", ".join(f"{package} {version(package)}" for package in FILES)
+    versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "torchvision", "transformers"))
     return f"""# Models
 
-What sparsify does with {len(rows)} architectures, each as it comes: nothing in the library knows their names.
+What sparsify does with {len(rows)} models, each as it comes: nothing in the library knows their names.
 Written by `scripts/zoo.py` with {versions}; `tests/test_zoo.py` goes through the same list.
 
 ## How much becomes sparse
@@ -42,7 +41,8 @@ tied to its embedding stays dense with it by `tied="skip"`, or has one mask with
 
 ## Whether it is right
 
-A small model of the same structure, with random weights, converted as in the last line above.
+A small model of the same structure, with random weights, converted as in the last line above. MiniLM-L6 and
+SmolLM2-135M are whole, with their own weights.
 
 {means}
 
