@@ -260,7 +260,7 @@ def _return_memory() -> None:
     """Let the C library give the system back what is free.
 
     Weights and activations that come and go leave holes that it keeps: a model of 100 MB, with 3 MB of it in use at a
-    time, grew by up to 300 MB, and by 30 MB with this. A C library other than glibc has no such call.
+    time, grew by up to 300 MB, and by about 50 MB with this. A C library other than glibc has no such call.
     """
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
