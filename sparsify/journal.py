@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from sparsify.checkpoint import read_layer, save, unpack_layer
+from sparsify.checkpoint import read_layer, save
 from sparsify.container import LayerEntry
 from sparsify.layers import Masked
 from sparsify.oneshot import Fit
+from sparsify.packing import unpack_layer
 
 _ABOUT = "run.json"
 

@@ -16,10 +16,10 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from sparsify.checkpoint import unpack_layer
 from sparsify.container import DTYPES
 from sparsify.journal import Journal
 from sparsify.layers import Masked
+from sparsify.packing import unpack_layer
 
 _READ_WHOLE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # they read the weights of their children
 _DTYPES = {name: dtype for dtype, name in DTYPES.items()}

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from sparsify import container
-from sparsify.checkpoint import unpack_layer
 from sparsify.choose import Choice, Chooser
 from sparsify.container import LayerEntry
 from sparsify.convert import sparse_layers
 from sparsify.journal import Journal
 from sparsify.kernels import FORMS, supports
 from sparsify.oneshot import prune_on_data
+from sparsify.packing import unpack_layer
 from sparsify.report import Report, Row
 from sparsify.resident import Resident, Weights, largest_block_bytes
 from sparsify.solve import Task
