@@ -67,7 +67,7 @@ def _step(kind: str, options: argparse.Namespace, x: Tensor, y: Tensor, with_opt
     def step() -> float:
         optimizer.zero_grad()
         loss = F.mse_loss(model(x), y)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         if with_optimizer:
             optimizer.step()
             if pruner is not None:

@@ -50,7 +50,7 @@ def copy_gbs(device: torch.device) -> float:
 
 def _captured(calls: Sequence[Call]) -> Call:
     """Make all the calls, so that every kernel is compiled, capture them in a graph, and return its replay."""
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for call in (*calls[:3], *calls[:3]):

@@ -169,7 +169,7 @@ def _layers(model: nn.Module, plan: Plan) -> tuple[dict[str, tuple[str, tuple[in
     return layers, holder
 
 
-class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Counter(TorchDispatchMode):
     """Adds up the multiply-adds of every operator by the memory of the Parameter it uses, 0 where it uses none."""
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:

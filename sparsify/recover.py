@@ -106,7 +106,7 @@ def _distil(
             with torch.inference_mode(False), torch.enable_grad():
                 loss = _loss(_outputs(model, places, batch), _teaching(teacher, places, batch), batch.counts)
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
             if not math.isfinite(value := float(loss.detach())):
                 raise ValueError(f"the loss became {value} in step {step + 1}; take a lower lr than {lr:g}")
             optimizer.step()

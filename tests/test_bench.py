@@ -150,7 +150,7 @@ def test_models_end_to_end(monkeypatch):
     assert all(sum(r["forms"].values()) == 1 for r in result["rows"] if r["candidate"] == layers.OURS)
     (table,) = tables.tables(result).values()
     assert table[1][2:5] == ["torch fp32", table[1][3], "1.00x"]
-    assert "(1.8)" in table[n_dense + 2][4]  # the bar of vit_b_16 at 90%
+    assert f"({bars.MODEL_BARS['vit_b_16', 0.9]:g})" in table[n_dense + 2][4]
 
 
 def test_every_grid_is_more_than_its_quick_one():

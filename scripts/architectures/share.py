@@ -58,7 +58,7 @@ def share(model: Model, **arguments: Any) -> Share:
     )
 
 
-class _Work(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Work(TorchDispatchMode):
     """Adds up multiply-adds: those that each memory takes part in, which a view of a weight shares, and all (None)."""
 
     def __init__(self) -> None:

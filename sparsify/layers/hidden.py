@@ -37,7 +37,7 @@ def used_weight(weight: Tensor, mask: Tensor, *, straight: bool, watch: Watch | 
     used: Tensor = _StraightThrough.apply(weight, mask) if straight else torch.where(mask, weight, 0.0)
     if watch is not None and used.requires_grad:
         held = weight.detach()
-        used.register_hook(lambda gradient: watch.see(held, gradient.detach()))  # type: ignore[no-untyped-call]
+        used.register_hook(lambda gradient: watch.see(held, gradient.detach()))
     return used
 
 
