@@ -94,6 +94,7 @@ class Pruner:
         for layer in self.layers.values():
             layer.steps = None if sparse_backward == "never" else SparseSteps(sparse_backward == "always")
         self._movement: dict[str, Tensor] = {}
+        self._gradient: dict[str, Tensor] = {}
         self._start: dict[str, Tensor] = {}
         self._fingerprints: dict[str, int] = {}
         if state is not None:
@@ -158,6 +159,7 @@ class Pruner:
             "n_steps": self.n_steps,
             "epoch_began": self._epoch_began,
             "movement": dict(self._movement),
+            "gradient": dict(self._gradient),
             "start": dict(self._start),
             "masks": {name: fingerprint(layer.mask) for name, layer in self.layers.items()},
         }
@@ -173,7 +175,8 @@ class Pruner:
             other = sorted(set(state["masks"]) ^ set(self.layers))[0]
             raise ValueError(f"the state is of another recipe or model: {other!r} is in only one of both")
         self.n_steps, self._epoch_began = state["n_steps"], state["epoch_began"]
-        self._movement, self._start = dict(state["movement"]), dict(state["start"])
+        self._movement, self._gradient = dict(state["movement"]), dict(state.get("gradient", {}))
+        self._start = dict(state["start"])
         self._fingerprints = dict(state["masks"])
         self._look_ahead()
 
@@ -218,11 +221,9 @@ class Pruner:
         if group.regrow.by == "random":
             growth = random_growth(mask, mix_seed(group.seed or 0, f"{name} at {self.n_steps}"))
         else:
-            seen = layer.watch.gradient if layer.watch else None
-            seen = None if seen is None else self.ranks.mean(seen)
-            if seen is None or not bool(torch.isfinite(seen).all()):  # overflowed under AMP: this step was skipped
+            if name not in self._gradient:
                 return mask
-            growth = layer.matrix(seen).abs()
+            growth = layer.matrix(self._gradient.pop(name)).abs()
         fraction = fraction_at(group.regrow.fraction, (self.n_steps - first) / (last - first))
         pattern = parse_pattern(group.pattern)
         ranks = self.ranks if cut_by_rows(layer, pattern, self.ranks) else ALONE
@@ -269,17 +270,26 @@ class Pruner:
     def _gather(self) -> None:
         """Take over what the backward passes of this step added up."""
         for name, layer in self.layers.items():
-            moved = layer.watch.movement if layer.watch else None
-            moved = None if moved is None else self.ranks.mean(moved)
-            if moved is not None and bool(torch.isfinite(moved).all()):
-                self._movement[name] = self._movement.get(name, 0) + moved / self._scale
+            if layer.watch is not None:
+                self._add(self._movement, name, layer.watch.movement)
+                self._add(self._gradient, name, layer.watch.gradient)
+
+    def _add(self, sums: dict[str, Tensor], name: str, seen: Tensor | None) -> None:
+        """Add the mean over ranks of what one step showed; nothing where it overflowed, and AMP skipped the step."""
+        seen = None if seen is None else self.ranks.mean(seen)
+        if seen is not None and bool(torch.isfinite(seen).all()):
+            sums[name] = sums.get(name, 0) + seen / self._scale
 
     def _look_ahead(self) -> None:
         """Ask the layers for what the next step has to show."""
         self._scale = self.scaler.get_scale() if self.scaler else 1.0
         for group, names, updates in zip(self.recipe.groups, self.groups, self.updates, strict=True):
             last = max(updates)
-            gradient = bool(group.regrow and group.regrow.by == "gradient" and self.n_steps + 1 in updates)
+            gradient = bool(
+                group.regrow
+                and group.regrow.by == "gradient"
+                and any(self.n_steps + ahead in updates for ahead in range(1, group.regrow.steps + 1))
+            )
             moves = group.method != HOLD and "movement" in needs(group.method)
             for name in names:
                 layer = self.layers[name]

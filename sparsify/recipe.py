@@ -46,6 +46,7 @@ class Regrow(BaseModel):
 
     by: Literal["random", "gradient"] = Field(description="which masked weights grow: random (SET), gradient (RigL)")
     fraction: float = Field(0.3, gt=0, lt=1, description="of the kept weights, at first; falls to 0 on a cosine")
+    steps: int = Field(1, gt=0, description="by gradient: how many steps before an update add up their gradients")
 
 
 class Group(BaseModel):

@@ -20,7 +20,7 @@ RECIPE = sparsify.Recipe(
         {
             "layers": ["0"],
             "sparsity": 0.8,
-            "regrow": {"by": "gradient"},
+            "regrow": {"by": "gradient", "steps": 2},
             "schedule": {"kind": "constant", "end": 30, "every": 3},
         },
         {

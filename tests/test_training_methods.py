@@ -105,29 +105,37 @@ def test_an_exchange_drops_the_weakest_and_grows_the_strongest(pattern, fraction
 # Dynamic sparse training
 
 
-def test_rigl_grows_where_gradients_are_largest_and_looks_only_before_updates():
+@pytest.mark.parametrize("n_looks", [1, 2, 4])
+def test_rigl_grows_where_gradients_are_largest_and_looks_only_before_updates(n_looks):
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
     pruner = sparsify.Pruner(
         model,
-        recipe(sparsity=0.8, allocation="erk", regrow={"by": "gradient", "fraction": 0.4}, schedule=constant(12, 4)),
+        recipe(
+            sparsity=0.8,
+            allocation="erk",
+            regrow={"by": "gradient", "fraction": 0.4, "steps": n_looks},
+            schedule=constant(12, 4),
+        ),
         optimizer=optimizer,
     )
+    sums = [torch.zeros_like(layer.weight) for layer in layers(model)]
     n_kept = [int(layer.mask.sum()) for layer in layers(model)]
     assert sum(n_kept) == 256 - round(0.8 * 256)
     moved = 0
     for step in range(12):
         x, y = batch(step)
-        gradients = used_gradients(model, x, y)
         looked = [layer.watch is not None for layer in layers(model)]
-        assert looked == [(step + 1) % 4 == 0] * 2
+        assert looked == [step % 4 >= 4 - n_looks] * 2
+        if looked[0]:
+            sums = [a + b for a, b in zip(sums, used_gradients(model, x, y), strict=True)]
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
         assert all(torch.count_nonzero(layer.weight.grad[~layer.mask]) == 0 for layer in layers(model))
         optimizer.step()
         old = [(layer.mask.clone(), layer.weight.detach().clone()) for layer in layers(model)]
         pruner.step()
-        for layer, (mask, values), gradient in zip(layers(model), old, gradients, strict=True):
+        for layer, (mask, values), gradient in zip(layers(model), old, sums, strict=True):
             fraction = 0.4 / 2 * (1 + math.cos(math.pi * (step + 1) / 12)) if (step + 1) % 4 == 0 else 0.0
             n_moved = round(fraction * int(mask.sum()))
             survivors = largest([values.abs().masked_fill(~mask, -1)], int(mask.sum()) - n_moved)[0]
@@ -135,6 +143,8 @@ def test_rigl_grows_where_gradients_are_largest_and_looks_only_before_updates():
             assert torch.equal(layer.mask, survivors | grown)
             assert torch.count_nonzero(layer.weight[grown & ~mask]) == 0
             moved += n_moved
+        if (step + 1) % 4 == 0:
+            sums = [torch.zeros_like(total) for total in sums]
     assert [int(layer.mask.sum()) for layer in layers(model)] == n_kept
     assert moved > 10
 
