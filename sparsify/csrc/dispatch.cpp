@@ -89,6 +89,13 @@ int sparsify_sddmm(const sparsify_sddmm_call *call) {
     return current().table->sddmm(*call);
 }
 
+int sparsify_clear_masked(void *values, const uint8_t *mask, int64_t n, int value_bytes, int n_threads) {
+    const int width = value_bytes == 2 ? 0 : value_bytes == 4 ? 1 : value_bytes == 8 ? 2 : -1;
+    if (n < 0 || width < 0 || n_threads < 1) return SPARSIFY_BAD_ARGUMENT;
+    if (current().status) return current().status;
+    return n ? current().table->clear[width](values, mask, n, n_threads) : SPARSIFY_OK;
+}
+
 int sparsify_pointwise(int dtype, const sparsify_pointwise_call *call) {
     if (dtype < 0 || dtype >= SPARSIFY_N_DTYPES || call->n_images < 0 || !is_sound(call->image))
         return SPARSIFY_BAD_ARGUMENT;

@@ -3,6 +3,7 @@
 // after the vectors
 #include "activation.inc.h"
 #include "bitmask_avx512.inc.h"
+#include "clear.inc.h"
 #include "gather_avx512.inc.h"
 #include "panel.inc.h"
 #include "sddmm.inc.h"
@@ -19,6 +20,7 @@ const KernelTable *avx512_table() {
         },
         {pointwise_panel<float>, pointwise_panel<uint16_t>},
         sddmm_f32,
+        {clear_masked<uint16_t>, clear_masked<uint32_t>, clear_masked<uint64_t>},
     };
     return &table;
 }

@@ -124,6 +124,10 @@ struct sparsify_sddmm_call {
 
 SPARSIFY_API int sparsify_sddmm(const struct sparsify_sddmm_call *call);
 
+/* ---- masked weights ----------------------------------------------------------------------------------------------
+ * Sets values[i] to zero (all bits) where mask[i] is 0, for n values of 2, 4 or 8 bytes; where it is 1 nothing changes. */
+SPARSIFY_API int sparsify_clear_masked(void *values, const uint8_t *mask, int64_t n, int value_bytes, int n_threads);
+
 /* ---- roofs ------------------------------------------------------------------------------------------------------
  * What the machine can do at most with the instruction set in use, measured for `seconds` on n_threads threads at once;
  * negative on error. For benchmarks: not to be called after fork. A read goes over `bytes` bytes again and again, each

@@ -77,6 +77,7 @@ def _function(name: str, signature: tuple[Any, Any]) -> Any:
 _form_functions: dict[str, dict[str, Any]] = {}
 _linear: Any = None
 _sddmm: Any = None
+_clear: Any = None
 _pointwise: Any = None
 _pack_call, _pack_pointwise_call = _LINEAR_CALL.pack, _POINTWISE_CALL.pack
 if _library is not None:
@@ -85,6 +86,7 @@ if _library is not None:
     _linear = _function("sparsify_linear", (_int, [_int, _int, ctypes.c_char_p]))
     _pointwise = _function("sparsify_pointwise", (_int, [_int, ctypes.c_char_p]))
     _sddmm = _function("sparsify_sddmm", (_int, [ctypes.c_char_p]))
+    _clear = _function("sparsify_clear_masked", (_int, [_pointer, _pointer, _int64, _int, _int]))
 _FORM_NUMBERS = {form: number for number, form in enumerate(FORMS)}
 
 
@@ -289,6 +291,29 @@ def weight_grad(grad: Tensor, x: Tensor, crow: Tensor, col: Tensor, out: Tensor)
     )
     if status:
         _checked(status)
+
+
+def can_clear(values: Tensor, mask: Tensor) -> bool:
+    """Say whether `clear_masked` takes these: plain tensors on the CPU, contiguous and of one shape."""
+    return (
+        available()
+        and type(values) in (Tensor, torch.nn.Parameter)
+        and values.is_cpu
+        and mask.is_cpu
+        and values.dtype.itemsize in (2, 4, 8)
+        and values.is_contiguous()
+        and mask.is_contiguous()
+        and not torch.compiler.is_compiling()
+    )
+
+
+def clear_masked(values: Tensor, mask: Tensor) -> None:
+    """Set values to zero where a bool mask is False, in place; only what changes is written."""
+    if status := _clear(
+        values.data_ptr(), mask.data_ptr(), values.numel(), values.element_size(), torch.get_num_threads()
+    ):
+        _checked(status)
+    torch.autograd.graph.increment_version(values)
 
 
 def _checked(status: int) -> int:

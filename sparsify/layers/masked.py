@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from sparsify.kernels import native
 from sparsify.layers.hidden import Watch, used_weight
 from sparsify.layers.sharded import shard_like, whole
 from sparsify.layers.sparse_steps import SparseSteps
@@ -111,7 +112,10 @@ class Masked(nn.Module):
     @torch.no_grad()
     def clear_masked(self, tensor: Tensor) -> None:
         """Set the places of masked weights to zero in a tensor laid out as the weight is, its gradient for one."""
-        tensor.masked_fill_(shard_like(~self.mask, tensor), 0)
+        if native.can_clear(tensor, self.mask):
+            native.clear_masked(tensor, self.mask)
+        else:
+            tensor.masked_fill_(shard_like(~self.mask, tensor), 0)
 
     def to_coo(self) -> Tensor:
         """Return the kept weights, (out_features, in_features), as a torch sparse COO tensor (a copy, no gradient)."""
