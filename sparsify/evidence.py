@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparsify.layers import Masked
 from sparsify.layers.hidden import Watch
+from sparsify.layers.sharded import is_sharded
 from sparsify.processes import ALONE, Ranks
 
 Evidence = dict[str, dict[str, Tensor]]
@@ -31,22 +32,44 @@ def from_loss(
     Of several `ranks` each gives the loss of its own examples, and gets the same result. The gradients that parameters
     hold are left alone. Raises ValueError, naming the layer, if the loss does not depend on its weight.
     """
-    weights = {name: layer.weight for name, layer in layers.items()}
-    steps = {name: layer.steps for name, layer in layers.items()}
-    for layer in layers.values():
-        layer.steps = None  # their gradients have no gradients
-    with torch.enable_grad():
-        gradients = torch.autograd.grad(loss(), list(weights.values()), create_graph=curvature, allow_unused=True)
-        for name, gradient in zip(weights, gradients, strict=True):
-            if gradient is None:
-                raise ValueError(f"{name}: the loss given does not depend on its weight; leave the layer out")
-        means = {name: ranks.mean(g.detach()) for name, g in zip(weights, gradients, strict=True) if g is not None}
-        found = {name: {"movement": -(weight.detach() * means[name])} for name, weight in weights.items()}
-        if curvature:
-            inner = torch.stack([(g * means[name]).sum() for name, g in zip(weights, gradients, strict=True)]).sum()
-            products = torch.autograd.grad(inner, list(weights.values()), allow_unused=True)
-            for (name, weight), product in zip(weights.items(), products, strict=True):
-                found[name]["curvature"] = ranks.mean(torch.zeros_like(weight) if product is None else product.detach())
+    before = {name: layer.watch for name, layer in layers.items()}
+    uses: dict[str, list[Tensor]] = {}
     for name, layer in layers.items():
-        layer.steps = steps[name]
+        sharded = is_sharded(layer.weight)  # then a forward has the weight whole, and may have it more than once
+        uses[name] = [] if sharded else [layer.weight]
+        layer.watch = Watch(uses=uses[name] if sharded else None)  # not None: no sparse step, which has no Hessian
+    try:
+        with torch.enable_grad():
+            value = loss()
+            gradients = _gradients(value, uses, create_graph=curvature)
+            missing = next((name for name, gradient in gradients.items() if not gradient), None)
+            if missing is not None:
+                raise ValueError(f"{missing}: the loss given does not depend on its weight; leave the layer out")
+            means = {name: ranks.mean(_total(gradient).detach()) for name, gradient in gradients.items()}
+            found = {name: {"movement": -(uses[name][0].detach() * means[name])} for name in layers}
+            if curvature:
+                inner = torch.stack([(g * means[name]).sum() for name in layers for g in gradients[name]]).sum()
+                for name, products in _gradients(inner, uses).items():
+                    product = _total(products) if products else torch.zeros_like(means[name])
+                    found[name]["curvature"] = ranks.mean(product.detach())
+    finally:
+        for name, layer in layers.items():
+            layer.watch = before[name]
     return found
+
+
+def _gradients(value: Tensor, uses: dict[str, list[Tensor]], *, create_graph: bool = False) -> dict[str, list[Tensor]]:
+    """Differentiate by every use of every weight; a use that the value does not depend on is left out."""
+    every = [(name, used) for name, of in uses.items() for used in of if used.requires_grad]
+    found: dict[str, list[Tensor]] = {name: [] for name in uses}
+    if not every:
+        return found
+    gradients = torch.autograd.grad(value, [used for _, used in every], create_graph=create_graph, allow_unused=True)
+    for (name, _), gradient in zip(every, gradients, strict=True):
+        if gradient is not None:
+            found[name].append(gradient)
+    return found
+
+
+def _total(tensors: list[Tensor]) -> Tensor:
+    return torch.stack(tensors).sum(0) if len(tensors) > 1 else tensors[0]

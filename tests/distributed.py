@@ -26,6 +26,8 @@ CASES = {
         "schedule": {"kind": "constant", "end": 9, "every": 3},
     },
     "movement": {"sparsity": 0.7, "method": "movement", "masked": "frozen", "allocation": "global", "schedule": SPAN},
+    "snip": {"sparsity": 0.8, "method": "snip", "allocation": "global"},
+    "grasp": {"sparsity": 0.6, "method": "grasp", "allocation": "global"},
     "columns": {"sparsity": 0.5, "pattern": "columns", "schedule": SPAN},
     "straight-through": {
         "sparsity": 0.8,
@@ -67,12 +69,17 @@ def train(case: str, kind: str, rank: int, n_ranks: int) -> dict[str, torch.Tens
     optimizer = torch.optim.AdamW(whole.parameters(), lr=0.01, weight_decay=0.1)
     if kind == "fsdp" and case != "columns":  # whose units lie across all ranks
         masked.whole = refuse
-    pruner = sparsify.Pruner(whole, sparsify.Recipe(groups=[CASES[case]]), optimizer=optimizer)
-    for step in range(N_STEPS):
+
+    def loss(step: int = 0) -> torch.Tensor:
         x, y = data(step)
         mine = slice(rank * BATCH // n_ranks, (rank + 1) * BATCH // n_ranks)
+        return F.cross_entropy(whole(x[mine]), y[mine])
+
+    looks = loss if CASES[case].get("method") in ("snip", "grasp") else None
+    pruner = sparsify.Pruner(whole, sparsify.Recipe(groups=[CASES[case]]), optimizer=optimizer, loss=looks)
+    for step in range(N_STEPS):
         optimizer.zero_grad()
-        F.cross_entropy(whole(x[mine]), y[mine]).backward()
+        loss(step).backward()
         optimizer.step()
         pruner.step()
     pruner.finish()

@@ -13,11 +13,13 @@ from torch import Tensor
 class Watch:
     """What a layer's backward adds up for a Pruner, masked weights included: tensors of the weight's shape, or None.
 
-    gradient: the sum of the gradients of the weight as it is used. movement: the sum of -weight * gradient.
+    gradient: the sum of the gradients of the weight as it is used. movement: the sum of -weight * gradient. uses: the
+    weights themselves as forwards use them, for who wants to differentiate by them; FSDP's are whole there.
     """
 
     gradient: Tensor | None = None
     movement: Tensor | None = None
+    uses: list[Tensor] | None = None
 
     def see(self, weight: Tensor, gradient: Tensor) -> None:
         """Add what one backward brought; weight is the one it was taken at."""
@@ -35,7 +37,9 @@ def used_weight(weight: Tensor, mask: Tensor, *, straight: bool, watch: Watch | 
     arXiv:1308.3432). `watch` sees the gradient of the result.
     """
     used: Tensor = _StraightThrough.apply(weight, mask) if straight else torch.where(mask, weight, 0.0)
-    if watch is not None and used.requires_grad:
+    if watch is not None and watch.uses is not None:
+        watch.uses.append(used)
+    elif watch is not None and used.requires_grad:
         held = weight.detach()
         used.register_hook(lambda gradient: watch.see(held, gradient.detach()))
     return used

@@ -14,17 +14,17 @@ from sparsify.processes import Ranks
 def whole(tensor: Tensor) -> Tensor:
     """Return a tensor with all of its parts, gathered from every rank; one that is not sharded as it is."""
     sharded: Any = tensor
-    return sharded.full_tensor() if _is_sharded(tensor) else tensor
+    return sharded.full_tensor() if is_sharded(tensor) else tensor
 
 
 def data_or_shape(tensor: Tensor) -> Tensor:
     """Return a tensor as it is; for one that is sharded one of its shape without data, which costs nothing."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") if _is_sharded(tensor) else tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") if is_sharded(tensor) else tensor
 
 
 def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
     """Return the part of a whole tensor that belongs beside this rank's part of `other`; no rank talks to another."""
-    if not _is_sharded(other) or _is_sharded(tensor):
+    if not is_sharded(other) or is_sharded(tensor):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
@@ -32,7 +32,7 @@ def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
     return distribute_tensor(tensor, sharded.device_mesh, sharded.placements, src_data_rank=None)
 
 
-def _is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> bool:
     """Know a DTensor by its name: importing torch.distributed.tensor is slow."""
     return type(tensor).__name__ == "DTensor"
 
@@ -43,7 +43,7 @@ def cut_by_rows(layer: Any, pattern: Pattern, ranks: Ranks) -> bool:
     n_unit_rows = pattern.block[0]
     if ranks.n == 1 or n_unit_rows == 0 or -(-layer.shape[0] // ranks.n) % n_unit_rows:
         return False
-    placements = weight.placements if _is_sharded(weight) else None
+    placements = weight.placements if is_sharded(weight) else None
     as_matrix = layer.matrix(weight.new_empty(layer.mask.shape, device="meta"))
     return as_matrix.is_contiguous() and (placements is None or (len(placements) == 1 and placements[0].is_shard(0)))
 
@@ -51,7 +51,7 @@ def cut_by_rows(layer: Any, pattern: Pattern, ranks: Ranks) -> bool:
 def own_rows(layer: Any, ranks: Ranks) -> Tensor:
     """Return this rank's rows of a layer's weight as a matrix; if `cut_by_rows`, without hearing from other ranks."""
     weight: Any = layer.weight.detach()
-    if ranks.n > 1 and _is_sharded(weight):
+    if ranks.n > 1 and is_sharded(weight):
         local: Tensor = weight.to_local()
         return local.reshape(local.shape[0], layer.shape[1])
     rows: Tensor = ranks.rows(layer.weight_matrix)
