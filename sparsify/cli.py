@@ -23,15 +23,25 @@ from tqdm import tqdm
 
 import sparsify
 from sparsify.bench import bench
-from sparsify.commands import compress_layer_by_layer, evaluation, measure, quality_table, sensitivity_table
+from sparsify.commands import (
+    Compressed,
+    Qualities,
+    compress_layer_by_layer,
+    evaluation,
+    measure,
+    quality_table,
+    sensitivity_table,
+)
 from sparsify.data import SAMPLES, TOKENS, load_data
 from sparsify.errors import CheckpointError, LeftDenseWarning, RecipeError
-from sparsify.export import FORMATS
+from sparsify.export import FORMATS, check_format
 from sparsify.inputs import Inputs, check_inputs, make_inputs
+from sparsify.journal import fingerprint
 from sparsify.machine import doctor
 from sparsify.methods import CALIBRATED, METHODS, SOLVERS
 from sparsify.models import build_model, load_weights
 from sparsify.plan import PlannedLayer, plan
+from sparsify.ranks import is_first, same_everywhere, together
 from sparsify.recipe import Recipe, assign_layers, load_recipe
 from sparsify.report import Report, table
 from sparsify.sensitivity import SPARSITIES
@@ -61,24 +71,39 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compress(arguments: argparse.Namespace) -> None:
-    """Build a model, prune it, export it, and save it; then read back what the file holds."""
+    """Build a model, prune it, export it, and save it; then read back what the file holds.
+
+    Under torchrun the processes share the calibration data, and the first one does the rest.
+    """
     recipe = _recipe_of(arguments)
+    check_format(arguments.format, arguments.tokens, torch.device("cpu"))
     out = Path(arguments.out)
     if not out.parent.is_dir():
         raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}")
     if out.is_dir():
         raise IsADirectoryError(f"--out {out}: it is a folder; name a file in it")
-    data = _data_of(arguments)
-    if arguments.stream or arguments.resume:
-        _compress_layer_by_layer(arguments, recipe, data, out)
-        return
-    if arguments.cache is not None:
+    by_layer = arguments.stream or arguments.resume
+    if arguments.cache is not None and not by_layer:
         raise ValueError("--cache has no effect without --stream or --resume")
-    evaluate = evaluation(arguments.eval) if arguments.eval else None
-    quality: dict[str, dict[str, float]] = {}
-    with tqdm(
-        total=5, desc="build the model", bar_format="{desc:<28}{bar}| {n_fmt}/{total_fmt}", disable=arguments.json
-    ) as bar:
+    data = _data_of(arguments)
+    if data is None and by_layer:
+        raise ValueError("--stream and --resume are for pruning on calibration data; give --data")
+    with together():
+        if data is not None:
+            data = list(data)
+            if not same_everywhere(int(fingerprint(data)[:15], 16)):
+                raise ValueError("--data: not the same batches in every process; draw them with a fixed seed")
+        done = (_compress_layer_by_layer if by_layer else _compress_in_memory)(arguments, recipe, data, out)
+    if done is not None:
+        _tell(arguments, out, *done)
+
+
+def _compress_in_memory(arguments: argparse.Namespace, recipe: Recipe, data: Any, out: Path) -> Compressed | None:
+    """Compress a model in one go."""
+    quiet = arguments.json or not is_first()
+    evaluate = evaluation(arguments.eval) if arguments.eval and is_first() else None
+    quality: dict[str, Qualities] = {}
+    with tqdm(total=5, desc="build the model", bar_format="{desc:<28}{bar}| {n_fmt}/{total_fmt}", disable=quiet) as bar:
         model = _model_of(arguments)
         if evaluate:
             quality["dense"] = evaluate(model)
@@ -88,8 +113,12 @@ def compress(arguments: argparse.Namespace) -> None:
         for group in recipe.groups:
             model = sparsify.convert(model, include=group.layers, exclude=group.exclude)
         _advance(bar, "prune")
+        if not is_first():  # which alone recovers
+            recipe = recipe.model_copy(update={"recover": None})
         with _naming(arguments.recipe):
-            sparsify.apply(model, recipe, data=data, progress=not arguments.json)
+            sparsify.apply(model, recipe, data=data, progress=not quiet)
+        if not is_first():
+            return None
         _advance(bar, "export")
         fast = sparsify.export(model, format=arguments.format, tokens=arguments.tokens)
         _advance(bar, f"save {out.name}")
@@ -97,32 +126,33 @@ def compress(arguments: argparse.Namespace) -> None:
         if evaluate:
             quality["sparse"] = evaluate(fast)
         _advance(bar, "done")
-    report, stored = sparsify.report(fast), sparsify.inspect(out)
+    return sparsify.report(fast), quality
+
+
+def _compress_layer_by_layer(arguments: argparse.Namespace, recipe: Recipe, data: Any, out: Path) -> Compressed | None:
+    """Do the same so that it can be interrupted, and, with --stream, with the weights on disk."""
+    with _naming(arguments.recipe):
+        model = None if arguments.stream else _model_of(arguments)
+        return compress_layer_by_layer(arguments, recipe, data, out, model)
+
+
+def _tell(arguments: argparse.Namespace, out: Path, report: Report, quality: dict[str, Qualities]) -> None:
+    """Print what became of the layers, and of the model's quality."""
+    n_bytes = out.stat().st_size
     if arguments.json:
-        found = {"in_memory": _rows(report), "in_file": _rows(stored)} | ({"quality": quality} if quality else {})
-        _print_json({"file": str(out), "file_bytes": out.stat().st_size, **found})
+        found: dict[str, Any] = {"file": str(out), "file_bytes": n_bytes}
+        if arguments.stream:  # the model is nowhere in memory, and its file may not fit
+            found["in_file"] = _rows(report)
+        else:
+            found |= {"in_memory": _rows(report), "in_file": _rows(sparsify.inspect(out))}
+        _print_json(found | ({"quality": quality} if quality else {}))
         return
     print(report)
     if quality:
         print(f"\n{quality_table(**quality)}")
-    print(f"\n{out}: {out.stat().st_size:,} bytes")
+    print(f"\n{out}: {n_bytes:,} bytes")
     print(f"next: sparsify inspect {out}")
     print(f"      python: model = sparsify.load({str(out)!r}, the_dense_model)")
-
-
-def _compress_layer_by_layer(arguments: argparse.Namespace, recipe: Recipe, data: Any, out: Path) -> None:
-    """Do the same so that it can be interrupted, and, with --stream, with the weights on disk."""
-    if data is None:
-        raise ValueError("--stream and --resume are for pruning on calibration data; give --data")
-    if arguments.eval:
-        raise ValueError("--eval has no effect with --stream or --resume; evaluate the file when it is done")
-    with _naming(arguments.recipe):
-        model = None if arguments.stream else _model_of(arguments)
-        report = compress_layer_by_layer(arguments, recipe, list(data), out, model)
-    if arguments.json:
-        _print_json({"file": str(out), "file_bytes": out.stat().st_size, "in_file": _rows(report)})
-        return
-    print(f"{report}\n\n{out}: {out.stat().st_size:,} bytes")
 
 
 def sensitivity(arguments: argparse.Namespace) -> None:

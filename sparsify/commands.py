@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,24 +19,31 @@ from sparsify.convert import convert
 from sparsify.export import export
 from sparsify.journal import Journal, fingerprint
 from sparsify.models import build_empty, importable_from_here
+from sparsify.ranks import is_first, wait_for_all
 from sparsify.recipe import Recipe, assign_layers, tasks_of
 from sparsify.recover import recover
 from sparsify.report import Report, report, table
 from sparsify.resident import Weights
 from sparsify.sensitivity import Sensitivity, draw, measure_sensitivity
-from sparsify.stream import CACHE_BYTES, prune_from_disk, prune_resumably
+from sparsify.stream import CACHE_BYTES, prune_from_disk, prune_resumably, running_from_disk, write_from_disk
 
 Qualities = dict[str, float]
+
+#: What became of the layers, and the model's qualities before and after, if they were asked for.
+Compressed = tuple[Report, dict[str, Qualities]]
 
 
 def compress_layer_by_layer(
     arguments: argparse.Namespace, recipe: Recipe, data: Sequence[Any], out: Path, model: nn.Module | None
-) -> Report:
-    """Compress so that it can be interrupted and go on; without a model in memory, with its weights on disk."""
+) -> Compressed | None:
+    """Compress so that it can be interrupted and go on; without a model in memory, with its weights on disk.
+
+    Returns None in all processes of torchrun but the first.
+    """
     if model is None and recipe.recover is not None:
         raise ValueError("recover trains the whole model at once and cannot --stream; leave one of them out")
     folder = out.with_name(out.name + ".partial")
-    if folder.exists() and not arguments.resume:
+    if is_first() and folder.exists() and not arguments.resume:
         raise ValueError(f"{folder} is what an interrupted run has finished; go on with --resume, or delete it")
     source: Any = None
     if model is None:
@@ -53,24 +61,50 @@ def compress_layer_by_layer(
         "recipe": recipe.model_dump_json(exclude={"description", "vars"}),
         "data": fingerprint(data),
     }
+    journal = Journal(folder, about)
     cache_bytes = CACHE_BYTES if arguments.cache is None else int(arguments.cache * 1e9)
-    sizes = {"format": arguments.format, "tokens": arguments.tokens}
-    progress = not arguments.json
-    if source is not None:
-        weights, journal = Weights(source), Journal(folder, about)
-        found = prune_from_disk(
-            model, weights, tasks, data, out, journal, **sizes, cache_bytes=cache_bytes, progress=progress
-        )
+    options: dict[str, Any] = {"cache_bytes": cache_bytes, "progress": not arguments.json and is_first()}
+    evaluate = evaluation(arguments.eval) if arguments.eval and is_first() else None
+    quality: dict[str, Qualities] = {}
+    weights = None if source is None else Weights(source)
+    if evaluate is not None:
+        quality["dense"] = _evaluate(evaluate, model, weights, None)
+    teacher = copy.deepcopy(model) if recipe.recover is not None and is_first() else None
+    if weights is None:
+        prune_resumably(model, tasks, data, journal, **options)
     else:
-        journal = Journal(folder, about)
-        teacher = copy.deepcopy(model) if recipe.recover else None
-        prune_resumably(model, tasks, data, journal, cache_bytes=cache_bytes, progress=progress)
-        if recipe.recover is not None and teacher is not None:
-            recover(model, teacher, data, **recipe.recover.model_dump(), progress=progress)
-        fast = export(model, **sizes)
-        save(fast, out)
-        found = report(fast)
+        prune_from_disk(model, weights, tasks, data, journal, **options)
+    wait_for_all()
+    if not is_first():
+        return None
+    if teacher is not None and recipe.recover is not None:
+        recover(model, teacher, data, **recipe.recover.model_dump(), progress=not arguments.json)
+    sizes = {"format": arguments.format, "tokens": arguments.tokens}
+    if weights is None:
+        model = export(model, **sizes)
+        save(model, out)
+        found = report(model)
+    else:
+        found = write_from_disk(model, weights, journal, out, **sizes)
+    if evaluate is not None:
+        quality["sparse"] = _evaluate(evaluate, model, weights, journal)
     journal.delete()
+    return found, quality
+
+
+def _evaluate(
+    evaluate: Callable[[nn.Module], Qualities], model: nn.Module, weights: Weights | None, journal: Journal | None
+) -> Qualities:
+    """Evaluate a model, if need be with its weights on disk."""
+    if weights is None:
+        return evaluate(model)
+    with running_from_disk(model, weights, journal) as running:
+        found = evaluate(running)
+    if lost := [key for key, value in found.items() if math.isnan(value)]:
+        raise ValueError(
+            f"--eval: {lost[0]!r} is NaN. With --stream a weight is in memory only while its own module runs, and "
+            "elsewhere NaN: evaluate with calls of the model alone, or leave --eval out and evaluate the file"
+        )
     return found
 
 

@@ -54,10 +54,7 @@ def export(
     >>> export(sparsify.prune(model, 0.75), format="csr")[0]
     CSRLinear(in_features=8, out_features=4, bias=True, sparsity=0.75)
     """
-    if format not in FORMATS:
-        raise ValueError(f"format {format!r} is none of: {', '.join(FORMATS)}")
-    if format != "auto" and tokens is not None:
-        raise ValueError(f"tokens={tokens} has no effect with format {format!r}; only 'auto' measures")
+    check_format(format, tokens)
     if format != "auto" and example is not None:
         raise ValueError(f"example has no effect with format {format!r}; only 'auto' measures")
     if format != "auto" and prefer != "speed":
@@ -97,6 +94,18 @@ def export(
     for tied in layers_of_type(model, Tied).values():
         replacements[tied] = _export_tied(tied, replacements[tied.leader[0]])
     return fuse_activations(copy_with(model, replacements))
+
+
+def check_format(format: str, tokens: int | None = None, device: torch.device | None = None) -> None:
+    """Raise ValueError for a format that is none, rows it would not measure with, or a device it does not run on."""
+    if format not in FORMATS:
+        raise ValueError(f"format {format!r} is none of: {', '.join(FORMATS)}")
+    if format != "auto" and tokens is not None:
+        raise ValueError(f"tokens={tokens} has no effect with format {format!r}; only 'auto' measures")
+    if tokens is not None and tokens < 1:
+        raise ValueError(f"tokens must be at least 1, got {tokens}")
+    if device is not None and format in FORMS and not supports(format, device, torch.float32):
+        raise ValueError(f"the form {format!r} does not run here; see 'sparsify doctor', or use format='csr'")
 
 
 def _export_tied(tied: Tied, leader: nn.Module) -> nn.Module:

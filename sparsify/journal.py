@@ -18,6 +18,7 @@ from sparsify.container import LayerEntry
 from sparsify.layers import Masked
 from sparsify.oneshot import Fit
 from sparsify.packing import unpack_layer
+from sparsify.ranks import is_first, wait_for_all
 
 _ABOUT = "run.json"
 
@@ -41,19 +42,24 @@ class Journal:
 
     `about` is that note: whatever decides the result, as text by name. Raises ValueError, naming what differs, for a
     folder that another run began.
+
+    Under torchrun the processes share a folder, which must be one that all of them see; the first one writes.
     """
 
     def __init__(self, folder: str | os.PathLike[str], about: Mapping[str, str]) -> None:
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
         note = self.folder / _ABOUT
+        if is_first():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not note.exists():
+                if any(self.folder.iterdir()):
+                    raise ValueError(f"{self.folder}: a folder with other files in it; a run starts in an empty one")
+                temporary = note.with_suffix(".tmp")
+                temporary.write_text(json.dumps(dict(about), indent=1))
+                temporary.replace(note)
+        wait_for_all()
         if not note.exists():
-            if any(self.folder.iterdir()):
-                raise ValueError(f"{self.folder}: a folder with other files in it; a run starts in an empty one")
-            temporary = note.with_suffix(".tmp")
-            temporary.write_text(json.dumps(dict(about), indent=1))
-            temporary.replace(note)
-            return
+            raise ValueError(f"{self.folder}: not seen by this process; give a folder that all processes see")
         begun = json.loads(note.read_text())
         if odd := [key for key in {**about, **begun} if begun.get(key) != about.get(key)]:
             raise ValueError(
@@ -66,9 +72,11 @@ class Journal:
 
     def write(self, name: str, layer: Masked) -> None:
         """Keep a finished layer. A crash leaves all of it, or nothing."""
-        if isinstance(fit := layer.__dict__.get("fit"), Fit):
-            self._notes(name).write_text(json.dumps({"error": fit.error, "time_s": fit.time_s}))
-        save(layer, self._file(name))
+        if is_first():
+            if isinstance(fit := layer.__dict__.get("fit"), Fit):
+                self._notes(name).write_text(json.dumps({"error": fit.error, "time_s": fit.time_s}))
+            save(layer, self._file(name))
+        wait_for_all()  # whoever reads the layer next finds it
 
     def read(self, name: str) -> tuple[LayerEntry, dict[str, Tensor]]:
         """Return a finished layer as `checkpoint.save` packed it; the names of its tensors begin below the layer."""

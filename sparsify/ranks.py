@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -11,6 +14,42 @@ import torch.distributed as dist
 from sparsify.gram import Gram
 
 T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Meet the other processes that torchrun has started, if it has, until this one is done.
+
+    They wait for each other as long as it takes, say, the first to evaluate a model: where one dies, torchrun ends all.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or _in_group():
+        yield
+        return
+    dist.init_process_group("gloo", timeout=timedelta(days=30))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def is_first() -> bool:
+    """Say whether this is the process that writes and prints."""
+    return not _in_group() or dist.get_rank() == 0
+
+
+def wait_for_all() -> None:
+    """Go on when every process has come here."""
+    if _in_group():
+        dist.barrier()
+
+
+def same_everywhere(number: int) -> bool:
+    """Say whether all processes give the same number."""
+    if not _in_group():
+        return True
+    numbers = torch.tensor([number, -number])
+    dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+    return numbers.tolist() == [number, -number]
 
 
 def own_share(batches: Sequence[T]) -> list[T]:

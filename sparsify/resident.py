@@ -112,13 +112,13 @@ class Resident:
 
     model: built `without_memory` and converted; after this call its Parameters and masks have a device, and no memory
     but what is in use: at most `budget_bytes`, or what one module needs. Where a tensor is read before its module runs,
-    NaN stand in its place. A layer that the journal holds comes from there, with its mask. `close` takes the hooks
-    away.
+    NaN stand in its place. A layer that the journal holds, if there is one, comes from there, with its mask. `close`
+    takes the hooks away.
 
     Raises ValueError if the file is not for this model.
     """
 
-    def __init__(self, model: nn.Module, weights: Weights, journal: Journal, budget_bytes: int) -> None:
+    def __init__(self, model: nn.Module, weights: Weights, journal: Journal | None, budget_bytes: int) -> None:
         self.model, self.weights, self.journal, self.budget_bytes = model, weights, journal, budget_bytes
         self.n_bytes, self.peak_bytes = 0, 0
         self._names = {id(module): name for name, module in model.named_modules()}
@@ -146,6 +146,7 @@ class Resident:
 
     def write(self, name: str, layer: Masked) -> None:
         """Keep a layer that is finished in the journal, which it is read from when it is needed again."""
+        assert self.journal is not None
         self.journal.write(name, layer)
 
     def _before(self, module: nn.Module, args: object) -> None:
@@ -167,7 +168,7 @@ class Resident:
         n_bytes = _n_bytes(module, key, parameter)
         if isinstance(module, Masked) and masked:
             module.mask = torch.ones_like(parameter, dtype=torch.bool, memory_format=torch.contiguous_format)
-        if name in self.journal and isinstance(module, Masked):
+        if self.journal is not None and name in self.journal and isinstance(module, Masked):
             entry, tensors = self.journal.read(name)
             if masked:
                 weight, mask = unpack_layer(entry, tensors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -14,8 +15,9 @@ from sparsify import container
 from sparsify.choose import Choice, Chooser
 from sparsify.container import LayerEntry
 from sparsify.convert import sparse_layers
+from sparsify.export import check_format
 from sparsify.journal import Journal
-from sparsify.kernels import FORMS, supports
+from sparsify.kernels import FORMS
 from sparsify.oneshot import prune_on_data
 from sparsify.packing import unpack_layer
 from sparsify.report import Report, Row
@@ -31,39 +33,65 @@ def prune_from_disk(
     weights: Weights,
     tasks: Mapping[str, Task],
     data: Iterable[Any],
-    out: str | os.PathLike[str],
     journal: Journal,
+    *,
+    cache_bytes: int = CACHE_BYTES,
+    progress: bool = False,
+) -> None:
+    """Prune a model that was built `without_memory`, layer by layer into the journal; `write_from_disk` ends it.
+
+    model: converted; see `resident.without_memory`. tasks: for every masked layer (`oneshot.make_tasks`). In memory are
+    one block of layers, what its largest layer needs to be solved, and `cache_bytes` of activations. Layers that are in
+    the journal already are not pruned again, and the result is the same bit for bit.
+    """
+    if missing := [name for name in sparse_layers(model) if name not in tasks]:
+        raise ValueError(f"{missing[0]}: there is no task for this layer; convert only what is to be pruned")
+    todo = {name: task for name, task in tasks.items() if name not in journal}
+    resident = Resident(model, weights, journal, largest_block_bytes(model))
+    try:
+        if todo:
+            prune_on_data(model, todo, data, keeper=resident, cache_bytes=cache_bytes, progress=progress)
+    finally:
+        resident.close()
+
+
+def write_from_disk(
+    model: nn.Module,
+    weights: Weights,
+    journal: Journal,
+    out: str | os.PathLike[str],
     *,
     format: str = "auto",
     tokens: int | None = None,
-    cache_bytes: int = CACHE_BYTES,
-    progress: bool = False,
 ) -> Report:
-    """Prune a model that was built `without_memory`, and write the exported layers and everything else to `out`.
+    """Write the exported layers of a journal, and everything else of the model, to `out`.
 
-    model: converted; see `resident.without_memory`. tasks: for every masked layer (`oneshot.make_tasks`). In memory are
-    one block of layers, what its largest layer needs to be solved, and `cache_bytes` of activations. Each finished
-    layer goes to the journal; layers that are there already are not pruned again, and the result is the same bit for
-    bit. format and tokens as in `export`. The model is of no use afterwards; `sparsify.load` reads the file.
+    format and tokens as in `export`. The model itself is of no use afterwards; `sparsify.load` reads the file.
     """
-    layers = sparse_layers(model)
-    if missing := [name for name in layers if name not in tasks]:
-        raise ValueError(f"{missing[0]}: there is no task for this layer; convert only what is to be pruned")
-    if format in FORMS and not supports(format, torch.device("cpu"), torch.float32):
-        raise ValueError(f"the form {format!r} does not run here; see 'sparsify doctor', or use format='csr'")
+    check_format(format, tokens, torch.device("cpu"))
     resident = Resident(model, weights, journal, largest_block_bytes(model))
     try:
-        todo = {name: task for name, task in tasks.items() if name not in journal}
-        if todo:
-            prune_on_data(model, todo, data, keeper=resident, cache_bytes=cache_bytes, progress=progress)
         chooser = Chooser(128 if tokens is None else tokens)
         choices = {}
-        for name, layer in layers.items():
+        for name, layer in sparse_layers(model).items():
             resident.fetch(layer)
             choices[name] = chooser.choose(layer) if format == "auto" else Choice(format, 0, {}, "")
     finally:
         resident.close()
     return _write(model, weights, journal, choices, out)
+
+
+@contextlib.contextmanager
+def running_from_disk(model: nn.Module, weights: Weights, journal: Journal | None = None) -> Iterator[nn.Module]:
+    """Let a model that was built `without_memory` run: as it is in the file, or with the journal's finished layers.
+
+    Each weight is there while its own module runs; whatever else reads it finds NaN.
+    """
+    resident = Resident(model, weights, journal, largest_block_bytes(model))
+    try:
+        yield model
+    finally:
+        resident.close()
 
 
 def prune_resumably(

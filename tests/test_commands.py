@@ -34,6 +34,9 @@ def norm(model):
 
 def text(model):
     return "good"
+
+def peek(model):
+    return float(model[1].up.weight.norm())
 """
 
 
@@ -64,6 +67,41 @@ def test_eval_reports_quality_before_and_after(here: Path, capsys: pytest.Captur
         assert quality["sparse"] == pytest.approx(module.norm(loaded), rel=1e-4)
     assert compress(here, "--sparsity", "0.9", "--out", "a.safetensors", "--eval", f"{here}:text") == 2
     assert "must return a number or a dict of numbers, got 'good'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [["--stream", "--weights", "weights.safetensors"], ["--resume"]])
+def test_eval_of_a_run_that_can_be_resumed(
+    here: Path, kind: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--sparsity", "0.8", "--method", "sparsegpt", "--eval", f"{here}:norm"]
+    assert compress(here, *options, "--out", "a.safetensors") == 0
+    expected = json.loads(capsys.readouterr().out)["quality"]
+    n_finished = 0
+
+    def stop_after_two(self: Journal, name: str, layer: sparsify.SparseLinear) -> None:
+        nonlocal n_finished
+        write(self, name, layer)
+        n_finished += 1
+        if n_finished == 2:
+            raise KeyboardInterrupt
+
+    write = Journal.write
+    monkeypatch.setattr(Journal, "write", stop_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        compress(here, *options, *kind, "--out", "b.safetensors")
+    monkeypatch.setattr(Journal, "write", write)
+    again = kind if "--resume" in kind else [*kind, "--resume"]
+    assert compress(here, *options, *again, "--out", "b.safetensors") == 0
+    quality = json.loads(capsys.readouterr().out)["quality"]  # dense is the whole dense model, though layers are done
+    assert quality["dense"] == pytest.approx(expected["dense"], rel=1e-6)
+    assert quality["sparse"] == pytest.approx(expected["sparse"], rel=1e-4)
+    assert quality["sparse"] != pytest.approx(expected["dense"], rel=1e-3)
+
+
+def test_eval_that_reads_a_weight_which_is_on_disk(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stream = ["--stream", "--weights", "weights.safetensors", "--eval", f"{here}:peek"]
+    assert compress(here, "--sparsity", "0.5", "--out", "a.safetensors", *stream) == 2
+    assert "--eval: 'quality' is NaN. With --stream a weight is in memory only" in capsys.readouterr().err
 
 
 def test_recover_in_a_recipe(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,7 +156,7 @@ def test_what_does_not_go_together_is_said(here: Path, capsys: pytest.CaptureFix
         (["--cache", "1"], "--cache has no effect without"),
         (["--stream"], "give the weights of"),
         (["--stream", "--recover", "1"], "cannot --stream"),
-        (["--resume", "--eval", f"{here}:norm"], "--eval has no effect with"),
+        (["--format", "csr", "--tokens", "5"], "tokens=5 has no effect with format 'csr'"),
     ):
         assert compress(here, "--sparsity", "0.5", "--out", "x.safetensors", *options) == 2
         assert message in capsys.readouterr().err

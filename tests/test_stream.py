@@ -18,7 +18,7 @@ from sparsify.oneshot import Order, make_tasks
 from sparsify.report import Report
 from sparsify.resident import Resident, Weights, largest_block_bytes, without_memory
 from sparsify.solve import Task
-from sparsify.stream import prune_from_disk
+from sparsify.stream import prune_from_disk, write_from_disk
 
 WIDTH, N_BLOCKS = 32, 6
 BATCHES = [{"ids": torch.randint(50, (4, 9), generator=torch.Generator().manual_seed(i))} for i in range(3)]
@@ -93,7 +93,8 @@ def tasks_for(model: nn.Module) -> dict[str, Task]:
 def from_disk(folder: Path, out: Path, **options: Any) -> Report:
     model = empty()
     journal = Journal(out.with_suffix(".partial"), {"sparsity": "0.5"})
-    return prune_from_disk(model, Weights(folder), tasks_for(model), BATCHES, out, journal, format="csr", **options)
+    prune_from_disk(model, Weights(folder), tasks_for(model), BATCHES, journal, **options)
+    return write_from_disk(model, Weights(folder), journal, out, format="csr")
 
 
 def test_the_file_is_that_of_the_model_in_memory(folder: Path, tmp_path: Path) -> None:
