@@ -132,10 +132,10 @@ def _sample(rotation: itertools.cycle[Call], sample_s: float, wait: Call) -> flo
     n_calls = 0
     while n_calls < 2 or time.perf_counter() - start < min(WARM_UP_S, sample_s):
         next(rotation)()
+        wait()  # each time: a device that works on its own would be given calls for seconds
         n_calls += 1
         if time.perf_counter() - start > 4 * sample_s:  # one call is longer than a sample: warm enough
             break
-    wait()
     repeats = max(1, int(sample_s * n_calls / (time.perf_counter() - start)))
     start = time.perf_counter()
     for _ in range(repeats):
