@@ -17,10 +17,7 @@ MAX_INT32 = 2**31 - 1
 
 
 class CSR(NamedTuple):
-    """
-
-    Ompressed rows: row i holds values[crow[i]:crow[i+1]], in columns col[crow[i]:crow[i+1]], strictly increasing.
-    """
+    """Compressed rows: row i holds values[crow[i]:crow[i+1]], in columns col[crow[i]:crow[i+1]], which rise."""
 
     crow: Tensor  # int32 (out_features + 1)
     col: Tensor  # uint8, uint16 or int32 (n_kept)
