@@ -147,12 +147,11 @@ _library.impl("grad_input_packed", _grad_input_packed, "CPU")
 _library.impl("grad_input_packed", _grad_input_packed, "CUDA")
 
 
-@torch.library.register_fake("sparsify::linear_csr", lib=_library)
-def _fake_csr(
+def _fake_linear(
     x: Tensor,
-    crow: Tensor,
-    col: Tensor,
-    values: Tensor,
+    first_part: Tensor,
+    second_part: Tensor,
+    third_part: Tensor | int,
     bias: Tensor | None,
     out: int,
     inner: int,
@@ -161,38 +160,26 @@ def _fake_csr(
     end: int = -1,
 ) -> Tensor:
     check_exporter()
+    values = third_part if isinstance(third_part, Tensor) else second_part
     return x.new_empty((*x.shape[:-1], _check(x, values, bias, out, inner, first, end) - first))
 
 
-@torch.library.register_fake("sparsify::linear_packed", lib=_library)
-def _fake_packed(
-    x: Tensor,
-    index: Tensor,
-    values: Tensor,
-    form: int,
-    bias: Tensor | None,
+def _fake_grad_input(
+    grad: Tensor,
+    first_part: Tensor,
+    second_part: Tensor,
+    third_part: Tensor | int,
     out: int,
     inner: int,
-    activation: int,
     first: int = 0,
     end: int = -1,
 ) -> Tensor:
-    check_exporter()
-    return x.new_empty((*x.shape[:-1], _check(x, values, bias, out, inner, first, end) - first))
-
-
-@torch.library.register_fake("sparsify::grad_input_csr", lib=_library)
-def _fake_grad_csr(
-    grad: Tensor, crow: Tensor, col: Tensor, values: Tensor, out: int, inner: int, first: int = 0, end: int = -1
-) -> Tensor:
     return grad.new_empty((*grad.shape[:-1], inner))
 
 
-@torch.library.register_fake("sparsify::grad_input_packed", lib=_library)
-def _fake_grad_packed(
-    grad: Tensor, index: Tensor, values: Tensor, form: int, out: int, inner: int, first: int = 0, end: int = -1
-) -> Tensor:
-    return grad.new_empty((*grad.shape[:-1], inner))
+for _kind in ("csr", "packed"):
+    torch.library.register_fake(f"sparsify::linear_{_kind}", _fake_linear, lib=_library)
+    torch.library.register_fake(f"sparsify::grad_input_{_kind}", _fake_grad_input, lib=_library)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -241,12 +228,11 @@ def _backward_grad_input(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_grad, None, None, None, None, None, None, None
 
 
-for _name in ("grad_input_csr", "grad_input_packed"):
+for _kind in ("csr", "packed"):
+    torch.library.register_autograd(f"sparsify::linear_{_kind}", _backward, setup_context=_setup_context, lib=_library)
     torch.library.register_autograd(
-        f"sparsify::{_name}", _backward_grad_input, setup_context=_setup_context_grad_input, lib=_library
+        f"sparsify::grad_input_{_kind}", _backward_grad_input, setup_context=_setup_context_grad_input, lib=_library
     )
-for _name in ("linear_csr", "linear_packed"):
-    torch.library.register_autograd(f"sparsify::{_name}", _backward, setup_context=_setup_context, lib=_library)
 
 
 class _eager:
