@@ -62,7 +62,10 @@ class Choice:
 
 
 class Chooser:
-    """Measures layers one by one, each kind (type, shape, dtype, device, bias, kept weights in percent, input) once."""
+    """Measures layers one by one, each kind once.
+
+    A kind is a type, shape, dtype, device, with or without bias, kept weights in percent, forms that fit, and an input.
+    """
 
     def __init__(self, tokens: int, prefer: str = "speed") -> None:
         if tokens < 1:
@@ -82,12 +85,15 @@ class Chooser:
         strides = None if given is None else given.stride()
         weight, bias = layer.weight, layer._parameters.get("bias")
         sparsity = round(100 * layer.sparsity)
-        kind = (type(layer), layer.shape, weight.dtype, weight.device, bias is None, sparsity, shape, strides)
+        csr = dense_to_csr(layer.weight_matrix, layer.matrix(layer.mask))
+        here = [form for form in FORMS if form != "csr" and supports(form, weight.device, weight.dtype)]
+        forms = tuple(form for form in here if fits(form, csr, layer.shape))
+        kind = (type(layer), layer.shape, weight.dtype, weight.device, bias is None, sparsity, forms, shape, strides)
         if kind not in self._known:
             # A stride of 0 is an expanded tensor, which takes no values.
             x = torch.empty(shape) if strides is None or 0 in strides else torch.empty_strided(shape, strides)
             x.normal_(generator=torch.Generator().manual_seed(0))  # the user's random numbers are not ours to draw
-            candidates = _candidates(layer)
+            candidates = _candidates(layer, forms)
             times = self._measure(candidates, x.to(weight))
             n_bytes = {form: _n_bytes(module) for form, module in candidates.items()}
             form, tokens = _best(times, n_bytes, self.prefer), x.numel() // max(layer.shape[1], 1)
@@ -107,15 +113,12 @@ class Chooser:
         return {form: timing.median_s * 1e6 for form, timing in timings.items()}
 
 
-def _candidates(layer: Masked) -> dict[str, nn.Module]:
-    """Make dense, and every form that has a fast kernel here, fits the mask, and takes less memory than dense."""
-    weight = layer.weight
-    here = [form for form in FORMS if form != "csr" and supports(form, weight.device, weight.dtype)]
-    csr = dense_to_csr(layer.weight_matrix, layer.matrix(layer.mask))
-    packed = {form: exported_as(layer, form) for form in here if fits(form, csr, layer.shape)}
+def _candidates(layer: Masked, forms: Iterable[str]) -> dict[str, nn.Module]:
+    """Make dense, and those of the forms that take less memory than dense."""
+    packed = {form: exported_as(layer, form) for form in forms}
     return {
         "dense": exported_as(layer, "dense"),
-        **{form: module for form, module in packed.items() if _n_bytes(module) < weight.nbytes},
+        **{form: module for form, module in packed.items() if _n_bytes(module) < layer.weight.nbytes},
     }
 
 
