@@ -127,10 +127,13 @@ class Packed(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or convert as any module does, and change the form if that is needed, or possible again."""
+        dtype = self.parts[-1].dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         values = self.parts[-1]
         settled = self.form == self.wanted_form and supports(self.form, values.device, values.dtype)
-        if not values.is_meta and not settled:
+        # In "2:4" some of the values are bits that mean no number: in another dtype they mean nothing.
+        stale = self.form == "2:4" and values.dtype != dtype
+        if not values.is_meta and (stale or not settled):
             self._set_csr(self.csr)
         return self
 
