@@ -46,7 +46,8 @@ def export(
     runs once, so that each layer is measured with its own input. Layers that the example does not reach, and all
     without one, are measured with `tokens` rows (batch x sequence, or positions of an image; 128 if not given).
     prefer: for "auto", "speed" as said (of forms equally fast the smallest), or "memory": the smallest form, however
-    fast. device: where the copy is to run, if not where the model is; it is measured, packed and put there.
+    fast. device: where the copy is to run, if not where the model is; it is measured (on a GPU as replays of a CUDA
+    graph), packed and put there.
 
     Raises ValueError if there is nothing to export, a form does not run here, or the model cannot be copied.
 

@@ -1,6 +1,6 @@
 """What is launched, seen from outside: each kernel by its name, with everything it is given."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
@@ -20,8 +20,8 @@ class Launch(NamedTuple):
 
 
 @contextmanager
-def seen(*, run: bool = True) -> Iterator[list[Launch]]:
-    """List the launches while this lasts; without `run` nothing is computed."""
+def seen(*, run: bool = True, also: Callable[[], object] = lambda: None) -> Iterator[list[Launch]]:
+    """List the launches while this lasts, and call `also` at each; without `run` nothing is computed."""
     from sparsify.kernels.gpu import triton_epilogue
 
     kind = type(triton_epilogue.finish)
@@ -31,6 +31,7 @@ def seen(*, run: bool = True) -> Iterator[list[Launch]]:
     def launcher(kernel: Any, grid: Any) -> Any:
         def launch(*arguments: Any, **options: Any) -> Any:
             launches.append(Launch(kernel, arguments, options))
+            also()
             return original(kernel, grid)(*arguments, **options) if run else None
 
         return launch

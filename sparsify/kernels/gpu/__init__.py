@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sparsify.formats import CSR
 from sparsify.kernels.gpu import blocks, launch, narrow, tiles, two_four
+from sparsify.kernels.gpu.weight import Weight
 from sparsify.kernels.reference import ACTIVATIONS
 
 #: Each form's functions: pack, unpack, multiply, dense.
@@ -39,7 +40,7 @@ def why_missing(device: torch.device) -> str:
     if device.type == "cpu":
         return "" if os.environ.get("TRITON_INTERPRET") == "1" else "they run on a GPU"
     if device.type != "cuda" or torch.version.cuda is None:
-        return f"they run on an NVIDIA GPU, not on {device.type}"
+        return f"they run on an NVIDIA GPU, not on {device.type if torch.version.hip is None else 'ROCm'}"
     capability = torch.cuda.get_device_capability(device)
     if capability < FEWEST_CAPABILITY:
         return (
@@ -93,25 +94,26 @@ def linear(
     """
     if x.device != values.device:
         raise RuntimeError(f"the input is on {x.device}, but the layer's weight on {values.device}")
-    inner, (first, end), leading = shape[1], rows, x.shape[:-1]
-    bias = bias if bias is None or end - first == shape[0] else bias[first:end]
+    weight, inner, leading = Weight(index, values, shape, rows), shape[1], x.shape[:-1]
+    bias = bias if bias is None or weight.n_rows == shape[0] else bias[slice(*rows)]
     flat = x.reshape(leading.numel(), inner)
     if inner > 1 and flat.stride(1) != 1:
         flat = flat.contiguous()
     y: Tensor | None = None
     with launch.on(x.device):
-        if 0 not in (flat.shape[0], end - first, inner):
-            y = FORMS[form].multiply(flat, index, values, bias, shape, rows, activation)
+        if 0 not in (flat.shape[0], weight.n_rows, inner):
+            y = FORMS[form].multiply(flat, weight, bias, activation)
     if y is None:
         with torch.autocast(x.device.type, enabled=False):
             y = _ACTIVATIONS[activation](F.linear(flat, dense(form, index, values, shape, rows), bias))
-    return y.reshape(*leading, end - first)
+    return y.reshape(*leading, weight.n_rows)
 
 
 def dense(form: str, index: Tensor, values: Tensor, shape: tuple[int, int], rows: tuple[int, int]) -> Tensor:
     """Expand the rows from rows[0] to before rows[1] to a dense weight."""
-    if rows[0] == rows[1] or shape[1] == 0:
-        return values.new_zeros((rows[1] - rows[0], shape[1]))
+    weight = Weight(index, values, shape, rows)
+    if 0 in (weight.n_rows, shape[1]):
+        return values.new_zeros((weight.n_rows, shape[1]))
     with launch.on(values.device):
-        weight: Tensor = FORMS[form].dense(index, values, shape, rows)
-    return weight
+        expanded: Tensor = FORMS[form].dense(weight)
+    return expanded

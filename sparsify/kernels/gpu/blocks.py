@@ -6,13 +6,14 @@ values are the blocks one after the other, each in rows. The size is the only on
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from sparsify.formats import CSR, csr_to_dense, dense_to_csr
 from sparsify.kernels.gpu import launch
+from sparsify.kernels.gpu.weight import Weight
 
 #: Sizes of a block, the best first.
 SIZES = (64, 32, 16)
@@ -38,48 +39,37 @@ def pack(csr: CSR, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     return lists.view(torch.uint8), weight[kept].reshape(-1)
 
 
-def unpack(packed: Tensor, values: Tensor, shape: tuple[int, int]) -> CSR:
+def unpack(index: Tensor, values: Tensor, shape: tuple[int, int]) -> CSR:
     """Turn the form back into CSR."""
-    ones = torch.ones_like(values, dtype=torch.bool)
-    return dense_to_csr(dense(packed, values, shape, (0, shape[0])), dense(packed, ones, shape, (0, shape[0])))
+    whole = Weight(index, values, shape, (0, shape[0]))
+    ones = replace(whole, values=torch.ones_like(values, dtype=torch.bool))
+    return dense_to_csr(dense(whole), dense(ones))
 
 
-def multiply(
-    x: Tensor,
-    packed: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    shape: tuple[int, int],
-    rows: tuple[int, int],
-    activation: int,
-) -> Tensor | None:
-    """Multiply x (tokens, in), as many as there are, by some rows of the weight."""
+def multiply(x: Tensor, weight: Weight, bias: Tensor | None, activation: int) -> Tensor | None:
+    """Multiply x (tokens, in), as many as there are."""
     from sparsify.kernels.gpu import triton_blocks
 
-    size, n_rows = _size(packed, values, shape), rows[1] - rows[0]
-    y = x.new_empty((x.shape[0], n_rows))
+    size, (first, end) = _size(weight), weight.rows
     tokens = max(FEWEST_TOKENS, min(MOST_TOKENS, launch.power_of_2(x.shape[0])))
-    first_block = rows[0] // size
-    kernel: Any = triton_blocks.multiply[(-(-rows[1] // size) - first_block, -(-x.shape[0] // tokens))]
-    kernel(
-        x, packed, values, y if bias is None else bias, y, x.shape[0], x.stride(0), first_block, rows[0], n_rows,
-        4 * (shape[0] // size + 1),
-        TOKENS=tokens, SIZE=size, IS_WIDENED=launch.is_widened(x), HAS_BIAS=bias is not None, ACTIVATION=activation,
-        num_warps=max(1, size // 16), num_stages=3, **launch.FUSED,
+    n_block_rows = -(-end // size) - first // size
+    return launch.multiply(
+        triton_blocks.multiply, (n_block_rows * -(-x.shape[0] // tokens),), x, weight, bias, activation,
+        (n_block_rows, 4 * (weight.shape[0] // size + 1)),
+        TOKENS=tokens, SIZE=size, IS_WIDENED=launch.is_widened(x), num_warps=max(1, size // 16), num_stages=3,
     )  # fmt: skip
-    return y
 
 
-def dense(packed: Tensor, values: Tensor, shape: tuple[int, int], rows: tuple[int, int]) -> Tensor:
-    """Expand some rows to a dense weight."""
-    (out, inner), size = shape, _size(packed, values, shape)
-    lists = packed.view(torch.int32)
+def dense(weight: Weight) -> Tensor:
+    """Expand to a dense weight."""
+    (out, inner), (first, end), size = weight.shape, weight.rows, _size(weight)
+    lists = weight.index.view(torch.int32)
     starts, columns = lists[: out // size + 1], lists[out // size + 1 :]
-    block_rows = torch.arange(out // size, device=packed.device)
+    block_rows = torch.arange(out // size, device=lists.device)
     row = torch.repeat_interleave(block_rows, starts.diff(), output_size=columns.numel())
-    blocks = values.new_zeros((out // size, inner // size, size, size))
-    blocks[row, columns.to(torch.int64)] = values.reshape(-1, size, size)
-    return blocks.transpose(1, 2).reshape(out, inner)[rows[0] : rows[1]]
+    blocks = weight.values.new_zeros((out // size, inner // size, size, size))
+    blocks[row, columns.to(torch.int64)] = weight.values.reshape(-1, size, size)
+    return blocks.transpose(1, 2).reshape(out, inner)[first:end]
 
 
 def _in_blocks(weight: Tensor, size: int) -> Tensor:
@@ -101,7 +91,7 @@ def _size_of(csr: CSR, shape: tuple[int, int]) -> int | None:
     return None
 
 
-def _size(packed: Tensor, values: Tensor, shape: tuple[int, int]) -> int:
+def _size(weight: Weight) -> int:
     """Return the size: the longer the blocks, the shorter the lists, so only one can be right."""
-    n = packed.numel() // 4
-    return next(size for size in SIZES if shape[0] // size + 1 + values.numel() // size**2 == n)
+    n, n_values, out = weight.index.numel() // 4, weight.values.numel(), weight.shape[0]
+    return next(size for size in SIZES if out // size + 1 + n_values // size**2 == n)

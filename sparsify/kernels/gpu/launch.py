@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify.kernels.gpu.weight import Weight
+
 #: Products and sums may be fused. Said aloud, because what Triton does unasked changes in its version 3.10.
 FUSED: dict[str, Any] = {"enable_fp_fusion": True}
 
@@ -42,12 +44,38 @@ def is_widened(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and x.device.type == "cpu"
 
 
-def finish(partial: Tensor, bias: Tensor | None, y: Tensor, activation: int) -> None:
-    """Add up partial products (splits, tokens, out) in their order, add the bias, apply the activation: into y."""
+def multiply(
+    kernel: Any,
+    grid: tuple[int, ...],
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    activation: int,
+    sizes: tuple[int, ...],
+    *,
+    into: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """Launch a kernel that multiplies x (tokens, in) by a weight; return a new y (tokens, rows), or `into`.
+
+    Such kernels have the same parameters up to the number of rows; their own `sizes` follow.
+    """
+    y = x.new_empty((x.shape[0], weight.n_rows)) if into is None else into
+    kernel[grid](
+        x, weight.index, weight.values, y if bias is None else bias, y,
+        x.shape[0], x.stride(0), weight.rows[0], weight.n_rows, *sizes,
+        HAS_BIAS=bias is not None, ACTIVATION=activation, **FUSED, **options,
+    )  # fmt: skip
+    return y
+
+
+def finish(partial: Tensor, bias: Tensor | None, activation: int, dtype: torch.dtype) -> Tensor:
+    """Add up partial products (splits, tokens, rows) in their order, add the bias, apply the activation."""
     from sparsify.kernels.gpu import triton_epilogue
 
-    block = 512
+    y, block = torch.empty_like(partial[0], dtype=dtype), 512
     triton_epilogue.finish[(-(-y.numel() // block),)](
         partial, y if bias is None else bias, y, partial.shape[0], y.numel(), y.shape[1],
         BLOCK=block, HAS_BIAS=bias is not None, ACTIVATION=activation, num_warps=4, **FUSED,
     )  # fmt: skip
+    return y

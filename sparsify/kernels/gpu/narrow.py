@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from sparsify.formats import CSR, col_dtype, csr_positions
-from sparsify.kernels.gpu import index, launch
+from sparsify.kernels.gpu import launch, sections
+from sparsify.kernels.gpu.weight import Weight
 
 #: Columns in a window.
 WINDOW = 256
 
-#: How many tokens the kernel takes; more are left to a dense product. Reasoned, not yet measured.
-FEW_TOKENS = 8
+#: How many tokens a program takes, and how many the kernel does, going over the weight for every few; more are left to
+#: a dense product. Reasoned, not yet measured.
+FEW_TOKENS, MOST_TOKENS = 8, 32
 
 #: The tile of a program: windows it takes at once, lanes that walk in each, and the steps they take at once, which are
 #: bounded alone and times the tokens: each has its own sum in a register.
@@ -38,64 +40,50 @@ def pack(csr: CSR, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     before = torch.searchsorted(csr_positions(csr, inner), rows + edges)
     starts = before - csr.crow[:-1, None]
     bytes_ = (csr.col.to(torch.int32) % WINDOW).to(torch.uint8)
-    return index.join(csr.crow, starts, bytes_, shape), csr.values.detach().clone()
+    return sections.join(csr.crow, starts, bytes_, shape), csr.values.detach().clone()
 
 
-def unpack(packed: Tensor, values: Tensor, shape: tuple[int, int]) -> CSR:
+def unpack(index: Tensor, values: Tensor, shape: tuple[int, int]) -> CSR:
     """Turn the form back into CSR."""
     out, inner = shape
     windows = n_windows(inner)
-    crow, starts, bytes_ = index.split(packed, shape, windows + 1)
-    window = torch.arange(windows, device=packed.device).repeat(out)
+    crow, starts, bytes_ = sections.split(index, shape, windows + 1)
+    window = torch.arange(windows, device=index.device).repeat(out)
     windows_of = torch.repeat_interleave(window, starts.diff(dim=1).reshape(-1), output_size=values.numel())
     columns = windows_of * WINDOW + bytes_.to(torch.int64)
     return CSR(crow.clone(), columns.to(col_dtype(inner)), values.detach().clone())
 
 
-def multiply(
-    x: Tensor,
-    packed: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    shape: tuple[int, int],
-    rows: tuple[int, int],
-    activation: int,
-) -> Tensor | None:
-    """Multiply x (tokens, in) by some rows of the weight; None for more tokens than there is a kernel for."""
+def multiply(x: Tensor, weight: Weight, bias: Tensor | None, activation: int) -> Tensor | None:
+    """Multiply x (tokens, in); None for more tokens than there is a kernel for."""
     from sparsify.kernels.gpu import triton_narrow
 
-    tokens, out = x.shape[0], rows[1] - rows[0]
-    if tokens > FEW_TOKENS:
+    tokens = x.shape[0]
+    if tokens > MOST_TOKENS:
         return None
-    y = x.new_empty((tokens, out))
-    slots = launch.power_of_2(tokens)
-    sizes, options = _launch(values, shape, slots)
-    few: Any = triton_narrow.few[(out,)]
-    few(
-        x, packed, values, y if bias is None else bias, y, tokens, x.stride(0), rows[0], out, *sizes,
-        TOKENS=slots, HAS_BIAS=bias is not None, ACTIVATION=activation, **options,
-    )  # fmt: skip
+    slots = min(FEW_TOKENS, launch.power_of_2(tokens))
+    sizes, options = _tile(weight, slots)
+    grid = (weight.n_rows, -(-tokens // slots))
+    return launch.multiply(triton_narrow.few, grid, x, weight, bias, activation, sizes, TOKENS=slots, **options)
+
+
+def dense(weight: Weight) -> Tensor:
+    """Expand to a dense weight."""
+    from sparsify.kernels.gpu import triton_narrow
+
+    sizes, options = _tile(weight, 1)
+    y = weight.values.new_zeros((weight.n_rows, weight.shape[1]))
+    kernel: Any = triton_narrow.dense[(weight.n_rows,)]
+    kernel(weight.index, weight.values, y, weight.rows[0], weight.shape[1], *sizes, **options, **launch.FUSED)
     return y
 
 
-def dense(packed: Tensor, values: Tensor, shape: tuple[int, int], rows: tuple[int, int]) -> Tensor:
-    """Expand some rows to a dense weight."""
-    from sparsify.kernels.gpu import triton_narrow
-
-    weight = values.new_zeros((rows[1] - rows[0], shape[1]))
-    sizes, options = _launch(values, shape, 1)
-    kernel: Any = triton_narrow.dense[(weight.shape[0],)]
-    kernel(packed, values, weight, rows[0], shape[1], *sizes, **options)
-    return weight
-
-
-def _launch(values: Tensor, shape: tuple[int, int], tokens: int) -> tuple[tuple[int, int, int], dict[str, Any]]:
+def _tile(weight: Weight, tokens: int) -> tuple[tuple[int, int, int], dict[str, Any]]:
     """Return the sizes that both kernels take, and a tile that fits a row: its lanes hold a usual window at once."""
-    out, inner = shape
-    windows = n_windows(inner)
-    where = index.sections(shape, windows + 1)
-    per_window = values.numel() / (out * windows)
+    out, windows = weight.shape[0], n_windows(weight.shape[1])
+    where = sections.layout(weight.shape, windows + 1)
+    per_window = weight.values.numel() / (out * windows)
     steps = min(MAX_STEPS, MAX_SUMS // tokens, launch.power_of_2(round(per_window / LANES) or 1))
     tile = {"WINDOWS": min(WINDOWS_AT_ONCE, launch.power_of_2(windows)), "STEPS": steps, "LANES": LANES}
     sizes = (windows, where.starts_at, where.rest_at)
-    return sizes, {**tile, "IS_WIDE": where.is_wide, "num_warps": 2 if tokens <= 2 else 4, **launch.FUSED}
+    return sizes, {**tile, "IS_WIDE": where.is_wide, "num_warps": 2 if tokens <= 2 else 4}

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsify.formats import CSR, col_dtype
-from sparsify.kernels.gpu import index, launch
+from sparsify.kernels.gpu import bits, launch, sections
+from sparsify.kernels.gpu.weight import Weight
 
 #: Columns in a group.
 GROUP = 64
@@ -45,82 +46,75 @@ def pack(csr: CSR, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     kept = torch.zeros(out, groups * GROUP, dtype=torch.bool, device=csr.values.device)
     rows = torch.repeat_interleave(torch.arange(out, device=kept.device), csr.crow.diff(), output_size=csr.col.numel())
     kept[rows, csr.col.to(torch.int64)] = True
-    weights = 1 << torch.arange(8, dtype=torch.uint8, device=kept.device)
-    bits = (kept.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
     counts = kept.view(out, groups, GROUP).sum(2)
+    index = sections.join(csr.crow, counts.cumsum(1) - counts, bits.pack(kept), shape)
     # One value more: the kernels read on before they know that there is nothing.
-    return index.join(csr.crow, counts.cumsum(1) - counts, bits, shape), F.pad(csr.values.detach(), (0, 1))
+    return index, F.pad(csr.values.detach(), (0, 1))
 
 
-def unpack(packed: Tensor, values: Tensor, shape: tuple[int, int]) -> CSR:
+def unpack(index: Tensor, values: Tensor, shape: tuple[int, int]) -> CSR:
     """Turn the form back into CSR."""
     out, inner = shape
-    crow, _, bits = index.split(packed, shape, n_groups(inner))
-    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    kept = (bits[:, None] >> shifts) & 1
-    columns = kept.view(out, n_groups(inner) * GROUP).nonzero()[:, 1]
+    crow, _, mask = sections.split(index, shape, n_groups(inner))
+    columns = bits.unpack(mask).view(out, n_groups(inner) * GROUP).nonzero()[:, 1]
     return CSR(crow.clone(), columns.to(col_dtype(inner)), values[:-1].detach().clone())
 
 
-def multiply(
-    x: Tensor,
-    packed: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    shape: tuple[int, int],
-    rows: tuple[int, int],
-    activation: int,
-) -> Tensor | None:
-    """Multiply x (tokens, in) by some rows of the weight; None for more tokens than there is a kernel for."""
+def multiply(x: Tensor, weight: Weight, bias: Tensor | None, activation: int) -> Tensor | None:
+    """Multiply x (tokens, in); None for more tokens than there is a kernel for."""
+    tokens = x.shape[0]
+    if tokens <= FEW_TOKENS:
+        return _multiply_few(x, weight, bias, activation)
+    return _multiply_many(x, weight, bias, activation) if tokens <= MANY_TOKENS[x.dtype] else None
+
+
+def dense(weight: Weight) -> Tensor:
+    """Expand to a dense weight."""
     from sparsify.kernels.gpu import triton_tiles
 
-    tokens, (first, end), inner = x.shape[0], rows, shape[1]
-    out = end - first
-    groups = n_groups(inner)
-    where = index.sections(shape, groups)
-    y = x.new_empty((tokens, out))
-    given = (x, packed, values, y if bias is None else bias)
-    sizes = (tokens, x.stride(0), first, out, inner, groups, where.starts_at, where.rest_at)
-    common: dict[str, Any] = {
-        "IS_WIDE": where.is_wide, "HAS_BIAS": bias is not None, "ACTIVATION": activation, "num_warps": 4, **launch.FUSED
-    }  # fmt: skip
-    if tokens <= FEW_TOKENS:
-        n_bytes = min(FEW_BYTES, launch.power_of_2(8 * groups))
-        n_rows = FEW_TILE // n_bytes
-        few: Any = triton_tiles.few[(-(-out // n_rows),)]
-        few(*given, y, *sizes, TOKENS=launch.power_of_2(tokens), ROWS=n_rows, BYTES=n_bytes, **common)
-        return y
-    if tokens > MANY_TOKENS[x.dtype]:
-        return None
-    columns = MANY_COLUMNS[x.dtype]
-    n_programs, n_steps = -(-out // MANY_ROWS), -(-inner // columns)
-    wanted = max(1, min(launch.programs_wanted(x.device) // n_programs, n_steps // MANY_STEPS))
-    steps = -(-n_steps // wanted)
-    splits = -(-n_steps // steps)
-    target = y if splits == 1 else x.new_empty((splits, tokens, out), dtype=torch.float32)
-    many: Any = triton_tiles.many[(n_programs, splits)]
-    many(
-        *given, target, *sizes, steps * columns,
-        TOKENS=max(16, launch.power_of_2(tokens)), ROWS=MANY_ROWS, COLUMNS=columns,
-        IS_SPLIT=splits > 1, IS_WIDENED=launch.is_widened(x), num_stages=3, **common,
+    sizes, is_wide = _sizes(weight)
+    y = weight.values.new_empty((weight.n_rows, weight.shape[1]))
+    grid = tuple(-(-n // tile) for n, tile in zip(y.shape, DENSE_TILE, strict=True))
+    kernel: Any = triton_tiles.dense[grid]
+    kernel(
+        weight.index, weight.values, y, weight.rows[0], weight.n_rows, *sizes,
+        ROWS=DENSE_TILE[0], COLUMNS=DENSE_TILE[1], IS_WIDE=is_wide, num_warps=4, **launch.FUSED,
     )  # fmt: skip
-    if splits > 1:
-        launch.finish(target, bias, y, activation)
     return y
 
 
-def dense(packed: Tensor, values: Tensor, shape: tuple[int, int], rows: tuple[int, int]) -> Tensor:
-    """Expand some rows to a dense weight."""
+def _multiply_few(x: Tensor, weight: Weight, bias: Tensor | None, activation: int) -> Tensor:
     from sparsify.kernels.gpu import triton_tiles
 
-    (first, end), inner = rows, shape[1]
-    out, groups = end - first, n_groups(inner)
-    where = index.sections(shape, groups)
-    weight = values.new_empty((out, inner))
-    n_rows, n_columns = DENSE_TILE
-    kernel: Any = triton_tiles.dense[(-(-out // n_rows), -(-inner // n_columns))]
-    kernel(
-        packed, values, weight, first, out, inner, groups, where.starts_at, where.rest_at,
-        ROWS=n_rows, COLUMNS=n_columns, IS_WIDE=where.is_wide, num_warps=4, **launch.FUSED,
+    sizes, is_wide = _sizes(weight)
+    n_bytes = min(FEW_BYTES, launch.power_of_2(8 * n_groups(weight.shape[1])))
+    n_rows = FEW_TILE // n_bytes
+    return launch.multiply(
+        triton_tiles.few, (-(-weight.n_rows // n_rows),), x, weight, bias, activation, sizes,
+        TOKENS=launch.power_of_2(x.shape[0]), ROWS=n_rows, BYTES=n_bytes, IS_WIDE=is_wide, num_warps=4,
     )  # fmt: skip
-    return weight
+
+
+def _multiply_many(x: Tensor, weight: Weight, bias: Tensor | None, activation: int) -> Tensor:
+    """Multiply on tensor cores. Few rows leave processors idle: then the columns are split, and the sums added up."""
+    from sparsify.kernels.gpu import triton_tiles
+
+    tokens, columns, (sizes, is_wide) = x.shape[0], MANY_COLUMNS[x.dtype], _sizes(weight)
+    n_programs, n_steps = -(-weight.n_rows // MANY_ROWS), -(-weight.shape[1] // columns)
+    wanted = max(1, min(launch.programs_wanted(x.device) // n_programs, n_steps // MANY_STEPS))
+    steps = -(-n_steps // wanted)
+    splits = -(-n_steps // steps)
+    partial = x.new_empty((splits, tokens, weight.n_rows), dtype=torch.float32) if splits > 1 else None
+    y = launch.multiply(
+        triton_tiles.many, (n_programs, splits), x, weight, bias, activation, (*sizes, steps * columns), into=partial,
+        TOKENS=max(16, launch.power_of_2(tokens)), ROWS=MANY_ROWS, COLUMNS=columns, IS_WIDE=is_wide,
+        IS_SPLIT=splits > 1, IS_WIDENED=launch.is_widened(x), num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return y if partial is None else launch.finish(partial, bias, activation, x.dtype)
+
+
+def _sizes(weight: Weight) -> tuple[tuple[int, int, int, int], bool]:
+    """Return the sizes that all kernels take, and whether starts are int32."""
+    inner, groups = weight.shape[1], n_groups(weight.shape[1])
+    where = sections.layout(weight.shape, groups)
+    return (inner, groups, where.starts_at, where.rest_at), where.is_wide

@@ -17,9 +17,9 @@ def multiply(
     y,
     tokens,
     x_stride,
-    first_block,
     first_row,
     out,
+    n_block_rows,
     columns_at,
     TOKENS: tl.constexpr,
     SIZE: tl.constexpr,
@@ -28,9 +28,9 @@ def multiply(
     ACTIVATION: tl.constexpr,
 ):
     """Make SIZE outputs of TOKENS rows of x; of a block that begins before `first_row` only the rows from there on."""
-    block_row = first_block + tl.program_id(0)
+    block_row = first_row // SIZE + tl.program_id(0) % n_block_rows
     inner = tl.arange(0, SIZE)
-    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    token = tl.program_id(0) // n_block_rows * TOKENS + tl.arange(0, TOKENS)
     live = token < tokens
     x_rows = x + token.to(tl.int64)[:, None] * x_stride
     starts = index.to(tl.pointer_type(tl.int32)) + block_row

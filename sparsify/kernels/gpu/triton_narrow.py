@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from sparsify.kernels.gpu.triton_epilogue import activate
+from sparsify.kernels.gpu.triton_sections import load_starts
 
 
 @triton.jit
@@ -18,13 +19,9 @@ def _ends(index, row, window, n_windows, starts_at, IS_WIDE: tl.constexpr):
     """Return where the values of these windows of a row begin and end; both are equal past the last window."""
     at = row * (n_windows + 1) + window
     inside = window < n_windows
-    if IS_WIDE:
-        starts = (index + starts_at).to(tl.pointer_type(tl.int32)) + at
-    else:
-        starts = (index + starts_at).to(tl.pointer_type(tl.uint16)) + at
     row_start = tl.load(index.to(tl.pointer_type(tl.int32)) + row)
-    begin = tl.load(starts, mask=inside, other=0).to(tl.int32)
-    end = tl.load(starts + 1, mask=inside, other=0).to(tl.int32)
+    begin = load_starts(index, starts_at, at, inside, IS_WIDE)
+    end = load_starts(index, starts_at, at + 1, inside, IS_WIDE)
     return row_start + begin, row_start + end
 
 
@@ -62,9 +59,9 @@ def few(
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    """Multiply up to TOKENS rows of x (tokens, inner) by one row of the weight, from `first_row` on."""
+    """Multiply TOKENS rows of x (tokens, inner) at a time by one row of the weight, from `first_row` on."""
     row = tl.program_id(0)
-    token = tl.arange(0, TOKENS)
+    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     x_rows = x + token.to(tl.int64)[:, None, None, None] * x_stride
     total = tl.zeros([TOKENS, STEPS, WINDOWS, LANES], tl.float32)
     for first in range(0, n_windows, WINDOWS):

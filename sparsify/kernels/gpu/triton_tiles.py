@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from sparsify.kernels.gpu.triton_epilogue import activate
+from sparsify.kernels.gpu.triton_sections import load_starts
 
 
 @triton.jit
@@ -27,10 +28,7 @@ def _find(index, rows, live, byte, n_groups, starts_at, bits_at, IS_WIDE: tl.con
     at = rows[:, None] * n_groups + (byte // 8)[None, :]
     inside = live[:, None] & (byte < 8 * n_groups)[None, :]
     group = tl.load((index + bits_at).to(tl.pointer_type(tl.uint64)) + at, mask=inside, other=0)
-    if IS_WIDE:
-        start = tl.load((index + starts_at).to(tl.pointer_type(tl.int32)) + at, mask=inside, other=0)
-    else:
-        start = tl.load((index + starts_at).to(tl.pointer_type(tl.uint16)) + at, mask=inside, other=0).to(tl.int32)
+    start = load_starts(index, starts_at, at, inside, IS_WIDE)
     row_start = tl.load(index.to(tl.pointer_type(tl.int32)) + rows, mask=live, other=0)
     shift = ((byte % 8) * 8).to(tl.uint64)[None, :]
     bits = ((group >> shift) & 0xFF).to(tl.int32)

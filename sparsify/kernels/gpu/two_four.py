@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsify.formats import CSR, csr_to_dense, dense_to_csr
+from sparsify.kernels.gpu import bits
+from sparsify.kernels.gpu.weight import Weight
 from sparsify.kernels.reference import ACTIVATIONS
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -40,9 +42,7 @@ def fits(csr: CSR, shape: tuple[int, int]) -> bool:
     if int(mask.reshape(-1, 4).sum(1).max()) > 2:
         return False
     back = unpack(*_pack(weight, mask), shape)
-    return torch.equal(back.col, csr.col) and torch.equal(
-        back.values.contiguous().view(torch.uint8), csr.values.contiguous().view(torch.uint8)
-    )
+    return all(torch.equal(_bytes(one), _bytes(other)) for one, other in zip(back, csr, strict=True))
 
 
 def pack(csr: CSR, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -54,47 +54,43 @@ def pack(csr: CSR, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     return _pack(*csr_to_dense(csr, shape))
 
 
-def unpack(packed: Tensor, values: Tensor, shape: tuple[int, int]) -> CSR:
+def unpack(index: Tensor, values: Tensor, shape: tuple[int, int]) -> CSR:
     """Turn the form back into CSR."""
-    weight, mask = _expand(packed, values, shape)
-    return dense_to_csr(weight, mask)
+    return dense_to_csr(*_expand(index, values, shape))
 
 
-def multiply(
-    x: Tensor,
-    packed: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    shape: tuple[int, int],
-    rows: tuple[int, int],
-    activation: int,
-) -> Tensor | None:
+def multiply(x: Tensor, weight: Weight, bias: Tensor | None, activation: int) -> Tensor | None:
     """Multiply x (tokens, in), as many as there are; None for some rows only."""
-    if rows != (0, shape[0]):
+    if weight.n_rows < weight.shape[0]:
         return None
     tokens = x.shape[0]
     padded = F.pad(x, (0, 0, 0, -tokens % MULTIPLE))
-    y: Tensor = _torch._cslt_sparse_mm(values, padded.t(), bias=bias, transpose_result=True)
+    y: Tensor = _torch._cslt_sparse_mm(weight.values, padded.t(), bias=bias, transpose_result=True)
     return _ACTIVATIONS[activation](y[:tokens])
 
 
-def dense(packed: Tensor, values: Tensor, shape: tuple[int, int], rows: tuple[int, int]) -> Tensor:
-    """Expand some rows to a dense weight."""
-    return _expand(packed, values, shape)[0][rows[0] : rows[1]]
+def dense(weight: Weight) -> Tensor:
+    """Expand to a dense weight."""
+    first, end = weight.rows
+    return _expand(weight.index, weight.values, weight.shape)[0][first:end]
 
 
 def _pack(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    powers = 1 << torch.arange(8, dtype=torch.uint8, device=mask.device)
-    return (mask.reshape(-1, 8) * powers).sum(1, dtype=torch.uint8), _torch._cslt_compress(weight)
+    return bits.pack(mask), _torch._cslt_compress(weight)
 
 
-def _expand(packed: Tensor, values: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def _expand(index: Tensor, values: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Return weight and mask. The kept value of a group that keeps one lies in either of its two places."""
-    mask = ((packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1).bool().reshape(-1, 4)
+    mask = bits.unpack(index).reshape(-1, 4)
     places = values.reshape(-1)[: 2 * mask.shape[0]].reshape(-1, 2)
-    bits = places.contiguous().view(torch.int16)
-    alone = torch.where(bits[:, :1] != 0, places[:, :1], places[:, 1:])
+    is_empty = places.contiguous().view(torch.int16)[:, :1] == 0
+    alone = torch.where(is_empty, places[:, 1:], places[:, :1])
     both = mask.sum(1, keepdim=True) == 2
     second = (mask.cumsum(1) == 2) & both
     value = torch.where(second, places[:, 1:], torch.where(both, places[:, :1], alone))
     return torch.where(mask, value, 0).reshape(shape), mask.reshape(shape)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """View any dtype as one that every operator takes on every device; uint16 is not."""
+    return tensor.contiguous().view(torch.uint8)

@@ -26,10 +26,10 @@ class Sections(NamedTuple):
     is_wide: bool
 
 
-def sections(shape: tuple[int, int], n_starts: int) -> Sections:
+def layout(shape: tuple[int, int], n_starts: int) -> Sections:
     """Lay out the index of a weight (out, in) with `n_starts` starts a row.
 
-    >>> sections((8, 100), 2)
+    >>> layout((8, 100), 2)
     Sections(starts_at=48, rest_at=80, is_wide=False)
     """
     out, inner = shape
@@ -40,7 +40,7 @@ def sections(shape: tuple[int, int], n_starts: int) -> Sections:
 
 def join(crow: Tensor, starts: Tensor, rest: Tensor, shape: tuple[int, int]) -> Tensor:
     """Make an index of its sections."""
-    where = sections(shape, starts.shape[1])
+    where = layout(shape, starts.shape[1])
     index = torch.zeros(where.rest_at + rest.numel(), dtype=torch.uint8, device=rest.device)
     narrow = starts.to(torch.int32 if where.is_wide else torch.uint16).contiguous()
     for at, part in ((0, crow.to(torch.int32)), (where.starts_at, narrow.reshape(-1)), (where.rest_at, rest)):
@@ -51,7 +51,7 @@ def join(crow: Tensor, starts: Tensor, rest: Tensor, shape: tuple[int, int]) -> 
 
 def split(index: Tensor, shape: tuple[int, int], n_starts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Take an index apart: (crow int32, starts int64 (out, n_starts), rest uint8)."""
-    where, out = sections(shape, n_starts), shape[0]
+    where, out = layout(shape, n_starts), shape[0]
     crow = index[: 4 * (out + 1)].view(torch.int32)
     kind = torch.int32 if where.is_wide else torch.uint16
     starts = index[where.starts_at : where.starts_at + kind.itemsize * out * n_starts].view(kind)
