@@ -2,6 +2,7 @@
 
     scripts/demo                     # 50% of the encoder's weights, recipes/magnitude-50.yaml
     scripts/demo --sparsity 0.8      # another value for the recipe's variable
+    scripts/demo --recipe recipes/alps-80.yaml    # on calibration data, 300 background documents of the Lee collection
 
 Every number about the sparse model is taken in a new process, which builds the architecture with random weights and
 loads the saved file onto it: what the table shows is what the file holds, and nothing of the pruning process is left.
@@ -73,7 +74,9 @@ def compress(recipe_file: Path, sparsity: float | None, file: Path) -> None:
     if sparsity is not None:
         variables["sparsity"] = sparsity
     sparsify.convert(model, include=minilm.ENCODER_LAYERS)
-    sparsify.apply(model, sparsify.load_recipe(recipe_file, **variables))
+    recipe = sparsify.load_recipe(recipe_file, **variables)
+    needs_data = recipe.recover is not None or any(group.needs_data for group in recipe.groups)
+    sparsify.apply(model, recipe, data=minilm.calibration_batches() if needs_data else None, progress=True)
     sparsify.save(sparsify.export(model), file)
 
 

@@ -1,10 +1,11 @@
-"""MiniLM-L6 and how good its sentence embeddings are: shared by the demo and tests/test_minilm.py.
+"""MiniLM-L6 and how good its sentence embeddings are: shared by the demo, oneshot.py and tests/test_minilm.py.
 
 Quality is the correlation of embedding similarities with human ratings of the Lee news documents: 50 documents,
 1225 pairs, each rated by about ten people (Lee, Pincombe and Welsh 2005). `scripts/assets.py` fetches model and data.
 """
 
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ LEE_FOLDER = ASSETS / "lee"
 
 ENCODER_LAYERS = ["encoder.layer.*"]  # 36 of the model's 37 Linears; the other is BertModel's pooler, unused here
 MAX_TOKENS = 256  # what the model was published with
+N_BACKGROUND, CALIBRATION_BATCH = 300, 8
 
 
 def load_dense(folder: Path = MODEL_FOLDER) -> nn.Module:
@@ -74,6 +76,21 @@ def embed(texts: Sequence[str], model: nn.Module, *, batch_size: int = 25, progr
             hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
             pooled.append((hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True))
     return nn.functional.normalize(torch.cat(pooled), dim=1)
+
+
+def calibration_batches(n_documents: int = N_BACKGROUND) -> list[dict[str, Tensor]]:
+    """Return the background documents as token ids, in batches of documents of one length, so that none is padded."""
+    documents = (LEE_FOLDER / "lee_background.cor").read_text(encoding="latin-1").splitlines()[:n_documents]
+    tokenizer = load_tokenizer()
+    tokenizer.no_padding()
+    encoded = sorted((encoding.ids for encoding in tokenizer.encode_batch(documents)), key=len)
+    batches = []
+    for _, group in groupby(encoded, key=len):
+        same = list(group)
+        batches += [
+            {"input_ids": torch.tensor(same[i : i + CALIBRATION_BATCH])} for i in range(0, len(same), CALIBRATION_BATCH)
+        ]
+    return batches
 
 
 def lee_documents(folder: Path = LEE_FOLDER) -> list[str]:

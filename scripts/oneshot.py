@@ -12,10 +12,10 @@ took. Cells are kept in .assets/oneshot/cells.json, each with the machine, the t
 """
 
 import argparse
+import copy
 import json
 import platform
 import time
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ import sparsify
 from sparsify.report import table
 
 OUT = ASSETS / "oneshot" / "cells.json"
-N_DOCUMENTS, BATCH = 300, 8
 
 #: A column of the table: what to ask `prune` for.
 COLUMNS: dict[str, dict[str, Any]] = {
@@ -45,6 +44,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "SparseGPT + refit": {"method": "sparsegpt", "refit": True},
     "ALPS": {"method": "alps"},
     "ALPS, correcting": {"method": "alps", "correct": True},
+    "ALPS, correcting, then 4 minutes of recover": {"method": "alps", "correct": True, "recover_s": 240},
 }
 #: Lines of the table of allocations, at 70%.
 ALLOCATIONS: dict[str, dict[str, Any]] = {
@@ -69,7 +69,7 @@ def main() -> None:
         help=", ".join(COLUMNS).replace("%", "%%"),
     )
     parser.add_argument("--allocations", action="store_true", help="compare allocations at 70%% instead")
-    parser.add_argument("--documents", type=int, default=N_DOCUMENTS, help="default: %(default)s")
+    parser.add_argument("--documents", type=int, default=minilm.N_BACKGROUND, help="default: %(default)s")
     parser.add_argument("--again", action="store_true", help="measure cells again that are there")
     parser.add_argument("--print", action="store_true", help="measure nothing")
     parser.add_argument("--out", type=Path, default=OUT, help="default: %(default)s")
@@ -79,7 +79,7 @@ def main() -> None:
     if not options.print:
         dense = minilm.load_dense()
         reference = minilm.embed(minilm.lee_documents(), dense)
-        batches = calibration_batches(options.documents)
+        batches = minilm.calibration_batches(options.documents)
         for label in lines if options.allocations else options.methods:
             for column in columns:
                 key = f"{label} | {column} | {options.documents} documents"
@@ -93,24 +93,15 @@ def main() -> None:
         print(f"\n{what}\n{show(cells, list(lines), columns, options.documents, what)}")
 
 
-def calibration_batches(n_documents: int = N_DOCUMENTS) -> list[dict[str, Tensor]]:
-    """Return the background documents as token ids, in batches of documents of one length, so that none is padded."""
-    documents = (minilm.LEE_FOLDER / "lee_background.cor").read_text(encoding="latin-1").splitlines()[:n_documents]
-    tokenizer = minilm.load_tokenizer()
-    tokenizer.no_padding()
-    encoded = sorted((encoding.ids for encoding in tokenizer.encode_batch(documents)), key=len)
-    batches = []
-    for _, group in groupby(encoded, key=len):
-        same = list(group)
-        batches += [{"input_ids": torch.tensor(same[i : i + BATCH])} for i in range(0, len(same), BATCH)]
-    return batches
-
-
 def measure(order: dict[str, Any], batches: list[dict[str, Tensor]], reference: Tensor) -> dict[str, Any]:
     """Prune a fresh model as ordered, and compare its embeddings with the dense model's."""
     model = sparsify.convert(minilm.load_dense(), include=minilm.ENCODER_LAYERS)
+    teacher = copy.deepcopy(model)
+    recover_s = order.pop("recover_s", None)
     started = time.perf_counter()
     sparsify.prune(model, data=batches, progress=True, **order)
+    if recover_s:
+        sparsify.recover(model, teacher, batches, seconds=recover_s, progress=True)
     seconds = time.perf_counter() - started
     rows = [row for row in sparsify.report(model) if row.format == "masked"]
     n_weights = [row.shape[0] * row.shape[1] for row in rows]
