@@ -1,137 +1,131 @@
-"""Prune MiniLM-L6 without training, by every method and at every sparsity, and print what each keeps of it.
+#!/usr/bin/env python
+"""Prune pretrained models without training, by every method and at every sparsity, and write what each keeps.
 
-    python scripts/oneshot.py                                  # the whole table: hours on a small machine
-    python scripts/oneshot.py --methods alps --columns 80 90   # some cells; those measured before are kept
-    python scripts/oneshot.py --allocations                    # owl and error against uniform, at 70%
-    python scripts/oneshot.py --print                          # only print what was measured
+    scripts/oneshot.py                                          MiniLM-L6, the whole table: an hour on a small machine
+    scripts/oneshot.py --methods ALPS --columns 80% 90%         some cells; those measured before are kept
+    scripts/oneshot.py --model smollm2 --columns 50% 2:4        perplexity of a language model
+    scripts/oneshot.py --allocations                            OWL and others against uniform, at 70%
+    scripts/oneshot.py --report                                 docs/oneshot.md from all that was measured
 
-All 36 Linears of the encoder get the same sparsity, on 300 background documents of the Lee collection, of 256 tokens at
-most, in batches without padding. A cell is the mean cosine between pruned and dense embeddings of the 50 Lee documents
-(which are not among the 300), Pearson's r with human ratings, with its bootstrap interval, and the seconds that pruning
-took. Cells are kept in .assets/oneshot/cells.json, each with the machine, the thread count and torch's version.
+Cells are kept in docs/results/oneshot.json, each with its time, the peak memory of the process, how busy other
+processes were, the machine, the thread count and torch's version.
 """
 
 import argparse
 import copy
 import json
-import platform
+import resource
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import minilm
 import torch
-from assets import ASSETS
-from torch import Tensor
+from posttraining.page import key, page, show, table
+from posttraining.rows import ALLOCATED_COLUMN, ALLOCATED_METHODS, ALLOCATIONS, COLUMNS, LINES, METHODS, allocated
+from posttraining.subjects import SUBJECTS, Subject
+from torch import Tensor, nn
 
 import sparsify
-from sparsify.report import table
+from sparsify.machine import machine_name
+from sparsify.sensitivity import measure_sensitivity
+from sparsify.timing import Watch
 
-OUT = ASSETS / "oneshot" / "cells.json"
-
-#: A column of the table: what to ask `prune` for.
-COLUMNS: dict[str, dict[str, Any]] = {
-    **{f"{n}%": {"sparsity": n / 100} for n in (50, 60, 70, 80, 90)},
-    "2:4": {"pattern": "2:4"},
-    "1x4, 50%": {"pattern": "1x4", "sparsity": 0.5},
-}
-#: A line of the table.
-METHODS: dict[str, dict[str, Any]] = {
-    "magnitude": {"method": "magnitude"},
-    "magnitude + refit": {"method": "magnitude", "refit": True},
-    "Wanda": {"method": "wanda"},
-    "SparseGPT": {"method": "sparsegpt"},
-    "SparseGPT + refit": {"method": "sparsegpt", "refit": True},
-    "ALPS": {"method": "alps"},
-    "ALPS, correcting": {"method": "alps", "correct": True},
-    "ALPS, correcting, then 4 minutes of recover": {"method": "alps", "correct": True, "recover_s": 240},
-}
-#: Lines of the table of allocations, at 70%.
-ALLOCATIONS: dict[str, dict[str, Any]] = {
-    f"{label}, {name}": {**METHODS[label], "allocation": name}
-    for label in ("SparseGPT", "ALPS")
-    for name in ("uniform", "erk", "owl", "error")
-}
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+OUT = DOCS / "results" / "oneshot.json"
+#: Batches that the damage of each layer is measured on: each is run 216 times.
+N_SENSITIVITY = 4
+_CLEAR = Path("/proc/self/clear_refs")
 
 
-def main() -> None:
-    """Measure the cells that are asked for, one after the other, and print the table of all that were measured."""
-    parser = argparse.ArgumentParser(description="Prune MiniLM-L6 without training, and print what each method keeps.")
-    parser.add_argument(
-        "--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help=", ".join(METHODS)
-    )
-    parser.add_argument(
-        "--columns",
-        nargs="+",
-        choices=COLUMNS,
-        default=list(COLUMNS),
-        metavar="COLUMN",
-        help=", ".join(COLUMNS).replace("%", "%%"),
-    )
-    parser.add_argument("--allocations", action="store_true", help="compare allocations at 70%% instead")
-    parser.add_argument("--documents", type=int, default=minilm.N_BACKGROUND, help="default: %(default)s")
-    parser.add_argument("--again", action="store_true", help="measure cells again that are there")
-    parser.add_argument("--print", action="store_true", help="measure nothing")
-    parser.add_argument("--out", type=Path, default=OUT, help="default: %(default)s")
-    options = parser.parse_args()
-    lines, columns = (ALLOCATIONS, ["70%"]) if options.allocations else (METHODS, options.columns)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure the cells that are asked for, one after the other, and print those of this call; or write the page."""
+    options = _parser().parse_args(argv)
     cells: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
-    if not options.print:
-        dense = minilm.load_dense()
-        reference = minilm.embed(minilm.lee_documents(), dense)
-        batches = minilm.calibration_batches(options.documents)
-        for label in lines if options.allocations else options.methods:
-            for column in columns:
-                key = f"{label} | {column} | {options.documents} documents"
-                if key in cells and not options.again:
-                    continue
-                cells[key] = measure({**lines[label], **COLUMNS[column]}, batches, reference)
-                print(key, json.dumps(cells[key]), flush=True)
-                options.out.parent.mkdir(parents=True, exist_ok=True)
-                options.out.write_text(json.dumps(cells, indent=1))
-    for what in ("cosine", "lee", "time_s"):
-        print(f"\n{what}\n{show(cells, list(lines), columns, options.documents, what)}")
+    if options.report:
+        (DOCS / "oneshot.md").write_text(page(cells))
+        return
+    name, subject = options.model, SUBJECTS[options.model]
+    if options.allocations:
+        methods = [method for method in options.methods if method in ALLOCATED_METHODS]
+        wanted = [(allocated(method, how), ALLOCATED_COLUMN) for method in methods for how in ALLOCATIONS]
+    else:
+        wanted = [(method, column) for method in options.methods for column in options.columns]
+    wanted = [("dense", "0%"), *wanted]
+    todo = [cell for cell in wanted if options.again or key(name, *cell) not in cells]
+    if todo:
+        judge = subject.judge(subject.load())
+        batches = subject.batches(options.samples or subject.n_samples)
+    for line, column in todo:
+        order = {"sparsity": 0.0} if line == "dense" else {**LINES[line], **COLUMNS[column]}
+        cell = cells[key(name, line, column)] = measure(subject, order, batches, judge)
+        print(key(name, line, column), json.dumps(cell), flush=True)
+        options.out.write_text(json.dumps(cells, indent=1) + "\n")
+    for figure in (*subject.figures, "time_s"):
+        print("", figure, *table(cells, name, dict(wanted), partial(show, figure=figure)), sep="\n")
 
 
-def measure(order: dict[str, Any], batches: list[dict[str, Tensor]], reference: Tensor) -> dict[str, Any]:
-    """Prune a fresh model as ordered, and compare its embeddings with the dense model's."""
-    model = sparsify.convert(minilm.load_dense(), include=minilm.ENCODER_LAYERS)
-    teacher = copy.deepcopy(model)
+def measure(subject: Subject, order: dict[str, Any], batches: list[dict[str, Tensor]], judge: Any) -> dict[str, Any]:
+    """Prune a fresh model as ordered, and judge it."""
+    model = sparsify.convert(subject.load(), include=subject.layers)
+    order, watch = dict(order), Watch()
     recover_s = order.pop("recover_s", None)
+    teacher = copy.deepcopy(model) if recover_s else None
+    _reset_peak()
     started = time.perf_counter()
+    if order.get("allocation") == "sensitivity":
+        order["allocation"] = _by_sensitivity(model, order.pop("sparsity"), batches)
     sparsify.prune(model, data=batches, progress=True, **order)
-    if recover_s:
+    if teacher is not None:
         sparsify.recover(model, teacher, batches, seconds=recover_s, progress=True)
-    seconds = time.perf_counter() - started
+    seconds, peak_gb = time.perf_counter() - started, _peak_gb()
     rows = [row for row in sparsify.report(model) if row.format == "masked"]
     n_weights = [row.shape[0] * row.shape[1] for row in rows]
-    embeddings, ratings = minilm.embed(minilm.lee_documents(), model), minilm.lee_ratings()
     return {
         "sparsity": sum(row.sparsity * n for row, n in zip(rows, n_weights, strict=True)) / sum(n_weights),
-        "cosine": minilm.mean_cosine(embeddings, reference),
-        "lee": [minilm.lee_correlation(embeddings, ratings), *minilm.lee_interval(embeddings, ratings)],
-        "time_s": seconds,
+        **judge(model),
+        "time_s": round(seconds, 1),
+        "others_cores": watch.others_cores(),
+        "peak_gb": round(peak_gb, 2),
         "error": sum(row.error or 0.0 for row in rows) / len(rows),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "machine": platform.machine(),
+        "machine": machine_name(),
         "date": time.strftime("%Y-%m-%d"),
     }
 
 
-def show(cells: dict[str, Any], lines: list[str], columns: list[str], n_documents: int, what: str) -> str:
-    """Lay out one figure of all cells; a cell that was not measured is empty."""
-    rows = [["", *columns]]
-    for label in lines:
-        found = [cells.get(f"{label} | {column} | {n_documents} documents") for column in columns]
-        rows.append([label, *(_text(cell, what) if cell else "" for cell in found)])
-    return table(rows)
+def _by_sensitivity(model: nn.Module, sparsity: float, batches: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Give each layer what it can bear, by SparseGPT of that layer alone."""
+    few = batches[:: max(len(batches) // N_SENSITIVITY, 1)][:N_SENSITIVITY]
+    return measure_sensitivity(model, few, method="sparsegpt", progress=True).allocate(sparsity)
 
 
-def _text(cell: dict[str, Any], what: str) -> str:
-    if what == "lee":
-        return "{:.3f} [{:.2f}, {:.2f}]".format(*cell["lee"])
-    return f"{cell['time_s']:.0f} s" if what == "time_s" else f"{cell[what]:.3f}"
+def _reset_peak() -> None:
+    """Let the peak of this process's memory start anew, where Linux can."""
+    if _CLEAR.exists():
+        _CLEAR.write_text("5")
+
+
+def _peak_gb() -> float:
+    if _CLEAR.exists():
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=SUBJECTS, default="minilm")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=list(COLUMNS), metavar="COLUMN")
+    parser.add_argument("--allocations", action="store_true", help="compare allocations instead")
+    parser.add_argument("--samples", type=int, help="to calibrate on; default: what the table is about")
+    parser.add_argument("--again", action="store_true", help="measure cells again that are there")
+    parser.add_argument("--report", action="store_true", help="measure nothing; write docs/oneshot.md")
+    parser.add_argument("--out", type=Path, default=OUT, help="default: docs/results/oneshot.json")
+    return parser
 
 
 if __name__ == "__main__":

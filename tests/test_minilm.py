@@ -1,5 +1,6 @@
 """The whole flow on a real pretrained model: MiniLM-L6, its published numbers, and what pruning does to them."""
 
+import json
 from pathlib import Path
 
 import assets
@@ -19,6 +20,7 @@ pytest.importorskip("transformers", reason="transformers is missing: pip install
 
 import minilm  # noqa: E402
 import oneshot  # noqa: E402
+from posttraining.page import page  # noqa: E402
 
 SENTENCES = ["The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium."]
 
@@ -102,12 +104,16 @@ def assert_exactly_sparse(model: nn.Module, sparsity: float) -> None:
         assert int((layer.weight == 0).sum()) == round(sparsity * layer.weight.numel()), name
 
 
-def test_sparsegpt_keeps_more_than_magnitude(dense: nn.Module) -> None:
+def test_sparsegpt_keeps_more_than_magnitude(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On six documents instead of 300; magnitude is at 0.671."""
-    reference = minilm.embed(minilm.lee_documents(), dense)
-    order = {"method": "sparsegpt", "sparsity": 0.5}
-    cell = oneshot.measure(order, minilm.calibration_batches(6), reference)
+    out = tmp_path / "cells.json"
+    oneshot.main(["--methods", "SparseGPT", "--columns", "50%", "--samples", "6", "--out", str(out)])
+    cells = json.loads(out.read_text())
+    assert cells["minilm | dense | 0%"]["cosine"] == pytest.approx(1)
+    cell = cells["minilm | SparseGPT | 50%"]
     assert cell["sparsity"] == pytest.approx(0.5, abs=1e-5)
     assert cell["cosine"] > 0.75
-    cells = {"SparseGPT | 50% | 6 documents": cell}
-    assert f"{cell['cosine']:.3f}" in oneshot.show(cells, ["SparseGPT"], ["50%"], 6, "cosine")
+    assert f"| SparseGPT | {cell['cosine']:.3f} |" in page(cells)
+    capsys.readouterr()
+    oneshot.main(["--methods", "SparseGPT", "--columns", "50%", "--samples", "6", "--out", str(out)])
+    assert "minilm |" not in capsys.readouterr().out  # it was there

@@ -1,0 +1,96 @@
+"""docs/oneshot.md, from the cells that were measured."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+from posttraining.rows import ALLOCATED_COLUMN, ALLOCATED_METHODS, ALLOCATIONS, COLUMNS, METHODS, allocated
+from posttraining.subjects import SUBJECTS
+from sparsify.timing import QUIET_CORES
+
+Cells = dict[str, Any]
+
+_INTRO = f"""# One-shot results
+
+Written by `scripts/oneshot.py --report` from docs/results/oneshot.json; nothing here is typed in by hand. All layers
+get the same sparsity; no labels and no training, but for the last line of a table. Times are those of pruning (and of
+recovering) on 2 threads while other processes kept at most {QUIET_CORES} cores busy; a cell measured beside others has
+none. Peak memory is that of the whole process.
+"""
+
+
+def key(subject: str, line: str, column: str) -> str:
+    """Name a cell."""
+    return f"{subject} | {line} | {column}"
+
+
+def page(cells: Cells) -> str:
+    """Lay out all that was measured."""
+    text = [_INTRO]
+    for name, subject in SUBJECTS.items():
+        mine = {k: cell for k, cell in cells.items() if k.startswith(f"{name} | ")}
+        if not mine:
+            continue
+        text += [f"## {subject.title}", f"    scripts/oneshot.py --model {name}\n", _dense(cells, name), ""]
+        for figure, meaning in subject.figures.items():
+            text += [f"{meaning}.\n", *table(mine, name, METHODS, partial(show, figure=figure)), ""]
+        text += ["Seconds.\n", *table(mine, name, METHODS, _time), ""]
+        text += ["Peak memory, GB.\n", *table(mine, name, METHODS, partial(show, figure="peak_gb")), ""]
+        text += _allocations(mine, name)
+    machines = sorted({f"{cell['machine']}, torch {cell['torch']}" for cell in cells.values()})
+    return "\n".join([*text, "Machine: " + "; ".join(machines) + ".", ""])
+
+
+def table(
+    cells: Cells,
+    subject: str,
+    lines: Iterable[str],
+    text: Callable[[Any], str],
+    columns: Iterable[str] = COLUMNS,
+) -> list[str]:
+    """Lay out one figure of the cells that there are; a line or column without any is left out."""
+    columns = [column for column in columns if any(k.endswith(f" | {column}") for k in cells)]
+    rows = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+    for line in lines:
+        found = [cells.get(key(subject, line, column)) for column in columns]
+        if any(found):
+            rows.append(f"| {line} | " + " | ".join(text(cell) if cell else "" for cell in found) + " |")
+    return rows
+
+
+def show(cell: dict[str, Any], figure: str) -> str:
+    """Write one figure of a cell."""
+    value = cell.get(figure)
+    if value is None:
+        return ""
+    if isinstance(value, list):
+        return "{:.3f} [{:.2f}, {:.2f}]".format(*value)
+    return f"{value:.3f}" if value < 10 else f"{value:.1f}"
+
+
+def _time(cell: dict[str, Any]) -> str:
+    quiet = cell["others_cores"] <= QUIET_CORES and cell["threads"] == 2
+    return f"{cell['time_s']:.0f}" if quiet else ""
+
+
+def _dense(cells: Cells, subject: str) -> str:
+    cell = cells.get(key(subject, "dense", "0%"))
+    if cell is None:
+        return ""
+    return "Dense: " + ", ".join(f"{figure} {show(cell, figure)}" for figure in SUBJECTS[subject].figures) + "."
+
+
+def _allocations(cells: Cells, subject: str) -> list[str]:
+    lines = [allocated(method, name) for method in ALLOCATED_METHODS for name in ALLOCATIONS]
+    if not any(key(subject, line, ALLOCATED_COLUMN) in cells for line in lines if line not in METHODS):
+        return []
+    figure = next(iter(SUBJECTS[subject].figures))
+    head = (
+        f"Allocations at a mean of {ALLOCATED_COLUMN} over all layers (`scripts/oneshot.py --allocations`): {figure}.\n"
+    )
+    rows = [head, "| | " + " | ".join(ALLOCATIONS) + " |", "|---|" + "---:|" * len(ALLOCATIONS)]
+    for method in ALLOCATED_METHODS:
+        found = [cells.get(key(subject, allocated(method, name), ALLOCATED_COLUMN)) for name in ALLOCATIONS]
+        if any(found):
+            rows.append(f"| {method} | " + " | ".join(show(cell, figure) if cell else "" for cell in found) + " |")
+    return [*rows, ""]

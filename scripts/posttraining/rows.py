@@ -1,0 +1,43 @@
+"""The rows and columns of the tables: what to ask `sparsify.prune` for."""
+
+from typing import Any
+
+#: Line -> how to prune. `recover_s`: then so many seconds of `sparsify.recover`.
+METHODS: dict[str, dict[str, Any]] = {
+    "magnitude": {"method": "magnitude"},
+    "magnitude + refit": {"method": "magnitude", "refit": True},
+    "Wanda": {"method": "wanda"},
+    "SparseGPT": {"method": "sparsegpt"},
+    "SparseGPT + refit": {"method": "sparsegpt", "refit": True},
+    "ALPS": {"method": "alps"},
+    "ALPS, correcting": {"method": "alps", "correct": True},
+    "ALPS, correcting, then recover for 4 min": {"method": "alps", "correct": True, "recover_s": 240.0},
+}
+#: Column -> how much.
+COLUMNS: dict[str, dict[str, Any]] = {
+    **{f"{n}%": {"sparsity": n / 100} for n in (50, 60, 70, 80, 90)},
+    "2:4": {"pattern": "2:4"},
+    "1x4, 50%": {"pattern": "1x4", "sparsity": 0.5},
+}
+#: How the layers share one sparsity; "sensitivity" is what `sparsify sensitivity` measures.
+ALLOCATIONS = ("uniform", "erk", "owl", "error", "sensitivity")
+ALLOCATED_METHODS = ("SparseGPT", "ALPS", "ALPS, correcting")
+ALLOCATED_COLUMN = "70%"
+
+
+def allocated(method: str, allocation: str) -> str:
+    """Name the line of a method that does not give all layers the same sparsity.
+
+    >>> allocated("ALPS", "owl")
+    'ALPS, owl'
+    """
+    return method if allocation == "uniform" else f"{method}, {allocation}"
+
+
+#: Every line, those with an allocation too.
+LINES: dict[str, dict[str, Any]] = METHODS | {
+    allocated(method, name): {**METHODS[method], "allocation": name}
+    for method in ALLOCATED_METHODS
+    for name in ALLOCATIONS
+    if name != "uniform"
+}

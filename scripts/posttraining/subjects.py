@@ -1,0 +1,81 @@
+"""The pretrained models that are pruned: how to get one, what to calibrate on, and how good a pruned one is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import minilm
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and its quality. `batches` takes a number of samples, `n_samples` if not said otherwise."""
+
+    title: str
+    layers: list[str]
+    n_samples: int
+    load: Callable[[], nn.Module]
+    batches: Callable[[int], list[dict[str, Tensor]]]
+    #: Takes the dense model, returns a function that tells a pruned one's quality.
+    judge: Callable[[nn.Module], Callable[[nn.Module], dict[str, Any]]]
+    #: Figure -> what it is.
+    figures: dict[str, str]
+
+
+def _minilm_judge(dense: nn.Module) -> Callable[[nn.Module], dict[str, Any]]:
+    documents, ratings = minilm.lee_documents(), minilm.lee_ratings()
+    reference = minilm.embed(documents, dense)
+
+    def judge(model: nn.Module) -> dict[str, Any]:
+        found = minilm.embed(documents, model)
+        return {
+            "cosine": minilm.mean_cosine(found, reference),
+            "lee": [minilm.lee_correlation(found, ratings), *minilm.lee_interval(found, ratings)],
+        }
+
+    return judge
+
+
+def _smollm_load() -> nn.Module:
+    import smollm  # needs gguf, which MiniLM does not
+
+    return smollm.load_dense()
+
+
+def _smollm_batches(n: int) -> list[dict[str, Tensor]]:
+    import smollm
+
+    return smollm.calibration(n)
+
+
+def _smollm_judge(dense: nn.Module) -> Callable[[nn.Module], dict[str, Any]]:
+    import smollm
+
+    return lambda model: {"perplexity": smollm.perplexity(model)}
+
+
+SUBJECTS = {
+    "minilm": Subject(
+        "MiniLM-L6: the 36 Linears of the encoder, calibrated on 300 background documents of the Lee collection, of "
+        "256 tokens at most, without padding",
+        minilm.ENCODER_LAYERS,
+        minilm.N_BACKGROUND,
+        minilm.load_dense,
+        minilm.calibration_batches,
+        _minilm_judge,
+        {
+            "cosine": "Mean cosine of pruned and dense embeddings of the 50 Lee documents, none of them among the 300",
+            "lee": "Pearson's r of similarities with human ratings of the 50 documents [95% bootstrap interval]",
+        },
+    ),
+    "smollm2": Subject(
+        "SmolLM2-135M: the 210 Linears of the blocks, calibrated on 64 x 384 tokens of the Brown corpus",
+        ["model.layers.*"],
+        64,
+        _smollm_load,
+        _smollm_batches,
+        _smollm_judge,
+        {"perplexity": "Perplexity on two other files of the Brown corpus (ca01, cg10)"},
+    ),
+}
