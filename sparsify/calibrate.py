@@ -24,7 +24,7 @@ from sparsify.gram import Gram
 from sparsify.layers import Masked
 from sparsify.outline import Form, Outline, Recorder, block_of, first_tensor, take_apart
 from sparsify.ranks import add_up, own_share
-from sparsify.shelf import Shelf
+from sparsify.shelf import Budget, Shelf
 
 T = TypeVar("T")
 
@@ -72,14 +72,15 @@ def walk(
         whole = _Whole(model, see_outline(model, layers, batches))
         batches = own_share(batches)
         outline, walked = whole.outline, set[tuple[str, ...]]()
+        budget = None if cache_bytes is None else Budget(cache_bytes)
         for group in outline.groups:
             chain = outline.chain_of(group[0])
             if chain is None:
                 yield Stop(group, _gram(model, group, outline, batches, whole.run), None)
             elif chain not in walked:
                 walked.add(chain)
-                hidden = shelves.enter_context(Shelf(len(batches), cache_bytes))
-                before = shelves.enter_context(Shelf(len(batches), cache_bytes)) if dense else None
+                hidden = shelves.enter_context(Shelf(len(batches), budget))
+                before = shelves.enter_context(Shelf(len(batches), budget)) if dense else None
                 yield from _walk_chain(whole, chain, batches, hidden, before)
 
 
@@ -204,7 +205,7 @@ def _walk_chain(
         groups = [group for group in outline.groups if block_of(group[0], [name]) is not None]
         inputs: dict[str, Shelf] = {}
         if dense is not None:  # while the block's own layers are still what they were
-            inputs = {group[0]: Shelf(len(batches), dense.budget_bytes) for group in groups if group[0] in outline.once}
+            inputs = {group[0]: Shelf(len(batches), dense.budget) for group in groups if group[0] in outline.once}
             for number, batch in enumerate(batches):
                 dense[number] = _run_noting(
                     model, block, forms[number][name].fill(dense[number]), number, batch, inputs

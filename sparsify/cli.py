@@ -26,6 +26,7 @@ from sparsify.bench import bench
 from sparsify.commands import (
     Compressed,
     Qualities,
+    cache_of,
     compress_layer_by_layer,
     evaluation,
     measure,
@@ -83,8 +84,10 @@ def compress(arguments: argparse.Namespace) -> None:
     if out.is_dir():
         raise IsADirectoryError(f"--out {out}: it is a folder; name a file in it")
     by_layer = arguments.stream or arguments.resume
-    if arguments.cache is not None and not by_layer:
-        raise ValueError("--cache has no effect without --stream or --resume")
+    if arguments.cache is not None and arguments.data is None:
+        raise ValueError("--cache has no effect without --data")
+    if arguments.cache is not None and not arguments.cache >= 0:
+        raise ValueError(f"--cache is a number of GB, got {arguments.cache}")
     data = _data_of(arguments)
     if data is None and by_layer:
         raise ValueError("--stream and --resume are for pruning on calibration data; give --data")
@@ -116,7 +119,8 @@ def _compress_in_memory(arguments: argparse.Namespace, recipe: Recipe, data: Any
         if not is_first():  # which alone recovers
             recipe = recipe.model_copy(update={"recover": None})
         with _naming(arguments.recipe):
-            sparsify.apply(model, recipe, data=data, progress=not quiet)
+            cache_bytes = None if data is None else cache_of(arguments)
+            sparsify.apply(model, recipe, data=data, cache_bytes=cache_bytes, progress=not quiet)
         if not is_first():
             return None
         _advance(bar, "export")

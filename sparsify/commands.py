@@ -62,8 +62,7 @@ def compress_layer_by_layer(
         "data": fingerprint(data),
     }
     journal = Journal(folder, about)
-    cache_bytes = CACHE_BYTES if arguments.cache is None else int(arguments.cache * 1e9)
-    options: dict[str, Any] = {"cache_bytes": cache_bytes, "progress": not arguments.json and is_first()}
+    options: dict[str, Any] = {"cache_bytes": cache_of(arguments), "progress": not arguments.json and is_first()}
     evaluate = evaluation(arguments.eval) if arguments.eval and is_first() else None
     quality: dict[str, Qualities] = {}
     weights = None if source is None else Weights(source)
@@ -90,6 +89,11 @@ def compress_layer_by_layer(
         quality["sparse"] = _evaluate(evaluate, model, weights, journal)
     journal.delete()
     return found, quality
+
+
+def cache_of(arguments: argparse.Namespace) -> int:
+    """Return how much of the data on its way through the model stays in memory."""
+    return CACHE_BYTES if arguments.cache is None else int(arguments.cache * 1e9)
 
 
 def _evaluate(

@@ -65,7 +65,12 @@ def make_tasks(shapes: Mapping[str, tuple[int, int]], order: Order) -> dict[str,
 
 
 def follow(
-    model: nn.Module, orders: Sequence[tuple[Order, Sequence[str]]], data: Iterable[Any], *, progress: bool = False
+    model: nn.Module,
+    orders: Sequence[tuple[Order, Sequence[str]]],
+    data: Iterable[Any],
+    *,
+    cache_bytes: int | None = None,
+    progress: bool = False,
 ) -> None:
     """Follow orders, each for the layers named beside it, in one walk through the model; see `prune_on_data`."""
     layers = sparse_layers(model)
@@ -74,8 +79,8 @@ def follow(
     batches = read_batches(model, data)
     tasks: dict[str, Task] = {}
     for (order, mine), n_removed in zip(chosen, shares, strict=True):
-        tasks |= _tasks(order, _measure(model, mine, order, batches) if n_removed is None else n_removed)
-    prune_on_data(model, tasks, batches, progress=progress)
+        tasks |= _tasks(order, _measure(model, mine, order, batches, cache_bytes) if n_removed is None else n_removed)
+    prune_on_data(model, tasks, batches, cache_bytes=cache_bytes, progress=progress)
 
 
 class Keeper(Protocol):
@@ -153,11 +158,13 @@ def _n_removed(order: Order, layers: Mapping[str, Masked]) -> dict[str, int] | N
     return n_removed_units(shapes, order.sparsity, parse_pattern(order.pattern), order.allocation, order.max_sparsity)
 
 
-def _measure(model: nn.Module, layers: Mapping[str, Masked], order: Order, batches: list[Batch]) -> dict[str, int]:
+def _measure(
+    model: nn.Module, layers: Mapping[str, Masked], order: Order, batches: list[Batch], cache_bytes: int | None
+) -> dict[str, int]:
     """Look at the data to say what each layer loses."""
     assert isinstance(order.allocation, str)
     pattern, target = parse_pattern(order.pattern), check_target(order.sparsity)
     sample = Task(order.method, pattern, 0, order.refit, order.correct, order.seed)
-    allocate = SHARES[order.allocation](model, layers, target, sample, batches)
+    allocate = SHARES[order.allocation](model, layers, target, sample, batches, cache_bytes)
     n_units = {name: pattern.n_units(layer.shape) for name, layer in layers.items()}
     return capped(allocate, n_units, target, order.max_sparsity)

@@ -27,6 +27,7 @@ def prune(
     refit: bool = False,
     correct: bool = False,
     data: Iterable[Any] | None = None,
+    cache_bytes: int | None = None,
     progress: bool = False,
 ) -> Model:
     """Mask the layers of a converted model to an absolute sparsity, in place, and return the model.
@@ -43,7 +44,8 @@ def prune(
     of keyword arguments (`sparsify.calibrate.read_batches`); read once. The layers are then pruned in the order in
     which they run, each on what those before it have become, and the report tells how far their outputs moved.
     refit: change the kept weights to the ones that reproduce the layer's outputs best. correct: let them aim
-    at the outputs of the dense model, to make up for what the layers before have lost. progress: show a bar.
+    at the outputs of the dense model, to make up for what the layers before have lost. cache_bytes: how much of the
+    data on its way through the model stays in memory; the rest goes to temporary files. progress: show a bar.
 
     An optimizer that holds momentum of what is masked here may move it in memory, though never in an output; use a
     Pruner while training. Raises ValueError, naming the layer, before any mask is changed.
@@ -57,11 +59,12 @@ def prune(
     layers = sparse_layers(model, include, exclude)
     if data is not None:
         order = Order(sparsity, method, pattern, allocation, max_sparsity, refit, correct, seed)
-        follow(model, [(order, list(layers))], data, progress=progress)
+        follow(model, [(order, list(layers))], data, cache_bytes=cache_bytes, progress=progress)
         return model
-    for option, is_set in (("refit", refit), ("correct", correct), ("progress", progress)):
-        if is_set:
-            raise ValueError(f"{option}=True has no effect without data; give data=...")
+    options = {"refit": refit, "correct": correct, "cache_bytes": cache_bytes, "progress": progress}
+    for option, value in options.items():
+        if value not in (None, False):
+            raise ValueError(f"{option}={value} has no effect without data; give data=...")
     masks = make_masks(
         {name: layer.weight_matrix for name, layer in layers.items()},
         sparsity,

@@ -275,12 +275,20 @@ def assign_layers(recipe: Recipe, model: nn.Module) -> list[dict[str, Tensor]]:
     return groups
 
 
-def apply(model: Model, recipe: Recipe, *, data: Iterable[Any] | None = None, progress: bool = False) -> Model:
+def apply(
+    model: Model,
+    recipe: Recipe,
+    *,
+    data: Iterable[Any] | None = None,
+    cache_bytes: int | None = None,
+    progress: bool = False,
+) -> Model:
     """Prune a converted model as the recipe says, now, in place, and return the model.
 
     data: calibration batches, as for `prune`; all groups are then pruned in one walk through the model. With a
-    `recover` stage, the model as it comes, copied, is the teacher. progress: show a bar. Raises ValueError if a
-    schedule needs training (use a Pruner in the training loop), or a group data, before any mask is changed.
+    `recover` stage, the model as it comes, copied, is the teacher. cache_bytes, progress: as for `prune`. Raises
+    ValueError if a schedule needs training (use a Pruner in the training loop), or a group data, before any mask is
+    changed.
     """
     for number, group in enumerate(recipe.groups):
         if group.trains:
@@ -296,11 +304,14 @@ def apply(model: Model, recipe: Recipe, *, data: Iterable[Any] | None = None, pr
         if data is None:
             raise ValueError("recover needs calibration data: sparsify.apply(..., data=...)")
         data, teacher = list(data), copy.deepcopy(model)
-        apply(model, recipe.model_copy(update={"recover": None}), data=data, progress=progress)
+        plain = recipe.model_copy(update={"recover": None})
+        apply(model, plain, data=data, cache_bytes=cache_bytes, progress=progress)
         return recover(model, teacher, data, **recipe.recover.model_dump(), progress=progress)
     if data is not None:
-        follow(model, _orders(recipe, model), data, progress=progress)
+        follow(model, _orders(recipe, model), data, cache_bytes=cache_bytes, progress=progress)
         return model
+    if cache_bytes is not None:
+        raise ValueError(f"cache_bytes={cache_bytes} has no effect without data; give data=...")
     masks: dict[str, Tensor] = {}
     for group, weights in zip(recipe.groups, assign_layers(recipe, model), strict=True):
         masks |= group_masks(model, group, list(weights))

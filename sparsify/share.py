@@ -26,7 +26,12 @@ _STEPS = (-0.2, -0.1, 0.0, 0.1, 0.2)  # sparsities around the target at which a 
 
 
 def by_score(
-    model: nn.Module, layers: Mapping[str, Masked], sparsity: float, task: Task, batches: list[Batch]
+    model: nn.Module,
+    layers: Mapping[str, Masked],
+    sparsity: float,
+    task: Task,
+    batches: list[Batch],
+    cache_bytes: int | None = None,
 ) -> Allocate:
     """Rank the scores of all layers together. Raises ValueError for a solver, which has none that compare."""
     if task.method in SOLVERS:
@@ -39,13 +44,18 @@ def by_score(
     def look(name: str, weight: Tensor, mask: Tensor, gram: Tensor, block: str | None) -> None:
         scores[name] = score(name, weight, task.method, task.seed, gram).float()
 
-    _look_at(model, layers, batches, look)
+    _look_at(model, layers, batches, cache_bytes, look)
     masks = {name: layer.matrix(layer.mask) for name, layer in layers.items()}
     return functools.partial(removed_together, scores, masks, task.pattern)
 
 
 def by_outliers(
-    model: nn.Module, layers: Mapping[str, Masked], sparsity: float, task: Task, batches: list[Batch]
+    model: nn.Module,
+    layers: Mapping[str, Masked],
+    sparsity: float,
+    task: Task,
+    batches: list[Batch],
+    cache_bytes: int | None = None,
 ) -> Allocate:
     """Let layers of blocks with more outliers among their Wanda scores keep more; see `owl`.
 
@@ -59,13 +69,18 @@ def by_outliers(
         place[name] = name if block is None else block
         counts.setdefault(place[name], []).append((int((scores > _OUTLIER * scores.mean()).sum()), scores.numel()))
 
-    _look_at(model, layers, batches, look)
+    _look_at(model, layers, batches, cache_bytes, look)
     share = {where: sum(n for n, _ in found) / sum(n for _, n in found) for where, found in counts.items()}
     return lambda n_units, sparsity: owl(n_units, {name: share[place[name]] for name in n_units}, sparsity)
 
 
 def by_error(
-    model: nn.Module, layers: Mapping[str, Masked], sparsity: float, task: Task, batches: list[Batch]
+    model: nn.Module,
+    layers: Mapping[str, Masked],
+    sparsity: float,
+    task: Task,
+    batches: list[Batch],
+    cache_bytes: int | None = None,
 ) -> Allocate:
     """Measure each layer's squared relative output error at several sparsities, and remove where it costs least."""
     curves: dict[str, list[tuple[int, float]]] = {}
@@ -79,7 +94,7 @@ def by_error(
             points.append((n, output_error(weight, new, gram) ** 2))
         curves[name] = [*points, (n_units, 1.0)]
 
-    _look_at(model, layers, batches, look)
+    _look_at(model, layers, batches, cache_bytes, look)
 
     def allocate(n_units: Mapping[str, int], sparsity: float) -> dict[str, int]:
         return least_error({name: curves[name] for name in n_units}, n_removed(sparsity, sum(n_units.values())))
@@ -95,10 +110,11 @@ def _look_at(
     model: nn.Module,
     layers: Mapping[str, Masked],
     batches: list[Batch],
+    cache_bytes: int | None,
     look: Callable[[str, Tensor, Tensor, Tensor, str | None], None],
 ) -> None:
     """Show each layer's weight, mask, inputs and block, with all layers as they are now."""
-    for stop in walk(model, list(layers), batches):
+    for stop in walk(model, list(layers), batches, cache_bytes=cache_bytes):
         gram = stop.gram.matrix
         for name in stop.names:
             layer = layers[name]

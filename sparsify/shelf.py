@@ -12,25 +12,31 @@ import torch
 from torch import Tensor
 
 
+class Budget:
+    """How many bytes of memory are left to the shelves that share it."""
+
+    def __init__(self, n_bytes: int) -> None:
+        if n_bytes < 0:
+            raise ValueError(f"a budget is a number of bytes, got {n_bytes}")
+        self.left = n_bytes
+
+
 class Shelf:
-    """A list of `n` tensors that keeps at most `budget_bytes` of them in memory, and the others in a temporary folder.
+    """A list of `n` tensors that keeps in memory what its budget has room for, and the others in a temporary folder.
 
     None as budget keeps all of them. The files are gone when the shelf is closed or collected. Reading gives a tensor
     back bit for bit, on its device; what is done to a tensor that was read changes nothing here.
 
-    >>> with Shelf(2, budget_bytes=8) as shelf:
+    >>> with Shelf(2, Budget(8)) as shelf:
     ...     shelf[0], shelf[1] = torch.ones(2), torch.zeros(2)
     ...     print(shelf.n_on_disk, shelf[1].tolist())
     1 [0.0, 0.0]
     """
 
-    def __init__(self, n: int, budget_bytes: int | None = None, folder: str | os.PathLike[str] | None = None) -> None:
-        if budget_bytes is not None and budget_bytes < 0:
-            raise ValueError(f"a budget is a number of bytes, got {budget_bytes}")
-        self.budget_bytes = budget_bytes
+    def __init__(self, n: int, budget: Budget | None = None, folder: str | os.PathLike[str] | None = None) -> None:
+        self.budget = budget
         self._places: list[Tensor | _File | None] = [None] * n
-        self._folder = None if budget_bytes is None else tempfile.TemporaryDirectory(prefix="sparsify-", dir=folder)
-        self._n_bytes = 0
+        self._folder = None if budget is None else tempfile.TemporaryDirectory(prefix="sparsify-", dir=folder)
 
     @property
     def n_on_disk(self) -> int:
@@ -47,20 +53,26 @@ class Shelf:
         return place.read() if isinstance(place, _File) else place
 
     def __setitem__(self, index: int, tensor: Tensor) -> None:
-        old = self._places[index]
-        if isinstance(old, Tensor):
-            self._n_bytes -= old.nbytes
-        if self._folder is None or self.budget_bytes is None or self._n_bytes + tensor.nbytes <= self.budget_bytes:
+        self._forget(index)
+        if self._folder is None or self.budget is None:
             self._places[index] = tensor
-            self._n_bytes += tensor.nbytes
+        elif tensor.nbytes <= self.budget.left:
+            self._places[index] = tensor
+            self.budget.left -= tensor.nbytes
         else:
             self._places[index] = _File(Path(self._folder.name) / str(index), tensor)
 
     def close(self) -> None:
-        """Delete the files."""
-        self._places = [None] * len(self._places)
+        """Delete the files, and give the memory back."""
+        for index in range(len(self._places)):
+            self._forget(index)
         if self._folder is not None:
             self._folder.cleanup()
+
+    def _forget(self, index: int) -> None:
+        old, self._places[index] = self._places[index], None
+        if isinstance(old, Tensor) and self.budget is not None:
+            self.budget.left += old.nbytes
 
     def __enter__(self) -> Shelf:
         return self

@@ -153,7 +153,7 @@ def test_interrupted_and_resumed(
 
 def test_what_does_not_go_together_is_said(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for options, message in (
-        (["--cache", "1"], "--cache has no effect without"),
+        (["--cache", "-1"], "--cache is a number of GB, got -1"),
         (["--stream"], "give the weights of"),
         (["--stream", "--recover", "1"], "cannot --stream"),
         (["--format", "csr", "--tokens", "5"], "tokens=5 has no effect with format 'csr'"),

@@ -1,5 +1,9 @@
 """Pruning on calibration data: exact, all or nothing, in any precision, and each method what its paper says."""
 
+import tempfile
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from cases import DTYPES, weight
@@ -12,6 +16,7 @@ from sparsify.gram import Gram
 from sparsify.methods import CALIBRATED, METHODS, SOLVERS
 from sparsify.methods.wanda import wanda
 from sparsify.plan import plan
+from sparsify.shelf import _File
 from sparsify.solve import aim
 
 NEED_DATA = (*CALIBRATED, *SOLVERS)
@@ -142,6 +147,41 @@ def test_the_report_tells_errors_and_times() -> None:
 def test_without_data(method: str) -> None:
     with pytest.raises(ValueError, match=f"method '{method}' needs calibration data"):
         prune(model(), 0.5, method=method)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "sparsegpt", "correct": True},
+        {"method": "wanda", "allocation": "owl"},
+        {"method": "sparsegpt", "allocation": "error"},
+    ],
+)
+def test_what_lies_on_disk_meanwhile_changes_nothing(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    files: list[Path] = []
+    init = _File.__init__
+    monkeypatch.setattr(_File, "__init__", lambda self, path, tensor: (files.append(path), init(self, path, tensor))[1])
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    batches = [X[:20], X[20:50], X[50:]]
+    expected = prune(model(), 0.5, data=batches, **options)
+    assert not files
+    for call in (
+        lambda: prune(model(), 0.5, data=batches, cache_bytes=2000, **options),
+        lambda: apply(model(), Recipe(groups=[{"sparsity": 0.5, **options}]), data=batches, cache_bytes=0),
+    ):
+        found = call()
+        assert files
+        assert not list(tmp_path.iterdir())
+        files.clear()
+        assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in found.state_dict().items())
+    for call in (
+        lambda: prune(model(), 0.5, cache_bytes=9),
+        lambda: apply(model(), Recipe(groups=[{"sparsity": 0.5}]), cache_bytes=9),
+    ):
+        with pytest.raises(ValueError, match="cache_bytes=9 has no effect without data"):
+            call()
 
 
 def test_an_error_in_the_middle_leaves_the_model_as_it_was() -> None:
