@@ -13,6 +13,7 @@ from sparsify.methods import BY_ROW, SOLVERS, Method, check_weight, refit, score
 from sparsify.patterns import Pattern, choose_mask
 
 DAMPING = 0.01
+_BLOCK = 256  # columns of one product, so that half of a symmetric matrix is left out
 
 
 @dataclass(frozen=True)
@@ -74,4 +75,10 @@ def output_error(weight: Tensor, new: Tensor, gram: Tensor) -> float:
 
 
 def _energy(weight: Tensor, gram: Tensor) -> float:
-    return float((weight.detach() @ gram * weight.detach()).sum())
+    """Return the sum of w G w over the rows w; of the symmetric G, what lies above the diagonal counts twice."""
+    weight, total = weight.detach(), torch.zeros((), dtype=gram.dtype, device=gram.device)
+    for start in range(0, len(gram), _BLOCK):
+        part, rest = weight[:, start : start + _BLOCK], weight[:, start:]
+        products = part @ gram[start : start + _BLOCK, start:]
+        total += 2 * (products * rest).sum() - (products[:, : part.shape[1]] * part).sum()
+    return float(total)

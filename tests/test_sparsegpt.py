@@ -8,7 +8,7 @@ from cases import weight
 from torch import Tensor
 
 from sparsify.gram import damped
-from sparsify.methods.sparsegpt import DAMPING, sparsegpt
+from sparsify.methods.sparsegpt import DAMPING, _inverse_factor, sparsegpt
 from sparsify.patterns import parse_pattern
 from sparsify.solve import output_error
 
@@ -86,3 +86,18 @@ def test_a_singular_gram_matrix_is_damped(gram: Tensor) -> None:
     new, mask = sparsegpt(w, torch.ones_like(w, dtype=torch.bool), 16, parse_pattern("unstructured"), gram=gram)
     assert torch.isfinite(new).all()
     assert int(mask.sum()) == 16
+
+
+@pytest.mark.parametrize("n", [1, 7, 300, 523])
+def test_the_factor_is_that_of_the_inverse(n: int) -> None:
+    matrix = damped(gram_of(n, n_rows=2 * n), DAMPING)
+    upper = _inverse_factor(matrix)
+    assert torch.equal(upper, upper.triu())
+    torch.testing.assert_close(upper @ matrix @ upper.T, torch.eye(n, dtype=torch.float64), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (3, 256), (4, 601)])
+def test_the_output_error_is_that_of_the_outputs(shape: tuple[int, int]) -> None:
+    x, w, new = weight((50, shape[1]), torch.float64), weight(shape, torch.float64, 1), weight(shape, torch.float64, 2)
+    expected = ((w - new) @ x.T).norm() / (w @ x.T).norm()
+    assert output_error(w, new, x.T @ x) == pytest.approx(float(expected), rel=1e-9)
