@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 import sparsify
-from sparsify import choose
+from sparsify import choose, gpu_timing
 from sparsify.choose import MARGIN, Choice, Chooser
 from sparsify.kernels import native
+from sparsify.timing import measure
 
 
 def pruned(sparsity=0.9, sizes=(256, 256), dtype=torch.float32):
@@ -119,6 +120,32 @@ def test_prefer_memory_takes_the_smallest_that_was_measured():
     forms = [sparsify.report(sparsify.export(model, format=form)) for form in native.FORMS]
     for i, row in enumerate(rows):
         assert row.n_bytes == min(other[i].n_bytes for other in forms) < row.dense_bytes
+
+
+class OnGPU(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.skipif(not native.available(), reason="no native kernels")
+def test_on_a_gpu_copies_of_a_layer_take_turns(monkeypatch):
+    """So that none finds its weight in the cache; here with a stand-in for the device."""
+    seen = {}
+
+    def replays(calls, device, *, rounds, sample_s):
+        seen.update({form: len(group) for form, group in calls.items()})
+        weights = {call.__closure__[0].cell_contents._buffers["values"].data_ptr() for call in calls["panel"]}
+        assert len(weights) == 3
+        return measure(calls, rounds=1, sample_s=1e-4)
+
+    monkeypatch.setattr(gpu_timing, "n_copies", lambda n_bytes, device: 3)
+    monkeypatch.setattr(gpu_timing, "measure_replays", replays)
+    candidates = choose._candidates(pruned()[0], ("panel",))
+    with torch.inference_mode():
+        times = Chooser(4)._measure(candidates, torch.randn(4, 256).as_subclass(OnGPU))
+    assert seen == {"dense": 3, "panel": 3}
+    assert set(times) == set(seen)
 
 
 def test_export_for_a_device_moves_a_copy():
