@@ -20,9 +20,10 @@ _DIVISIBLE = [["tt.divisibility", 16]]
 
 
 class Compiled(NamedTuple):
-    """The PTX, the registers of a thread, and its bytes on the stack: registers that were spilled."""
+    """The PTX, a program's shared memory, a thread's registers, and its bytes on the stack: spilled registers."""
 
     ptx: str
+    shared_bytes: int
     n_registers: int
     stack_bytes: int
 
@@ -48,7 +49,7 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
     options = {name: value for name, value in launch.options.items() if name in _OPTIONS}
     source = ASTSource(launch.kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    return Compiled(compiled.asm["ptx"], *_resources(compiled.asm["cubin"]))
+    return Compiled(compiled.asm["ptx"], compiled.metadata.shared, *_resources(compiled.asm["cubin"]))
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
