@@ -296,7 +296,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--data", metavar="DATA", help="calibration data: texts, pictures, or package.module:function")
     sub.add_argument("--samples", type=int, metavar="N", help=f"texts or pictures to calibrate on (default: {SAMPLES})")
     sub.add_argument("--sample-tokens", type=int, metavar="N", help=f"tokens of each text (default: {TOKENS})")
-    sub.add_argument("--recover", type=float, metavar="SECONDS", help="then tune what is kept towards the dense model")
+    sub.add_argument(
+        "--recover", type=_budget, metavar="BUDGET", help='then tune what is kept for so many seconds, or "200steps"'
+    )
     sub.add_argument("--stream", action="store_true", help="read weights from disk block by block (.safetensors)")
     sub.add_argument("--resume", action="store_true", help="keep what is finished in OUT.partial, and go on from there")
     sub.add_argument("--cache", type=float, metavar="GB", help="activations in memory, the rest on disk (default: 1)")
@@ -392,7 +394,7 @@ def _recipe_of(arguments: argparse.Namespace) -> Recipe:
     if not given:
         raise ValueError("say what to do with --recipe FILE or --sparsity FRACTION")
     try:
-        stage = {} if arguments.recover is None else {"recover": {"seconds": arguments.recover}}
+        stage = {} if arguments.recover is None else {"recover": arguments.recover}
         return Recipe.model_validate({"groups": [given], **stage})
     except ValidationError as error:
         first = error.errors()[0]
@@ -434,6 +436,18 @@ def _fractions(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of fractions; write 0.5,0.7,0.9") from None
+
+
+def _budget(text: str) -> dict[str, float]:
+    """Read the budget of a recovery: 240 is seconds, 200steps a number of batches."""
+    n_steps = text.removesuffix("steps").strip()
+    try:
+        budget: dict[str, float] = {"seconds": float(text)} if n_steps == text.strip() else {"steps": int(n_steps)}
+    except ValueError:
+        budget = {}
+    if not any(amount > 0 for amount in budget.values()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no budget; write 240 (seconds) or 200steps")
+    return budget
 
 
 def _given_inputs(arguments: argparse.Namespace) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ def load_data(source: str, model: str, *, samples: int = SAMPLES, tokens: int = 
     source is "package.module:function", a function that returns an iterable of batches; or a file or folder of texts,
     for "hf:FOLDER" models, whose tokenizer.json cuts them into `samples` pieces of `tokens` tokens, without padding; or
     a folder of pictures, of which `samples`, evenly spread over the sorted files, are scaled to 256, cropped to 224 and
-    normalised as ImageNet's are. Raises ValueError with the way out.
+    normalised as ImageNet's are. Warns if there are fewer than `samples`, and raises ValueError with the way out.
     """
     if samples < 1 or tokens < 1:
         raise ValueError(f"--samples and --sample-tokens must be positive, got {samples} and {tokens}")
@@ -35,14 +36,14 @@ def load_data(source: str, model: str, *, samples: int = SAMPLES, tokens: int = 
     texts = [file for file in files if file.suffix.lower() in TEXTS]
     images = [file for file in files if file.suffix.lower() in IMAGES]
     if images and not texts:
-        return _picture_batches(_spread(images, samples))
+        return _picture_batches(_spread(images, samples, source))
     if texts and not images:
-        return _text_batches(texts, model, samples, tokens)
+        return _text_batches(texts, source, model, samples, tokens)
     found = "both texts and pictures" if texts else "no text or picture"
     raise ValueError(f"--data {source}: {found}; give a file or folder of {', '.join(TEXTS)} or of {', '.join(IMAGES)}")
 
 
-def _text_batches(files: list[Path], model: str, samples: int, tokens: int) -> list[dict[str, Tensor]]:
+def _text_batches(files: list[Path], texts: str, model: str, samples: int, tokens: int) -> list[dict[str, Tensor]]:
     """Cut the texts, one after the other, into pieces of one length, evenly spread over them."""
     source, _, folder = model.partition(":")
     vocabulary = Path(folder) / "tokenizer.json"
@@ -64,7 +65,7 @@ def _text_batches(files: list[Path], model: str, samples: int, tokens: int) -> l
     pieces = [ids[start : start + tokens] for start in range(0, len(ids) - tokens + 1, tokens)]
     if not pieces:
         raise ValueError(f"--data: the texts have {len(ids)} tokens, less than one sample of {tokens}")
-    chosen = _spread(pieces, samples)
+    chosen = _spread(pieces, samples, texts)
     return [{"input_ids": torch.tensor(chosen[i : i + BATCH])} for i in range(0, len(chosen), BATCH)]
 
 
@@ -103,6 +104,8 @@ def _from_function(path: str) -> Iterable[Any]:
     return batches
 
 
-def _spread(items: list[Any], n: int) -> list[Any]:
+def _spread(items: list[Any], n: int, source: str) -> list[Any]:
     """Return n of the items, evenly spread, or all if there are no more."""
+    if len(items) < n:
+        warnings.warn(f"--data {source}: {len(items)} samples, and {n} were asked for (--samples)", stacklevel=3)
     return items if len(items) <= n else [items[i * len(items) // n] for i in range(n)]

@@ -115,15 +115,16 @@ def draw(measured: Sensitivity, path: str | os.PathLike[str]) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("matplotlib is not installed: pip install matplotlib") from None
-    names = list(measured.damage)
-    figure = Figure(figsize=(2 + 0.8 * len(measured.sparsities), 1.5 + 0.22 * len(names)), layout="constrained")
+    names = [name or "(root)" for name in measured.damage]
+    width = 2 + 0.8 * len(measured.sparsities) + 0.06 * max(map(len, names), default=0)  # inches
+    figure = Figure(figsize=(width, max(4, 1.5 + 0.22 * len(names))), layout="constrained")
     axes = figure.subplots()
-    values = torch.tensor([measured.damage[name] for name in names]).clamp_min(1e-12).log10()
+    values = torch.tensor(list(measured.damage.values())).clamp_min(1e-12).log10()
     image = axes.imshow(values.numpy(), aspect="auto", cmap="magma")
     axes.set_xticks(range(len(measured.sparsities)), [f"{s:g}" for s in measured.sparsities])
-    axes.set_yticks(range(len(names)), [name or "(root)" for name in names], fontsize=7)
+    axes.set_yticks(range(len(names)), names, fontsize=7)
     axes.set_xlabel("sparsity of this layer alone")
-    figure.colorbar(image, label="damage to the model's output, log10 of the relative squared change")
+    figure.colorbar(image, label="damage to the model's output\n(log10 of the relative squared change)")
     figure.savefig(path)
 
 

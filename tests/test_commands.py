@@ -115,6 +115,13 @@ def test_recover_in_a_recipe(here: Path, capsys: pytest.CaptureFixture[str]) -> 
         with torch.no_grad():
             errors[name] = sum(float((loaded(x) - dense(x)).square().sum()) for x in module.data())
     assert errors["recovered"] < 0.7 * errors["plain"]
+    by_option = ["--method", "wanda", "--sparsity", "0.8", "--recover", "100steps"]
+    assert compress(here, *by_option, "--out", "option.safetensors") == 0
+    assert Path("option.safetensors").read_bytes() == Path("recovered.safetensors").read_bytes()
+    for odd in ("3 epochs", "0steps", "-1", "1.5steps", "nan"):
+        with pytest.raises(SystemExit):
+            compress(here, "--sparsity", "0.5", f"--recover={odd}", "--out", "x.safetensors")
+        assert f"'{odd}' is no budget; write 240 (seconds) or 200steps" in capsys.readouterr().err
     Path("wrong.yaml").write_text(recipe + "recover: {stepps: 100}\n")
     assert compress(here, "--recipe", "wrong.yaml", "--out", "x.safetensors") == 3
     assert "stepps" in capsys.readouterr().err

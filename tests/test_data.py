@@ -30,7 +30,8 @@ def words(tmp_path: Path) -> Path:
 
 
 def test_texts_are_cut_into_pieces_of_one_length(words: Path) -> None:
-    batches = list(load_data(str(words / "texts"), f"hf:{words / 'model'}", samples=100, tokens=10))
+    with pytest.warns(UserWarning, match=r"--data .*texts: 10 samples, and 100 were asked for \(--samples\)"):
+        batches = list(load_data(str(words / "texts"), f"hf:{words / 'model'}", samples=100, tokens=10))
     ids = torch.cat([batch["input_ids"] for batch in batches])
     assert ids.flatten().tolist() == [i % 20 for i in range(100)]  # the last three words fill no piece
     assert [len(batch["input_ids"]) for batch in batches] == [8, 2]
@@ -59,7 +60,7 @@ def test_pictures(tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image", reason="pillow is missing: pip install pillow")
     for number, size in enumerate([(300, 400), (224, 100), (500, 256)]):
         image.new("RGB", size, (255, 0, 128)).save(tmp_path / f"{number}.png")
-    (batch,) = load_data(str(tmp_path), "torchvision:resnet18")
+    (batch,) = load_data(str(tmp_path), "torchvision:resnet18", samples=3)
     assert batch.shape == (3, 3, 224, 224)
     expected = (torch.tensor([1.0, 0.0, 128 / 255]) - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor(
         [0.229, 0.224, 0.225]

@@ -64,7 +64,9 @@ def test_sparsities_that_do_not_rise_are_refused(model: nn.Module, sparsities: t
         measure_sensitivity(model, DATA, sparsities=sparsities)
 
 
-def test_the_picture_is_drawn(tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", [("a", "b"), ("encoder.layers.encoder_layer_10.self_attention.out_proj", "")])
+def test_the_picture_is_drawn(tmp_path: Path, names: tuple[str, str]) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is missing: pip install matplotlib")
-    draw(Sensitivity((0.5, 0.9), {"a": (0.1, 0.2), "b": (0.0, 0.3)}, {"a": 4, "b": 4}), tmp_path / "picture.png")
+    damage = dict(zip(names, [(0.1, 0.2), (0.0, 0.3)], strict=True))
+    draw(Sensitivity((0.5, 0.9), damage, dict.fromkeys(names, 4)), tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
