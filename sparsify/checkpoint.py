@@ -207,15 +207,19 @@ def _choices(model: nn.Module) -> dict[str, Choice]:
 
 
 def _make(entry: LayerEntry, old: nn.Module, csr: CSR, choice: Choice | None) -> nn.Module:
-    """Build the saved layer around the old one's bias, on its device, in the form chosen when it was exported."""
+    """Build the saved layer around the old one's bias, on its device, in the form chosen when it was exported.
+
+    Where that does not run, another stands in for it, until the layer is moved to where it does.
+    """
     kind, weight, bias = kind_of(old), matrices(old)[""], old._parameters.get("bias")
     assert kind is not None
     assert issubclass(kind.sparse, Masked)
     device = torch.device("cpu") if weight.is_meta else weight.device
-    form = choice.form if choice and entry.module == "CSRLinear" and choice.form in FORMS else "csr"
+    wanted = choice.form if choice and entry.module == "CSRLinear" and choice.form in FORMS else "csr"
     on_device = CSR(*(part.to(device) for part in csr))
-    form = form_for(form, on_device, entry.shape)
+    form = form_for(wanted, on_device, entry.shape)
     layer = kind.packed(entry.in_features, entry.out_features, on_device, bias, form=form, masked_type=kind.sparse)
+    layer.wanted_form = wanted
     if entry.module == "CSRLinear":
         return layer
     sparse = layer.to_sparse()

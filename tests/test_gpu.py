@@ -315,12 +315,17 @@ def test_what_was_packed_on_a_gpu_is_saved_and_loaded_on_the_cpu(tmp_path: Path)
     model = sparsify.prune(sparsify.convert(torch.nn.Sequential(torch.nn.Linear(70, 30))), 0.8)
     with pytest.MonkeyPatch.context() as patched:
         pretend_a_gpu(patched)
-        there = sparsify.export(model, format="tiles")
+        there = sparsify.export(model, format="narrow")
         sparsify.save(there, tmp_path / "model.safetensors")
     here = sparsify.load(tmp_path / "model.safetensors", torch.nn.Sequential(torch.nn.Linear(70, 30)))
     assert here[0].form == "panel"
     assert_same_bits(here[0].csr, there[0].csr)
     assert torch.equal(here(torch.ones(2, 70)), sparsify.export(model, format="panel")(torch.ones(2, 70)))
+    with pytest.MonkeyPatch.context() as patched:
+        pretend_a_gpu(patched)
+        here._apply(lambda tensor: tensor.clone())
+        assert here[0].form == "narrow"  # the choice, not the stand-in: that would be "tiles" here
+        assert_same_bits(here[0].csr, there[0].csr)
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter is asked for")
