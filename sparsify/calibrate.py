@@ -57,7 +57,7 @@ def walk(
 ) -> Generator[Stop]:
     """Stop at each group of the named layers in execution order.
 
-    Inputs kept between the blocks of a chain take at most `cache_bytes` of memory, and lie in files beyond that. In a
+    Inputs kept between the blocks of a chain take at most `cache_bytes` of memory, and lie in a file beyond that. In a
     process group (torchrun) every process gives the same data, takes its share of the batches, and sees the Gram
     matrices of all of them.
 
@@ -203,21 +203,22 @@ def _walk_chain(
     for name in chain:
         block = model.get_submodule(name)
         groups = [group for group in outline.groups if block_of(group[0], [name]) is not None]
-        inputs: dict[str, Shelf] = {}
-        if dense is not None:  # while the block's own layers are still what they were
-            inputs = {group[0]: Shelf(len(batches), dense.budget) for group in groups if group[0] in outline.once}
-            for number, batch in enumerate(batches):
-                dense[number] = _run_noting(
-                    model, block, forms[number][name].fill(dense[number]), number, batch, inputs
-                )
 
         def run(number: int, batch: Batch, name: str = name, block: nn.Module = block) -> None:
             _run(block, *forms[number][name].fill(hidden[number]))
 
-        for group in groups:
-            yield Stop(group, _gram(model, group, outline, batches, run, inputs.get(group[0])), name)
-            if group[0] in inputs:
-                inputs.pop(group[0]).close()
+        with contextlib.ExitStack() as shelves:
+            inputs: dict[str, Shelf] = {}
+            if dense is not None:  # while the block's own layers are still what they were
+                once = [group[0] for group in groups if group[0] in outline.once]
+                inputs = {first: shelves.enter_context(Shelf(len(batches), dense.budget)) for first in once}
+                for number, batch in enumerate(batches):
+                    call = forms[number][name].fill(dense[number])
+                    dense[number] = _run_noting(model, block, call, number, batch, inputs)
+            for group in groups:
+                yield Stop(group, _gram(model, group, outline, batches, run, inputs.get(group[0])), name)
+                if group[0] in inputs:
+                    inputs[group[0]].close()
         for number in range(len(batches)):
             found = take_apart(_run(block, *forms[number][name].fill(hidden[number])))
             assert found is not None

@@ -106,7 +106,7 @@ def prune_on_data(
 
     Each layer then has its `Fit` as an attribute `fit`. An error leaves all layers as they were; with a `keeper`, those
     that are finished are kept there instead, and so they stay. cache_bytes: how much of the data on its way through the
-    model stays in memory, the rest goes to files (None: all of it).
+    model stays in memory, the rest goes to a file (None: all of it).
     """
     layers = {name: layer for name, layer in sparse_layers(model).items() if name in tasks}
     before: dict[str, tuple[Tensor, Tensor]] = {}

@@ -45,7 +45,7 @@ def prune(
     which they run, each on what those before it have become, and the report tells how far their outputs moved.
     refit: change the kept weights to the ones that reproduce the layer's outputs best. correct: let them aim
     at the outputs of the dense model, to make up for what the layers before have lost. cache_bytes: how much of the
-    data on its way through the model stays in memory; the rest goes to temporary files. progress: show a bar.
+    data on its way through the model stays in memory; the rest goes to a temporary file. progress: show a bar.
 
     An optimizer that holds momentum of what is masked here may move it in memory, though never in an output; use a
     Pruner while training. Raises ValueError, naming the layer, before any mask is changed.

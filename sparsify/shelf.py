@@ -1,13 +1,11 @@
-"""A row of tensors, of which those that do not fit a budget of memory lie in files."""
+"""A row of tensors, of which those that do not fit a budget of memory lie in a file."""
 
 from __future__ import annotations
 
-import os
 import tempfile
-from pathlib import Path
+from dataclasses import dataclass
 from types import TracebackType
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,11 +19,22 @@ class Budget:
         self.left = n_bytes
 
 
-class Shelf:
-    """A list of `n` tensors that keeps in memory what its budget has room for, and the others in a temporary folder.
+@dataclass(frozen=True)
+class _Filed:
+    """A tensor in the file: where its bytes begin, in row-major order."""
 
-    None as budget keeps all of them. The files are gone when the shelf is closed or collected. Reading gives a tensor
-    back bit for bit, on its device; what is done to a tensor that was read changes nothing here.
+    start: int
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Shelf:
+    """A list of `n` tensors that keeps in memory what its budget has room for, and the others in a temporary file.
+
+    None as budget keeps all of them. The file has no name, so that the system takes it back when the shelf is closed or
+    collected, or the process killed. Reading gives a tensor back bit for bit, on its device; what is done to a tensor
+    that was read changes nothing here.
 
     >>> with Shelf(2, Budget(8)) as shelf:
     ...     shelf[0], shelf[1] = torch.ones(2), torch.zeros(2)
@@ -33,15 +42,17 @@ class Shelf:
     1 [0.0, 0.0]
     """
 
-    def __init__(self, n: int, budget: Budget | None = None, folder: str | os.PathLike[str] | None = None) -> None:
+    def __init__(self, n: int, budget: Budget | None = None) -> None:
         self.budget = budget
-        self._places: list[Tensor | _File | None] = [None] * n
-        self._folder = None if budget is None else tempfile.TemporaryDirectory(prefix="sparsify-", dir=folder)
+        self._places: list[Tensor | _Filed | None] = [None] * n
+        self._file = None if budget is None else tempfile.TemporaryFile(prefix="sparsify-")  # noqa: SIM115
+        self._rooms: dict[int, tuple[int, int]] = {}  # by index, first byte and size of what it has in the file
+        self._n_filed = 0
 
     @property
     def n_on_disk(self) -> int:
-        """How many of the tensors lie in files."""
-        return sum(isinstance(place, _File) for place in self._places)
+        """How many of the tensors lie in the file."""
+        return sum(isinstance(place, _Filed) for place in self._places)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -50,45 +61,52 @@ class Shelf:
         place = self._places[index]
         if place is None:
             raise IndexError(f"nothing was put at {index} yet")
-        return place.read() if isinstance(place, _File) else place
+        return self._read(place) if isinstance(place, _Filed) else place
 
     def __setitem__(self, index: int, tensor: Tensor) -> None:
         self._forget(index)
-        if self._folder is None or self.budget is None:
+        if self.budget is None:
             self._places[index] = tensor
         elif tensor.nbytes <= self.budget.left:
             self._places[index] = tensor
             self.budget.left -= tensor.nbytes
         else:
-            self._places[index] = _File(Path(self._folder.name) / str(index), tensor)
+            self._places[index] = self._write(index, tensor)
 
     def close(self) -> None:
-        """Delete the files, and give the memory back."""
+        """Delete the file, and give the memory back."""
         for index in range(len(self._places)):
             self._forget(index)
-        if self._folder is not None:
-            self._folder.cleanup()
+        if self._file is not None:
+            self._file.close()
 
     def _forget(self, index: int) -> None:
         old, self._places[index] = self._places[index], None
         if isinstance(old, Tensor) and self.budget is not None:
             self.budget.left += old.nbytes
 
+    def _write(self, index: int, tensor: Tensor) -> _Filed:
+        assert self._file is not None
+        start, size = self._rooms.get(index, (0, -1))
+        if tensor.nbytes > size:
+            start = self._n_filed
+            self._rooms[index] = start, tensor.nbytes
+            self._n_filed += tensor.nbytes
+        self._file.seek(start)
+        self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return _Filed(start, tensor.shape, tensor.dtype, tensor.device)
+
+    def _read(self, place: _Filed) -> Tensor:
+        assert self._file is not None
+        tensor = torch.empty(place.shape, dtype=place.dtype)
+        self._file.seek(place.start)
+        n_read = self._file.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        if n_read != tensor.nbytes:
+            raise OSError(f"a temporary file holds {n_read} bytes of a tensor of {tensor.nbytes}")
+        return tensor.to(place.device)
+
     def __enter__(self) -> Shelf:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
-
-
-class _File:
-    """A tensor in a file: its bytes in row-major order."""
-
-    def __init__(self, path: Path, tensor: Tensor) -> None:
-        self.path, self.shape, self.dtype, self.device = path, tensor.shape, tensor.dtype, tensor.device
-        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        flat.numpy().tofile(path)
-
-    def read(self) -> Tensor:
-        flat = torch.from_numpy(np.fromfile(self.path, dtype=np.uint8))
-        return flat.view(self.dtype).reshape(self.shape).to(self.device)

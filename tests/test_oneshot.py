@@ -1,7 +1,6 @@
 """Pruning on calibration data: exact, all or nothing, in any precision, and each method what its paper says."""
 
-import tempfile
-from pathlib import Path
+import functools
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from sparsify.gram import Gram
 from sparsify.methods import CALIBRATED, METHODS, SOLVERS
 from sparsify.methods.wanda import wanda
 from sparsify.plan import plan
-from sparsify.shelf import _File
+from sparsify.shelf import Shelf
 from sparsify.solve import aim
 
 NEED_DATA = (*CALIBRATED, *SOLVERS)
@@ -157,24 +156,20 @@ def test_without_data(method: str) -> None:
         {"method": "sparsegpt", "allocation": "error"},
     ],
 )
-def test_what_lies_on_disk_meanwhile_changes_nothing(
-    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    files: list[Path] = []
-    init = _File.__init__
-    monkeypatch.setattr(_File, "__init__", lambda self, path, tensor: (files.append(path), init(self, path, tensor))[1])
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+def test_what_lies_on_disk_meanwhile_changes_nothing(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    filed: list[int] = []
+    write = Shelf._write
+    monkeypatch.setattr(Shelf, "_write", lambda self, i, tensor: (filed.append(i), write(self, i, tensor))[1])
     batches = [X[:20], X[20:50], X[50:]]
     expected = prune(model(), 0.5, data=batches, **options)
-    assert not files
+    assert not filed
     for call in (
         lambda: prune(model(), 0.5, data=batches, cache_bytes=2000, **options),
         lambda: apply(model(), Recipe(groups=[{"sparsity": 0.5, **options}]), data=batches, cache_bytes=0),
     ):
         found = call()
-        assert files
-        assert not list(tmp_path.iterdir())
-        files.clear()
+        assert filed
+        filed.clear()
         assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in found.state_dict().items())
     for call in (
         lambda: prune(model(), 0.5, cache_bytes=9),
@@ -194,6 +189,33 @@ def test_an_error_in_the_middle_leaves_the_model_as_it_was() -> None:
     for name, tensor in net.state_dict().items():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, equal_nan=True)
     assert "fit" not in net[0].__dict__
+
+
+@pytest.mark.parametrize("options", [{"correct": True, "cache_bytes": 0}, {"allocation": "error"}])
+def test_interrupted_anywhere_the_model_is_as_it_was(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    linear, n_calls, n_interrupts = nn.functional.linear, 0, 0
+
+    def interrupted(*args: Any, at: int) -> Tensor:
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls == at:
+            raise KeyboardInterrupt
+        return linear(*args)
+
+    for at in range(1, 300, 5):
+        net, n_calls = model().train(), 0
+        before = state(net)
+        monkeypatch.setattr(nn.functional, "linear", functools.partial(interrupted, at=at))
+        try:
+            prune(net, 0.5, method="sparsegpt", data=[X[:30], X[30:]], **options)
+        except KeyboardInterrupt:
+            n_interrupts += 1
+            assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+            assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in net.modules())
+            assert all(module.training for module in net.modules())
+        else:
+            break
+    assert n_interrupts > 5
 
 
 def test_activations_that_overflow_leave_the_model_as_it_was() -> None:

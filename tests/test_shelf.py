@@ -1,8 +1,15 @@
 """Tensors that do not fit the budget lie in files, and come back bit for bit."""
 
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+import sparsify
 from sparsify.shelf import Budget, Shelf
 
 
@@ -22,16 +29,26 @@ def test_what_is_put_in_comes_out(budget: int | None, dtype: torch.dtype) -> Non
         assert shelf.n_on_disk == (0 if budget is None or budget > 1000 else 3 if budget == 0 else shelf.n_on_disk)
 
 
-def test_nothing_stays_behind() -> None:
+def test_what_is_put_in_again_takes_the_place_of_what_was_there() -> None:
+    with Shelf(2, Budget(0)) as shelf:
+        for n in (4, 2, 3, 5, 5):
+            shelf[0], shelf[1] = torch.full((n,), float(n)), torch.full((n,), -float(n))
+            assert (shelf[0].tolist(), shelf[1].tolist()) == ([n] * n, [-n] * n)
+        assert shelf._n_filed == 4 * 2 * (4 + 5)  # bytes, at the first size and the one it did not have room for
+
+
+def test_nothing_stays_behind_even_where_the_process_is_killed(tmp_path: Path) -> None:
+    program = (
+        "import os, signal, torch; from sparsify.shelf import Budget, Shelf; shelf = Shelf(1, Budget(0)); "
+        "shelf[0] = torch.ones(4); assert shelf.n_on_disk == 1; os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(sparsify.__file__).parents[1])}
+    assert subprocess.run([sys.executable, "-c", program], env=environment, check=False).returncode == -signal.SIGKILL
+    assert not list(tmp_path.iterdir())
     with Shelf(1, Budget(0)) as shelf:
         shelf[0] = torch.ones(4)
-        assert shelf._folder is not None
-        path = shelf._folder.name
     with pytest.raises(IndexError, match="nothing was put at 0"):
         shelf[0]
-    from pathlib import Path
-
-    assert not Path(path).exists()
 
 
 def test_shelves_share_a_budget() -> None:
