@@ -4,7 +4,8 @@
     scripts/oneshot.py                                          MiniLM-L6, the whole table: an hour on a small machine
     scripts/oneshot.py --methods ALPS --columns 80% 90%         some cells; those measured before are kept
     scripts/oneshot.py --model smollm2 --columns 50% 2:4        perplexity of a language model
-    scripts/oneshot.py --allocations                            OWL and others against uniform, at 70%
+    scripts/oneshot.py --allocations                            ERK, OWL and others against uniform, at 70%
+    scripts/oneshot.py --allocations sensitivity --methods ALPS
     scripts/oneshot.py --report                                 docs/oneshot.md from all that was measured
 
 Cells are kept in docs/results/oneshot.json, each with its time, the peak memory of the process, how busy other
@@ -47,9 +48,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         (DOCS / "oneshot.md").write_text(page(cells))
         return
     name, subject = options.model, SUBJECTS[options.model]
-    if options.allocations:
+    if options.allocations is not None:
         methods = [method for method in options.methods if method in ALLOCATED_METHODS]
-        wanted = [(allocated(method, how), ALLOCATED_COLUMN) for method in methods for how in ALLOCATIONS]
+        wanted = [
+            (allocated(method, how), ALLOCATED_COLUMN)
+            for method in methods
+            for how in options.allocations or ALLOCATIONS
+        ]
     else:
         wanted = [(method, column) for method in options.methods for column in options.columns]
     wanted = [("dense", "0%"), *wanted]
@@ -120,7 +125,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", choices=SUBJECTS, default="minilm")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=list(COLUMNS), metavar="COLUMN")
-    parser.add_argument("--allocations", action="store_true", help="compare allocations instead")
+    parser.add_argument(
+        "--allocations",
+        nargs="*",
+        choices=ALLOCATIONS,
+        metavar="ALLOCATION",
+        help="compare these, or all, at 70%% instead",
+    )
     parser.add_argument("--samples", type=int, help="to calibrate on; default: what the table is about")
     parser.add_argument("--again", action="store_true", help="measure cells again that are there")
     parser.add_argument("--report", action="store_true", help="measure nothing; write docs/oneshot.md")

@@ -33,6 +33,7 @@ def write(results: Sequence[Result], docs: Path) -> None:
         cells = _cells(results, model)
         if cells:
             text += [title + "\n", *_table(cells), ""]
+    text += ["## Recipes\n", *_recipes({str(result["row"]) for result in results}), ""]
     (docs / "training.md").write_text("\n".join(text))
     _draw(_cells(results, "mlp"), docs / "training.svg")
 
@@ -54,6 +55,16 @@ def _table(cells: Cells) -> list[str]:
             lines.append(f"| dense, 0% | {_text(dense, None)} |" + " |" * (len(SPARSITIES) - 1))
         elif any((row, s) in cells for s in SPARSITIES):
             lines.append(f"| {row} | " + " | ".join(_text(cells.get((row, s)), dense) for s in SPARSITIES) + " |")
+    return lines
+
+
+def _recipes(rows: set[str]) -> list[str]:
+    """Say which recipe each row followed, and with which variables."""
+    lines = []
+    for name, row in ROWS.items():
+        if row is not None and name in rows:
+            variables = ", ".join(f"{key} {value}" for key, value in row.variables.items())
+            lines.append(f"- {name}: recipes/{row.recipe}.yaml" + (f" with {variables}" if variables else ""))
     return lines
 
 
