@@ -202,7 +202,7 @@ def test_interrupted_anywhere_the_model_is_as_it_was(options: dict[str, Any], mo
             raise KeyboardInterrupt
         return linear(*args)
 
-    for at in range(1, 300, 5):
+    for at in range(1, 300):
         net, n_calls = model().train(), 0
         before = state(net)
         monkeypatch.setattr(nn.functional, "linear", functools.partial(interrupted, at=at))
