@@ -88,20 +88,30 @@ class ModelBench:
         )
 
 
-def sparse_copy(model: nn.Module, sparsity: float, tokens: int) -> nn.Module:
+def sparse_copy(model: nn.Module, sparsity: float, tokens: int, **conversion: Any) -> nn.Module:
     """Prune a copy of a model by magnitude, the same in each layer, and export it for `tokens` rows of input."""
-    return export(prune(convert(copy.deepcopy(model)), sparsity), tokens=tokens)
+    return export(prune(convert(copy.deepcopy(model), **conversion), sparsity), tokens=tokens)
 
 
 @torch.inference_mode()
-def bench(model: nn.Module, inputs: Inputs, sparsity: float, *, rounds: int = 11) -> ModelBench:
+def bench(
+    model: nn.Module,
+    inputs: Inputs,
+    sparsity: float,
+    *,
+    rounds: int = 11,
+    tied: str = "error",
+    functional: bool = False,
+) -> ModelBench:
     """Measure a model against its copy pruned to `sparsity`, on these inputs, with torch's threads.
 
-    The model stays as it was. Raises ValueError if it runs no Linear on these inputs.
+    tied and functional as for `convert`. The model stays as it was.
+
+    Raises ValueError if it runs no Linear on these inputs.
     """
     watch = Watch()
     tokens = typical_tokens(model, inputs)
-    fast = sparse_copy(model, sparsity, tokens)
+    fast = sparse_copy(model, sparsity, tokens, tied=tied, functional=functional)
     times = measure({"dense": [lambda: run(model, inputs)], "sparse": [lambda: run(fast, inputs)]}, rounds=rounds)
     layers = _bench_layers(model, fast, inputs)
     return ModelBench(sparsity, tokens, machine_name(), times["dense"], times["sparse"], layers, watch.others_cores())

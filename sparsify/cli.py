@@ -28,6 +28,7 @@ from sparsify.commands import (
     Qualities,
     cache_of,
     compress_layer_by_layer,
+    conversion,
     evaluation,
     measure,
     quality_table,
@@ -46,6 +47,7 @@ from sparsify.ranks import is_first, same_everywhere, together
 from sparsify.recipe import Recipe, assign_layers, load_recipe
 from sparsify.report import Report, table
 from sparsify.sensitivity import SPARSITIES
+from sparsify.ties import TIED
 from sparsify.yaml_file import read_text
 
 _MODEL_HELP = "torchvision:NAME, hf:FOLDER, or package.module:builder"
@@ -114,7 +116,7 @@ def _compress_in_memory(arguments: argparse.Namespace, recipe: Recipe, data: Any
         with _naming(arguments.recipe):
             assign_layers(recipe, model)
         for group in recipe.groups:
-            model = sparsify.convert(model, include=group.layers, exclude=group.exclude)
+            model = sparsify.convert(model, include=group.layers, exclude=group.exclude, **conversion(arguments))
         _advance(bar, "prune")
         if not is_first():  # which alone recovers
             recipe = recipe.model_copy(update={"recover": None})
@@ -241,7 +243,7 @@ def bench_model(arguments: argparse.Namespace) -> None:
         torch.set_num_threads(arguments.threads)
     model = _model_of(arguments)
     inputs = _inputs_of(arguments, model)
-    result = bench(model, inputs, arguments.sparsity)
+    result = bench(model, inputs, arguments.sparsity, **conversion(arguments))
     if arguments.json:
         _print_json({**dataclasses.asdict(result), "speedup": result.speedup})
         return
@@ -281,6 +283,17 @@ def _parser() -> argparse.ArgumentParser:
             "--set", action="append", default=[], metavar="NAME=VALUE", help="override a variable of the recipe"
         )
 
+    def conversion_arguments(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--tied",
+            choices=TIED,
+            default="error",
+            help="a weight with several uses: refuse it (default), leave it dense, or let all share one mask",
+        )
+        sub.add_argument(
+            "--functional", action="store_true", help="also weights that a module multiplies in its own code (torch.fx)"
+        )
+
     sub = command("compress", compress, "Prune a trained model, export it, and save it to one file.")
     model_arguments(sub)
     sub.add_argument("--recipe", metavar="FILE", help="a YAML recipe; or say it all with the options below")
@@ -305,6 +318,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--eval", metavar="MODULE:FUNCTION", help="a function of the model: its quality, before and after")
     sub.add_argument("--include", action="append", metavar="PATTERN", help="layers to prune (default: all)")
     sub.add_argument("--exclude", action="append", metavar="PATTERN", help="layers to leave dense")
+    conversion_arguments(sub)
     sub.add_argument("--seed", type=int, help="for methods that draw random numbers")
     sub.add_argument("--format", default="auto", choices=FORMATS, help="form of the weights in memory (default: auto)")
     sub.add_argument("--tokens", type=int, metavar="N", help="rows of input that auto measures with (default: 128)")
@@ -325,6 +339,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--picture", metavar="FILE", help="draw it (.png, .svg); needs matplotlib")
     sub.add_argument("--include", action="append", metavar="PATTERN", help="layers to measure (default: all)")
     sub.add_argument("--exclude", action="append", metavar="PATTERN", help="layers to leave dense")
+    conversion_arguments(sub)
     sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     def input_arguments(sub: argparse.ArgumentParser) -> None:
@@ -349,6 +364,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("bench", bench_model, "Time a model here, dense against pruned and exported, whole and by layer.")
     model_arguments(sub, recipe=False)
     sub.add_argument("--sparsity", type=float, default=0.9, help="of every Linear, by magnitude (default: 0.9)")
+    conversion_arguments(sub)
     input_arguments(sub)
     sub.add_argument("--threads", type=int, metavar="N", help="default: torch's")
     sub.add_argument("--json", action="store_true", help="print JSON instead of a table")

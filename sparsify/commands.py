@@ -53,13 +53,14 @@ def compress_layer_by_layer(
             raise ValueError(f"--stream: give the weights of {arguments.model!r} with --weights FILE.safetensors")
     assign_layers(recipe, model)
     for group in recipe.groups:
-        model = convert(model, include=group.layers, exclude=group.exclude)
+        model = convert(model, include=group.layers, exclude=group.exclude, **conversion(arguments))
     tasks = tasks_of(recipe, model)
     about = {
         "model": arguments.model,
         "weights": str(arguments.weights),
         "recipe": recipe.model_dump_json(exclude={"description", "vars"}),
         "data": fingerprint(data),
+        **conversion(arguments),
     }
     journal = Journal(folder, about)
     options: dict[str, Any] = {"cache_bytes": cache_of(arguments), "progress": not arguments.json and is_first()}
@@ -91,6 +92,11 @@ def compress_layer_by_layer(
     return found, quality
 
 
+def conversion(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what the command line says of `convert`, but for the layers."""
+    return {"tied": arguments.tied, "functional": arguments.functional}
+
+
 def cache_of(arguments: argparse.Namespace) -> int:
     """Return how much of the data on its way through the model stays in memory."""
     return CACHE_BYTES if arguments.cache is None else int(arguments.cache * 1e9)
@@ -116,7 +122,7 @@ def measure(arguments: argparse.Namespace, model: nn.Module, data: Any) -> tuple
     """Measure a model's sensitivity; draw it and write a recipe if asked for. Returns also the budget's allocation."""
     if (arguments.target is None) != (arguments.recipe is None):
         raise ValueError("--target and --recipe go together: the budget, and the file to write")
-    converted = convert(model, include=arguments.include, exclude=arguments.exclude)
+    converted = convert(model, include=arguments.include, exclude=arguments.exclude, **conversion(arguments))
     measured = measure_sensitivity(
         converted,
         data,

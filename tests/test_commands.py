@@ -178,3 +178,53 @@ def test_sensitivity_writes_a_recipe_that_meets_the_budget(here: Path, capsys: p
     assert json.loads(capsys.readouterr().out)["in_file"][-1]["sparsity"] == pytest.approx(0.7, abs=1e-3)
     assert main(["sensitivity", *options, "--target", "0.7"]) == 2
     assert "go together" in capsys.readouterr().err
+
+
+TIED = """
+import torch
+from torch import nn
+import torch.nn.functional as F
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.inner, self.head = nn.Embedding(24, 16), nn.Linear(16, 16), nn.Linear(16, 24, bias=False)
+        self.head.weight = self.embed.weight
+        self.own = nn.Parameter(torch.randn(16, 16))
+    def forward(self, ids):
+        return self.head(F.linear(torch.relu(self.inner(self.embed(ids))), self.own))
+
+def model():
+    torch.manual_seed(0)
+    return Tied()
+
+def ids():
+    return [torch.arange(24).reshape(4, 6)]
+
+def arguments():
+    return (torch.arange(24).reshape(4, 6),)
+"""
+
+
+@pytest.mark.parametrize("way", ["skip", "share"])
+def test_what_to_do_with_tied_weights_and_with_multiplications_in_code_can_be_said(
+    here: Path, capsys: pytest.CaptureFixture[str], way: str
+) -> None:
+    name = f"{here}_tied"
+    Path(f"{name}.py").write_text(TIED)
+    common = ["compress", "--model", f"{name}:model", "--sparsity", "0.5", "--format", "csr", "--json"]
+    assert main([*common, "--out", "no.safetensors"]) == 2
+    assert f"tied={way!r}" in capsys.readouterr().err
+    assert main([*common, "--out", "tied.safetensors", "--tied", way, "--functional"]) == 0
+    found = {row["name"]: row for row in json.loads(capsys.readouterr().out)["in_memory"]}
+    assert found["inner"]["format"] == found["own_layer"]["format"] == "csr"
+    assert (found["head"]["format"] == "dense") == (way == "skip")
+    fresh = __import__(name).model()
+    loaded = sparsify.load("tied.safetensors", fresh)
+    assert loaded(__import__(name).ids()[0]).shape == (4, 6, 24)
+    options = ["--tied", way, "--json"]
+    bench = ["bench", "--model", f"{name}:model", "--inputs", f"{name}:arguments", "--functional"]
+    assert main([*bench, *options]) == 0
+    assert json.loads(capsys.readouterr().out)["speedup"] > 0
+    assert main(["sensitivity", "--model", f"{name}:model", "--data", f"{name}:ids", *options]) == 0
+    assert set(json.loads(capsys.readouterr().out)["damage"]) == ({"inner"} if way == "skip" else {"inner", "head"})
