@@ -331,6 +331,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--samples", type=int, metavar="N", help=f"texts or pictures to calibrate on (default: {SAMPLES})")
     sub.add_argument("--sample-tokens", type=int, metavar="N", help=f"tokens of each text (default: {TOKENS})")
     sub.add_argument("--method", default="magnitude", help="how each layer is pruned (default: magnitude)")
+    sub.add_argument("--pattern", default="unstructured", help='unstructured (default), rows, columns, "4x1" ...')
     sub.add_argument("--refit", action="store_true", help="refit the kept weights to the data")
     sub.add_argument("--sparsities", type=_fractions, default=SPARSITIES, metavar="S,S", help="what to measure at")
     sub.add_argument("--target", type=float, metavar="SPARSITY", help="the budget: fraction of zeros of all layers")

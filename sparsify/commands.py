@@ -128,6 +128,7 @@ def measure(arguments: argparse.Namespace, model: nn.Module, data: Any) -> tuple
         data,
         sparsities=arguments.sparsities,
         method=arguments.method,
+        pattern=arguments.pattern,
         refit=arguments.refit,
         progress=not arguments.json,
     )
@@ -137,6 +138,8 @@ def measure(arguments: argparse.Namespace, model: nn.Module, data: Any) -> tuple
         return measured, {}
     targets = measured.allocate(arguments.target, max_sparsity=arguments.max_sparsity)
     group: dict[str, Any] = {"layers": list(targets), "method": arguments.method, "allocation": targets}
+    if arguments.pattern != "unstructured":
+        group["pattern"] = arguments.pattern
     if arguments.refit:
         group["refit"] = True
     text = f"{arguments.target:g} of all weights removed where that costs least, as measured on {arguments.model}."

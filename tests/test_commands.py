@@ -176,6 +176,11 @@ def test_sensitivity_writes_a_recipe_that_meets_the_budget(here: Path, capsys: p
     assert "0.down" in capsys.readouterr().out
     assert compress(here, "--recipe", "found.yaml", "--out", "x.safetensors") == 0
     assert json.loads(capsys.readouterr().out)["in_file"][-1]["sparsity"] == pytest.approx(0.7, abs=1e-3)
+    assert main(["sensitivity", *options, *budget, "--pattern", "1x4"]) == 0
+    assert compress(here, "--recipe", "found.yaml", "--out", "x.safetensors") == 0
+    weight = sparsify.to_dense(sparsify.load("x.safetensors", __import__(str(here)).model()))[0].up.weight
+    assert set((weight.view(32, 4, 4) != 0).sum(2).unique().tolist()) == {0, 4}
+    capsys.readouterr()
     assert main(["sensitivity", *options, "--target", "0.7"]) == 2
     assert "go together" in capsys.readouterr().err
 
