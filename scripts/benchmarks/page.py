@@ -23,7 +23,8 @@ OpenVINO and torch in each cell. "torch csr" is `F.linear(x, csr)`; "torch csr m
 but leaves its result transposed. Figures from a GPU stand below if there are any: until `scripts/bench.py gpu` has run
 on one, nothing on a GPU is measured.
 """
-_ACCURACY = """What sparsity costs in accuracy when a model is trained with it: [training.md](training.md).
+_ACCURACY = """What sparsity costs in accuracy when a model is trained with it: [training.md](training.md);
+when it is pruned afterwards: [oneshot.md](oneshot.md).
 
 ![Accuracy against sparsity, a line per method](training.svg)
 """
