@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         judge = subject.judge(subject.load())
         batches = subject.batches(options.samples or subject.n_samples)
     for line, column in todo:
-        order = {"sparsity": 0.0} if line == "dense" else {**LINES[line], **COLUMNS[column]}
+        order = {} if line == "dense" else {**LINES[line], **COLUMNS[column]}
         cell = cells[key(name, line, column)] = measure(subject, order, batches, judge)
         print(key(name, line, column), json.dumps(cell), flush=True)
         options.out.write_text(json.dumps(cells, indent=1) + "\n")
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def measure(subject: Subject, order: dict[str, Any], batches: list[dict[str, Tensor]], judge: Any) -> dict[str, Any]:
-    """Prune a fresh model as ordered, and judge it."""
+    """Prune a fresh model as ordered, or not at all, and judge it."""
     model = sparsify.convert(subject.load(), include=subject.layers)
     order, watch = dict(order), Watch()
     recover_s = order.pop("recover_s", None)
@@ -81,7 +81,8 @@ def measure(subject: Subject, order: dict[str, Any], batches: list[dict[str, Ten
     started = time.perf_counter()
     if order.get("allocation") == "sensitivity":
         order["allocation"] = _by_sensitivity(model, order.pop("sparsity"), batches)
-    sparsify.prune(model, data=batches, progress=True, **order)
+    if order:
+        sparsify.prune(model, data=batches, progress=True, **order)
     if teacher is not None:
         sparsify.recover(model, teacher, batches, seconds=recover_s, progress=True)
     seconds, peak_gb = time.perf_counter() - started, _peak_gb()
