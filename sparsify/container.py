@@ -121,7 +121,10 @@ def write(
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Header, dict[str, Tensor]]:
-    """Read a whole file and check every hash. Raises CheckpointError, or OSError where the path cannot be opened."""
+    """Read a whole file and check every hash; tensors come in the header's order, the same in every process.
+
+    Raises CheckpointError, or OSError where the path cannot be opened.
+    """
     if Path(path).is_dir():
         raise IsADirectoryError(f"{path} is a folder, not a checkpoint")
     if not Path(path).exists():
@@ -131,11 +134,9 @@ def read(path: str | os.PathLike[str]) -> tuple[Header, dict[str, Tensor]]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = _read_header(file.metadata() or {}, path)
-            names = set(file.keys())
-            if names != set(header.tensors):
-                odd = sorted(names ^ set(header.tensors))
+            if odd := sorted(set(file.keys()) ^ set(header.tensors)):
                 raise CheckpointError(f"{path}: the file and its header disagree about the tensor {odd[0]!r}")
-            return header, {name: _read_tensor(file, name, header.tensors[name], path) for name in names}
+            return header, {name: _read_tensor(file, name, header.tensors[name], path) for name in header.tensors}
     except safetensors.SafetensorError as error:
         raise CheckpointError(
             f"{path}: not a whole safetensors file ({error}); was it cut off, or written by torch.save?"
