@@ -13,7 +13,7 @@ Cells = dict[str, Any]
 _INTRO = f"""# One-shot results
 
 Written by `scripts/oneshot.py --report` from docs/results/oneshot.json; nothing here is typed in by hand. All layers
-get the same sparsity; no labels and no training, but for the last line of a table. Times are those of pruning (and of
+get the same sparsity; no labels and no training, except where a line says recover. Times are those of pruning (and of
 recovering) on 2 threads while other processes kept at most {QUIET_CORES} cores busy; a cell measured beside others has
 none. Peak memory is that of the whole process.
 """
@@ -34,7 +34,8 @@ def page(cells: Cells) -> str:
         text += [f"## {subject.title}", f"    scripts/oneshot.py --model {name}\n", _dense(cells, name), ""]
         for figure, meaning in subject.figures.items():
             text += [f"{meaning}.\n", *table(mine, name, METHODS, partial(show, figure=figure)), ""]
-        text += ["Seconds.\n", *table(mine, name, METHODS, _time), ""]
+        if any(_time(cell) for cell in mine.values()):
+            text += ["Seconds.\n", *table(mine, name, METHODS, _time), ""]
         text += ["Peak memory, GB.\n", *table(mine, name, METHODS, partial(show, figure="peak_gb")), ""]
         text += _allocations(mine, name)
     machines = sorted({f"{cell['machine']}, torch {cell['torch']}" for cell in cells.values()})
