@@ -8,7 +8,7 @@
     scripts/oneshot.py --allocations sensitivity --methods ALPS
     scripts/oneshot.py --report                                 docs/oneshot.md from all that was measured
 
-Cells are kept in docs/results/oneshot.json, each with its time, the peak memory of the process, how busy other
+Cells are kept in docs/results/oneshot.jsonl, each with its time, the peak memory of the process, how busy other
 processes were, the machine, the thread count and torch's version.
 """
 
@@ -34,7 +34,7 @@ from sparsify.sensitivity import measure_sensitivity
 from sparsify.timing import Watch
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-OUT = DOCS / "results" / "oneshot.json"
+OUT = DOCS / "results" / "oneshot.jsonl"
 #: Batches that the damage of each layer is measured on: each is run 216 times.
 N_SENSITIVITY = 4
 _CLEAR = Path("/proc/self/clear_refs")
@@ -43,7 +43,7 @@ _CLEAR = Path("/proc/self/clear_refs")
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure the cells that are asked for, one after the other, and print those of this call; or write the page."""
     options = _parser().parse_args(argv)
-    cells: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
+    cells = read(options.out)
     if options.report:
         (DOCS / "oneshot.md").write_text(page(cells))
         return
@@ -65,10 +65,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     for line, column in todo:
         order = {} if line == "dense" else {**LINES[line], **COLUMNS[column]}
         cell = cells[key(name, line, column)] = measure(subject, order, batches, judge)
-        print(key(name, line, column), json.dumps(cell), flush=True)
-        options.out.write_text(json.dumps(cells, indent=1) + "\n")
+        record = json.dumps({"cell": key(name, line, column), **cell})
+        print(record, flush=True)
+        with options.out.open("a") as file:
+            file.write(record + "\n")
     for figure in (*subject.figures, "time_s"):
         print("", figure, *table(cells, name, dict(wanted), partial(show, figure=figure)), sep="\n")
+
+
+def read(file: Path) -> dict[str, Any]:
+    """Read the cells measured so far; of one measured again, the last."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    return {record.pop("cell"): record for record in map(json.loads, lines)}
 
 
 def measure(subject: Subject, order: dict[str, Any], batches: list[dict[str, Tensor]], judge: Any) -> dict[str, Any]:
@@ -136,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--samples", type=int, help="to calibrate on; default: what the table is about")
     parser.add_argument("--again", action="store_true", help="measure cells again that are there")
     parser.add_argument("--report", action="store_true", help="measure nothing; write docs/oneshot.md")
-    parser.add_argument("--out", type=Path, default=OUT, help="default: docs/results/oneshot.json")
+    parser.add_argument("--out", type=Path, default=OUT, help="default: docs/results/oneshot.jsonl")
     return parser
 
 

@@ -12,7 +12,7 @@ Cells = dict[str, Any]
 
 _INTRO = f"""# One-shot results
 
-Written by `scripts/oneshot.py --report` from docs/results/oneshot.json; nothing here is typed in by hand. All layers
+Written by `scripts/oneshot.py --report` from docs/results/oneshot.jsonl; nothing here is typed in by hand. All layers
 get the same sparsity; no labels and no training, except where a line says recover. Times are those of pruning (and of
 recovering) on 2 threads while other processes kept at most {QUIET_CORES} cores busy; a cell measured beside others has
 none. Peak memory is that of the whole process.
