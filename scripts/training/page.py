@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 from training.rows import EPOCHS, ROWS, SPARSITIES
@@ -11,6 +11,8 @@ from training.rows import EPOCHS, ROWS, SPARSITIES
 Result = dict[str, Any]
 Cells = dict[tuple[str, float], list[float]]
 
+#: A run so many points below the median has not trained.
+COLLAPSE = 30
 _INTRO = """# Training results
 
 Written by `scripts/train.py report` from docs/results/training.jsonl; nothing here is typed in by hand. Fashion-MNIST,
@@ -72,6 +74,8 @@ def _text(accuracies: list[float] | None, dense: list[float] | None) -> str:
     if not accuracies:
         return ""
     spread = f" ± {stdev(accuracies):.2f}" if len(accuracies) > 1 else ""
+    if median(accuracies) - min(accuracies) > COLLAPSE:
+        spread += f", one collapsed to {min(accuracies):.2f}"
     apart = f" ({mean(accuracies) - mean(dense):+.2f})" if dense else ""
     return f"{mean(accuracies):.2f}{spread}{apart}"
 
