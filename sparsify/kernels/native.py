@@ -300,6 +300,8 @@ def can_clear(values: Tensor, mask: Tensor) -> bool:
         and type(values) in (Tensor, torch.nn.Parameter)
         and values.is_cpu
         and mask.is_cpu
+        and mask.dtype == torch.bool
+        and values.shape == mask.shape  # what the kernel goes by is one count for both
         and values.dtype.itemsize in (2, 4, 8)
         and values.is_contiguous()
         and mask.is_contiguous()

@@ -36,6 +36,8 @@ def test_what_cannot_be_cleared_natively_is_known():
     assert native.can_clear(torch.zeros(4, 6), mask)
     assert native.can_clear(torch.nn.Parameter(torch.zeros(4, 6, dtype=torch.float64)), mask)
     assert not native.can_clear(torch.zeros(6, 4).T, mask)
+    assert not native.can_clear(torch.zeros(4, 7), mask)
+    assert not native.can_clear(torch.zeros(4, 6), mask.float())
     assert not native.can_clear(torch.zeros(4, 6), mask.T.contiguous().T)
     assert not native.can_clear(torch.zeros(4, 6, device="meta"), mask)
     assert not native.can_clear(torch.zeros(4, 6, dtype=torch.float8_e4m3fn), mask)
