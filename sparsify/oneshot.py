@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from sparsify.layers import Masked
 from sparsify.masks import Allocation, check_target, n_removed_units
 from sparsify.methods import SOLVERS, Method
 from sparsify.patterns import parse_pattern
-from sparsify.share import SHARES
+from sparsify.share import SHARES, show_layers
 from sparsify.solve import Task, aim, output_error, solve
 
 
@@ -165,6 +166,7 @@ def _measure(
     assert isinstance(order.allocation, str)
     pattern, target = parse_pattern(order.pattern), check_target(order.sparsity)
     sample = Task(order.method, pattern, 0, order.refit, order.correct, order.seed)
-    allocate = SHARES[order.allocation](model, layers, target, sample, batches, cache_bytes)
+    show = functools.partial(show_layers, model, layers, batches, cache_bytes)
+    allocate = SHARES[order.allocation](layers, target, sample, show)
     n_units = {name: pattern.n_units(layer.shape) for name, layer in layers.items()}
     return capped(allocate, n_units, target, order.max_sparsity)

@@ -20,19 +20,16 @@ from sparsify.methods import SOLVERS, score
 from sparsify.solve import Task, output_error, solve
 
 Allocate = Callable[[Mapping[str, int], float], dict[str, int]]
+#: Sees one layer: its name, weight, mask, Gram matrix of its inputs, and the block it is in.
+Look = Callable[[str, Tensor, Tensor, Tensor, str | None], None]
+#: Shows every layer to a look.
+Show = Callable[[Look], None]
 
 _OUTLIER = 5  # times the mean of a layer's scores: the paper's M for language models
 _STEPS = (-0.2, -0.1, 0.0, 0.1, 0.2)  # sparsities around the target at which a layer's error is measured
 
 
-def by_score(
-    model: nn.Module,
-    layers: Mapping[str, Masked],
-    sparsity: float,
-    task: Task,
-    batches: list[Batch],
-    cache_bytes: int | None = None,
-) -> Allocate:
+def by_score(layers: Mapping[str, Masked], sparsity: float, task: Task, show: Show) -> Allocate:
     """Rank the scores of all layers together. Raises ValueError for a solver, which has none that compare."""
     if task.method in SOLVERS:
         raise ValueError(
@@ -44,19 +41,12 @@ def by_score(
     def look(name: str, weight: Tensor, mask: Tensor, gram: Tensor, block: str | None) -> None:
         scores[name] = score(name, weight, task.method, task.seed, gram).float()
 
-    _look_at(model, layers, batches, cache_bytes, look)
+    show(look)
     masks = {name: layer.matrix(layer.mask) for name, layer in layers.items()}
     return functools.partial(removed_together, scores, masks, task.pattern)
 
 
-def by_outliers(
-    model: nn.Module,
-    layers: Mapping[str, Masked],
-    sparsity: float,
-    task: Task,
-    batches: list[Batch],
-    cache_bytes: int | None = None,
-) -> Allocate:
+def by_outliers(layers: Mapping[str, Masked], sparsity: float, task: Task, show: Show) -> Allocate:
     """Let layers of blocks with more outliers among their Wanda scores keep more; see `owl`.
 
     As in the paper, the layers of a block have one share of outliers; a layer outside of a chain has its own.
@@ -69,19 +59,12 @@ def by_outliers(
         place[name] = name if block is None else block
         counts.setdefault(place[name], []).append((int((scores > _OUTLIER * scores.mean()).sum()), scores.numel()))
 
-    _look_at(model, layers, batches, cache_bytes, look)
+    show(look)
     share = {where: sum(n for n, _ in found) / sum(n for _, n in found) for where, found in counts.items()}
     return lambda n_units, sparsity: owl(n_units, {name: share[place[name]] for name in n_units}, sparsity)
 
 
-def by_error(
-    model: nn.Module,
-    layers: Mapping[str, Masked],
-    sparsity: float,
-    task: Task,
-    batches: list[Batch],
-    cache_bytes: int | None = None,
-) -> Allocate:
+def by_error(layers: Mapping[str, Masked], sparsity: float, task: Task, show: Show) -> Allocate:
     """Measure each layer's squared relative output error at several sparsities, and remove where it costs least."""
     curves: dict[str, list[tuple[int, float]]] = {}
 
@@ -94,7 +77,7 @@ def by_error(
             points.append((n, output_error(weight, new, gram) ** 2))
         curves[name] = [*points, (n_units, 1.0)]
 
-    _look_at(model, layers, batches, cache_bytes, look)
+    show(look)
 
     def allocate(n_units: Mapping[str, int], sparsity: float) -> dict[str, int]:
         return least_error({name: curves[name] for name in n_units}, n_removed(sparsity, sum(n_units.values())))
@@ -106,12 +89,8 @@ def by_error(
 SHARES = {"global": by_score, "owl": by_outliers, "error": by_error}
 
 
-def _look_at(
-    model: nn.Module,
-    layers: Mapping[str, Masked],
-    batches: list[Batch],
-    cache_bytes: int | None,
-    look: Callable[[str, Tensor, Tensor, Tensor, str | None], None],
+def show_layers(
+    model: nn.Module, layers: Mapping[str, Masked], batches: list[Batch], cache_bytes: int | None, look: Look
 ) -> None:
     """Show each layer's weight, mask, inputs and block, with all layers as they are now."""
     for stop in walk(model, list(layers), batches, cache_bytes=cache_bytes):
