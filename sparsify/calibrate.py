@@ -3,8 +3,9 @@
 The walk stops at every group of layers that get the same input, with that input's Gram matrix over all data. Whoever
 walks may change the layers of a stop, and everything behind them sees what they have become. In a chain of blocks
 (outline.py) one block runs at a time, on inputs kept from the one before: the walk costs each block one run for each of
-its groups, cut short where the group is reached, and one more for its output. Layers outside of chains cost a run of
-the model up to them, in which chains that were walked stand still. A model without chains is one block.
+its groups, cut short where the group is reached, and one more for its output, in which layers that are finished only
+hand out what they have computed before, as far as there is room for it (stand_ins.py). Layers outside of chains cost a
+run of the model up to them, in which chains that were walked stand still. A model without chains is one block.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from sparsify.layers import Masked
 from sparsify.outline import Form, Outline, Recorder, block_of, first_tensor, take_apart
 from sparsify.ranks import add_up, own_share
 from sparsify.shelf import Budget, Shelf
+from sparsify.stand_ins import Finished, stand_in
 
 T = TypeVar("T")
 
@@ -69,14 +71,15 @@ def walk(
     """
     batches = read_batches(model, data)
     with as_in_use(model), contextlib.ExitStack() as shelves:
-        whole = _Whole(model, see_outline(model, layers, batches))
+        outline, walked = see_outline(model, layers, batches), set[tuple[str, ...]]()
         batches = own_share(batches)
-        outline, walked = whole.outline, set[tuple[str, ...]]()
         budget = None if cache_bytes is None else Budget(cache_bytes)
+        whole = _Whole(model, outline, shelves.enter_context(Finished(model, budget)))
         for group in outline.groups:
             chain = outline.chain_of(group[0])
             if chain is None:
                 yield Stop(group, _gram(model, group, outline, batches, whole.run), None)
+                whole.finished.add(outline.once.intersection(group))
             elif chain not in walked:
                 walked.add(chain)
                 hidden = shelves.enter_context(Shelf(len(batches), budget))
@@ -138,8 +141,8 @@ class _Whole:
     Their blocks pass on what they are given, and the last one returns what it has returned for this batch.
     """
 
-    def __init__(self, model: nn.Module, outline: Outline) -> None:
-        self.model, self.outline = model, outline
+    def __init__(self, model: nn.Module, outline: Outline, finished: Finished) -> None:
+        self.model, self.outline, self.finished = model, outline, finished
         self.finals: dict[tuple[str, ...], Shelf | list[Tensor]] = {}
 
     def run(self, number: int, batch: Batch) -> None:
@@ -147,9 +150,10 @@ class _Whole:
         with contextlib.ExitStack() as stand_ins:
             for chain, finals in self.finals.items():
                 for name in chain:
-                    stand_in = self._passing_on(name, finals[number] if name == chain[-1] else None)
-                    stand_ins.enter_context(_forward(self.model.get_submodule(name), stand_in))
-            _run(self.model, batch.args, batch.kwargs)
+                    forward = self._passing_on(name, finals[number] if name == chain[-1] else None)
+                    stand_ins.enter_context(stand_in(self.model.get_submodule(name), forward))
+            with self.finished.standing_in(number):
+                _run(self.model, batch.args, batch.kwargs)
 
     def arguments(self, chain: tuple[str, ...], number: int, batch: Batch) -> tuple[Tensor, dict[str, Form]]:
         """Return the hidden state that a chain gets, and the other arguments of each of its blocks.
@@ -173,7 +177,7 @@ class _Whole:
 
         with contextlib.ExitStack() as stand_ins:
             for name in chain:
-                stand_ins.enter_context(_forward(self.model.get_submodule(name), standing_in(name)))
+                stand_ins.enter_context(stand_in(self.model.get_submodule(name), standing_in(name)))
             self.run(number, batch)
         return hidden[0], forms
 
@@ -204,10 +208,15 @@ def _walk_chain(
         block = model.get_submodule(name)
         groups = [group for group in outline.groups if block_of(group[0], [name]) is not None]
 
-        def run(number: int, batch: Batch, name: str = name, block: nn.Module = block) -> None:
-            _run(block, *forms[number][name].fill(hidden[number]))
-
         with contextlib.ExitStack() as shelves:
+            finished = shelves.enter_context(Finished(model, hidden.budget))
+
+            def run(
+                number: int, batch: Batch, name: str = name, block: nn.Module = block, finished: Finished = finished
+            ) -> None:
+                with finished.standing_in(number):
+                    _run(block, *forms[number][name].fill(hidden[number]))
+
             inputs: dict[str, Shelf] = {}
             if dense is not None:  # while the block's own layers are still what they were
                 once = [group[0] for group in groups if group[0] in outline.once]
@@ -219,10 +228,12 @@ def _walk_chain(
                 yield Stop(group, _gram(model, group, outline, batches, run, inputs.get(group[0])), name)
                 if group[0] in inputs:
                     inputs[group[0]].close()
-        for number in range(len(batches)):
-            found = take_apart(_run(block, *forms[number][name].fill(hidden[number])))
-            assert found is not None
-            hidden[number] = found[0]
+                finished.add(outline.once.intersection(group))
+            for number in range(len(batches)):
+                with finished.standing_in(number, last=True):
+                    found = take_apart(_run(block, *forms[number][name].fill(hidden[number])))
+                assert found is not None
+                hidden[number] = found[0]
     whole.finals[chain] = hidden
 
 
@@ -336,7 +347,7 @@ def _may_stand_still(model: nn.Module, outline: Outline, batch: Batch) -> bool:
 
     A skip from the middle of a chain, or an argument made from a hidden state, fails here.
     """
-    whole = _Whole(model, outline)
+    whole = _Whole(model, outline, Finished(model, None))
     outside = {group[0] for group in outline.groups if outline.chain_of(group[0]) is None}
     starts, lasts = {chain[0] for chain in outline.chains}, {chain[-1]: chain for chain in outline.chains}
     finals: dict[tuple[str, ...], Shelf | list[Tensor]] = {}
@@ -378,19 +389,6 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     """Run the model, or a part of it, without gradients, up to the end or to where it is enough."""
     with torch.inference_mode(False), torch.no_grad(), contextlib.suppress(_Enough):
         return module(*args, **kwargs)
-
-
-@contextlib.contextmanager
-def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let a module compute something else for a while."""
-    own = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
 
 
 @contextlib.contextmanager

@@ -18,6 +18,16 @@ class Budget:
             raise ValueError(f"a budget is a number of bytes, got {n_bytes}")
         self.left = n_bytes
 
+    def take(self, n_bytes: int) -> bool:
+        """Take this much if there is room for it, and say whether there was."""
+        fits = n_bytes <= self.left
+        self.left -= n_bytes if fits else 0
+        return fits
+
+    def give_back(self, n_bytes: int) -> None:
+        """Return what was taken."""
+        self.left += n_bytes
+
 
 @dataclass(frozen=True)
 class _Filed:
@@ -65,13 +75,8 @@ class Shelf:
 
     def __setitem__(self, index: int, tensor: Tensor) -> None:
         self._forget(index)
-        if self.budget is None:
-            self._places[index] = tensor
-        elif tensor.nbytes <= self.budget.left:
-            self._places[index] = tensor
-            self.budget.left -= tensor.nbytes
-        else:
-            self._places[index] = self._write(index, tensor)
+        fits = self.budget is None or self.budget.take(tensor.nbytes)
+        self._places[index] = tensor if fits else self._write(index, tensor)
 
     def close(self) -> None:
         """Delete the file, and give the memory back."""
@@ -83,7 +88,7 @@ class Shelf:
     def _forget(self, index: int) -> None:
         old, self._places[index] = self._places[index], None
         if isinstance(old, Tensor) and self.budget is not None:
-            self.budget.left += old.nbytes
+            self.budget.give_back(old.nbytes)
 
     def _write(self, index: int, tensor: Tensor) -> _Filed:
         assert self._file is not None

@@ -323,3 +323,48 @@ def test_the_recorder_keeps_no_tensors() -> None:
     assert recorder._input is None
     assert not recorder._hidden
     assert copy.deepcopy(recorder.outline()).groups == recorder.outline().groups
+
+
+class InPlace(Stack):
+    """Its blocks write into what their layers return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.blocks:
+            block.left = nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=True))
+
+
+@pytest.mark.parametrize("make", [Stack, InPlace, Two, Skips])
+@pytest.mark.parametrize("cache_bytes", [None, 0, 700, 10**6])
+def test_finished_layers_run_once_and_the_walk_sees_the_same(
+    make: Callable[[], nn.Module], cache_bytes: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def walked() -> tuple[list[Tensor], int]:
+        torch.manual_seed(0)
+        model, n_runs = make(), 0
+
+        def count(*_: Any) -> None:
+            nonlocal n_runs
+            n_runs += 1
+
+        found = []
+        for stop in walk(model, linears(model), BATCHES, cache_bytes=cache_bytes):
+            found.append(stop.gram.matrix)
+            for name in stop.names:
+                model.get_submodule(name).weight.data *= 0.5
+                own = model.get_submodule(name).forward
+                monkeypatch.setattr(
+                    model.get_submodule(name), "forward", lambda x, own=own: (count(), own(x))[1], raising=False
+                )
+        return found, n_runs
+
+    kept, n_runs = walked()
+    monkeypatch.setattr("sparsify.stand_ins.Budget.take", lambda *_: False)
+    again, n_all = walked()
+    assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+    if cache_bytes is None or cache_bytes == 10**6:
+        n_in_chains = 0 if make is Skips else sum(".left" in n or ".right" in n or ".out" in n for n in linears(make()))
+        assert n_runs < n_all
+        assert make is Skips or n_runs <= len(BATCHES) * (n_in_chains + 2)  # once on each batch
+    elif cache_bytes == 0:
+        assert n_runs == n_all

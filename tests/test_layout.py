@@ -38,6 +38,7 @@ ORDER = (
     "outline",
     "ranks",
     "shelf",
+    "stand_ins",
     "calibrate",
     "share",
     "oneshot",

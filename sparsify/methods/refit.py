@@ -9,7 +9,7 @@ from torch.nn import functional
 from sparsify.gram import damped
 
 DAMPING = 0.01
-_BATCH_BYTES = 64 * 2**20  # of the systems that are solved at once
+_BATCH_BYTES = 32 * 2**20  # of the factors that are kept at once
 _REFINEMENTS, _TOLERANCE = 3, 1e-9
 
 
@@ -45,33 +45,67 @@ def _solve_rows(matrix: Tensor, target: Tensor, chosen: Tensor) -> Tensor:
     solution = torch.zeros(n_rows, n_columns + 1, dtype=matrix.dtype, device=matrix.device)
     n_chosen = chosen.sum(1)
     rows = n_chosen.argsort(stable=True)
+    factors = _Factors(padded, n_rows, int(n_chosen.max()))
     while len(rows):
         largest = max(int(n_chosen[rows[-1]]), 1)
-        n_together = min(len(rows), max(1, _BATCH_BYTES // (largest * largest * matrix.element_size())))
+        n_together = min(len(rows), max(1, len(factors.memory) // largest**2))
         rows, part = rows[:-n_together], rows[-n_together:]
         real = torch.arange(largest, device=part.device) < n_chosen[part, None]
         order = (~chosen[part]).to(torch.int8).argsort(dim=1, stable=True)[:, :largest].masked_fill(~real, n_columns)
-        solution[part] = _solve_together(padded, functional.pad(target[part], (0, 1)), order, real)
+        solution[part] = _solve_together(factors, padded, functional.pad(target[part], (0, 1)), order, real)
     return solution[:, :-1]
 
 
-def _solve_together(padded: Tensor, target: Tensor, order: Tensor, real: Tensor) -> Tensor:
+class _Factors:
+    """Cholesky's factors, in float32, of parts of a matrix, in memory that is used again and again.
+
+    Fresh memory costs a page fault for every 4 KB, which takes longer than what is then done with it.
+    """
+
+    def __init__(self, padded: Tensor, n_systems: int, largest: int) -> None:
+        self.single = padded.float()
+        n_together = max(1, min(n_systems, _BATCH_BYTES // (4 * max(largest, 1) ** 2)))
+        self.memory = self.single.new_empty(n_together * max(largest, 1) ** 2)
+        self._rows = self.single.new_empty(max(largest, 1) * len(padded))
+        self._system = self.single.new_empty(max(largest, 1) ** 2)
+        self._failed = torch.empty((), dtype=torch.int32, device=padded.device)
+
+    def of(self, order: Tensor, real: Tensor) -> Tensor:
+        """Return the lower factor of each part, of the rows and columns that a row of `order` lists."""
+        n_systems, size = order.shape
+        lower = self.memory[: n_systems * size**2].view(n_systems, size, size)
+        rows, system = self._rows[: size * len(self.single)].view(size, -1), self._system[: size**2].view(size, size)
+        for number in range(n_systems):
+            torch.index_select(self.single, 0, order[number], out=rows)
+            torch.index_select(rows, 1, order[number], out=system)
+            system.diagonal().add_(~real[number])
+            # Symmetric, so that its transpose is the same in the layout that LAPACK wants.
+            torch.linalg.cholesky_ex(system.mT, out=(lower[number].mT, self._failed))
+        return lower.mT
+
+
+def _solve_together(factors: _Factors, padded: Tensor, target: Tensor, order: Tensor, real: Tensor) -> Tensor:
     """Solve one system for each row of `order`, the columns that it is about.
 
     The systems are factorised in float32, twice as fast, and their solutions refined by what is left of the target,
-    taken in float64, to the digits that a factor in float64 gives; where that does not converge, in float64.
+    taken in float64, to the digits that a factor in float64 gives; where that does not converge, as where a factor is
+    none, in float64.
     """
-    for dtype in (torch.float32, torch.float64):
-        system = padded.to(dtype)[order[:, :, None], order[:, None, :]]
-        system.diagonal(dim1=1, dim2=2).add_(~real)
-        lower, failed = torch.linalg.cholesky_ex(system)
-        solution = torch.zeros_like(target)
+    scale = target.abs().amax(1, keepdim=True)
+    for single in (True, False):
+        if single:
+            lower = factors.of(order, real)
+        else:
+            system = padded[order[:, :, None], order[:, None, :]]
+            system.diagonal(dim1=1, dim2=2).add_(~real)
+            lower = torch.linalg.cholesky_ex(system)[0]
+        solution, rest = torch.zeros_like(target), target
         for _ in range(_REFINEMENTS):
-            rest = (target - solution @ padded).gather(1, order).masked_fill(~real, 0)
-            step = torch.cholesky_solve(rest[:, :, None].to(dtype), lower)[:, :, 0].to(target.dtype)
+            step = rest.gather(1, order).masked_fill(~real, 0).to(lower.dtype)[:, :, None]
+            step = torch.linalg.solve_triangular(lower, step, upper=False)
+            step = torch.linalg.solve_triangular(lower.mT, step, upper=True)[:, :, 0].to(target.dtype)
             solution.scatter_add_(1, order, step.masked_fill_(~real, 0))
-        scale = target.abs().amax(1, keepdim=True)
-        rest = (target - solution @ padded).gather(1, order).masked_fill(~real, 0)
-        if not failed.any() and bool((rest.abs() <= _TOLERANCE * scale).all()):
-            break
+            rest = target - solution @ padded
+            if bool((rest.gather(1, order).masked_fill(~real, 0).abs() <= _TOLERANCE * scale).all()):
+                return solution
     return solution
