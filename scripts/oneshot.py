@@ -13,7 +13,10 @@ processes were, the machine, the thread count and torch's version.
 """
 
 import argparse
+import contextlib
 import copy
+import ctypes
+import gc
 import json
 import resource
 import time
@@ -90,7 +93,7 @@ def measure(subject: Subject, order: dict[str, Any], batches: list[dict[str, Ten
     if order.get("allocation") == "sensitivity":
         order["allocation"] = _by_sensitivity(model, order.pop("sparsity"), batches)
     if order:
-        sparsify.prune(model, data=batches, progress=True, **order)
+        sparsify.prune(model, data=batches, cache_bytes=subject.cache_bytes, progress=True, **order)
     if teacher is not None:
         sparsify.recover(model, teacher, batches, seconds=recover_s, progress=True)
     seconds, peak_gb = time.perf_counter() - started, _peak_gb()
@@ -117,8 +120,11 @@ def _by_sensitivity(model: nn.Module, sparsity: float, batches: list[dict[str, T
 
 
 def _reset_peak() -> None:
-    """Let the peak of this process's memory start anew, where Linux can."""
+    """Let the peak of this process's memory start anew, without what loading has left over, where Linux can."""
+    gc.collect()
     if _CLEAR.exists():
+        with contextlib.suppress(AttributeError):  # not glibc
+            ctypes.CDLL(None).malloc_trim(0)
         _CLEAR.write_text("5")
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from sparsify.allocation import capped
@@ -20,6 +20,7 @@ from sparsify.masks import Allocation, check_target, n_removed_units
 from sparsify.methods import SOLVERS, Method
 from sparsify.patterns import parse_pattern
 from sparsify.share import SHARES, show_layers
+from sparsify.shelf import Budget, Shelf
 from sparsify.solve import Task, aim, output_error, solve
 
 
@@ -107,10 +108,12 @@ def prune_on_data(
 
     Each layer then has its `Fit` as an attribute `fit`. An error leaves all layers as they were; with a `keeper`, those
     that are finished are kept there instead, and so they stay. cache_bytes: how much of the data on its way through the
-    model stays in memory, the rest goes to a file (None: all of it).
+    model stays in memory; the rest, and what the layers were, goes to a file (None: all of it stays).
     """
     layers = {name: layer for name, layer in sparse_layers(model).items() if name in tasks}
-    before: dict[str, tuple[Tensor, Tensor]] = {}
+    names = list(layers)
+    # What the layers were, to go back to after an error; from where the data on its way spills, this goes to disk.
+    before, changed = Shelf(2 * len(layers), None if cache_bytes is None else Budget(0)), list[str]()
     stops = walk(model, layers, data, dense=any(task.correct for task in tasks.values()), cache_bytes=cache_bytes)
     try:
         with tqdm(total=len(layers), desc="calibrate", unit="layer", disable=not progress) as bar:
@@ -127,7 +130,9 @@ def prune_on_data(
                     weight, mask = solve(name, wanted, present, tasks[name], gram)
                     error = output_error(wanted, weight, gram)
                     if keeper is None:
-                        before[name] = layer.weight.detach().clone(), layer.mask
+                        number = names.index(name)
+                        before[2 * number], before[2 * number + 1] = layer.weight.detach().clone(), layer.mask
+                        changed.append(name)
                     matrix.copy_(weight)
                     layer.set_mask(mask)
                     layer.__dict__["fit"] = Fit(error, time.perf_counter() - started)
@@ -136,13 +141,15 @@ def prune_on_data(
                     bar.set_postfix_str(f"{name}, error {error:.3f}")
                     bar.update(1)
     except BaseException:
-        for name, (weight, mask) in before.items():
+        for name in changed:
+            number = names.index(name)
             with torch.no_grad():
-                layers[name].weight.copy_(weight)
-            layers[name].mask = mask
+                layers[name].weight.copy_(before[2 * number])
+            layers[name].mask = before[2 * number + 1]
             layers[name].__dict__.pop("fit", None)
         raise
     finally:
+        before.close()
         stops.close()
 
 

@@ -21,6 +21,8 @@ class Subject:
     judge: Callable[[nn.Module], Callable[[nn.Module], dict[str, Any]]]
     #: Figure -> what it is.
     figures: dict[str, str]
+    #: What calibration may keep in memory; None: all.
+    cache_bytes: int | None = None
 
 
 def _minilm_judge(dense: nn.Module) -> Callable[[nn.Module], dict[str, Any]]:
@@ -77,5 +79,6 @@ SUBJECTS = {
         _smollm_batches,
         _smollm_judge,
         {"perplexity": "Perplexity on two other files of the Brown corpus (ca01, cg10)"},
+        cache_bytes=2**27,
     ),
 }

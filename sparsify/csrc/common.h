@@ -21,6 +21,7 @@ struct KernelTable {
     LinearKernel linear[SPARSIFY_N_FORMS][SPARSIFY_N_DTYPES];
     PointwiseKernel pointwise[SPARSIFY_N_DTYPES];
     int (*sddmm)(const sparsify_sddmm_call &);
+    int (*factor)(const sparsify_factor_call &);
     int (*clear[3])(void *values, const uint8_t *mask, int64_t n, int n_threads);  // of 2, 4 and 8 bytes
 };
 

@@ -89,6 +89,12 @@ int sparsify_sddmm(const sparsify_sddmm_call *call) {
     return current().table->sddmm(*call);
 }
 
+int sparsify_factor_parts(const sparsify_factor_call *call) {
+    if (call->n < 0 || call->n_parts < 0 || call->size < 0 || call->n_threads < 1) return SPARSIFY_BAD_ARGUMENT;
+    if (current().status) return current().status;
+    return call->n_parts && call->size ? current().table->factor(*call) : SPARSIFY_OK;
+}
+
 int sparsify_clear_masked(void *values, const uint8_t *mask, int64_t n, int value_bytes, int n_threads) {
     const int width = value_bytes == 2 ? 0 : value_bytes == 4 ? 1 : value_bytes == 8 ? 2 : -1;
     if (n < 0 || width < 0 || n_threads < 1) return SPARSIFY_BAD_ARGUMENT;

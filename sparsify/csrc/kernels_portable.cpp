@@ -3,6 +3,7 @@
 // after the vectors
 #include "activation.inc.h"
 #include "bitmask_portable.inc.h"
+#include "cholesky.inc.h"
 #include "clear.inc.h"
 #include "gather_portable.inc.h"
 #include "panel.inc.h"
@@ -20,6 +21,7 @@ const KernelTable *portable_table() {
         },
         {pointwise_panel<float>, pointwise_panel<uint16_t>},
         sddmm_f32,
+        factor_f32,
         {clear_masked<uint16_t>, clear_masked<uint32_t>, clear_masked<uint64_t>},
     };
     return &table;

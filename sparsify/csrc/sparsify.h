@@ -128,6 +128,20 @@ SPARSIFY_API int sparsify_sddmm(const struct sparsify_sddmm_call *call);
  * Sets values[i] to zero (all bits) where mask[i] is 0, for n values of 2, 4 or 8 bytes; where it is 1 nothing changes. */
 SPARSIFY_API int sparsify_clear_masked(void *values, const uint8_t *mask, int64_t n, int value_bytes, int n_threads);
 
+/* ---- factors of parts of a matrix --------------------------------------------------------------------------------
+ * For each of n_parts lists of `size` rows, order[part][size], the lower Cholesky factor of those rows and columns of a
+ * symmetric float32 matrix (n, n): lower[part][size][size], zero above the diagonal. The last row of the matrix is not
+ * read: it stands for one of the identity. Where a part is not positive definite, its factor holds NaN. */
+struct sparsify_factor_call {
+    const float *matrix;
+    const int64_t *order;
+    float *lower;
+    int64_t n, n_parts, size;
+    int64_t n_threads;
+};
+
+SPARSIFY_API int sparsify_factor_parts(const struct sparsify_factor_call *call);
+
 /* ---- roofs ------------------------------------------------------------------------------------------------------
  * What the machine can do at most with the instruction set in use, measured for `seconds` on n_threads threads at once;
  * negative on error. For benchmarks: not to be called after fork. A read goes over `bytes` bytes again and again, each

@@ -41,6 +41,7 @@ _SIGNATURES = {
 _LINEAR_CALL = struct.Struct("=14q")  # struct sparsify_linear_call
 _POINTWISE_CALL = struct.Struct("=17q")  # struct sparsify_pointwise_call
 _SDDMM_CALL = struct.Struct("=12q")  # struct sparsify_sddmm_call
+_FACTOR_CALL = struct.Struct("=7q")  # struct sparsify_factor_call
 _SDDMM_TOKENS = 256  # SPARSIFY_SDDMM_TOKENS
 
 
@@ -77,6 +78,7 @@ def _function(name: str, signature: tuple[Any, Any]) -> Any:
 _form_functions: dict[str, dict[str, Any]] = {}
 _linear: Any = None
 _sddmm: Any = None
+_factor: Any = None
 _clear: Any = None
 _pointwise: Any = None
 _pack_call, _pack_pointwise_call = _LINEAR_CALL.pack, _POINTWISE_CALL.pack
@@ -86,6 +88,7 @@ if _library is not None:
     _linear = _function("sparsify_linear", (_int, [_int, _int, ctypes.c_char_p]))
     _pointwise = _function("sparsify_pointwise", (_int, [_int, ctypes.c_char_p]))
     _sddmm = _function("sparsify_sddmm", (_int, [ctypes.c_char_p]))
+    _factor = _function("sparsify_factor_parts", (_int, [ctypes.c_char_p]))
     _clear = _function("sparsify_clear_masked", (_int, [_pointer, _pointer, _int64, _int, _int]))
 _FORM_NUMBERS = {form: number for number, form in enumerate(FORMS)}
 
@@ -290,6 +293,19 @@ def weight_grad(grad: Tensor, x: Tensor, crow: Tensor, col: Tensor, out: Tensor)
         )
     )
     if status:
+        _checked(status)
+
+
+def factor_parts(matrix: Tensor, order: Tensor, lower: Tensor) -> None:
+    """Write the lower Cholesky factor of parts of a symmetric matrix (n, n), which has no gaps, into `lower`.
+
+    order: int64 (parts, size), the rows and columns of each part; n - 1 stands for a row of the identity.
+    lower: (parts, size, size), zero above the diagonal; NaN where a part is not positive definite.
+    All are float32 without gaps.
+    """
+    n_parts, size = order.shape
+    pointers = matrix.data_ptr(), order.data_ptr(), lower.data_ptr()
+    if status := _factor(_FACTOR_CALL.pack(*pointers, len(matrix), n_parts, size, torch.get_num_threads())):
         _checked(status)
 
 

@@ -109,8 +109,10 @@ class Packed(nn.Module):
     def _autocast_dtype(self, input: Tensor) -> torch.dtype | None:
         """Return the dtype to answer in under autocast, which computes in the layer's own; None outside it."""
         device = input.device.type
-        castable = device != "meta" and input.is_floating_point() and input.dtype != torch.float64
-        return torch.get_autocast_dtype(device) if castable and torch.is_autocast_enabled(device) else None
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return None
+        castable = input.is_floating_point() and input.dtype != torch.float64
+        return torch.get_autocast_dtype(device) if castable else None
 
     def _set_parts(self, form: str, parts: tuple[Tensor, ...]) -> None:
         for name in FORMS[self.form]:

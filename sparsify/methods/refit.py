@@ -7,9 +7,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsify.gram import damped
+from sparsify.kernels import native
 
 DAMPING = 0.01
 _BATCH_BYTES = 32 * 2**20  # of the factors that are kept at once
+_LARGEST_NATIVE = 2048  # beyond, one factor alone keeps all cores busy, and torch is no slower
 _REFINEMENTS, _TOLERANCE = 3, 1e-9
 
 
@@ -64,24 +66,26 @@ class _Factors:
 
     def __init__(self, padded: Tensor, n_systems: int, largest: int) -> None:
         self.single = padded.float()
-        n_together = max(1, min(n_systems, _BATCH_BYTES // (4 * max(largest, 1) ** 2)))
-        self.memory = self.single.new_empty(n_together * max(largest, 1) ** 2)
-        self._rows = self.single.new_empty(max(largest, 1) * len(padded))
-        self._system = self.single.new_empty(max(largest, 1) ** 2)
-        self._failed = torch.empty((), dtype=torch.int32, device=padded.device)
+        n_entries = max(largest, 1) ** 2
+        self.memory = self.single.new_empty(max(1, min(n_systems, _BATCH_BYTES // (4 * n_entries))) * n_entries)
 
-    def of(self, order: Tensor, real: Tensor) -> Tensor:
+    def of(self, order: Tensor) -> Tensor:
         """Return the lower factor of each part, of the rows and columns that a row of `order` lists."""
         n_systems, size = order.shape
         lower = self.memory[: n_systems * size**2].view(n_systems, size, size)
-        rows, system = self._rows[: size * len(self.single)].view(size, -1), self._system[: size**2].view(size, size)
-        for number in range(n_systems):
-            torch.index_select(self.single, 0, order[number], out=rows)
-            torch.index_select(rows, 1, order[number], out=system)
-            system.diagonal().add_(~real[number])
-            # Symmetric, so that its transpose is the same in the layout that LAPACK wants.
-            torch.linalg.cholesky_ex(system.mT, out=(lower[number].mT, self._failed))
-        return lower.mT
+        if self.single.is_cpu and native.available() and size <= _LARGEST_NATIVE:
+            native.factor_parts(self.single, order, lower)
+        else:
+            for part, rows in zip(lower, order, strict=True):
+                part.copy_(torch.linalg.cholesky_ex(_part(self.single, rows))[0])
+        return lower
+
+
+def _part(padded: Tensor, rows: Tensor) -> Tensor:
+    """Return the rows and columns of a matrix, the last of which stands for those of the identity."""
+    part = padded[rows][:, rows]
+    part.diagonal().add_(rows == len(padded) - 1)
+    return part
 
 
 def _solve_together(factors: _Factors, padded: Tensor, target: Tensor, order: Tensor, real: Tensor) -> Tensor:
@@ -94,11 +98,9 @@ def _solve_together(factors: _Factors, padded: Tensor, target: Tensor, order: Te
     scale = target.abs().amax(1, keepdim=True)
     for single in (True, False):
         if single:
-            lower = factors.of(order, real)
+            lower = factors.of(order)
         else:
-            system = padded[order[:, :, None], order[:, None, :]]
-            system.diagonal(dim1=1, dim2=2).add_(~real)
-            lower = torch.linalg.cholesky_ex(system)[0]
+            lower = torch.stack([torch.linalg.cholesky_ex(_part(padded, rows))[0] for rows in order])
         solution, rest = torch.zeros_like(target), target
         for _ in range(_REFINEMENTS):
             step = rest.gather(1, order).masked_fill(~real, 0).to(lower.dtype)[:, :, None]
