@@ -117,7 +117,6 @@ def _config(reader: GGUFReader) -> LlamaConfig:
     )
 
 
-@functools.cache
 def _reader(file: Path) -> GGUFReader:
     return GGUFReader(file)
 

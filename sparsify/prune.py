@@ -45,7 +45,9 @@ def prune(
     which they run, each on what those before it have become, and the report tells how far their outputs moved.
     refit: change the kept weights to the ones that reproduce the layer's outputs best. correct: let them aim
     at the outputs of the dense model, to make up for what the layers before have lost. cache_bytes: how much of the
-    data on its way through the model stays in memory; the rest goes to a temporary file. progress: show a bar.
+    data on its way through the model stays in memory; the rest, and what the layers were before, goes to a temporary
+    file. Within that, or 1 GiB if it is None, outputs of finished layers are kept so that they run once. progress: show
+    a bar.
 
     An optimizer that holds momentum of what is masked here may move it in memory, though never in an output; use a
     Pruner while training. Raises ValueError, naming the layer, before any mask is changed.

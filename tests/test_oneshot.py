@@ -179,13 +179,14 @@ def test_what_lies_on_disk_meanwhile_changes_nothing(options: dict[str, Any], mo
             call()
 
 
-def test_an_error_in_the_middle_leaves_the_model_as_it_was() -> None:
+@pytest.mark.parametrize("cache_bytes", [None, 0])
+def test_an_error_in_the_middle_leaves_the_model_as_it_was(cache_bytes: int | None) -> None:
     net = model()
     with torch.no_grad():
         net[4].weight[0, 0] = float("nan")
     before = state(net)
     with pytest.raises(ValueError, match=r"4: the weight holds NaN"):
-        prune(net, 0.5, method="sparsegpt", data=[X])
+        prune(net, 0.5, method="sparsegpt", data=[X], cache_bytes=cache_bytes)
     for name, tensor in net.state_dict().items():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, equal_nan=True)
     assert "fit" not in net[0].__dict__
