@@ -105,6 +105,7 @@ def measure(subject: Subject, order: dict[str, Any], batches: list[dict[str, Ten
         "time_s": round(seconds, 1),
         "others_cores": watch.others_cores(),
         "peak_gb": round(peak_gb, 2),
+        "cache_bytes": subject.cache_bytes,
         "error": sum(row.error or 0.0 for row in rows) / len(rows),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -36,7 +36,9 @@ def page(cells: Cells) -> str:
             text += [f"{meaning}.\n", *table(mine, name, METHODS, partial(show, figure=figure)), ""]
         if any(_time(cell) for cell in mine.values()):
             text += ["Seconds.\n", *table(mine, name, METHODS, _time), ""]
-        text += ["Peak memory, GB.\n", *table(mine, name, METHODS, partial(show, figure="peak_gb")), ""]
+        # What was measured under another budget does not belong into one table.
+        peaks = {k: cell for k, cell in mine.items() if cell.get("cache_bytes") == subject.cache_bytes}
+        text += ["Peak memory, GB.\n", *table(peaks, name, METHODS, partial(show, figure="peak_gb")), ""]
         text += _allocations(mine, name)
     machines = sorted({f"{cell['machine']}, torch {cell['torch']}" for cell in cells.values()})
     return "\n".join([*text, "Machine: " + "; ".join(machines) + ".", ""])

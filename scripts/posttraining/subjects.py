@@ -72,7 +72,8 @@ SUBJECTS = {
         },
     ),
     "smollm2": Subject(
-        "SmolLM2-135M: the 210 Linears of the blocks, calibrated on 64 x 384 tokens of the Brown corpus",
+        "SmolLM2-135M: the 210 Linears of the blocks, calibrated on 64 x 384 tokens of the Brown corpus, of which at "
+        "most 128 MiB stay in memory on their way through the model",
         ["model.layers.*"],
         64,
         _smollm_load,
