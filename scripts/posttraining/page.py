@@ -91,9 +91,20 @@ def _allocations(cells: Cells, subject: str) -> list[str]:
     head = (
         f"Allocations at a mean of {ALLOCATED_COLUMN} over all layers (`scripts/oneshot.py --allocations`): {figure}.\n"
     )
+    worse: list[str] = []
     rows = [head, "| | " + " | ".join(ALLOCATIONS) + " |", "|---|" + "---:|" * len(ALLOCATIONS)]
     for method in ALLOCATED_METHODS:
         found = [cells.get(key(subject, allocated(method, name), ALLOCATED_COLUMN)) for name in ALLOCATIONS]
         if any(found):
             rows.append(f"| {method} | " + " | ".join(show(cell, figure) if cell else "" for cell in found) + " |")
-    return [*rows, ""]
+            uniform = cells.get(key(subject, method, ALLOCATED_COLUMN))
+            worse += [
+                f"{name} with {method}"
+                for name, cell in zip(ALLOCATIONS, found, strict=True)
+                if cell and uniform and _is_worse(cell[figure], uniform[figure], figure)
+            ]
+    return [*rows, "", *([f"Worse than uniform here: {', '.join(worse)}.", ""] if worse else [])]
+
+
+def _is_worse(value: float, other: float, figure: str) -> bool:
+    return value > other if figure == "perplexity" else value < other
