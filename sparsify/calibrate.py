@@ -208,15 +208,11 @@ def _walk_chain(
         block = model.get_submodule(name)
         groups = [group for group in outline.groups if block_of(group[0], [name]) is not None]
 
+        def run(number: int, batch: Batch, *, last: bool = False, name: str = name, block: nn.Module = block) -> Any:
+            with whole.finished.standing_in(number, last=last):
+                return _run(block, *forms[number][name].fill(hidden[number]))
+
         with contextlib.ExitStack() as shelves:
-            finished = shelves.enter_context(Finished(model, hidden.budget))
-
-            def run(
-                number: int, batch: Batch, name: str = name, block: nn.Module = block, finished: Finished = finished
-            ) -> None:
-                with finished.standing_in(number):
-                    _run(block, *forms[number][name].fill(hidden[number]))
-
             inputs: dict[str, Shelf] = {}
             if dense is not None:  # while the block's own layers are still what they were
                 once = [group[0] for group in groups if group[0] in outline.once]
@@ -228,12 +224,12 @@ def _walk_chain(
                 yield Stop(group, _gram(model, group, outline, batches, run, inputs.get(group[0])), name)
                 if group[0] in inputs:
                     inputs[group[0]].close()
-                finished.add(outline.once.intersection(group))
-            for number in range(len(batches)):
-                with finished.standing_in(number, last=True):
-                    found = take_apart(_run(block, *forms[number][name].fill(hidden[number])))
-                assert found is not None
-                hidden[number] = found[0]
+                whole.finished.add(outline.once.intersection(group))
+        for number, batch in enumerate(batches):
+            found = take_apart(run(number, batch, last=True))
+            assert found is not None
+            hidden[number] = found[0]
+        whole.finished.forget(layer for group in groups for layer in group)
     whole.finals[chain] = hidden
 
 

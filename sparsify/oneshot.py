@@ -111,9 +111,9 @@ def prune_on_data(
     model stays in memory; the rest, and what the layers were, goes to a file (None: all of it stays).
     """
     layers = {name: layer for name, layer in sparse_layers(model).items() if name in tasks}
-    names = list(layers)
-    # What the layers were, to go back to after an error; from where the data on its way spills, this goes to disk.
-    before, changed = Shelf(2 * len(layers), None if cache_bytes is None else Budget(0)), list[str]()
+    # What the changed layers were, to go back to after an error; where the data on its way spills, this goes to disk.
+    disk = None if cache_bytes is None else Budget(0)
+    weights, masks, changed = Shelf(len(layers), disk), Shelf(len(layers), disk), list[str]()
     stops = walk(model, layers, data, dense=any(task.correct for task in tasks.values()), cache_bytes=cache_bytes)
     try:
         with tqdm(total=len(layers), desc="calibrate", unit="layer", disable=not progress) as bar:
@@ -130,8 +130,7 @@ def prune_on_data(
                     weight, mask = solve(name, wanted, present, tasks[name], gram)
                     error = output_error(wanted, weight, gram)
                     if keeper is None:
-                        number = names.index(name)
-                        before[2 * number], before[2 * number + 1] = layer.weight.detach().clone(), layer.mask
+                        weights[len(changed)], masks[len(changed)] = layer.weight.detach().clone(), layer.mask
                         changed.append(name)
                     matrix.copy_(weight)
                     layer.set_mask(mask)
@@ -141,15 +140,15 @@ def prune_on_data(
                     bar.set_postfix_str(f"{name}, error {error:.3f}")
                     bar.update(1)
     except BaseException:
-        for name in changed:
-            number = names.index(name)
+        for number, name in enumerate(changed):
             with torch.no_grad():
-                layers[name].weight.copy_(before[2 * number])
-            layers[name].mask = before[2 * number + 1]
+                layers[name].weight.copy_(weights[number])
+            layers[name].mask = masks[number]
             layers[name].__dict__.pop("fit", None)
         raise
     finally:
-        before.close()
+        weights.close()
+        masks.close()
         stops.close()
 
 

@@ -39,7 +39,12 @@ class Finished:
 
     def add(self, names: Iterable[str]) -> None:
         """Say which layers are finished, besides those that were."""
-        self._outputs |= {name: {} for name in sorted(names)}
+        self._outputs |= {name: {} for name in names}
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Give back the room that layers take which will not be asked again."""
+        for name in names:
+            self._budget.give_back(sum(output.nbytes for output in self._outputs.pop(name, {}).values()))
 
     @contextlib.contextmanager
     def standing_in(self, number: int, *, last: bool = False) -> Iterator[None]:
@@ -68,6 +73,4 @@ class Finished:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for outputs in self._outputs.values():
-            self._budget.give_back(sum(output.nbytes for output in outputs.values()))
-        self._outputs.clear()
+        self.forget(list(self._outputs))

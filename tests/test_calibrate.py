@@ -363,8 +363,6 @@ def test_finished_layers_run_once_and_the_walk_sees_the_same(
     again, n_all = walked()
     assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
     if cache_bytes is None or cache_bytes == 10**6:
-        n_in_chains = 0 if make is Skips else sum(".left" in n or ".right" in n or ".out" in n for n in linears(make()))
-        assert n_runs < n_all
-        assert make is Skips or n_runs <= len(BATCHES) * (n_in_chains + 2)  # once on each batch
+        assert n_runs <= len(BATCHES) * len(linears(make())) < n_all
     elif cache_bytes == 0:
         assert n_runs == n_all

@@ -24,8 +24,8 @@ struct CholeskyPlan {
     int64_t size;  // in whole blocks
 };
 
-// sums[r][c] = start[r][c] - (or, if not SUBTRACT, +) sum over k < n of rows[r][k] * panel[k][c], for one block of columns
-// and CHOLESKY_ROWS rows, `stride` apart; sums and start may be one.
+// With SUBTRACT sums[r][c] -=, otherwise sums[r][c] =, the sum over k < n of rows[r][k] * panel[k][c], for one block of
+// columns and CHOLESKY_ROWS rows, `stride` apart. Rows and sums may be the same place: it is written last.
 template <bool SUBTRACT>
 inline void cholesky_rows(const float *rows, int64_t stride, const float *panel, int64_t n, float *sums) {
     Vec acc[CHOLESKY_ROWS][CHOLESKY_VECS];
@@ -71,19 +71,12 @@ inline void cholesky_block(float *block, int64_t stride, float *inverse) {
         for (int64_t i = 0; i < CHOLESKY_BLOCK; ++i)
             column[i] = i < k ? 0.0f : i == k ? root : block[i * stride + k] / root;
         for (int64_t i = k; i < CHOLESKY_BLOCK; ++i) block[i * stride + k] = column[i];
+        column[k] = 0;  // the columns up to k belong to the factor already
         for (int64_t i = k + 1; i < CHOLESKY_BLOCK; ++i) {
             const Vec a = set1(column[i]);
-            for (int v = int((k + 1) / WIDTH); v < CHOLESKY_VECS; ++v) {
-                // Columns up to k of this vector belong to the factor already.
+            for (int v = int(k / WIDTH); v < CHOLESKY_VECS; ++v) {
                 float *const to = block + i * stride + v * WIDTH;
-                const Vec updated = fnma(a, load(column + v * WIDTH), load(to));
-                if (v * WIDTH > k) {
-                    store(to, updated);
-                } else {
-                    float lanes[WIDTH];
-                    store(lanes, updated);
-                    for (int64_t c = k + 1 - v * WIDTH; c < WIDTH; ++c) to[c] = lanes[c];
-                }
+                store(to, fnma(a, load(column + v * WIDTH), load(to)));
             }
         }
     }
