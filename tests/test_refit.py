@@ -85,3 +85,9 @@ def test_what_does_not_converge_is_solved_in_float64(monkeypatch: pytest.MonkeyP
     w, gram, mask = weight((5, 12)), gram_of(12), masks((5, 12))["half"]
     monkeypatch.setattr(importlib.import_module("sparsify.methods.refit"), "_TOLERANCE", -1.0)
     torch.testing.assert_close(refit(w, mask, gram=gram), by_lstsq(w, mask, gram), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0)])
+def test_a_weight_without_entries_stays(shape: tuple[int, int]) -> None:
+    gram = torch.eye(shape[1], dtype=torch.float64)
+    assert refit(torch.zeros(shape), torch.ones(shape, dtype=torch.bool), gram=gram).shape == shape

@@ -11,7 +11,7 @@ from sparsify.kernels import native
 
 DAMPING = 0.01
 _BATCH_BYTES = 32 * 2**20  # of the factors that are kept at once
-_LARGEST_NATIVE = 2048  # beyond, one factor alone keeps all cores busy, and torch is no slower
+_LARGEST_NATIVE = 2048  # beyond, a thread's copy of a part takes over 16 MB, and one part keeps all cores busy in torch
 _REFINEMENTS, _TOLERANCE = 3, 1e-9
 
 
@@ -47,7 +47,7 @@ def _solve_rows(matrix: Tensor, target: Tensor, chosen: Tensor) -> Tensor:
     solution = torch.zeros(n_rows, n_columns + 1, dtype=matrix.dtype, device=matrix.device)
     n_chosen = chosen.sum(1)
     rows = n_chosen.argsort(stable=True)
-    factors = _Factors(padded, n_rows, int(n_chosen.max()))
+    factors = _Factors(padded, n_rows, int(n_chosen[rows[-1]]) if n_rows else 0)
     while len(rows):
         largest = max(int(n_chosen[rows[-1]]), 1)
         n_together = min(len(rows), max(1, len(factors.memory) // largest**2))
@@ -101,13 +101,13 @@ def _solve_together(factors: _Factors, padded: Tensor, target: Tensor, order: Te
             lower = factors.of(order)
         else:
             lower = torch.stack([torch.linalg.cholesky_ex(_part(padded, rows))[0] for rows in order])
-        solution, rest = torch.zeros_like(target), target
+        solution = torch.zeros_like(target)
+        rest = target.gather(1, order).masked_fill_(~real, 0)
         for _ in range(_REFINEMENTS):
-            step = rest.gather(1, order).masked_fill(~real, 0).to(lower.dtype)[:, :, None]
-            step = torch.linalg.solve_triangular(lower, step, upper=False)
+            step = torch.linalg.solve_triangular(lower, rest[:, :, None].to(lower.dtype), upper=False)
             step = torch.linalg.solve_triangular(lower.mT, step, upper=True)[:, :, 0].to(target.dtype)
             solution.scatter_add_(1, order, step.masked_fill_(~real, 0))
-            rest = target - solution @ padded
-            if bool((rest.gather(1, order).masked_fill(~real, 0).abs() <= _TOLERANCE * scale).all()):
+            rest = (target - solution @ padded).gather(1, order).masked_fill_(~real, 0)
+            if bool((rest.abs() <= _TOLERANCE * scale).all()):
                 return solution
     return solution
