@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from sparsify.calibrate import as_in_use, read_batches
+from sparsify.batches import read_batches
+from sparsify.calibrate import as_in_use
 from sparsify.edit import layers_of_type
 from sparsify.layers import Masked
 

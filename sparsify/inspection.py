@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsify.calibrate import as_in_use, read_batches
+from sparsify.batches import read_batches
+from sparsify.calibrate import as_in_use
 from sparsify.checkpoint import inspect_file
 from sparsify.convert import Plan, plan_convert
 from sparsify.kinds import join

@@ -13,7 +13,8 @@ from torch import nn
 from tqdm import tqdm
 
 from sparsify.allocation import capped
-from sparsify.calibrate import Batch, read_batches, walk
+from sparsify.batches import Batch, read_batches
+from sparsify.calibrate import walk
 from sparsify.convert import sparse_layers
 from sparsify.layers import Masked
 from sparsify.masks import Allocation, check_target, n_removed_units

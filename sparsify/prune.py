@@ -41,7 +41,7 @@ def prune(
     "error" (measured for each layer). max_sparsity: no layer loses more, where the allocation shares one target.
 
     data: batches of the model's inputs, a few hundred samples in all: tensors, tuples of positional arguments, or dicts
-    of keyword arguments (`sparsify.calibrate.read_batches`); read once. The layers are then pruned in the order in
+    of keyword arguments (`sparsify.batches.read_batches`); read once. The layers are then pruned in the order in
     which they run, each on what those before it have become, and the report tells how far their outputs moved.
     refit: change the kept weights to the ones that reproduce the layer's outputs best. correct: let them aim
     at the outputs of the dense model, to make up for what the layers before have lost. cache_bytes: how much of the

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sparsify.calibrate import Batch, as_in_use, input_rows, read_batches, see_outline
+from sparsify.batches import Batch, input_rows, read_batches
+from sparsify.calibrate import as_in_use, see_outline
 from sparsify.convert import sparse_layers
 from sparsify.edit import Model
 from sparsify.layers import Masked

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sparsify.allocation import capped, check_sparsity, least_error, n_removed
-from sparsify.calibrate import Batch, as_in_use, input_rows, read_batches, walk
+from sparsify.batches import Batch, input_rows, read_batches
+from sparsify.calibrate import as_in_use, walk
 from sparsify.convert import sparse_layers
 from sparsify.layers import Masked
 from sparsify.methods import Method

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.allocation import least_error, n_removed, owl
-from sparsify.calibrate import Batch, walk
+from sparsify.batches import Batch
+from sparsify.calibrate import walk
 from sparsify.layers import Masked
 from sparsify.masks import removed_together
 from sparsify.methods import SOLVERS, score

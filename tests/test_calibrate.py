@@ -10,7 +10,8 @@ import torch
 from cases import weight
 from torch import Tensor, nn
 
-from sparsify.calibrate import input_rows, read_batches, see_outline, walk
+from sparsify.batches import input_rows, read_batches
+from sparsify.calibrate import see_outline, walk
 from sparsify.gram import Gram
 from sparsify.outline import Recorder
 

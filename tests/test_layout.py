@@ -35,6 +35,7 @@ ORDER = (
     "ties",
     "fuse",
     "convert",
+    "batches",
     "outline",
     "ranks",
     "shelf",
