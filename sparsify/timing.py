@@ -12,6 +12,8 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import TypeVar
 
+from sparsify.kernels import native
+
 Call = Callable[[], object]
 Key = TypeVar("Key", bound=Hashable)
 
@@ -106,7 +108,11 @@ def disturbance(others_cores: float) -> str:
 
 
 def settle() -> None:
-    """Wait until this process is idle: ONNX Runtime's threads, for one, spin on for up to 100 ms after a call."""
+    """Wait until this process is idle: ONNX Runtime's threads, for one, spin on for up to 100 ms after a call.
+
+    Our kernels use all threads from here on, whatever happened before.
+    """
+    native.forget_stalls()
     end = time.perf_counter() + LONGEST_SETTLE_S
     while time.perf_counter() < end:
         wall, cpu = time.perf_counter(), time.process_time()

@@ -13,8 +13,6 @@ PACKAGE = Path(sparsify.__file__).parent
 #: The flow. A module imports only what stands before it; a folder stands for all of its files.
 ORDER = (
     "errors",
-    "timing",
-    "gpu_timing",
     "gram",
     "processes",
     "patterns",
@@ -23,6 +21,8 @@ ORDER = (
     "match",
     "formats",
     "kernels",
+    "timing",
+    "gpu_timing",
     "methods",
     "regrow",
     "rewind",

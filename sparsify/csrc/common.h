@@ -58,6 +58,34 @@ static inline Rows part_of_call(const LinearCall &call, int64_t row, int64_t n) 
     return {first, first - row, end - first};
 }
 
+// ---- team.cpp -----------------------------------------------------------------------------------------------------
+
+// Whether a call that begins at now_ns may use several threads, as far as stalls are known.
+bool team_is_worthwhile(int64_t now_ns);
+
+// A call by a team, in the eyes and from the thread of its caller.
+struct TeamCall {
+    int n_threads;
+    int64_t start_ns, own_work_done_ns, end_ns;
+};
+
+void note_call(const TeamCall &call);
+
+// ---- load.cpp -----------------------------------------------------------------------------------------------------
+
+// Seconds since some moment: by the clock; that this process computed; that the processors it may use were idle.
+struct Load {
+    double wall_s, own_s, idle_s;
+};
+
+// False where nobody tells.
+bool look_at_load(Load &load);
+
+// How long this thread has been ready to run while another one had the processor; 0 where nobody tells.
+int64_t thread_queued_ns();
+
+// ---- threads.cpp --------------------------------------------------------------------------------------------------
+
 // A number that no other call gets; never 0.
 int64_t next_call_id();
 

@@ -48,6 +48,12 @@ SPARSIFY_API int sparsify_set_kernel(const char *name);
 /* How the environment variable SPARSIFY_KERNEL was understood: OK, UNKNOWN_KERNEL or UNSUPPORTED_KERNEL. */
 SPARSIFY_API int sparsify_kernel_status(void);
 
+/* ---- threads ---------------------------------------------------------------------------------------------------- */
+
+/* A call that waited long for one of its threads, whose core another process held, makes the next ones use one thread
+ * until that core is free. Whoever measures calls this first, so that what was before does not matter. */
+SPARSIFY_API void sparsify_forget_stalls(void);
+
 /* ---- forms ------------------------------------------------------------------------------------------------------
  * For each FORM:
  *   index_bytes, n_values   sizes that pack will write

@@ -37,27 +37,6 @@ int64_t now_ns() {
     return int64_t(t.tv_sec) * 1000000000 + t.tv_nsec;
 }
 
-// libgomp ends a parallel region with a barrier that waits for every thread, also for one that found no task left
-// because another process holds its core: the wait is a time slice of the scheduler, 3 to 8 ms, for a call of 0.1 ms.
-// A caller that waited much longer than it worked computes alone for a while: 50 times its work at first, so that a
-// single hiccup costs little; if it stalls again soon after, 4 times as long as before, at most a second, so that beside
-// a busy process stalls stay rarer than one call in a hundred and a core that is free again is still found again.
-constexpr int64_t STALL_NS = 500 * 1000;
-constexpr int64_t ALONE_PER_WORK = 50, ALONE_GROWTH = 4, ALONE_AT_MOST_NS = 1000 * 1000 * 1000;
-std::atomic<int64_t> alone_until_ns{0}, alone_for_ns{0};
-
-void note_wait(int64_t start, int64_t own_work_done, int64_t end) {
-    const int64_t waited = end - own_work_done, worked = own_work_done - start;
-    if (waited < STALL_NS || waited < 2 * worked) return;
-    const int64_t before = alone_for_ns.load(std::memory_order_relaxed);
-    const bool again = start < alone_until_ns.load(std::memory_order_relaxed) + before;
-    int64_t alone = again ? ALONE_GROWTH * before : 0;
-    if (alone < ALONE_PER_WORK * worked) alone = ALONE_PER_WORK * worked;
-    if (alone > ALONE_AT_MOST_NS) alone = ALONE_AT_MOST_NS;
-    alone_for_ns.store(alone, std::memory_order_relaxed);
-    alone_until_ns.store(end + alone, std::memory_order_relaxed);
-}
-
 }  // namespace
 
 int run_tasks(int64_t n_tasks, int n_threads, Task task, const void *context) {
@@ -65,7 +44,7 @@ int run_tasks(int64_t n_tasks, int n_threads, Task task, const void *context) {
     if (n_threads > MAX_THREADS) n_threads = MAX_THREADS;
     const bool several = n_threads > 1 && fork_handler == 0 && !forked.load(std::memory_order_relaxed);
     const int64_t start = several ? now_ns() : 0;
-    if (!several || start < alone_until_ns.load(std::memory_order_relaxed)) {
+    if (!several || !team_is_worthwhile(start)) {
         for (int64_t i = 0; i < n_tasks; ++i)
             if (const int status = task(context, i)) return status;
         return SPARSIFY_OK;
@@ -87,7 +66,7 @@ int run_tasks(int64_t n_tasks, int n_threads, Task task, const void *context) {
         }
         if (omp_get_thread_num() == 0) own_work_done = now_ns();
     }
-    note_wait(start, own_work_done, now_ns());
+    note_call({n_threads, start, own_work_done, now_ns()});
     return status.load(std::memory_order_relaxed);
 }
 

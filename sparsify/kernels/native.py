@@ -81,6 +81,7 @@ _sddmm: Any = None
 _factor: Any = None
 _clear: Any = None
 _pointwise: Any = None
+_forget_stalls: Any = None
 _pack_call, _pack_pointwise_call = _LINEAR_CALL.pack, _POINTWISE_CALL.pack
 if _library is not None:
     for _form in FORMS:
@@ -89,6 +90,7 @@ if _library is not None:
     _pointwise = _function("sparsify_pointwise", (_int, [_int, ctypes.c_char_p]))
     _sddmm = _function("sparsify_sddmm", (_int, [ctypes.c_char_p]))
     _factor = _function("sparsify_factor_parts", (_int, [ctypes.c_char_p]))
+    _forget_stalls = _function("sparsify_forget_stalls", (None, []))
     _clear = _function("sparsify_clear_masked", (_int, [_pointer, _pointer, _int64, _int, _int]))
 _FORM_NUMBERS = {form: number for number, form in enumerate(FORMS)}
 
@@ -122,6 +124,12 @@ def set_kernel(name: str) -> None:
     status = _loaded().sparsify_set_kernel(name.encode())
     if status:
         _raise_kernel(name, status)
+
+
+def forget_stalls() -> None:
+    """Let the next call use all threads, though the last ones waited for one whose core another process held."""
+    if _library is not None:
+        _forget_stalls()
 
 
 def pack(form: str, crow: Tensor, col: Tensor, values: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
