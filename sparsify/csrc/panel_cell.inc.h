@@ -54,9 +54,11 @@ __attribute__((always_inline)) inline void panel_cell(PanelCell cell, const uint
     pattern_loop<V, PANEL_PAIRS[4]>(cell.n_pair, columns, values, tile, acc);
     pattern_loop<V, PANEL_PAIRS[5]>(cell.n_pair, columns, values, tile, acc);
     for (int n = cell.n_single; n > 0; --n) {
+        uint32_t four;  // columns in one load: what is short here are loads
+        memcpy(&four, columns, sizeof four);
 #define SINGLE(R)                                                                                                      \
     {                                                                                                                  \
-        const float *x = tile + size_t(columns[R]) * (V * WIDTH);                                                      \
+        const float *x = tile + size_t(four >> 8 * R & 255) * (V * WIDTH);                                             \
         const Vec w = broadcast(values + R);                                                                           \
         EACH_VEC(MULTIPLY, R)                                                                                          \
     }
