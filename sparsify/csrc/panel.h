@@ -7,12 +7,13 @@
 //     all 4 rows      n_quad columns
 //     3 of 4          n_triple columns for each of the 4 patterns
 //     2 of 4          n_pair columns for each of the 6 patterns
-//     1 row           n_single columns for each of the 4 rows, interleaved: one of every row, then the next
+//     1 row           n_single columns for each of the 4 rows
 //
-// In a run of 2 or more rows an activation that is loaded once serves every row. A kernel is a sequence of small loops,
-// and what costs most is a loop that ends when the branch predictor did not expect it (3072x768, 16 tokens, 50%:
-// 1.7x). Therefore the counts are few, depend only on how dense a cell is, and change slowly from one cell to the
-// next. Columns that do not fit the counts are split, a triple into a pair and a single for example; where a run
+// A run is interleaved: one column of each of its patterns, then the next ones. So a kernel is four small loops, and
+// even with one vector of tokens has several sums to add to, whose additions need not wait for one another. An
+// activation that is loaded once serves every row of the pattern. What costs most is a loop that ends when the branch
+// predictor did not expect it (3072x768, 16 tokens, 50%: 1.7x). Therefore the counts are few, depend only on how dense a
+// cell is, and change slowly from one cell to the next. Columns that do not fit the counts are split, a triple into a pair and a single for example; where a run
 // is short of columns it is padded with column k_block, whose activations are zero, and the value zero.
 //
 //   PanelHeader
@@ -35,9 +36,11 @@ constexpr int PANEL_MAX_K_BLOCK = 240;        // columns and counts are bytes
 constexpr int PANEL_MAX_WINDOW_ROWS = 256;    // rows of a cell are bytes
 constexpr uint32_t PANEL_MAGIC = 0x314c4e50;  // "PNL1"
 
-// The patterns with 3 and with 2 rows, in the order of their runs.
+// The patterns of each run, in order: a pair is followed by the other two rows.
+constexpr int PANEL_QUADS[1] = {15};
 constexpr int PANEL_TRIPLES[4] = {7, 11, 13, 14};
-constexpr int PANEL_PAIRS[6] = {3, 5, 6, 9, 10, 12};
+constexpr int PANEL_PAIRS[6] = {3, 12, 5, 10, 6, 9};
+constexpr int PANEL_SINGLES[4] = {1, 2, 4, 8};
 
 struct PanelHeader {
     uint32_t magic;

@@ -9,12 +9,11 @@ namespace {
 
 using namespace sparsify;
 
-// One run: acc[row][v] += w * x[v] for the rows of PATTERN and the next n columns. Moves past what it read.
+// acc[row][v] += w * x[v] for the rows of PATTERN and one column. Moves past the values it read.
 template <int V, int PATTERN, typename T>
-__attribute__((always_inline)) inline void pattern_loop(int n, const uint8_t *&columns, const T *&values,
-                                                        const float *tile, Vec (&acc)[PANEL_CELL_ROWS][V]) {
-    for (; n > 0; --n) {
-        const float *x = tile + size_t(*columns++) * (V * WIDTH);
+__attribute__((always_inline)) inline void add_column(uint64_t column, const T *&values, const float *tile,
+                                                      Vec (&acc)[PANEL_CELL_ROWS][V]) {
+    const float *x = tile + (column & 255) * (V * WIDTH);
 #define ROW(R)                                                                                                         \
     if (PATTERN >> R & 1) {                                                                                            \
         const Vec w = broadcast(values++);                                                                             \
@@ -23,8 +22,29 @@ __attribute__((always_inline)) inline void pattern_loop(int n, const uint8_t *&c
         if constexpr (V > 2) acc[R][2] = fma(w, load(x + 2 * WIDTH), acc[R][2]);                                       \
         if constexpr (V > 3) acc[R][3] = fma(w, load(x + 3 * WIDTH), acc[R][3]);                                       \
     }
-        ROW(0) ROW(1) ROW(2) ROW(3)
+    ROW(0) ROW(1) ROW(2) ROW(3)
 #undef ROW
+}
+
+// N columns as one number, first column lowest: loads are what a kernel is short of.
+template <int N>
+__attribute__((always_inline)) inline uint64_t read_columns(const uint8_t *columns) {
+    static_assert(N == 1 || N == 4 || N == 6, "the patterns of a run");
+    if constexpr (N == 1) return *columns;
+    uint32_t four;
+    memcpy(&four, columns, sizeof four);
+    return N == 4 ? four : four | uint64_t(columns[4]) << 32 | uint64_t(columns[5]) << 40;
+}
+
+// One run: n columns of each of its patterns. Moves past what it read.
+template <int V, int... PATTERNS, typename T>
+__attribute__((always_inline)) inline void add_run(int n, const uint8_t *&columns, const T *&values, const float *tile,
+                                                   Vec (&acc)[PANEL_CELL_ROWS][V]) {
+    for (; n > 0; --n) {
+        const uint64_t read = read_columns<sizeof...(PATTERNS)>(columns);
+        columns += sizeof...(PATTERNS);
+        int i = 0;
+        (add_column<V, PATTERNS>(read >> (8 * i++), values, tile, acc), ...);
     }
 }
 
@@ -42,31 +62,12 @@ __attribute__((always_inline)) inline void panel_cell(PanelCell cell, const uint
 #define EACH(DO) EACH_VEC(DO, 0) EACH_VEC(DO, 1) EACH_VEC(DO, 2) EACH_VEC(DO, 3)
 #define CLEAR(R, I) acc[R][I] = zero();
     EACH(CLEAR)
-    pattern_loop<V, 15>(cell.n_quad, columns, values, tile, acc);
-    pattern_loop<V, PANEL_TRIPLES[0]>(cell.n_triple, columns, values, tile, acc);
-    pattern_loop<V, PANEL_TRIPLES[1]>(cell.n_triple, columns, values, tile, acc);
-    pattern_loop<V, PANEL_TRIPLES[2]>(cell.n_triple, columns, values, tile, acc);
-    pattern_loop<V, PANEL_TRIPLES[3]>(cell.n_triple, columns, values, tile, acc);
-    pattern_loop<V, PANEL_PAIRS[0]>(cell.n_pair, columns, values, tile, acc);
-    pattern_loop<V, PANEL_PAIRS[1]>(cell.n_pair, columns, values, tile, acc);
-    pattern_loop<V, PANEL_PAIRS[2]>(cell.n_pair, columns, values, tile, acc);
-    pattern_loop<V, PANEL_PAIRS[3]>(cell.n_pair, columns, values, tile, acc);
-    pattern_loop<V, PANEL_PAIRS[4]>(cell.n_pair, columns, values, tile, acc);
-    pattern_loop<V, PANEL_PAIRS[5]>(cell.n_pair, columns, values, tile, acc);
-    for (int n = cell.n_single; n > 0; --n) {
-        uint32_t four;  // columns in one load: what is short here are loads
-        memcpy(&four, columns, sizeof four);
-#define SINGLE(R)                                                                                                      \
-    {                                                                                                                  \
-        const float *x = tile + size_t(four >> 8 * R & 255) * (V * WIDTH);                                             \
-        const Vec w = broadcast(values + R);                                                                           \
-        EACH_VEC(MULTIPLY, R)                                                                                          \
-    }
-#define MULTIPLY(R, I) acc[R][I] = fma(w, load(x + I * WIDTH), acc[R][I]);
-        SINGLE(0) SINGLE(1) SINGLE(2) SINGLE(3)
-        columns += PANEL_CELL_ROWS;
-        values += PANEL_CELL_ROWS;
-    }
+#define FOUR(RUN) RUN[0], RUN[1], RUN[2], RUN[3]
+    add_run<V, PANEL_QUADS[0]>(cell.n_quad, columns, values, tile, acc);
+    add_run<V, FOUR(PANEL_TRIPLES)>(cell.n_triple, columns, values, tile, acc);
+    add_run<V, FOUR(PANEL_PAIRS), PANEL_PAIRS[4], PANEL_PAIRS[5]>(cell.n_pair, columns, values, tile, acc);
+    add_run<V, FOUR(PANEL_SINGLES)>(cell.n_single, columns, values, tile, acc);
+#undef FOUR
     float *to[PANEL_CELL_ROWS];
 #define ADDRESS(R) to[R] = sums + size_t(cell.rows[R]) * (V * WIDTH);
     ADDRESS(0) ADDRESS(1) ADDRESS(2) ADDRESS(3)
@@ -79,8 +80,6 @@ __attribute__((always_inline)) inline void panel_cell(PanelCell cell, const uint
 #undef EACH_VEC
 #undef EACH
 #undef CLEAR
-#undef SINGLE
-#undef MULTIPLY
 #undef ADDRESS
 #undef ADD
 #undef STORE

@@ -114,13 +114,14 @@ struct Writer {
     void write(const PanelCell &cell, const Buckets &buckets, const int32_t (*position)[PANEL_MAX_K_BLOCK]) {
         if (index) memcpy(index + sections.cells + size_t(n_cells) * sizeof cell, &cell, sizeof cell);
         ++n_cells;
-        for (int i = 0; i < cell.n_quad; ++i) run_entry(buckets, 15, i, position);
-        for (const int triple : PANEL_TRIPLES)
-            for (int i = 0; i < cell.n_triple; ++i) run_entry(buckets, triple, i, position);
-        for (const int pair : PANEL_PAIRS)
-            for (int i = 0; i < cell.n_pair; ++i) run_entry(buckets, pair, i, position);
-        for (int i = 0; i < cell.n_single; ++i)
-            for (int r = 0; r < PANEL_CELL_ROWS; ++r) run_entry(buckets, 1 << r, i, position);
+        const auto run = [&](int length, const auto &patterns) {
+            for (int i = 0; i < length; ++i)
+                for (const int pattern : patterns) run_entry(buckets, pattern, i, position);
+        };
+        run(cell.n_quad, PANEL_QUADS);
+        run(cell.n_triple, PANEL_TRIPLES);
+        run(cell.n_pair, PANEL_PAIRS);
+        run(cell.n_single, PANEL_SINGLES);
     }
 };
 

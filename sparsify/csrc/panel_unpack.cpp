@@ -28,13 +28,17 @@ int64_t n_cell_values(const PanelCell &cell) {
 template <typename Visit>
 int for_each_entry(const PanelCell &cell, const uint8_t *columns, Visit visit) {
     int status = 0;
-    for (int i = 0; i < cell.n_quad && !status; ++i) status = visit(15, *columns++);
-    for (const int triple : PANEL_TRIPLES)
-        for (int i = 0; i < cell.n_triple && !status; ++i) status = visit(triple, *columns++);
-    for (const int pair : PANEL_PAIRS)
-        for (int i = 0; i < cell.n_pair && !status; ++i) status = visit(pair, *columns++);
-    for (int i = 0; i < cell.n_single; ++i)
-        for (int r = 0; r < PANEL_CELL_ROWS && !status; ++r) status = visit(1 << r, *columns++);
+    const auto run = [&](int length, const auto &patterns) {
+        for (int i = 0; i < length; ++i)
+            for (const int pattern : patterns) {
+                if (status) return;
+                status = visit(pattern, *columns++);
+            }
+    };
+    run(cell.n_quad, PANEL_QUADS);
+    run(cell.n_triple, PANEL_TRIPLES);
+    run(cell.n_pair, PANEL_PAIRS);
+    run(cell.n_single, PANEL_SINGLES);
     return status;
 }
 
