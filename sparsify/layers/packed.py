@@ -108,7 +108,7 @@ class Packed(nn.Module):
 
     def _autocast_dtype(self, input: Tensor) -> torch.dtype | None:
         """Return the dtype to answer in under autocast, which computes in the layer's own; None outside it."""
-        device = input.device.type
+        device = "cpu" if input.is_cpu else input.device.type  # the latter costs a third of a microsecond
         if device == "meta" or not torch.is_autocast_enabled(device):
             return None
         castable = input.is_floating_point() and input.dtype != torch.float64
