@@ -71,8 +71,8 @@ int run_tasks(int64_t n_tasks, int n_threads, Task task, const void *context) {
 }
 
 int worthwhile_threads(double flops, int n_threads) {
-    // Waking a thread and joining it costs 2 to 5 us: half a million multiply-adds of one core.
-    constexpr double FLOPS_PER_THREAD = 5e5;
+    // Waking a thread and joining it costs 2 to 5 us; so many flops take the kernels for one token 10 to 25 us.
+    constexpr double FLOPS_PER_THREAD = 2e5;
     const double worth = 1 + flops / FLOPS_PER_THREAD;
     return worth < n_threads ? int(worth) : n_threads;
 }
