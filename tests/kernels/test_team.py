@@ -89,30 +89,33 @@ def every_100_ms(first, n, free):
     return " ".join(f"at {ms} {free}" for ms in range(first, first + 100 * n, 100))
 
 
-STALLS = "stall 1000 2 stall 1010 2"  # the first one is a hiccup
+STALLS = "stall 1000 2 stall 1070 1"  # the first one is a hiccup
 
 
 @pytest.mark.parametrize(
     ("events", "expected"),
     [
         pytest.param("at 1 0 at 2 0", "TT", id="nothing has stalled"),
-        pytest.param("short 1000 0 at 1010 0 short 1020 0 at 1030 0", "TT", id="waits no longer than the work"),
-        pytest.param("stall 1000 0 at 1010 2 stall 1200 2 at 1210 2", "TT", id="hiccups on a machine with room"),
-        pytest.param("stall 1000 2 stall 1200 1.5 at 1210 2", "-", id="no room since the last one"),
-        pytest.param(f"{STALLS} at 1020 2 at 1111 2 at 1112 2", "-TT", id="two in a row cost a window"),
-        pytest.param("stall 900 2 at 901 2 queued 910 2 at 911 2", "T-", id="in the queue half of the time"),
-        pytest.param("stall 900 2 quick 909 2 queued 910 2 at 911 2", "-", id="quick calls between or not"),
-        pytest.param("stall 900 2 queued 920 2 at 921 2", "T", id="in the queue a fifth of the time"),
-        pytest.param(f"{STALLS} at 1020 2 forget 1021 2 at 1022 2", "-T", id="whoever measures forgets"),
-        pytest.param(f"{STALLS} {every_100_ms(1111, 9, 1)}", "-" * 9, id="the other process stays"),
-        pytest.param(f"{STALLS} {every_100_ms(1111, 5, 1)} at 1620 1.5 at 1750 1.8", "-" * 6 + "T", id="and goes"),
-        pytest.param(f"{STALLS} at 1111 2 stall 1120 2 {every_100_ms(1221, 3, 2)}", "T-TT", id="it is back"),
+        pytest.param("short 1000 0 short 1070 0 at 1071 0", "T", id="waits no longer than the work"),
+        pytest.param("stall 1000 0 at 1010 2 stall 1070 2 at 1071 2", "TT", id="hiccups on a machine with room"),
+        pytest.param("stall 1000 2 stall 1010 0 at 1011 0", "T", id="too soon to tell"),
+        pytest.param("stall 1000 2 stall 1070 1.5 at 1071 2", "-", id="no room since the last one"),
+        pytest.param("stall 1000 2 stall 1008 2 stall 1016 2 stall 1070 2 at 1071 2", "-", id="room, but always stalls"),
+        pytest.param("stall 1000 2 stall 1008 2 stall 1016 2 stall 1200 2 at 1201 2", "T", id="room, and many stalls"),
+        pytest.param(f"{STALLS} at 1080 2 at 1171 2 at 1172 2", "-TT", id="a stall costs a window"),
+        pytest.param("stall 1000 2 queued 1010 1 queued 1020 1 queued 1070 1 at 1071 2", "T", id="in no queue for long"),
+        pytest.param("stall 1000 2 queued 1060 1 queued 1070 1 at 1071 2", "-", id="half of the time in the queue"),
+        pytest.param("stall 1000 2 queued 1060 1 quick 1069 1 queued 1070 1 at 1071 2", "-", id="between quick calls"),
+        pytest.param(f"{STALLS} at 1080 2 forget 1081 2 at 1082 2", "-T", id="whoever measures forgets"),
+        pytest.param(f"{STALLS} {every_100_ms(1171, 9, 1)}", "-" * 9, id="the other process stays"),
+        pytest.param(f"{STALLS} {every_100_ms(1171, 5, 1)} at 1680 1.5 at 1810 1.8", "-" * 6 + "T", id="and goes"),
+        pytest.param(f"{STALLS} at 1171 2 stall 1240 1 {every_100_ms(1341, 3, 2)}", "T-TT", id="it is back"),
         pytest.param(
-            f"{STALLS} at 1111 2 stall 1120 2 at 1221 2 at 1322 1 {every_100_ms(1423, 3, 2)}", "T---TT", id="in a row"
+            f"{STALLS} at 1171 2 stall 1240 1 at 1341 2 at 1442 1 {every_100_ms(1543, 3, 2)}", "T---TT", id="in a row"
         ),
-        pytest.param(f"{STALLS} at 1111 2 stall 1120 2 at 1500 2", "TT", id="many may go by between calls"),
-        pytest.param(f"{STALLS} at 1111 2 stall 2500 1 at 2601 2", "TT", id="much later it is one again"),
-        pytest.param("blind 0 0 stall 1000 0 stall 1010 0 at 1100 0 at 1111 0", "-T", id="load unknown: by the clock"),
+        pytest.param(f"{STALLS} at 1171 2 stall 1240 1 at 1500 2", "TT", id="many may go by between calls"),
+        pytest.param(f"{STALLS} at 1171 2 stall 2500 1 at 2601 2", "TT", id="much later it is one again"),
+        pytest.param("blind 0 0 stall 1000 0 stall 1030 0 stall 1060 0 at 1100 0 at 1161 0", "-T", id="load unknown"),
     ],
 )
 def test_whether_calls_use_a_team(decide, events, expected):
@@ -121,7 +124,7 @@ def test_whether_calls_use_a_team(decide, events, expected):
 
 def test_stalls_that_come_back_are_waited_out_longer_but_not_for_ever(decide):
     """Each stall comes half a second after calls are together again."""
-    events, expected, now = "stall 1000 2 ", "", 1010
+    events, expected, now = "stall 930 2 ", "", 1000
     for windows in (1, 2, 4, 8, 8, 8):
         events += f"stall {now} 1 {every_100_ms(now + 101, windows, 2)} "
         expected += "-" * (windows - 1) + "T"
