@@ -76,6 +76,7 @@ void note_call(const TeamCall &call);
 // Seconds since some moment: by the clock; that this process computed; that the processors it may use were idle.
 struct Load {
     double wall_s, own_s, idle_s;
+    int processors;
 };
 
 // False where nobody tells.

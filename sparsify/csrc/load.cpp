@@ -47,6 +47,7 @@ bool read_idle(const cpu_set_t &allowed, double &idle_s) {
 bool look_at_load(Load &load) {
     cpu_set_t allowed;
     if (sched_getaffinity(0, sizeof allowed, &allowed) || !read_idle(allowed, load.idle_s)) return false;
+    load.processors = CPU_COUNT(&allowed);
     load.wall_s = seconds(CLOCK_MONOTONIC);
     load.own_s = seconds(CLOCK_PROCESS_CPUTIME_ID);
     return true;

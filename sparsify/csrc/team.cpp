@@ -24,7 +24,8 @@ constexpr double SLACK = 0.4;  // processors that the others may take of the tea
 // When to look next; 0: together. The rest belongs to whoever holds `held`.
 std::atomic<int64_t> next_look_ns{0};
 std::atomic<bool> held{false};
-Load last = {NAN, NAN, NAN};  // what nobody tells
+constexpr Load UNKNOWN = {NAN, NAN, NAN, 0};
+Load last = UNKNOWN;
 int64_t last_look_ns = -WINDOW_NS, stalled_ns = 0;  // since then
 int team;
 int64_t windows_to_wait = 1, windows_left, together_since_ns = -SOON_NS;
@@ -32,11 +33,12 @@ int64_t windows_to_wait = 1, windows_left, together_since_ns = -SOON_NS;
 // Looks, and says whether there was room since the last time.
 bool had_room(int64_t now_ns) {
     const Load from = last;
-    if (!look_at_load(last)) last = {NAN, NAN, NAN};
+    if (!look_at_load(last)) last = UNKNOWN;
     last_look_ns = now_ns;
     stalled_ns = 0;
     const double free_s = last.idle_s - from.idle_s + last.own_s - from.own_s;
-    return !(free_s < (team - SLACK) * (last.wall_s - from.wall_s));
+    const int wanted = team < last.processors ? team : last.processors;  // there may be more threads than processors
+    return !(free_s < (wanted - SLACK) * (last.wall_s - from.wall_s));
 }
 
 void stay_alone(int64_t now_ns) {

@@ -19,6 +19,7 @@ DECIDE = r"""
 #include "common.h"
 namespace sparsify {
 double now_s, free_processors, idle_s;
+int processors = 2;
 bool known = true;
 int64_t queued_ns;
 int64_t thread_queued_ns() { return queued_ns; }
@@ -26,7 +27,7 @@ bool look_at_load(Load &load) {
     static double last_s;
     idle_s += free_processors * (now_s - last_s);
     last_s = now_s;
-    load = {now_s, 0, idle_s};
+    load = {now_s, 0, idle_s, processors};
     return known;
 }
 }
@@ -46,6 +47,7 @@ int main() {
         }
         if (!strcmp(what, "forget")) sparsify_forget_stalls();
         if (!strcmp(what, "blind")) known = false;
+        if (!strcmp(what, "single")) processors = 1;
         if (!strcmp(what, "at")) putchar(team_is_worthwhile(now_ns) ? 'T' : '-');
     }
 }
@@ -100,10 +102,14 @@ STALLS = "stall 1000 2 stall 1070 1"  # the first one is a hiccup
         pytest.param("stall 1000 0 at 1010 2 stall 1070 2 at 1071 2", "TT", id="hiccups on a machine with room"),
         pytest.param("stall 1000 2 stall 1010 0 at 1011 0", "T", id="too soon to tell"),
         pytest.param("stall 1000 2 stall 1070 1.5 at 1071 2", "-", id="no room since the last one"),
-        pytest.param("stall 1000 2 stall 1008 2 stall 1016 2 stall 1070 2 at 1071 2", "-", id="room, but always stalls"),
+        pytest.param(
+            "stall 1000 2 stall 1008 2 stall 1016 2 stall 1070 2 at 1071 2", "-", id="room, but always stalls"
+        ),
         pytest.param("stall 1000 2 stall 1008 2 stall 1016 2 stall 1200 2 at 1201 2", "T", id="room, and many stalls"),
         pytest.param(f"{STALLS} at 1080 2 at 1171 2 at 1172 2", "-TT", id="a stall costs a window"),
-        pytest.param("stall 1000 2 queued 1010 1 queued 1020 1 queued 1070 1 at 1071 2", "T", id="in no queue for long"),
+        pytest.param(
+            "stall 1000 2 queued 1010 1 queued 1020 1 queued 1070 1 at 1071 2", "T", id="in no queue for long"
+        ),
         pytest.param("stall 1000 2 queued 1060 1 queued 1070 1 at 1071 2", "-", id="half of the time in the queue"),
         pytest.param("stall 1000 2 queued 1060 1 quick 1069 1 queued 1070 1 at 1071 2", "-", id="between quick calls"),
         pytest.param(f"{STALLS} at 1080 2 forget 1081 2 at 1082 2", "-T", id="whoever measures forgets"),
@@ -115,6 +121,7 @@ STALLS = "stall 1000 2 stall 1070 1"  # the first one is a hiccup
         ),
         pytest.param(f"{STALLS} at 1171 2 stall 1240 1 at 1500 2", "TT", id="many may go by between calls"),
         pytest.param(f"{STALLS} at 1171 2 stall 2500 1 at 2601 2", "TT", id="much later it is one again"),
+        pytest.param("single 0 1 stall 1000 1 stall 1200 1 at 1201 1", "T", id="more threads than processors"),
         pytest.param("blind 0 0 stall 1000 0 stall 1030 0 stall 1060 0 at 1100 0 at 1161 0", "-T", id="load unknown"),
     ],
 )
