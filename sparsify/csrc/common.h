@@ -34,6 +34,33 @@ const KernelTable *avx512_table();
 // SPARSIFY_OK if crow and col are a canonical CSR matrix of this shape. Reads col only as far as crow was found sound.
 int check_csr(int64_t out, int64_t in, const int32_t *crow, const int32_t *col);
 
+// ---- team.cpp -----------------------------------------------------------------------------------------------------
+
+// Whether a call that begins at now_ns may use several threads, as far as stalls are known.
+bool team_is_worthwhile(int64_t now_ns);
+
+// A call by a team, in the eyes and from the thread of its caller.
+struct TeamCall {
+    int n_threads;
+    int64_t start_ns, own_work_done_ns, end_ns;
+};
+
+void note_call(const TeamCall &call);
+
+// ---- load.cpp -----------------------------------------------------------------------------------------------------
+
+// Seconds since some moment that this process computed, and that the processors it may use were idle.
+struct Load {
+    double own_s, idle_s;
+    int processors;
+};
+
+// False where nobody tells.
+bool look_at_load(Load &load);
+
+// How long this thread has been ready to run while another one had the processor; 0 where nobody tells.
+int64_t thread_queued_ns();
+
 // ---- threads.cpp --------------------------------------------------------------------------------------------------
 
 using Task = int (*)(const void *context, int64_t task);  // returns a sparsify_status
@@ -57,35 +84,6 @@ static inline Rows part_of_call(const LinearCall &call, int64_t row, int64_t n) 
     const int64_t end = row + n < call.end_row ? row + n : call.end_row;
     return {first, first - row, end - first};
 }
-
-// ---- team.cpp -----------------------------------------------------------------------------------------------------
-
-// Whether a call that begins at now_ns may use several threads, as far as stalls are known.
-bool team_is_worthwhile(int64_t now_ns);
-
-// A call by a team, in the eyes and from the thread of its caller.
-struct TeamCall {
-    int n_threads;
-    int64_t start_ns, own_work_done_ns, end_ns;
-};
-
-void note_call(const TeamCall &call);
-
-// ---- load.cpp -----------------------------------------------------------------------------------------------------
-
-// Seconds since some moment: by the clock; that this process computed; that the processors it may use were idle.
-struct Load {
-    double wall_s, own_s, idle_s;
-    int processors;
-};
-
-// False where nobody tells.
-bool look_at_load(Load &load);
-
-// How long this thread has been ready to run while another one had the processor; 0 where nobody tells.
-int64_t thread_queued_ns();
-
-// ---- threads.cpp --------------------------------------------------------------------------------------------------
 
 // A number that no other call gets; never 0.
 int64_t next_call_id();

@@ -16,12 +16,6 @@ namespace sparsify {
 
 namespace {
 
-double seconds(clockid_t clock) {
-    timespec t;
-    clock_gettime(clock, &t);
-    return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
-}
-
 // Reads the lines "cpuN user nice system idle iowait ..." at the start of /proc/stat, in clock ticks.
 bool read_idle(const cpu_set_t &allowed, double &idle_s) {
     const double ticks_per_s = double(sysconf(_SC_CLK_TCK));
@@ -48,8 +42,9 @@ bool look_at_load(Load &load) {
     cpu_set_t allowed;
     if (sched_getaffinity(0, sizeof allowed, &allowed) || !read_idle(allowed, load.idle_s)) return false;
     load.processors = CPU_COUNT(&allowed);
-    load.wall_s = seconds(CLOCK_MONOTONIC);
-    load.own_s = seconds(CLOCK_PROCESS_CPUTIME_ID);
+    timespec own;
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &own);
+    load.own_s = double(own.tv_sec) + 1e-9 * double(own.tv_nsec);
     return true;
 }
 

@@ -24,7 +24,7 @@ constexpr double SLACK = 0.4;  // processors that the others may take of the tea
 // When to look next; 0: together. The rest belongs to whoever holds `held`.
 std::atomic<int64_t> next_look_ns{0};
 std::atomic<bool> held{false};
-constexpr Load UNKNOWN = {NAN, NAN, NAN, 0};
+constexpr Load UNKNOWN = {NAN, NAN, 0};
 Load last = UNKNOWN;
 int64_t last_look_ns = -WINDOW_NS, stalled_ns = 0;  // since then
 int team;
@@ -33,12 +33,13 @@ int64_t windows_to_wait = 1, windows_left, together_since_ns = -SOON_NS;
 // Looks, and says whether there was room since the last time.
 bool had_room(int64_t now_ns) {
     const Load from = last;
+    const double wall_s = 1e-9 * double(now_ns - last_look_ns);
     if (!look_at_load(last)) last = UNKNOWN;
     last_look_ns = now_ns;
     stalled_ns = 0;
     const double free_s = last.idle_s - from.idle_s + last.own_s - from.own_s;
     const int wanted = team < last.processors ? team : last.processors;  // there may be more threads than processors
-    return !(free_s < (wanted - SLACK) * (last.wall_s - from.wall_s));
+    return !(free_s < (wanted - SLACK) * wall_s);
 }
 
 void stay_alone(int64_t now_ns) {

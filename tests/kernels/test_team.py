@@ -27,7 +27,7 @@ bool look_at_load(Load &load) {
     static double last_s;
     idle_s += free_processors * (now_s - last_s);
     last_s = now_s;
-    load = {now_s, 0, idle_s, processors};
+    load = {0, idle_s, processors};
     return known;
 }
 }
@@ -53,14 +53,18 @@ int main() {
 }
 """
 LOOK = r"""
+#include <chrono>
 #include <cstdio>
 #include "common.h"
 int main() {
     using namespace sparsify;
+    const auto now = std::chrono::steady_clock::now;
     Load from, to;
+    const auto start = now();
     if (!look_at_load(from)) return 1;
-    do look_at_load(to); while (to.wall_s - from.wall_s < 0.3);
-    printf("%f %f %f", to.wall_s - from.wall_s, to.own_s - from.own_s, to.idle_s - from.idle_s);
+    do look_at_load(to); while (now() - start < std::chrono::milliseconds(300));
+    const std::chrono::duration<double> wall = now() - start;
+    printf("%f %f %f", wall.count(), to.own_s - from.own_s, to.idle_s - from.idle_s);
 }
 """
 
