@@ -1,4 +1,4 @@
-"""What several test files use: the modules in scripts/ (`assets` and `minilm`, as in the demo), and one thread."""
+"""What several test files use: the modules in scripts/, one thread, and each instruction set of the native kernels."""
 
 import sys
 from collections.abc import Iterator
@@ -6,8 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tested_kernels import TestedKernels
+
+from sparsify.kernels import native
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+
+TESTED = pytest.StashKey[TestedKernels]()
+DESELECTED = pytest.StashKey[bool]()
 
 
 @pytest.fixture(scope="module")
@@ -17,3 +23,58 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(n_threads)
+
+
+@pytest.fixture(params=native.known_kernels() or ["native kernels"])
+def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test on each instruction set that this processor has; the others are skipped with the reason."""
+    if not native.available():
+        pytest.skip(f"no native kernels: {native.why_missing()}")
+    tested, before = request.config.stash[TESTED], native.kernel()
+    try:
+        native.set_kernel(request.param)
+    except ValueError as error:
+        tested.skipped[request.param] = str(error)
+        pytest.skip(str(error))
+    yield request.param
+    tested.ran[request.param] += 1
+    native.set_kernel(before)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    try:
+        config.stash[TESTED] = TestedKernels.nothing_yet()
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from error
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.config.stash[DESELECTED] = True
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    if exitstatus == pytest.ExitCode.OK and fault(session.config):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> Iterator[None]:
+    """Say last, after the summary of skips."""
+    yield
+    if config.option.collectonly:
+        return
+    tested = config.stash[TESTED]
+    for line in tested.lines():
+        terminalreporter.write_line(line, yellow=bool(tested.why_missing), bold=True)
+    if why := fault(config):
+        terminalreporter.write_line(f"FAILED: {why}; python setup.py build_native builds it", red=True, bold=True)
+
+
+def fault(config: pytest.Config) -> str:
+    """Return the reason why a run fails though each of its tests passed, or ""."""
+    if config.option.collectonly:
+        return ""
+    all_of_it = config.args_source is pytest.Config.ArgsSource.TESTPATHS and DESELECTED not in config.stash
+    return config.stash[TESTED].fault(whole_suite=all_of_it)

@@ -18,16 +18,6 @@ pytestmark = [
 EPS = 2.0**-24
 
 
-@pytest.fixture(params=native.known_kernels())
-def kernel(request):
-    try:
-        native.set_kernel(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    native.set_kernel("")
-
-
 @pytest.mark.parametrize("n_rows", [1, 2, 17, 300])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", ["all", "none", "empty row", "empty column", "half"])

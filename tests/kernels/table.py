@@ -13,7 +13,6 @@ from torch.nn import functional
 from sparsify.kernels import native
 
 FORMS = native.FORMS
-KERNELS = native.known_kernels()
 DTYPES = (torch.float32, torch.bfloat16)
 # (out, in): nothing in, one, odd, prime, around a tile (16 rows), a block of rows (64), a window of columns (32), a
 # block of columns (128 to 240), a window of rows (128); a crowded stride; a tile too wide to be kept whole.

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from table import KERNELS, before_a_guard_page
+from table import before_a_guard_page
 
 from sparsify.kernels import native
 
@@ -30,9 +30,7 @@ def expected(matrix: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("n", "size"), [(2, 1), (9, 5), (40, 31), (40, 32), (40, 33), (70, 64), (130, 100), (260, 257)]
 )
-@pytest.mark.parametrize("kernel", KERNELS)
 def test_factors_are_those_of_each_part(kernel: str, n: int, size: int) -> None:
-    native.set_kernel(kernel)
     matrix = positive(n)
     # Some parts end with rows of the identity, one is nothing else.
     order = torch.stack([torch.randperm(n - 1)[:size].sort().values for _ in range(5)])
@@ -51,9 +49,7 @@ def test_factors_are_those_of_each_part(kernel: str, n: int, size: int) -> None:
     assert torch.equal(alone[0], lower[3])  # neither the other parts nor threads matter
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
 def test_a_part_that_is_not_positive_definite_gives_nan_and_no_other(kernel: str) -> None:
-    native.set_kernel(kernel)
     matrix = positive(50)
     matrix[45, 45] = -1.0
     order = torch.stack([torch.arange(40), torch.arange(9, 49)])

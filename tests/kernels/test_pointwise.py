@@ -7,7 +7,6 @@ import torch
 from table import (
     ACTIVATIONS,
     DTYPES,
-    KERNELS,
     SHAPES,
     SPARSITIES,
     before_a_guard_page,
@@ -20,7 +19,6 @@ from torch import Tensor
 
 from sparsify.kernels import native
 
-every_kernel = pytest.mark.parametrize("kernel", KERNELS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 #: (images, height, width): one position, odd planes, around a vector (16) and a tile (64) of tokens, several tiles.
@@ -33,10 +31,8 @@ def as_rows(images: Tensor) -> Tensor:
 
 
 @every_dtype
-@every_kernel
 def test_pointwise_over_the_table(kernel, dtype):
     """Inputs and outputs are channels in the middle of wider images, of which nothing else changes."""
-    native.set_kernel(kernel)
     planes, activations, biases = (itertools.cycle(c) for c in (PLANES, ACTIVATIONS, (True, True, False)))
     n_cases, seen = 0, set()
     for shape, sparsity in itertools.product(SHAPES, SPARSITIES):
@@ -61,9 +57,7 @@ def test_pointwise_over_the_table(kernel, dtype):
 
 
 @every_dtype
-@every_kernel
 def test_a_position_does_not_depend_on_its_company_nor_on_layout_nor_on_threads(kernel, dtype):
-    native.set_kernel(kernel)
     for shape, sparsity in itertools.product(((70, 90), (256, 512)), (0.5, 0.9)):
         packed = packed_random_weight("panel", shape, sparsity, dtype)
         x = torch.randn(3, shape[1], 9, 15, generator=torch.Generator().manual_seed(2)).to(dtype)
@@ -84,9 +78,7 @@ def test_a_position_does_not_depend_on_its_company_nor_on_layout_nor_on_threads(
 
 
 @every_dtype
-@every_kernel
 def test_inf_and_nan_reach_only_the_outputs_that_keep_their_channel(kernel, dtype):
-    native.set_kernel(kernel)
     shape, n_masked = (64, 130), 0
     for sparsity, bad in itertools.product((0.3, 0.75, 0.95), (float("inf"), float("nan"))):
         mask = random_weight(shape, sparsity)[1]
@@ -106,9 +98,7 @@ def test_inf_and_nan_reach_only_the_outputs_that_keep_their_channel(kernel, dtyp
 
 
 @every_dtype
-@every_kernel
 def test_nothing_in_or_out_or_no_position(kernel, dtype):
-    native.set_kernel(kernel)
     for out, in_, plane in (
         (3, 0, (2, 2, 2)),
         (0, 3, (1, 2, 2)),
@@ -124,9 +114,7 @@ def test_nothing_in_or_out_or_no_position(kernel, dtype):
 
 
 @every_dtype
-@every_kernel
 def test_nothing_past_the_end_is_read(kernel, dtype):
-    native.set_kernel(kernel)
     for shape, sparsity in itertools.product(((1, 1), (5, 37), (70, 96), (33, 1003)), (0.0, 0.4, 0.9, 1.0)):
         weight, mask = random_weight(shape, sparsity)
         packed = tuple(before_a_guard_page(part) for part in pack("panel", weight.to(dtype), mask))
