@@ -42,6 +42,7 @@ from sparsify.journal import fingerprint
 from sparsify.machine import doctor
 from sparsify.methods import CALIBRATED, METHODS, SOLVERS
 from sparsify.models import build_model, load_weights
+from sparsify.outputs import check_writable
 from sparsify.plan import PlannedLayer, plan
 from sparsify.ranks import is_first, same_everywhere, together
 from sparsify.recipe import Recipe, assign_layers, load_recipe
@@ -81,10 +82,7 @@ def compress(arguments: argparse.Namespace) -> None:
     recipe = _recipe_of(arguments)
     check_format(arguments.format, arguments.tokens, torch.device("cpu"))
     out = Path(arguments.out)
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}")
-    if out.is_dir():
-        raise IsADirectoryError(f"--out {out}: it is a folder; name a file in it")
+    check_writable(out, "--out ")
     by_layer = arguments.stream or arguments.resume
     if arguments.cache is not None and arguments.data is None:
         raise ValueError("--cache has no effect without --data")

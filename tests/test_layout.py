@@ -14,6 +14,7 @@ PACKAGE = Path(sparsify.__file__).parent
 ORDER = (
     "errors",
     "gram",
+    "outputs",
     "processes",
     "patterns",
     "allocation",
