@@ -16,6 +16,7 @@ ORDER = (
     "gram",
     "outputs",
     "processes",
+    "transaction",
     "patterns",
     "allocation",
     "schedules",

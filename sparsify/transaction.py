@@ -1,0 +1,131 @@
+"""All or nothing: a model that a failed change leaves as it was."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+_CONTAINERS = (dict, OrderedDict, list, set)  # of exactly these types: a user's own may do more than hold things
+
+
+class Transaction:
+    """Put a model back when the block raises: structure, attributes, hooks, and the contents of chosen tensors.
+
+    Back come each module's class and attributes, the very Parameters and buffers with their memory, gradients and
+    requires_grad. Contents are copied only for tensors given to `keep`, before anything writes into them. Of containers
+    in an attribute (dict, list, set) the first level comes back. A module stands for all its children as they are when
+    the block begins.
+
+    >>> model = nn.Linear(2, 2)
+    >>> with Transaction(model) as undo:  # doctest: +IGNORE_EXCEPTION_DETAIL
+    ...     undo.keep([model.weight])
+    ...     with torch.no_grad():
+    ...         model.weight.zero_()
+    ...     model.bias = None
+    ...     raise KeyError("half-way")
+    Traceback (most recent call last):
+    KeyError: 'half-way'
+    >>> bool(model.weight.any()), model.bias is None
+    (True, False)
+    """
+
+    def __init__(self, *models: nn.Module) -> None:
+        self._models = models
+
+    def keep(self, tensors: Iterable[Tensor]) -> None:
+        """Copy the contents of tensors that are about to be written; one that was given before is not copied again."""
+        for tensor in tensors:
+            if id(tensor) not in self._contents and _has_contents(tensor):
+                self._contents[id(tensor)] = tensor, tensor.detach().clone()
+
+    def __enter__(self) -> Transaction:
+        modules = {id(module): module for model in self._models for module in model.modules()}
+        self._modules = [(module, type(module), _copied(module.__dict__)) for module in modules.values()]
+        tensors = {
+            id(tensor): tensor
+            for module in modules.values()
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+            if tensor is not None
+        }
+        self._tensors = [_Tensor(tensor) for tensor in tensors.values()]
+        self._contents: dict[int, tuple[Tensor, Tensor]] = {}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if error is not None:
+            for module, its_class, attributes in self._modules:
+                object.__setattr__(module, "__class__", its_class)
+                module.__dict__.clear()
+                module.__dict__.update({key: _restored(value, items) for key, (value, items) in attributes.items()})
+            for noted in self._tensors:
+                noted.restore()
+            for tensor, contents in self._contents.values():
+                _write(tensor, contents)
+        self._modules, self._tensors, self._contents = [], [], {}
+
+
+class _Tensor:
+    """A tensor of a model as it is: its memory, gradient and requires_grad."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.needs_grad = tensor, tensor.requires_grad
+        self.data = tensor.data if _is_plain(tensor) else None
+        self.grad = tensor.grad if tensor.is_leaf else None
+
+    def restore(self) -> None:
+        """Give the tensor back what it was; one that is unchanged is not touched."""
+        if self.data is not None and not _same_memory(self.tensor, self.data):
+            self.tensor.data = self.data
+        if self.tensor.is_leaf:
+            if self.tensor.requires_grad != self.needs_grad:
+                self.tensor.requires_grad_(self.needs_grad)
+            if self.tensor.grad is not self.grad:
+                self.tensor.grad = self.grad
+
+
+def _copied(attributes: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return each attribute, and its items if it is a container."""
+    return {key: (value, value.copy() if type(value) in _CONTAINERS else None) for key, value in attributes.items()}
+
+
+def _restored(value: Any, items: Any) -> Any:
+    """Return the same container with its former items."""
+    if items is not None:
+        value.clear()
+        value.extend(items) if isinstance(value, list) else value.update(items)
+    return value
+
+
+def _has_contents(tensor: Tensor) -> bool:
+    """Return whether a tensor has contents that can be written: no shape without memory, no element seen twice."""
+    if tensor.is_meta or is_lazy(tensor):
+        return False
+    if tensor.layout is not torch.strided:
+        return True
+    return all(stride > 0 or size <= 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Return whether a tensor has memory of its own, in rows: not a sharded, quantized, sparse or lazy one."""
+    return type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.layout is torch.strided
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    return (one.dtype, one.device, one.shape, one.stride()) == (
+        other.dtype,
+        other.device,
+        other.shape,
+        other.stride(),
+    ) and (one.is_meta or one.data_ptr() == other.data_ptr())
+
+
+def _write(tensor: Tensor, contents: Tensor) -> None:
+    """Write contents back; memory made in inference mode can be written only there."""
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        tensor.copy_(contents)
