@@ -7,11 +7,9 @@ shape and bytes, and the header with its own, so that no flipped or missing byte
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,6 +22,7 @@ from torch import Tensor
 
 from sparsify.choose import Choice
 from sparsify.errors import CheckpointError
+from sparsify.outputs import check_writable, new_file
 
 VERSION = 1
 
@@ -88,11 +87,7 @@ def write(
     Each tensor is looked up twice, to hash and to write it, and held no longer: a mapping that reads them from other
     files needs memory for one of them.
     """
-    target = Path(os.path.realpath(path))
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"cannot save to {path}: there is no folder {Path(path).parent}")
-    if target.is_dir():
-        raise IsADirectoryError(f"cannot save to {path}: it is a folder")
+    check_writable(path, "cannot save to ")
     places: dict[str, tuple[str, list[int], int]] = {}  # dtype, shape, bytes
     hashes, widths = {}, {}
     for name in tensors:
@@ -106,18 +101,10 @@ def write(
     header = Header(version=VERSION, layers=dict(layers), aliases=dict(aliases), choices=dict(choices), tensors=hashes)
     text = header.model_dump_json()
     metadata = {"format": "pt", "sparsify": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(_safetensors_header({name: places[name] for name in order}, metadata))
-            for name in order:
-                file.write(_raw(_plain(tensors[name])))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
+    with new_file(path, "cannot save to ") as file:
+        file.write(_safetensors_header({name: places[name] for name in order}, metadata))
+        for name in order:
+            file.write(_raw(_plain(tensors[name])))
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Header, dict[str, Tensor]]:

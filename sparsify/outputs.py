@@ -1,28 +1,108 @@
-"""Outputs, checked before the work that fills them: that a file can be written there, and that it has room."""
+"""Outputs: checked before the work that fills them, and written whole or not at all, in place of what stood there."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 import shutil
+import stat
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 
 def check_writable(path: str | os.PathLike[str], label: str = "") -> None:
     """Check that a file can be made at `path`, by making one without a name in its folder.
 
-    Permissions alone do not say it: root may write anywhere but in /proc, and nobody on a read-only disk. label: the
-    option to name in an error, as "--out ". Raises OSError.
+    Permissions alone do not say it: root may write anywhere but in /proc, and nobody on a read-only disk. What stands
+    at `path` must be an ordinary file that its owner lets be written: a pipe, a socket or a device is refused. label:
+    the option to name in an error, as "--out ". Raises OSError.
     """
-    folder = Path(os.path.realpath(path)).parent
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{label}{path}: there is no folder {Path(path).parent}")
-    if Path(path).is_dir():
-        raise IsADirectoryError(f"{label}{path}: it is a folder; name a file in it")
+    folder = _target(path, label).parent
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise type(error)(f"{label}{path}: no file can be written in {folder} ({error.strerror})") from None
+
+
+@contextlib.contextmanager
+def new_file(path: str | os.PathLike[str], label: str = "") -> Iterator[BinaryIO]:
+    """Open a file that takes its place at `path` when the block ends; if the block raises, nothing has changed.
+
+    The bytes are on the disk before the old file goes, so that a crash leaves one of the two. A link stays, and its
+    target is replaced. The new file has mode, owner and extended attributes of the old one. Raises OSError as
+    `check_writable` does, and if the owner cannot be kept.
+
+    >>> with new_file(tmp_path / "a.txt") as file:
+    ...     file.write(b"all of it")
+    9
+    >>> (tmp_path / "a.txt").read_text(), [file.name for file in tmp_path.iterdir()]
+    ('all of it', ['a.txt'])
+    """
+    target = _target(path, label)
+    temporary = target.with_name(f".sparsify-{secrets.token_hex(8)}.tmp")  # in its folder: a rename needs one disk
+    try:
+        with open(temporary, "xb", opener=_private if target.exists() else None) as file:
+            if target.exists():
+                _take_over(target, file.fileno(), f"{label}{path}")
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def write_text(path: str | os.PathLike[str], text: str, label: str = "") -> None:
+    """Write a text file as `new_file` does, in UTF-8."""
+    with new_file(path, label) as file:
+        file.write(text.encode())
+
+
+def _target(path: str | os.PathLike[str], label: str) -> Path:
+    """Return the file that `path` means, behind all links, if it can be replaced by another."""
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{label}{path}: there is no folder {Path(path).parent}")
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return target
+    except OSError as error:
+        raise type(error)(error.errno, f"{label}{path}: {error.strerror}") from None
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(f"{label}{path}: it is a folder; name a file in it")
+    if not stat.S_ISREG(mode):
+        kind = "pipe" if stat.S_ISFIFO(mode) else "socket" if stat.S_ISSOCK(mode) else "device"
+        raise OSError(f"{label}{path}: it is a {kind}, which a file would replace; name a file")
+    if not os.access(target, os.W_OK):
+        raise PermissionError(f"{label}{path}: it is read-only; make it writable, or name another file")
+    return target
+
+
+def _private(path: str, flags: int) -> int:
+    """Open a file that nobody else can read until it has the mode of the one that it replaces."""
+    return os.open(path, flags, 0o600)
+
+
+def _take_over(old: Path, new: int, name: str) -> None:
+    """Give the open file `new` the owner, the mode and the extended attributes (access lists among them) of another."""
+    was, now = old.stat(), os.fstat(new)
+    if (was.st_uid, was.st_gid) != (now.st_uid, now.st_gid):
+        try:
+            os.fchown(new, was.st_uid, was.st_gid)
+        except OSError as error:
+            raise type(error)(
+                f"{name}: it belongs to user {was.st_uid}, group {was.st_gid}, which a new file cannot "
+                f"({error.strerror}); delete it first, or name another file"
+            ) from None
+    for key in os.listxattr(old) if hasattr(os, "listxattr") else ():
+        with contextlib.suppress(OSError):  # some belong to the system
+            os.setxattr(new, key, os.getxattr(old, key))
+    os.fchmod(new, stat.S_IMODE(was.st_mode))
 
 
 def check_space(folder: str | os.PathLike[str], n_bytes: int, label: str = "") -> None:

@@ -625,6 +625,13 @@ def test_save_through_a_link_keeps_the_link(tmp_path: Path) -> None:
     sparsify.load(target, Net(seed=9))
 
 
+def test_save_onto_a_pipe_is_refused_as_load_refuses_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match=r"cannot save to .*pipe: it is a pipe"):
+        sparsify.save(masked(), tmp_path / "pipe")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
 def test_a_new_file_is_as_readable_as_any_other(tmp_path: Path) -> None:
     (tmp_path / "other").touch()
     mode = stat.S_IMODE((tmp_path / "other").stat().st_mode)
