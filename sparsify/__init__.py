@@ -9,7 +9,14 @@ fast = sparsify.load("model.safetensors", MyModel()) # onto a fresh dense model
 
 from sparsify.checkpoint import load, save
 from sparsify.convert import convert, masks_from_zeros, to_dense
-from sparsify.errors import CheckpointError, LeftDenseWarning, MeasuredElsewhereWarning, RecipeError, ScheduleWarning
+from sparsify.errors import (
+    CheckpointError,
+    LeftDenseWarning,
+    MeasuredElsewhereWarning,
+    RecipeError,
+    RemovedLayerWarning,
+    ScheduleWarning,
+)
 from sparsify.export import export
 from sparsify.inspection import inspect
 from sparsify.layers import CSRConv2d, CSRLinear, SparseConv2d, SparseLinear
@@ -29,6 +36,7 @@ __all__ = [
     "Pruner",
     "Recipe",
     "RecipeError",
+    "RemovedLayerWarning",
     "Schedule",
     "ScheduleWarning",
     "SparseConv2d",

@@ -17,5 +17,9 @@ class MeasuredElsewhereWarning(UserWarning):
     """A checkpoint's forms were chosen on another machine: the answers are right, the speed may not be the best."""
 
 
+class RemovedLayerWarning(UserWarning):
+    """Layers lose all their weights without having been asked to. The message names them, and how to keep some."""
+
+
 class ScheduleWarning(UserWarning):
     """A training runs at another pace than its recipe was told. The message says what was seen and what to give."""

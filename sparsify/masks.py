@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from sparsify.allocation import ALLOCATIONS, MEASURED_ALLOCATIONS, capped, check_sparsity, erk, n_removed, uniform
+from sparsify.errors import RemovedLayerWarning
 from sparsify.match import matching
 from sparsify.methods import Method, needs, resolve_method, score, takes_seed
 from sparsify.patterns import (
@@ -26,6 +28,7 @@ from sparsify.patterns import (
     unit_scores,
 )
 from sparsify.processes import ALONE, Ranks
+from sparsify.unseen import named
 
 Allocation = str | Mapping[str, float]
 
@@ -136,6 +139,30 @@ def layer_targets(allocation: Mapping[str, float], names: Mapping[str, object]) 
     return {name: targets[name] for name in names}
 
 
+def warn_removed_whole(whole: Mapping[str, bool], sparsity: float | None, allocation: Allocation) -> None:
+    """Warn, naming them, if layers lose all their weights though the sparsity asked of them is not 1.
+
+    whole: for every layer that shares this target, whether it keeps no weight at all.
+    """
+    asked = {name for name, target in _asked(whole, sparsity, allocation).items() if target == 1}
+    lost = [name for name, gone in whole.items() if gone and name not in asked]
+    if not lost:
+        return
+    shared = isinstance(allocation, str) and allocation != "uniform"
+    cap = "max_sparsity" if shared else "allocation='erk' or 'global' and max_sparsity"
+    warnings.warn(
+        f"{named(name or '(root)' for name in lost)}: all weights are removed, so that nothing of the input comes "
+        f"through; keep some with {cap} below 1, or leave such layers dense with exclude=[{named(map(repr, lost))}]",
+        RemovedLayerWarning,
+        stacklevel=3,
+    )
+
+
+def is_empty(mask: Tensor) -> bool:
+    """Say whether a mask removes all of some weights."""
+    return mask.numel() > 0 and not bool(mask.any())
+
+
 def removed_together(
     scores: Mapping[str, Tensor],
     masks: Mapping[str, Tensor],
@@ -153,6 +180,12 @@ def removed_together(
     chosen = keep_largest([prefer_kept(s, kept, n_keep, n_kept) for s, kept in units.values()], n_keep, ranks)
     n_gone = ranks.sum(torch.tensor([int((~kept).sum()) for kept in chosen])).tolist()
     return dict(zip(units, n_gone, strict=True))
+
+
+def _asked(layers: Mapping[str, object], sparsity: float | None, allocation: Allocation) -> dict[str, float | None]:
+    if isinstance(allocation, Mapping):
+        return {**layer_targets(allocation, layers)}
+    return dict.fromkeys(layers, sparsity)
 
 
 def _check_nm(pattern: Pattern, sparsity: float | None, allocation: Allocation) -> None:

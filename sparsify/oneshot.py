@@ -17,7 +17,7 @@ from sparsify.batches import Batch, read_batches
 from sparsify.calibrate import walk
 from sparsify.convert import sparse_layers
 from sparsify.layers import Masked
-from sparsify.masks import Allocation, check_target, n_removed_units
+from sparsify.masks import Allocation, check_target, n_removed_units, warn_removed_whole
 from sparsify.methods import SOLVERS, Method
 from sparsify.patterns import parse_pattern
 from sparsify.share import SHARES, show_layers
@@ -64,7 +64,7 @@ def make_tasks(shapes: Mapping[str, tuple[int, int]], order: Order) -> dict[str,
     n_removed = n_removed_units(shapes, order.sparsity, pattern, order.allocation, order.max_sparsity)
     if n_removed is None:
         raise ValueError(f"allocation {order.allocation!r} is measured on the model and its data, not on shapes")
-    return _tasks(order, n_removed)
+    return _tasks(order, shapes, n_removed)
 
 
 def follow(
@@ -82,7 +82,9 @@ def follow(
     batches = read_batches(model, data)
     tasks: dict[str, Task] = {}
     for (order, mine), n_removed in zip(chosen, shares, strict=True):
-        tasks |= _tasks(order, _measure(model, mine, order, batches, cache_bytes) if n_removed is None else n_removed)
+        if n_removed is None:
+            n_removed = _measure(model, mine, order, batches, cache_bytes)
+        tasks |= _tasks(order, {name: layer.shape for name, layer in mine.items()}, n_removed)
     prune_on_data(model, tasks, batches, cache_bytes=cache_bytes, progress=progress)
 
 
@@ -153,8 +155,10 @@ def prune_on_data(
         stops.close()
 
 
-def _tasks(order: Order, n_removed: Mapping[str, int]) -> dict[str, Task]:
+def _tasks(order: Order, shapes: Mapping[str, tuple[int, int]], n_removed: Mapping[str, int]) -> dict[str, Task]:
     pattern = parse_pattern(order.pattern)
+    whole = {name: 0 < pattern.n_units(shapes[name]) == n for name, n in n_removed.items()}
+    warn_removed_whole(whole, order.sparsity, order.allocation)
     return {
         name: Task(order.method, pattern, n, order.refit, order.correct, order.seed) for name, n in n_removed.items()
     }

@@ -7,7 +7,7 @@ from typing import Any
 
 from sparsify.convert import sparse_layers
 from sparsify.edit import Model
-from sparsify.masks import Allocation, make_masks
+from sparsify.masks import Allocation, is_empty, make_masks, warn_removed_whole
 from sparsify.match import Selector
 from sparsify.methods import Method
 from sparsify.oneshot import Order, follow
@@ -77,6 +77,7 @@ def prune(
         max_sparsity=max_sparsity,
         seed=seed,
     )
+    warn_removed_whole({name: is_empty(mask) for name, mask in masks.items()}, sparsity, allocation)
     for name, mask in masks.items():
         layers[name].set_mask(mask)
     return model

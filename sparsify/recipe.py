@@ -21,7 +21,14 @@ from sparsify.convert import plan_convert, sparse_layers
 from sparsify.edit import Model
 from sparsify.errors import RecipeError
 from sparsify.layers.sharded import cut_by_rows, own_rows
-from sparsify.masks import Allocation, layer_targets, make_masks, n_removed_units
+from sparsify.masks import (
+    Allocation,
+    is_empty,
+    layer_targets,
+    make_masks,
+    n_removed_units,
+    warn_removed_whole,
+)
 from sparsify.methods import CALIBRATED, METHODS, SOLVERS, TRAINED, needs, needs_data, takes_seed
 from sparsify.oneshot import Order, follow, make_tasks
 from sparsify.patterns import parse_pattern
@@ -314,7 +321,10 @@ def apply(
         raise ValueError(f"cache_bytes={cache_bytes} has no effect without data; give data=...")
     masks: dict[str, Tensor] = {}
     for group, weights in zip(recipe.groups, assign_layers(recipe, model), strict=True):
-        masks |= group_masks(model, group, list(weights))
+        made = group_masks(model, group, list(weights))
+        if group.method != HOLD:
+            warn_removed_whole({n: is_empty(mask) for n, mask in made.items()}, group.sparsity, group.allocation)
+        masks |= made
     for name, layer in sparse_layers(model).items():
         if name in masks:
             layer.set_mask(masks[name])

@@ -13,6 +13,7 @@ PACKAGE = Path(sparsify.__file__).parent
 #: The flow. A module imports only what stands before it; a folder stands for all of its files.
 ORDER = (
     "errors",
+    "unseen",
     "gram",
     "outputs",
     "processes",

@@ -26,6 +26,7 @@ def state(net: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in net.state_dict().items()}
 
 
+@pytest.mark.filterwarnings("ignore::sparsify.RemovedLayerWarning")
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("sparsity", SPARSITIES)
@@ -61,7 +62,8 @@ def test_global_may_empty_a_layer() -> None:
     net = model()
     with torch.no_grad():
         net[2].weight.mul_(1e-6)
-    prune(net, 0.5, allocation="global")
+    with pytest.warns(sparsify.RemovedLayerWarning, match="^2: all weights are removed"):
+        prune(net, 0.5, allocation="global")
     assert [layer.sparsity for layer in layers(net)] == [24 / 96, 1.0]
     assert torch.isfinite(net(X)).all()
 
