@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from cases import SHAPES, masks, weight
 from torch import nn
+from torch.autograd import forward_ad
 
 import sparsify
 from sparsify.kernels import native, training
@@ -16,6 +17,7 @@ pytestmark = [
     pytest.mark.skipif(not native.available(), reason=f"no native kernels: {native.why_missing()}"),
 ]
 EPS = 2.0**-24
+JIT_WARNS = pytest.mark.filterwarnings("ignore:`torch.jit")  # torch's own forward-mode derivatives use it
 
 
 @pytest.mark.parametrize("n_rows", [1, 2, 17, 300])
@@ -138,6 +140,102 @@ def test_the_faster_way_is_taken_and_measured_once_for_each_mask(monkeypatch):
     layer.sparse_update(0.5)
     layer(torch.randn(4, 48))
     assert measured == [4, 8, 4]  # too dense to be worth a try
+
+
+def always(model):
+    """Let every layer take the sparse way."""
+    for layer in (model[0], model[2]):
+        layer.steps = sparse_steps.SparseSteps(always=True)
+    return model
+
+
+def penalty(model):
+    """Return the gradients of a loss with a gradient penalty, by the input and by every parameter."""
+    x = batch(0)[0].requires_grad_()
+    loss = model(x).square().sum()
+    (slope,) = torch.autograd.grad(loss, x, create_graph=True)
+    (loss + slope.square().sum()).backward()
+    return [x.grad, *(parameter.grad for parameter in model.parameters())]
+
+
+def third_derivative(model):
+    """Differentiate three times by all parameters."""
+    parameters, value = list(model.parameters()), model(batch(0)[0]).square().sum()
+    for _ in range(2):
+        found = torch.autograd.grad(value, parameters, create_graph=True)
+        value = sum(one.square().sum() for one in found)
+    return torch.autograd.grad(value, parameters)
+
+
+@pytest.mark.parametrize("derivative", [penalty, third_derivative])
+def test_derivatives_of_derivatives_are_those_of_the_dense_way(derivative):
+    for got, right in zip(derivative(always(net())), derivative(net()), strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-5 * float(right.abs().max()))
+
+
+def test_a_weight_changed_before_a_backward_counts_as_it_was_in_the_forward():
+    model, x = always(net()), batch(0)[0].requires_grad_()
+    right = torch.autograd.grad(model(x).sum(), x)[0]
+    loss = model(x).sum()
+    with torch.no_grad():
+        model[2].weight.mul_(2)
+    torch.testing.assert_close(torch.autograd.grad(loss, x, retain_graph=True)[0], right, rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="a weight has changed between the forward and a backward"):
+        torch.autograd.grad(loss, x, create_graph=True)
+
+
+@JIT_WARNS
+@pytest.mark.parametrize("masked", ["zero", "trained"])
+def test_forward_derivatives_and_function_transforms(masked):
+    """Under torch.func, and for dual numbers, a layer that trains is the dense layer with the same zeros."""
+    model = always(net())
+    dense = sparsify.to_dense(net())
+    x, v = torch.randn(2, 5, 48)
+    taught = {f"{i}.weight": model[i].mask for i in (0, 2)} if masked == "zero" else {}
+    directions = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    directions = {name: value * taught.get(name, 1) for name, value in directions.items()}
+
+    def found(net):
+        parameters = dict(net.named_parameters())
+
+        def call(values, x):
+            return torch.func.functional_call(net, values, (x,))
+
+        def loss(values, x):
+            return call(values, x).square().sum()
+
+        with forward_ad.dual_level():
+            outputs = [net(forward_ad.make_dual(x, v))]
+            duals = {name: forward_ad.make_dual(p.detach(), directions[name]) for name, p in parameters.items()}
+            outputs.append(call(duals, x))
+            tangents = [forward_ad.unpack_dual(output).tangent for output in outputs]
+        yield from tangents
+        yield torch.func.jvp(net, (x,), (v,))[1]
+        yield torch.func.jvp(lambda values: call(values, x), (parameters,), (directions,))[1]
+        yield from (torch.func.jacfwd(net)(x[0]), torch.func.jacrev(net)(x[0]), torch.func.vmap(net)(x))
+        by_sample = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+        yield from (value * taught.get(name, 1) for name, value in sorted(by_sample.items()))
+
+    for layer in (model[0], model[2]):
+        layer.masked_are = masked
+    for got, right in zip(found(model), found(dense), strict=True):
+        assert torch.count_nonzero(right)
+        torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-5)
+
+
+@JIT_WARNS
+def test_a_tracer_sees_the_dense_way():
+    model, (x, _) = always(net()), batch(0)
+    for traced in (torch.fx.symbolic_trace(model), torch.jit.trace(model, x)):
+        torch.testing.assert_close(traced(x), net()(x), rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_of_torch_func_are_refused_to_a_pruner_that_looks_at_them():
+    model, (x, _) = net(), batch(0)
+    sparsify.evidence.watch(model[0], gradient=False, movement=True)
+    parameters = dict(model.named_parameters())
+    with pytest.raises(RuntimeError, match=r"those of loss.backward\(\), not those of torch.func"):
+        torch.func.grad(lambda values: torch.func.functional_call(model, values, (x,)).sum())(parameters)
 
 
 @pytest.mark.parametrize("why", ["no grad", "autocast", "float64", "straight-through", "watched", "frozen"])

@@ -37,11 +37,17 @@ class StepIndex:
         rows, columns = flat // max(inner, 1), flat % max(inner, 1)
         turned = columns.argsort(stable=True)
         crow, crow_t = _pointers(rows, out), _pointers(columns, inner)
-        numbers = torch.arange(1, len(flat) + 1)  # 0 is padding
+        numbers = torch.arange(1, len(flat) + 1, device=mask.device)  # 0 is padding
         index, packed = native.pack("panel", crow, columns, numbers, (out, inner))
         index_t, packed_t = native.pack("panel", crow_t, rows[turned], numbers[turned], (inner, out))
         order, order_t = ((p - 1).where(p > 0, len(flat)) for p in (packed, packed_t))
         return cls((out, inner), crow, columns.int(), flat, index, order, index_t, order_t, GradMemory())
+
+    def mask(self) -> Tensor:
+        """Return the mask (out, in) that was packed."""
+        return (
+            self.flat.new_zeros(self.shape, dtype=torch.bool).view(-1).index_fill(0, self.flat, True).view(self.shape)
+        )
 
 
 @dataclass
@@ -58,7 +64,7 @@ class GradMemory:
     def take(self, shape: tuple[int, int]) -> Tensor:
         """Return a gradient (out, in) that is zero where nothing will be written."""
         if self.zeros is None or _n_users(self.zeros) > 1:  # accumulating, or somebody keeps it
-            self.zeros = torch.zeros(shape)
+            self.zeros = torch.zeros(shape, device="cpu")
         elif self.zeros._version != self.version:  # clipped, unscaled, or made noisy
             self.zeros.zero_()
         self.version = self.zeros._version
@@ -77,31 +83,49 @@ class _SparseStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, index: StepIndex) -> Tensor:
         """Gather the kept values, and multiply."""
-        values = torch.zeros(len(index.flat) + 1)
+        values = weight.new_zeros(len(index.flat) + 1)
         torch.index_select(weight.view(-1), 0, index.flat, out=values[:-1])
-        ctx.index, ctx.x_shape = index, x.shape
-        x = x.reshape(-1, index.shape[1])
+        ctx.index = index
+        ctx.weight, ctx.version = weight, weight._version  # not saved: it may change, as under where(mask, weight, 0)
         ctx.save_for_backward(x, values)
-        y = native.linear("panel", x, index.index, values[index.order], bias, index.shape)
-        return y.view(*ctx.x_shape[:-1], index.shape[0])
+        y = native.linear("panel", x.reshape(-1, index.shape[1]), index.index, values[index.order], bias, index.shape)
+        return y.view(*x.shape[:-1], index.shape[0])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Multiply by the transpose; take products of kept positions only."""
         index: StepIndex = ctx.index
         x, values = ctx.saved_tensors
-        grad = grad.reshape(-1, index.shape[0])
+        if torch.is_grad_enabled():  # create_graph=True: these gradients are differentiated again
+            return _differentiable(ctx, x, grad)
         grad_x = grad_weight = grad_bias = None
+        rows = grad.reshape(-1, index.shape[0])
         if ctx.needs_input_grad[0]:
             turned = (index.shape[1], index.shape[0])
-            grad_x = native.linear("panel", grad, index.index_t, values[index.order_t], None, turned).view(ctx.x_shape)
+            grad_x = native.linear("panel", rows, index.index_t, values[index.order_t], None, turned).view(x.shape)
         if ctx.needs_input_grad[1]:
             grad_weight = index.memory.take(index.shape)
-            native.weight_grad(grad, x, index.crow, index.col, grad_weight)
+            native.weight_grad(rows, x.reshape(-1, index.shape[1]), index.crow, index.col, grad_weight)
         if ctx.needs_input_grad[2]:
-            grad_bias = grad.sum(0)
+            grad_bias = rows.sum(0)
         return grad_x, grad_weight, grad_bias, None
+
+
+def _differentiable(ctx: Any, x: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the same gradients by dense products that can be differentiated."""
+    index: StepIndex = ctx.index
+    if ctx.weight._version != ctx.version:
+        raise RuntimeError("a weight has changed between the forward and a backward that is differentiated again")
+    mask = index.mask()
+    rows = grad.reshape(-1, index.shape[0])
+    grad_x = grad_weight = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = grad @ torch.where(mask, ctx.weight, 0.0)
+    if ctx.needs_input_grad[1]:
+        grad_weight = torch.where(mask, rows.T @ x.reshape(-1, index.shape[1]), 0.0)
+    if ctx.needs_input_grad[2]:
+        grad_bias = rows.sum(0)
+    return grad_x, grad_weight, grad_bias, None
 
 
 def _pointers(rows: Tensor, n_rows: int) -> Tensor:

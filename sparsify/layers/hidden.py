@@ -23,6 +23,11 @@ class Watch:
 
     def see(self, weight: Tensor, gradient: Tensor) -> None:
         """Add what one backward brought; weight is the one it was taken at."""
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                "a Pruner that looks at gradients ('movement', or 'regrow' by gradient) sees those of loss.backward(), "
+                "not those of torch.func; use torch.autograd here, or give snip and grasp a loss"
+            )
         if self.gradient is not None:
             self.gradient.add_(gradient)
         if self.movement is not None:
@@ -48,6 +53,8 @@ def used_weight(weight: Tensor, mask: Tensor, *, straight: bool, watch: Watch | 
 class _StraightThrough(torch.autograd.Function):
     """where(mask, weight, 0) whose gradient is that of the identity."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(weight: Tensor, mask: Tensor) -> Tensor:
         """Take the kept weights."""
@@ -61,3 +68,8 @@ class _StraightThrough(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         """Hand the gradient to all weights."""
         return gradient, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        """Hand the tangent of all weights on: the transpose of `backward`."""
+        return tangent

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from sparsify.kernels import native, training
 from sparsify.kernels.training import StepIndex
@@ -49,13 +50,20 @@ class SparseSteps:
 
 
 def _can(layer: Any, x: Tensor) -> bool:
-    """Say whether the kernels are right for a step: one that trains the kept weights, and no others."""
-    weight = layer.weight
-    plain = type(weight) in (Tensor, torch.nn.Parameter) and weight.is_contiguous()
-    right = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in (weight, x))
-    trains = torch.is_grad_enabled() and weight.requires_grad and layer.masked_are != "trained" and layer.watch is None
-    quiet = not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
-    return plain and right and trains and quiet and x.numel() > 0 and native.available()
+    """Return whether the kernels are right for a step: one that trains the kept weights, and no others."""
+    tensors = [t for t in (x, layer.weight, layer.bias) if t is not None]
+    if not all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors):  # also the stand-ins of a tracer
+        return False
+    right = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors) and layer.weight.is_contiguous()
+    trains = torch.is_grad_enabled() and layer.weight.requires_grad
+    plain = layer.masked_are != "trained" and layer.watch is None and not torch.is_autocast_enabled("cpu")
+    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or _is_transformed(tensors)
+    return right and trains and plain and not traced and x.numel() > 0 and native.available()
+
+
+def _is_transformed(tensors: list[Tensor]) -> bool:
+    """Return whether torch.func's transforms or forward-mode derivatives are under way: those go the dense way."""
+    return torch._C._are_functorch_transforms_active() or any(unpack_dual(t).tangent is not None for t in tensors)
 
 
 def _is_faster(index: StepIndex, x: Tensor, weight: Tensor, mask: Tensor) -> bool:
