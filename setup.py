@@ -2,7 +2,7 @@
 
 The library is plain C++ behind a C interface, loaded with ctypes: it needs a C++ compiler and nothing else, neither
 torch nor Python headers. Without a compiler the installation still succeeds, without it; the reason is written next to
-where it would be, and `sparsify.kernels.native.why_missing()` reads it.
+where it would be, and `sparsify.kernels.cpu.library.why_missing()` reads it.
 
     pip install .                  builds it into the wheel
     pip install -e .               builds it in place, as sparsify/_native.so

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from benchmarks import cases, gpu, kernels, layers, load, models, page, picture, record, tables
 
-from sparsify.machine import machine_name
-from sparsify.report import table
-from sparsify.timing import Watch, disturbance
+from sparsify.hardware.machine import machine_name
+from sparsify.hardware.timing import Watch, disturbance
+from sparsify.reporting.report import table
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 MODEL_ROUNDS, QUICK_MODEL_ROUNDS = 9, 3

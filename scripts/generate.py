@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from transformers import StaticCache
 
 import sparsify
-from sparsify.machine import machine_name
-from sparsify.report import table
-from sparsify.timing import Watch, disturbance
+from sparsify.hardware.machine import machine_name
+from sparsify.hardware.timing import Watch, disturbance
+from sparsify.reporting.report import table
 
 PROMPT = "The most important thing about a garden is"
 ROUNDS = 5

@@ -32,9 +32,9 @@ from posttraining.subjects import SUBJECTS, Subject
 from torch import Tensor, nn
 
 import sparsify
-from sparsify.machine import machine_name
-from sparsify.sensitivity import measure_sensitivity
-from sparsify.timing import Watch
+from sparsify.hardware.machine import machine_name
+from sparsify.hardware.timing import Watch
+from sparsify.pruning.sensitivity import measure_sensitivity
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 OUT = DOCS / "results" / "oneshot.jsonl"

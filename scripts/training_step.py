@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sparsify
-from sparsify.layers.sparse_steps import Choice
-from sparsify.machine import machine_name
+from sparsify.hardware.machine import machine_name
+from sparsify.layers.sparse_training import Choice
 
 N_STEPS = 15
 

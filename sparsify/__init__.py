@@ -7,8 +7,8 @@ sparsify.save(fast, "model.safetensors")
 fast = sparsify.load("model.safetensors", MyModel()) # onto a fresh dense model
 """
 
-from sparsify.checkpoint import load, save
-from sparsify.convert import convert, masks_from_zeros, to_dense
+from sparsify.checkpoint.save_load import load, save
+from sparsify.conversion.convert import convert, masks_from_zeros, to_dense
 from sparsify.errors import (
     CheckpointError,
     LeftDenseWarning,
@@ -17,15 +17,15 @@ from sparsify.errors import (
     RemovedLayerWarning,
     ScheduleWarning,
 )
-from sparsify.export import export
-from sparsify.inspection import inspect
+from sparsify.inference.export import export
 from sparsify.layers import CSRConv2d, CSRLinear, SparseConv2d, SparseLinear
-from sparsify.prune import prune
-from sparsify.pruner import Pruner
-from sparsify.recipe import Recipe, apply, load_recipe
-from sparsify.recover import recover
-from sparsify.report import report
-from sparsify.schedules import Schedule
+from sparsify.masking.schedules import Schedule
+from sparsify.pruning.prune import prune
+from sparsify.pruning.recover import recover
+from sparsify.recipes.recipe import Recipe, apply, load_recipe
+from sparsify.reporting.inspection import inspect
+from sparsify.reporting.report import report
+from sparsify.training.pruner import Pruner
 
 __all__ = [
     "CSRConv2d",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tested_kernels import TestedKernels
 
-from sparsify.kernels import native
+from sparsify.kernels.cpu import library as native
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsify
-from sparsify.edit import become
+from sparsify.conversion.module_surgery import become
 from sparsify.transaction import Transaction
 
 

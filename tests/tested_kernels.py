@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
-from sparsify.kernels import native
+from sparsify.kernels.cpu import library as native
 
 
 @dataclass

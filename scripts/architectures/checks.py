@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import sparsify
 from architectures.model import Model
-from sparsify.edit import layers_of_type
-from sparsify.inputs import Inputs, run
+from sparsify.cli.model_inputs import Inputs, run
+from sparsify.conversion.module_surgery import layers_of_type
 from sparsify.layers import Masked
 
 SPARSITY = 0.8

@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 from architectures.model import Model
-from sparsify.inputs import Inputs
+from sparsify.cli.model_inputs import Inputs
 
 #: A small model, in the words that most configurations have.
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

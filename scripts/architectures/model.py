@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from sparsify.inputs import Inputs
+from sparsify.cli.model_inputs import Inputs
 
 
 @dataclass(frozen=True)

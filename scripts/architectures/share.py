@@ -16,8 +16,8 @@ from torch.utils.flop_counter import flop_registry
 
 import sparsify
 from architectures.model import Model
-from sparsify.edit import layers_of_type
-from sparsify.inputs import run
+from sparsify.cli.model_inputs import run
+from sparsify.conversion.module_surgery import layers_of_type
 from sparsify.layers import Masked
 
 

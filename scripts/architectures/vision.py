@@ -21,7 +21,7 @@ from torchvision.models import (
 )
 
 from architectures.model import Model
-from sparsify.inputs import Inputs
+from sparsify.cli.model_inputs import Inputs
 
 #: Convolutions convert when asked for.
 POINTWISE = {"types": [nn.Linear, nn.Conv2d]}

@@ -10,10 +10,10 @@ from tqdm import tqdm
 
 from benchmarks import peers, record, weights
 from benchmarks.cases import Grid, Shape
-from sparsify import gpu_timing
-from sparsify.formats import CSR, dense_to_csr
+from sparsify.hardware import gpu_timing
+from sparsify.hardware.timing import Call
 from sparsify.kernels import FORMS, fits, linear, pack, supports
-from sparsify.timing import Call
+from sparsify.kernels.csr import CSR, dense_to_csr
 
 DENSE = "cuBLAS"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -8,9 +8,10 @@ from tqdm import tqdm
 
 from benchmarks import peers, record, weights
 from benchmarks.cases import Grid, Shape
-from sparsify.formats import dense_to_csr
-from sparsify.kernels import native, roofs
-from sparsify.timing import Call, measure
+from sparsify.hardware import roofline as roofs
+from sparsify.hardware.timing import Call, measure
+from sparsify.kernels.cpu import library as native
+from sparsify.kernels.csr import dense_to_csr
 
 
 def measure_roofs() -> dict[str, float]:

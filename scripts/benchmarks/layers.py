@@ -12,7 +12,7 @@ from tqdm import tqdm
 import sparsify
 from benchmarks import peers, record, weights
 from benchmarks.cases import Grid, Shape
-from sparsify.timing import Call, measure, settle
+from sparsify.hardware.timing import Call, measure, settle
 
 OURS = "sparsify"
 CACHED, BEYOND_CACHE = "cached", "beyond cache"

@@ -14,7 +14,7 @@ import sparsify
 from benchmarks import record, weights
 from benchmarks.cases import Grid
 from benchmarks.layers import OURS
-from sparsify.timing import Timing, settle
+from sparsify.hardware.timing import Timing, settle
 
 N_CALLS, LONGEST_S = 2000, 4.0
 _BUSY = """

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.tables import Record, losses, spread, tables
-from sparsify.timing import disturbance
+from sparsify.hardware.timing import disturbance
 
 TITLES = {
     "layers": "Layers: `CSRLinear` as `export` makes it, everything included",

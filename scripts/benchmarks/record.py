@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from benchmarks import peers
-from sparsify.machine import machine_name
-from sparsify.timing import Timing
+from sparsify.hardware.machine import machine_name
+from sparsify.hardware.timing import Timing
 
 SCHEMA = 1
 HEADER = ("schema", "benchmark", "command", "date", "machine", "versions", "absent", "roofs", "rows")

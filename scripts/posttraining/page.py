@@ -6,7 +6,7 @@ from typing import Any
 
 from posttraining.rows import ALLOCATED_COLUMN, ALLOCATED_METHODS, ALLOCATIONS, COLUMNS, METHODS, allocated
 from posttraining.subjects import SUBJECTS
-from sparsify.timing import QUIET_CORES
+from sparsify.hardware.timing import QUIET_CORES
 
 Cells = dict[str, Any]
 

@@ -9,8 +9,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from sparsify.errors import ScheduleWarning
-from sparsify.pruner import Pruner
-from sparsify.recipe import Recipe
+from sparsify.recipes.recipe import Recipe
+from sparsify.training.pruner import Pruner
 
 
 class PrunerCallback(Callback):

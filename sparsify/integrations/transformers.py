@@ -12,8 +12,8 @@ import torch
 from transformers import TrainerCallback
 
 from sparsify.errors import ScheduleWarning
-from sparsify.pruner import Pruner
-from sparsify.recipe import Recipe
+from sparsify.recipes.recipe import Recipe
+from sparsify.training.pruner import Pruner
 
 _FILE = "pruner.pt"
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsify.formats import CSR, check_csr, col_dtype
-from sparsify.kernels import gpu, native
+from sparsify.kernels import gpu
+from sparsify.kernels.cpu import library as native
+from sparsify.kernels.csr import CSR, check_csr, col_dtype
 
 #: The names of the tensors that make up each form. The last one holds the values, and has the layer's dtype.
 FORMS: dict[str, tuple[str, ...]] = {

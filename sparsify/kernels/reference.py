@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsify.formats import CSR, csr_to_dense
+from sparsify.kernels.csr import CSR, csr_to_dense
 
 #: What may follow the product and the bias, by name.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

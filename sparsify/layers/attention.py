@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsify.layers.bare import bare_linear
+from sparsify.layers.construct import bare_linear
 from sparsify.layers.csr_linear import CSRLinear
 from sparsify.layers.sparse_linear import SparseLinear
 

@@ -8,12 +8,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from sparsify.kernels import native
-from sparsify.layers.hidden import Watch, used_weight
-from sparsify.layers.sharded import shard_like, whole
-from sparsify.layers.sparse_steps import SparseSteps
-from sparsify.masks import make_masks
-from sparsify.methods import Method, resolve_method, takes_seed
+from sparsify.kernels.cpu import library as native
+from sparsify.layers.fsdp import shard_like, whole
+from sparsify.layers.masked_weight import Watch, used_weight
+from sparsify.layers.sparse_training import SparseSteps
+from sparsify.masking.masks import make_masks
+from sparsify.masking.methods.registry import Method, resolve_method, takes_seed
 
 
 class Masked(nn.Module):

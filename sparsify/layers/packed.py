@@ -8,8 +8,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from sparsify.formats import CSR, check_csr, csr_to_dense, dense_to_csr
 from sparsify.kernels import FORMS, form_for, pack, supports, unpack
+from sparsify.kernels.csr import CSR, check_csr, csr_to_dense, dense_to_csr
 from sparsify.layers.masked import Masked
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsify.layers.masked import Masked
-from sparsify.methods import Method
+from sparsify.masking.methods.registry import Method
 
 _Conv2d = TypeVar("_Conv2d", bound=nn.Conv2d)
 

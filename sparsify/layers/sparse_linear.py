@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsify.kernels import training
-from sparsify.layers.bare import bare_linear
+from sparsify.kernels.cpu import sparse_step as training
+from sparsify.layers.construct import bare_linear
 from sparsify.layers.masked import Masked
-from sparsify.methods import Method
+from sparsify.masking.methods.registry import Method
 
 
 class SparseLinear(Masked, nn.Linear):

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsify.kernels import native
+from sparsify.kernels.cpu import library as native
 
 sys.path.insert(0, str(Path(__file__).parent))  # table.py
 

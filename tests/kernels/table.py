@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsify.kernels import native
+from sparsify.kernels.cpu import library as native
 
 FORMS = native.FORMS
 DTYPES = (torch.float32, torch.bfloat16)

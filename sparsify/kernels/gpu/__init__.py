@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsify.formats import CSR
+from sparsify.kernels.csr import CSR
 from sparsify.kernels.gpu import blocks, launch, narrow, tiles, two_four
 from sparsify.kernels.gpu.weight import Weight
 from sparsify.kernels.reference import ACTIVATIONS

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sparsify.formats import CSR, csr_to_dense, dense_to_csr
+from sparsify.kernels.csr import CSR, csr_to_dense, dense_to_csr
 from sparsify.kernels.gpu import launch
 from sparsify.kernels.gpu.weight import Weight
 
@@ -48,7 +48,7 @@ def unpack(index: Tensor, values: Tensor, shape: tuple[int, int]) -> CSR:
 
 def multiply(x: Tensor, weight: Weight, bias: Tensor | None, activation: int) -> Tensor | None:
     """Multiply x (tokens, in), as many as there are."""
-    from sparsify.kernels.gpu import triton_blocks
+    from sparsify.kernels.gpu.triton import blocks as triton_blocks
 
     size, (first, end) = _size(weight), weight.rows
     tokens = max(FEWEST_TOKENS, min(MOST_TOKENS, launch.power_of_2(x.shape[0])))

@@ -71,7 +71,7 @@ def multiply(
 
 def finish(partial: Tensor, bias: Tensor | None, activation: int, dtype: torch.dtype) -> Tensor:
     """Add up partial products (splits, tokens, rows) in their order, add the bias, apply the activation."""
-    from sparsify.kernels.gpu import triton_epilogue
+    from sparsify.kernels.gpu.triton import epilogue as triton_epilogue
 
     y, block = torch.empty_like(partial[0], dtype=dtype), 512
     triton_epilogue.finish[(-(-y.numel() // block),)](

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify.formats import CSR, col_dtype, csr_positions
+from sparsify.kernels.csr import CSR, col_dtype, csr_positions
 from sparsify.kernels.gpu import launch, sections
 from sparsify.kernels.gpu.weight import Weight
 
@@ -56,7 +56,7 @@ def unpack(index: Tensor, values: Tensor, shape: tuple[int, int]) -> CSR:
 
 def multiply(x: Tensor, weight: Weight, bias: Tensor | None, activation: int) -> Tensor | None:
     """Multiply x (tokens, in); None for more tokens than there is a kernel for."""
-    from sparsify.kernels.gpu import triton_narrow
+    from sparsify.kernels.gpu.triton import narrow as triton_narrow
 
     tokens = x.shape[0]
     if tokens > MOST_TOKENS:
@@ -69,7 +69,7 @@ def multiply(x: Tensor, weight: Weight, bias: Tensor | None, activation: int) ->
 
 def dense(weight: Weight) -> Tensor:
     """Expand to a dense weight."""
-    from sparsify.kernels.gpu import triton_narrow
+    from sparsify.kernels.gpu.triton import narrow as triton_narrow
 
     sizes, options = _tile(weight, 1)
     y = weight.values.new_zeros((weight.n_rows, weight.shape[1]))

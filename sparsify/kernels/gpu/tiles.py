@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsify.formats import CSR, col_dtype
+from sparsify.kernels.csr import CSR, col_dtype
 from sparsify.kernels.gpu import bits, launch, sections
 from sparsify.kernels.gpu.weight import Weight
 
@@ -70,7 +70,7 @@ def multiply(x: Tensor, weight: Weight, bias: Tensor | None, activation: int) ->
 
 def dense(weight: Weight) -> Tensor:
     """Expand to a dense weight."""
-    from sparsify.kernels.gpu import triton_tiles
+    from sparsify.kernels.gpu.triton import tiles as triton_tiles
 
     sizes, is_wide = _sizes(weight)
     y = weight.values.new_empty((weight.n_rows, weight.shape[1]))
@@ -84,7 +84,7 @@ def dense(weight: Weight) -> Tensor:
 
 
 def _multiply_few(x: Tensor, weight: Weight, bias: Tensor | None, activation: int) -> Tensor:
-    from sparsify.kernels.gpu import triton_tiles
+    from sparsify.kernels.gpu.triton import tiles as triton_tiles
 
     sizes, is_wide = _sizes(weight)
     n_bytes = min(FEW_BYTES, launch.power_of_2(8 * n_groups(weight.shape[1])))
@@ -97,7 +97,7 @@ def _multiply_few(x: Tensor, weight: Weight, bias: Tensor | None, activation: in
 
 def _multiply_many(x: Tensor, weight: Weight, bias: Tensor | None, activation: int) -> Tensor:
     """Multiply on tensor cores. Few rows leave processors idle: then the columns are split, and the sums added up."""
-    from sparsify.kernels.gpu import triton_tiles
+    from sparsify.kernels.gpu.triton import tiles as triton_tiles
 
     tokens, columns, (sizes, is_wide) = x.shape[0], MANY_COLUMNS[x.dtype], _sizes(weight)
     n_programs, n_steps = -(-weight.n_rows // MANY_ROWS), -(-weight.shape[1] // columns)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsify.formats import CSR, csr_to_dense, dense_to_csr
+from sparsify.kernels.csr import CSR, csr_to_dense, dense_to_csr
 from sparsify.kernels.gpu import bits
 from sparsify.kernels.gpu.weight import Weight
 from sparsify.kernels.reference import ACTIVATIONS

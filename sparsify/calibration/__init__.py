@@ -1,0 +1,1 @@
+"""Run a model on calibration data, layer by layer."""

@@ -1,0 +1,97 @@
+"""Calibration under torchrun: every process looks at its share of the data, and all see the sum."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from sparsify.masking.gram import Gram
+
+T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Meet the other processes that torchrun has started, if it has, until this one is done.
+
+    They wait for each other as long as it takes, say, the first to evaluate a model: where one dies, torchrun ends all.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or _in_group():
+        yield
+        return
+    dist.init_process_group("gloo", timeout=timedelta(days=30))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def is_first() -> bool:
+    """Say whether this is the process that writes and prints."""
+    return not _in_group() or dist.get_rank() == 0
+
+
+def wait_for_all() -> None:
+    """Go on when every process has come here."""
+    if _in_group():
+        dist.barrier()
+
+
+def same_everywhere(number: int) -> bool:
+    """Say whether all processes give the same number."""
+    if not _in_group():
+        return True
+    numbers = torch.tensor([number, -number])
+    dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+    return numbers.tolist() == [number, -number]
+
+
+def own_share(batches: Sequence[T]) -> list[T]:
+    """Return every n-th batch, beginning with this process's number; all of them outside of a process group.
+
+    Raises ValueError, in every process, if there are fewer batches than processes.
+    """
+    if not _in_group():
+        return list(batches)
+    if len(batches) < dist.get_world_size():
+        raise ValueError(f"{len(batches)} batches cannot be split over {dist.get_world_size()} processes")
+    return list(batches[dist.get_rank() :: dist.get_world_size()])
+
+
+def add_up(gram: Gram | None, error: ValueError | None = None) -> Gram:
+    """Return the sum of all processes' Gram matrices, the same bits in each; outside of a process group, `gram`.
+
+    A process that saw none of the inputs gives None, one that failed its error: then every process raises.
+    """
+    if error is not None and not _in_group():
+        raise error
+    if not _in_group():
+        assert gram is not None
+        return gram
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    has_cross = gram is not None and gram.cross is not None
+    state = torch.tensor([0 if gram is None else len(gram.sum), int(error is not None), int(has_cross)], device=device)
+    dist.all_reduce(state, op=dist.ReduceOp.MAX)
+    n_features, failed, crosses = state.tolist()
+    if failed:
+        raise error or ValueError("another process found its calibration data wrong; its message says how")
+    total = gram or Gram(n_features, device)
+    matrix, n_rows = total.sum.to(device), torch.tensor(total.n_rows, device=device)
+    dist.all_reduce(matrix)
+    if crosses:
+        cross = (torch.zeros_like(matrix) if total.cross is None else total.cross.to(device)).contiguous()
+        dist.all_reduce(cross)
+        total.cross = cross.to(total.sum.device)
+    dist.all_reduce(n_rows)
+    total.sum, total.n_rows = matrix.to(total.sum.device), int(n_rows)
+    return total
+
+
+def _in_group() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

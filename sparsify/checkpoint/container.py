@@ -1,0 +1,203 @@
+"""The file: safetensors with a header that lists every tensor and what it is for. docs/formats.md gives it byte by
+byte.
+
+Writing is atomic. Reading trusts nothing: no pickle, and every tensor must be listed with the SHA-256 of its dtype,
+shape and bytes, and the header with its own, so that no flipped or missing byte goes unnoticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic_core
+import safetensors
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from sparsify.errors import CheckpointError
+from sparsify.inference.form_selection import Choice
+from sparsify.outputs import check_writable, new_file
+
+VERSION = 1
+
+#: The dtypes a file may hold, under safetensors' names.
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+_Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+_Size = Annotated[int, Field(ge=0, le=2**31 - 1)]
+
+
+class LayerEntry(BaseModel):
+    """What one layer becomes when it is loaded, and in which format its weight is stored."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    module: Literal["SparseLinear", "CSRLinear", "Linear"]
+    format: Literal["csr", "bitmask", "dense"]
+    out_features: _Size
+    in_features: _Size
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of the weight."""
+        return self.out_features, self.in_features
+
+
+class Header(BaseModel):
+    """The metadata entry `sparsify` of a file."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    version: int
+    layers: dict[str, LayerEntry]
+    aliases: dict[str, str]
+    choices: dict[str, Choice] = {}
+    tensors: dict[str, _Sha256]
+
+
+def write(
+    path: str | os.PathLike[str],
+    layers: Mapping[str, LayerEntry],
+    aliases: Mapping[str, str],
+    choices: Mapping[str, Choice],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Write a file, complete or not at all: what stood at `path` stays until the new file is whole on disk.
+
+    Each tensor is looked up twice, to hash and to write it, and held no longer: a mapping that reads them from other
+    files needs memory for one of them.
+    """
+    check_writable(path, "cannot save to ")
+    places: dict[str, tuple[str, list[int], int]] = {}  # dtype, shape, bytes
+    hashes, widths = {}, {}
+    for name in tensors:
+        tensor = _plain(tensors[name])
+        if tensor.dtype not in DTYPES or name == "__metadata__":
+            raise ValueError(f"{name}: a file cannot hold {tensor.dtype} of this name")
+        places[name] = DTYPES[tensor.dtype], list(tensor.shape), tensor.nbytes
+        hashes[name], widths[name] = _sha256(tensor), tensor.element_size()
+    # Safetensors' own order: the widest first, so that each tensor lies at a multiple of its element's size.
+    order = sorted(tensors, key=lambda name: (-widths[name], name))
+    header = Header(version=VERSION, layers=dict(layers), aliases=dict(aliases), choices=dict(choices), tensors=hashes)
+    text = header.model_dump_json()
+    metadata = {"format": "pt", "sparsify": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    with new_file(path, "cannot save to ") as file:
+        file.write(_safetensors_header({name: places[name] for name in order}, metadata))
+        for name in order:
+            file.write(_raw(_plain(tensors[name])))
+
+
+def read(path: str | os.PathLike[str]) -> tuple[Header, dict[str, Tensor]]:
+    """Read a whole file and check every hash; tensors come in the header's order, the same in every process.
+
+    Raises CheckpointError, or OSError where the path cannot be opened.
+    """
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{path} is a folder, not a checkpoint")
+    if not Path(path).exists():
+        raise FileNotFoundError(f"there is no file {path}")
+    if not Path(path).is_file():
+        raise OSError(f"{path} is a device or a pipe, not a checkpoint")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = _read_header(file.metadata() or {}, path)
+            if odd := sorted(set(file.keys()) ^ set(header.tensors)):
+                raise CheckpointError(f"{path}: the file and its header disagree about the tensor {odd[0]!r}")
+            return header, {name: _read_tensor(file, name, header.tensors[name], path) for name in header.tensors}
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(
+            f"{path}: not a whole safetensors file ({error}); was it cut off, or written by torch.save?"
+        ) from None
+
+
+def _read_header(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> Header:
+    text = metadata.get("sparsify")
+    if text is None:
+        raise CheckpointError(
+            f"{path}: a safetensors file, but not one written by sparsify.save (it has no sparsify header)"
+        )
+    if hashlib.sha256(text.encode()).hexdigest() != metadata.get("sha256"):
+        raise CheckpointError(f"{path}: the header was altered (its SHA-256 does not match)")
+    try:
+        parsed = pydantic_core.from_json(text)
+        version = parsed.get("version") if isinstance(parsed, dict) else None
+        if isinstance(version, int) and version > VERSION:
+            raise CheckpointError(
+                f"{path}: written in format version {version}, this sparsify reads up to {VERSION}; upgrade it"
+            )
+        header = Header.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CheckpointError(
+            f"{path}: the header is wrong at {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        ) from None
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{path}: the header is no valid JSON ({error})") from None
+    if header.version != VERSION:
+        raise CheckpointError(f"{path}: there is no format version {header.version}")
+    return header
+
+
+def _read_tensor(file: Any, name: str, sha256: str, path: str | os.PathLike[str]) -> Tensor:
+    dtype = file.get_slice(name).get_dtype()
+    if dtype not in DTYPES.values():
+        raise CheckpointError(f"{path}: tensor {name!r} has the dtype {dtype}, which no checkpoint holds")
+    # The clone is ours: the file may be changed or cut under a mapped tensor.
+    tensor: Tensor = file.get_tensor(name).clone()
+    if _sha256(tensor) != sha256:
+        raise CheckpointError(f"{path}: tensor {name!r} was altered (its SHA-256 does not match)")
+    return tensor
+
+
+def _safetensors_header(places: Mapping[str, tuple[str, list[int], int]], metadata: Mapping[str, str]) -> bytes:
+    """Return what stands before the tensors' bytes: the length of a JSON object, and the object, padded with spaces.
+
+    Not safetensors.torch.save_file: that writes the metadata in another order each time, makes the file private,
+    refuses tensors that overlap in memory, and reports a full disk by an error of its own.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, (dtype, shape, n_bytes) in places.items():
+        begin, end = end, end + n_bytes
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous()
+
+
+def _sha256(tensor: Tensor) -> str:
+    """Hash "F32 3,4 " (dtype and shape) and the bytes in row-major order."""
+    digest = hashlib.sha256(f"{DTYPES[tensor.dtype]} {','.join(map(str, tensor.shape))} ".encode())
+    digest.update(_raw(tensor))
+    return digest.hexdigest()
+
+
+def _raw(tensor: Tensor) -> Any:
+    """Return the bytes of a contiguous tensor in CPU memory, as a buffer that shares it."""
+    return tensor.reshape(-1).view(torch.uint8).numpy()

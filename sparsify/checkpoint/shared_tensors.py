@@ -1,0 +1,98 @@
+"""Weights that several places of a model share, in a file: stored once, shared again when it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from sparsify.checkpoint.container import Header, LayerEntry
+from sparsify.conversion.converters.table import join
+from sparsify.errors import CheckpointError
+from sparsify.kernels.csr import CSR, csr_to_dense
+from sparsify.layers import Masked, Packed
+from sparsify.layers.tied import check_tieable, tie
+
+
+def held(module: nn.Module) -> Tensor | None:
+    """Return the tensor by which layers that share a weight are known."""
+    return module.parts[-1] if isinstance(module, Packed) else module._parameters.get("weight")
+
+
+def packed_as(
+    model: nn.Module, name: str, value: object, layers: Mapping[str, LayerEntry], packed: Mapping[int, str]
+) -> str | None:
+    """Return the layer whose packed weight says all of a state's tensor: a tied one, or the Embedding of an export."""
+    if id(value) in packed:
+        return packed[id(value)]
+    owner = dict(model.named_modules()).get(name.rpartition(".")[0])
+    if type(owner) is not nn.Embedding or value is not owner.weight:
+        return None
+    for layer, entry in layers.items():
+        module = model.get_submodule(layer)
+        if entry.module == "CSRLinear" and isinstance(module, Packed) and entry.shape == owner.weight.shape:
+            dense = csr_to_dense(module.csr, module.shape)[0]
+            if dense.dtype == owner.weight.dtype and torch.equal(as_bytes(dense), as_bytes(owner.weight.detach())):
+                return layer
+    return None
+
+
+def stored(header: Header) -> dict[str, LayerEntry]:
+    """Return the layers with tensors of their own; the others' weights are packed in those of another."""
+    return {name: entry for name, entry in header.layers.items() if join(name, "weight") not in header.aliases}
+
+
+def add_aliases(header: Header, tensors: dict[str, Tensor], weights: dict[str, CSR]) -> None:
+    """Give every tensor and every packed weight its other names too."""
+    layers = {join(name, "weight"): name for name in header.layers}
+    packed = {key: name for key, name in layers.items() if name in weights}
+    added: dict[str, Tensor] = {}
+    for alias, name in header.aliases.items():
+        if alias in tensors or alias in packed or (name not in tensors and name not in packed):
+            raise CheckpointError(f"the header says {alias!r} is the same tensor as {name!r}, which cannot be")
+        if alias not in layers:
+            entry = header.layers[packed[name]] if name in packed else None
+            added[alias] = csr_to_dense(weights[packed[name]], entry.shape)[0] if entry else tensors[name]
+        elif name in packed and header.layers[layers[alias]] == header.layers[packed[name]]:
+            weights[layers[alias]] = weights[packed[name]]
+        else:
+            raise CheckpointError(f"the header says {alias!r} is packed as {name!r} is, which cannot be")
+    tensors |= added
+
+
+def check_tied(model: nn.Module, header: Header) -> None:
+    """Raise CheckpointError unless every module that uses another's mask in the file can do so in the model."""
+    for name, leader in _tied_to_masked(header).items():
+        try:
+            check_tieable(model.get_submodule(name))
+        except ValueError as error:
+            raise CheckpointError(f"{name} is tied to {leader} in the file, but in the model {error}") from None
+
+
+def tie_again(header: Header, modules: Mapping[str, nn.Module]) -> None:
+    """Let modules share what they shared when the file was written: a masked layer's weight, or packed tensors."""
+    for name, leader in _tied_to_masked(header).items():
+        masked = modules[leader]
+        assert isinstance(masked, Masked)
+        modules[name]._parameters["weight"] = masked._parameters["weight"]
+        tie(modules[name], masked)
+    for alias, name in header.aliases.items():
+        one, other = modules.get(alias.rpartition(".")[0]), modules.get(name.rpartition(".")[0])
+        if isinstance(one, Packed) and isinstance(other, Packed) and one.form == other.form:
+            one._buffers = dict(other._buffers)
+
+
+def _tied_to_masked(header: Header) -> dict[str, str]:
+    """Return the modules that used the mask of a layer when the file was written, and that layer."""
+    layers = {join(name, "weight"): name for name, entry in header.layers.items() if entry.module == "SparseLinear"}
+    return {
+        alias.rpartition(".")[0]: layers[name]
+        for alias, name in header.aliases.items()
+        if name in layers and alias not in layers and alias.rpartition(".")[2] == "weight"
+    }
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """View a contiguous tensor as its bytes, so that equal means the same bits."""
+    return tensor.reshape(-1).view(torch.uint8)

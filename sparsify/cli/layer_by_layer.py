@@ -1,0 +1,183 @@
+"""Commands that take longer than a glance: pruning layer by layer, resumable, and measuring sensitivity."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from sparsify.calibration.data_parallel import is_first, wait_for_all
+from sparsify.checkpoint.save_load import save
+from sparsify.cli.models import build_empty, importable_from_here
+from sparsify.conversion.convert import convert
+from sparsify.inference.export import export
+from sparsify.offload.disk_offload import Weights
+from sparsify.offload.journal import Journal, fingerprint
+from sparsify.offload.streaming import CACHE_BYTES, prune_from_disk, prune_resumably, running_from_disk, write_from_disk
+from sparsify.pruning.recover import recover
+from sparsify.pruning.sensitivity import Sensitivity, draw, measure_sensitivity
+from sparsify.recipes.recipe import Recipe, assign_layers, tasks_of
+from sparsify.reporting.report import Report, report, table
+
+Qualities = dict[str, float]
+
+#: What became of the layers, and the model's qualities before and after, if they were asked for.
+Compressed = tuple[Report, dict[str, Qualities]]
+
+
+def compress_layer_by_layer(
+    arguments: argparse.Namespace, recipe: Recipe, data: Sequence[Any], out: Path, model: nn.Module | None
+) -> Compressed | None:
+    """Compress so that it can be interrupted and go on; without a model in memory, with its weights on disk.
+
+    Returns None in all processes of torchrun but the first.
+    """
+    if model is None and recipe.recover is not None:
+        raise ValueError("recover trains the whole model at once and cannot --stream; leave one of them out")
+    folder = out.with_name(out.name + ".partial")
+    if is_first() and folder.exists() and not arguments.resume:
+        raise ValueError(f"{folder} is what an interrupted run has finished; go on with --resume, or delete it")
+    source: Any = None
+    if model is None:
+        model, source = build_empty(arguments.model)
+        source = arguments.weights or source
+        if source is None:
+            raise ValueError(f"--stream: give the weights of {arguments.model!r} with --weights FILE.safetensors")
+    assign_layers(recipe, model)
+    for group in recipe.groups:
+        model = convert(model, include=group.layers, exclude=group.exclude, **conversion(arguments))
+    tasks = tasks_of(recipe, model)
+    about = {
+        "model": arguments.model,
+        "weights": str(arguments.weights),
+        "recipe": recipe.model_dump_json(exclude={"description", "vars"}),
+        "data": fingerprint(data),
+        **conversion(arguments),
+    }
+    journal = Journal(folder, about)
+    options: dict[str, Any] = {"cache_bytes": cache_of(arguments), "progress": not arguments.json and is_first()}
+    evaluate = evaluation(arguments.eval) if arguments.eval and is_first() else None
+    quality: dict[str, Qualities] = {}
+    weights = None if source is None else Weights(source)
+    if evaluate is not None:
+        quality["dense"] = _evaluate(evaluate, model, weights, None)
+    teacher = copy.deepcopy(model) if recipe.recover is not None and is_first() else None
+    if weights is None:
+        prune_resumably(model, tasks, data, journal, **options)
+    else:
+        prune_from_disk(model, weights, tasks, data, journal, **options)
+    wait_for_all()
+    if not is_first():
+        return None
+    if teacher is not None and recipe.recover is not None:
+        recover(model, teacher, data, **recipe.recover.model_dump(), progress=not arguments.json)
+    sizes = {"format": arguments.format, "tokens": arguments.tokens}
+    if weights is None:
+        model = export(model, **sizes)
+        save(model, out)
+        found = report(model)
+    else:
+        found = write_from_disk(model, weights, journal, out, **sizes)
+    if evaluate is not None:
+        quality["sparse"] = _evaluate(evaluate, model, weights, journal)
+    journal.delete()
+    return found, quality
+
+
+def conversion(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what the command line says of `convert`, but for the layers."""
+    return {"tied": arguments.tied, "functional": arguments.functional}
+
+
+def cache_of(arguments: argparse.Namespace) -> int:
+    """Return how much of the data on its way through the model stays in memory."""
+    return CACHE_BYTES if arguments.cache is None else int(arguments.cache * 1e9)
+
+
+def _evaluate(
+    evaluate: Callable[[nn.Module], Qualities], model: nn.Module, weights: Weights | None, journal: Journal | None
+) -> Qualities:
+    """Evaluate a model, if need be with its weights on disk."""
+    if weights is None:
+        return evaluate(model)
+    with running_from_disk(model, weights, journal) as running:
+        found = evaluate(running)
+    if lost := [key for key, value in found.items() if math.isnan(value)]:
+        raise ValueError(
+            f"--eval: {lost[0]!r} is NaN. With --stream a weight is in memory only while its own module runs, and "
+            "elsewhere NaN: evaluate with calls of the model alone, or leave --eval out and evaluate the file"
+        )
+    return found
+
+
+def measure(arguments: argparse.Namespace, model: nn.Module, data: Any) -> tuple[Sensitivity, dict[str, float]]:
+    """Measure a model's sensitivity; draw it and write a recipe if asked for. Returns also the budget's allocation."""
+    if (arguments.target is None) != (arguments.recipe is None):
+        raise ValueError("--target and --recipe go together: the budget, and the file to write")
+    converted = convert(model, include=arguments.include, exclude=arguments.exclude, **conversion(arguments))
+    measured = measure_sensitivity(
+        converted,
+        data,
+        sparsities=arguments.sparsities,
+        method=arguments.method,
+        pattern=arguments.pattern,
+        refit=arguments.refit,
+        progress=not arguments.json,
+    )
+    if arguments.picture:
+        draw(measured, arguments.picture)
+    if arguments.target is None:
+        return measured, {}
+    targets = measured.allocate(arguments.target, max_sparsity=arguments.max_sparsity)
+    group: dict[str, Any] = {"layers": list(targets), "method": arguments.method, "allocation": targets}
+    if arguments.pattern != "unstructured":
+        group["pattern"] = arguments.pattern
+    if arguments.refit:
+        group["refit"] = True
+    text = f"{arguments.target:g} of all weights removed where that costs least, as measured on {arguments.model}."
+    content = {"version": 1, "description": text, "groups": [group]}
+    Path(arguments.recipe).write_text(yaml.safe_dump(content, sort_keys=False, width=120))
+    return measured, targets
+
+
+def sensitivity_table(measured: Sensitivity, targets: dict[str, float]) -> str:
+    """Lay out the damage of each layer at each sparsity, and its target."""
+    lines = [["layer", *(f"{s:g}" for s in measured.sparsities), *(["target"] if targets else [])]]
+    for name, damage in measured.damage.items():
+        lines.append([name or "(root)", *(f"{d:.4f}" for d in damage)] + ([f"{targets[name]:.4f}"] if targets else []))
+    return table(lines)
+
+
+def evaluation(path: str) -> Callable[[nn.Module], Qualities]:
+    """Return the user's function "module:function" as one from a model to its qualities by name."""
+    module, _, name = path.partition(":")
+    try:
+        with importable_from_here():
+            function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"--eval {path}: {error}; write module:function, importable from here") from error
+
+    def evaluate(model: nn.Module) -> Qualities:
+        with torch.inference_mode():
+            found = function(model)
+        try:
+            named = found.items() if isinstance(found, dict) else [("quality", found)]
+            return {str(key): float(value) for key, value in named}
+        except (TypeError, ValueError):
+            raise ValueError(f"--eval {path}: must return a number or a dict of numbers, got {found!r}") from None
+
+    return evaluate
+
+
+def quality_table(dense: Qualities, sparse: Qualities) -> str:
+    """Lay out qualities before and after."""
+    lines = [(key, f"{dense[key]:.4g}", f"{value:.4g}") for key, value in sparse.items() if key in dense]
+    return table([("quality", "dense", "sparse"), *lines])

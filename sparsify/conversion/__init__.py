@@ -1,0 +1,1 @@
+"""A dense model to a masked model, and back."""

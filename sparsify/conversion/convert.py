@@ -1,0 +1,248 @@
+"""From a dense model to one whose layers can be pruned, and back. Which modules convert, and how, is in kinds/."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from sparsify.conversion.converters.functional import functional_kind
+from sparsify.conversion.converters.table import Kind, chosen_kinds, followers, join, kind_of, kinds, reads_weights
+from sparsify.conversion.foreign_masks import adapters
+from sparsify.conversion.module_surgery import Model, become, layers_of_type
+from sparsify.conversion.tied_weights import settle_ties
+from sparsify.errors import LeftDenseWarning
+from sparsify.inference.fusion import unfuse_activations
+from sparsify.layer_names import Selector, select
+from sparsify.layers import Masked, Packed, Tied
+from sparsify.layers.fsdp import data_or_shape
+from sparsify.layers.functional_module import Functional, undo
+from sparsify.layers.tied import tie, untie
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `convert` would do.
+
+    swap: the modules it changes, and how. already: the chosen layers that are masked. left: those left dense, and why.
+    weights: the matrix (out_features, in_features) of every chosen layer that is masked, or will be.
+    shared: the modules that will use the weight and mask of another, and of which.
+    """
+
+    swap: dict[str, Kind]
+    already: tuple[str, ...]
+    left: dict[str, str]
+    weights: dict[str, Tensor]
+    shared: dict[str, str]
+
+
+def convert(
+    model: Model,
+    *,
+    include: Selector | Sequence[Selector] | None = None,
+    exclude: Selector | Sequence[Selector] | None = None,
+    types: type[nn.Module] | Sequence[type[nn.Module]] | None = None,
+    tied: str = "error",
+    functional: bool = False,
+) -> Model:
+    """Swap every nn.Linear of a model for a SparseLinear, in place, and return the model.
+
+    Nothing is pruned yet: all outputs stay as they were, bit for bit, and so do Parameter objects, names, devices,
+    dtypes, flags and hooks. An nn.MultiheadAttention becomes a `LayeredAttention` first, which adds up in another
+    order: its outputs stay the same up to rounding. A Linear pruned by torch.nn.utils.prune or torch.ao.pruning keeps
+    its mask. Layers are chosen by globs over their names, "re:" patterns, or module types; see
+    `sparsify.layer_names.Selector`. `types` says which kinds of modules are converted at all, by their dense type (default:
+    every kind that is nothing but linear maps).
+
+    A subclass of nn.Linear without methods of its own is converted too, and comes back as nn.Linear. The adapters of
+    peft (LoRA) are left alone, the layers they are added to are not.
+    tied: what to do with a weight that other modules use too, such as an output head that shares its Embedding's:
+    "error", "skip" (it stays dense) or "share": the first linear layer among them gets the mask, and the other places
+    use the same masked weight.
+
+    functional=True also converts Parameters that a module's own code multiplies, in F.linear(x, self.weight),
+    x @ self.weight and their like, found with torch.fx; what cannot be traced is named. Such a Parameter becomes a
+    layer with its name and "_layer", the code stays as it is, and a dense state_dict still loads.
+
+    Layers that cannot be swapped stay dense, and one LeftDenseWarning names them and their share of the parameters.
+    Raises ValueError, before anything is changed, for a selector that matches nothing, for a weight shared with another
+    module, and if there is nothing to convert.
+
+    >>> convert(nn.Sequential(nn.Linear(4, 3), nn.ReLU()))[0]
+    SparseLinear(in_features=4, out_features=3, bias=True, sparsity=0)
+    """
+    plan = plan_convert(model, include=include, exclude=exclude, types=types, tied=tied, functional=functional)
+    if not plan.swap and not plan.already:
+        reasons = "; ".join(f"{name or '(root)'}: {why}" for name, why in list(plan.left.items())[:3])
+        names = ", ".join(_name(kind.dense) for kind in chosen_kinds(types))
+        raise ValueError(f"the model has no layer that can be converted (of the types {names}). {reasons}".rstrip())
+    if plan.left:  # said before any change: a program may turn warnings into errors
+        warnings.warn(_notice(model, plan.left), LeftDenseWarning, stacklevel=2)
+    modules = dict(model.named_modules())
+    for name, kind in plan.swap.items():
+        become(modules[name], kind.to_sparse(modules[name]))
+    for name in plan.weights:
+        layer = model.get_submodule(name)
+        if not isinstance(layer, Masked) and (inner := kind_of(layer)):  # in a module that was only laid out
+            become(layer, inner.to_sparse(layer))
+    for name, leader in plan.shared.items():
+        masked = modules[leader]
+        assert isinstance(masked, Masked)
+        tie(modules[name], masked)
+    return model
+
+
+def plan_convert(
+    model: nn.Module,
+    *,
+    include: Selector | Sequence[Selector] | None = None,
+    exclude: Selector | Sequence[Selector] | None = None,
+    types: type[nn.Module] | Sequence[type[nn.Module]] | None = None,
+    tied: str = "error",
+    functional: bool = False,
+) -> Plan:
+    """Say what `convert` would do with the same arguments, and raise what it would raise; the model is not touched."""
+    owners, left = _owners(model, chosen_kinds(types), functional)
+    readers = {
+        id(child): f"{type(owner).__name__} reads its weight directly"
+        for owner in model.modules()
+        if reads_weights(owner)
+        for child in owner.children()
+    }
+    swap: dict[str, Kind] = {}
+    already: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
+    for layer in select(model, {layer: module for layer, (_, module, _) in owners.items()}, include, exclude):
+        name, module, kind = owners[layer]
+        if isinstance(module, Masked):
+            already[layer] = module.matrix(data_or_shape(module.weight.detach()))
+            continue
+        assert kind is not None
+        if any(isinstance(p, nn.UninitializedParameter) for p in module.parameters()):
+            raise ValueError(
+                f"{name or '(root)'}: it is not initialised yet; run one batch through the model first, "
+                f"or leave it dense with exclude=[{name!r}]"
+            )
+        if id(module) in readers:
+            left[name] = readers[id(module)]
+            continue
+        try:
+            kind.check(module)
+        except ValueError as error:
+            left[name] = str(error)
+            continue
+        swap[name] = kind
+        weights[layer] = kind.matrices(module)[layer.removeprefix(name).removeprefix(".")]
+    if include is not None and left and not swap and not already:
+        name, why = next(iter(left.items()))
+        raise ValueError(f"{name or '(root)'}: cannot be converted, {why}")
+    modules = dict(model.named_modules())
+    masked = {name: list(modules[name].parameters(kind.sparse is not Functional)) for name, kind in swap.items()}
+    skipped, shared = settle_ties(model, masked, tied)
+    left |= skipped
+    swap = {name: kind for name, kind in swap.items() if name not in skipped and name not in shared}
+    weights = {layer: weight for layer, weight in weights.items() if owners[layer][0] in swap}
+    swap = followers(model, {modules[name] for name in swap}) | swap
+    return Plan(swap, tuple(already), left, already | weights, shared)
+
+
+def to_dense(model: Model) -> Model:
+    """Turn every converted or exported layer into what it was before, with zeros, in place, and return the model.
+
+    >>> to_dense(convert(nn.Sequential(nn.Linear(4, 3))))[0]
+    Linear(in_features=4, out_features=3, bias=True)
+    """
+    for layer in layers_of_type(model, Packed).values():
+        become(layer, layer.to_sparse())
+    unfuse_activations(model)
+    for tied in layers_of_type(model, Tied).values():
+        untie(tied)
+    for kind in kinds():
+        for module in layers_of_type(model, kind.sparse).values():
+            become(module, kind.to_dense(module))
+    for laid_out in layers_of_type(model, Functional).values():
+        become(laid_out, undo(laid_out))
+    return model
+
+
+def masks_from_zeros(
+    model: Model,
+    *,
+    include: Selector | Sequence[Selector] | None = None,
+    exclude: Selector | Sequence[Selector] | None = None,
+) -> Model:
+    """Take the zeros in the weights of a converted model as its masks, and return the model.
+
+    For models pruned elsewhere and saved as dense weights with zeros.
+    """
+    layers = sparse_layers(model, include, exclude)
+    for name, layer in layers.items():
+        if layer.weight.is_meta:
+            raise ValueError(
+                f"{name}: the weight is on the meta device and has no data; load the model's weights first"
+            )
+    for layer in layers.values():
+        layer.set_mask(layer.weight_matrix != 0)
+    return model
+
+
+def sparse_layers(
+    model: nn.Module,
+    include: Selector | Sequence[Selector] | None = None,
+    exclude: Selector | Sequence[Selector] | None = None,
+) -> dict[str, Masked]:
+    """Return the chosen masked layers by name. Raises ValueError if the model has none."""
+    layers = layers_of_type(model, Masked)
+    if not layers:
+        raise ValueError("the model has no SparseLinear; call sparsify.convert(model) first")
+    return {name: layers[name] for name in select(model, layers, include, exclude)}
+
+
+def _owners(
+    model: nn.Module, chosen: Sequence[Kind], functional: bool
+) -> tuple[dict[str, tuple[str, nn.Module, Kind | None]], dict[str, str]]:
+    """Return every layer that is masked or may become so, by name: the module it is in, and that module's kind.
+
+    And the modules whose own code cannot be read, with the reason.
+    """
+    owners: dict[str, tuple[str, nn.Module, Kind | None]] = {}
+    unread: dict[str, str] = {}
+    beside = adapters(model)
+    for name, module in model.named_modules():
+        if module in beside or isinstance(module, Tied):
+            continue
+        if isinstance(module, Masked):
+            owners[name] = name, module, None
+            continue
+        found = [kind for kind in chosen if isinstance(module, kind.dense) and not isinstance(module, kind.sparse)]
+        if functional and kind_of(module) is None and name not in owners:
+            try:
+                found += [kind] if (kind := functional_kind(module)) else []
+            except ValueError as error:
+                unread[name] = str(error)
+        for kind in found if name not in owners else ():
+            owners |= {join(name, layer): (name, module, kind) for layer in kind.layers(module)}
+    return owners, unread
+
+
+def _name(dense: type[nn.Module]) -> str:
+    return f"nn.{dense.__name__}" if dense.__module__.startswith("torch.nn") else dense.__name__
+
+
+def _notice(model: nn.Module, left: dict[str, str]) -> str:
+    """Say what stays dense and how much of the model that is."""
+    modules = dict(model.named_modules())
+    dense = {modules[name] for name in left}
+    share = _n_parameters(dense) / max(_n_parameters({model}), 1)
+    names = [f"{name or '(root)'} ({why})" for name, why in left.items()]
+    shown = "; ".join(names[:3]) + (f"; and {len(names) - 3} more" if len(names) > 3 else "")
+    count = "1 layer stays" if len(left) == 1 else f"{len(left)} layers stay"
+    return f"{count} dense, {share:.1%} of the parameters: {shown}"
+
+
+def _n_parameters(modules: Iterable[nn.Module]) -> int:
+    """Count the parameters of modules, each once, and none where a lazy one has no shape yet."""
+    parameters = {p for module in modules for p in module.parameters()}
+    return sum(p.numel() for p in parameters if not isinstance(p, nn.UninitializedParameter))

@@ -1,0 +1,141 @@
+"""nn.MultiheadAttention becomes LayeredAttention, whose projections are layers; the encoder around it follows."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from sparsify.conversion.converters.base import Kind
+from sparsify.conversion.foreign_masks import check_weight, masked_parts, remove_prune_hook
+from sparsify.conversion.module_surgery import become
+from sparsify.layers import LayeredAttention, LayeredEncoder, SparseLinear
+
+
+def _in_projections(attention: nn.MultiheadAttention) -> tuple[str, ...]:
+    return ("in_proj",) if attention._qkv_same_embed_dim else ("q_proj", "k_proj", "v_proj")
+
+
+def _layers(attention: nn.MultiheadAttention) -> tuple[str, ...]:
+    return (*_in_projections(attention), "out_proj")
+
+
+def _check(attention: nn.MultiheadAttention) -> None:
+    if type(attention) is not nn.MultiheadAttention:
+        raise ValueError(
+            f"it is a {type(attention).__name__}, a subclass of nn.MultiheadAttention that may compute something else"
+        )
+    if "forward" in attention.__dict__:
+        raise ValueError("its forward was replaced on the instance")
+    out = attention.out_proj
+    if type(out) not in (nn.Linear, NonDynamicallyQuantizableLinear) or "forward" in out.__dict__:
+        raise ValueError(f"its out_proj is a {type(out).__name__} that may compute something else")
+    if "in_proj_bias_mask" in attention._buffers:
+        raise ValueError(
+            "its bias is pruned too; make that permanent with torch.nn.utils.prune.remove(attention, 'in_proj_bias')"
+        )
+    for layer in _in_projections(attention):
+        check_weight(masked_parts(attention, f"{layer}_weight").weight)
+    check_weight(masked_parts(out).weight)
+
+
+def _matrices(attention: nn.MultiheadAttention) -> dict[str, Tensor]:
+    found = {layer: getattr(attention, f"{layer}_weight") for layer in _in_projections(attention)}
+    return {**found, "out_proj": attention.out_proj.weight}
+
+
+def _to_layered(attention: nn.MultiheadAttention) -> LayeredAttention:
+    """Lay an attention out: layers that torch pruned are masked, others still dense; out_proj is the same object."""
+    masks = {}
+    for holder, layer, key in (
+        *((attention, layer, f"{layer}_weight") for layer in _in_projections(attention)),
+        (attention.out_proj, "out_proj", "weight"),
+    ):
+        holder._parameters[key], masks[layer] = masked_parts(holder, key)
+        remove_prune_hook(holder, key)
+    layered = LayeredAttention(attention)
+    for layer, mask in masks.items():
+        if mask is not None:
+            layered.add_module(layer, SparseLinear.from_linear(getattr(layered, layer), mask))
+    become(attention.out_proj, layered.out_proj)
+    layered.out_proj = attention.out_proj
+    return layered
+
+
+def _to_attention(layered: LayeredAttention) -> nn.MultiheadAttention:
+    """Undo that; an attention with a layer by now that nn.MultiheadAttention cannot hold stays as it is."""
+    if any(type(layer) is not nn.Linear for layer in layered.children()):
+        return layered
+    attention = layered.to_attention()
+    become(layered.out_proj, attention.out_proj)
+    attention.out_proj = layered.out_proj
+    return attention
+
+
+def _to_layered_encoder(encoder: nn.TransformerEncoder) -> LayeredEncoder:
+    layered = LayeredEncoder.__new__(LayeredEncoder)
+    layered.__dict__.update(encoder.__dict__)
+    return layered
+
+
+def _to_encoder(layered: LayeredEncoder) -> nn.TransformerEncoder:
+    encoder = nn.TransformerEncoder.__new__(nn.TransformerEncoder)
+    encoder.__dict__.update(layered.__dict__)
+    return encoder
+
+
+def _check_encoder(encoder: nn.TransformerEncoder) -> None:
+    if type(encoder) is not nn.TransformerEncoder:
+        raise ValueError(
+            f"it is a {type(encoder).__name__}, a subclass of nn.TransformerEncoder that may compute something else"
+        )
+
+
+ATTENTION = Kind(nn.MultiheadAttention, LayeredAttention, _check, _matrices, _to_layered, _to_attention, _layers)
+#: It has no weights of its own: it is never asked for, and follows what is in it.
+ENCODER = Kind(
+    nn.TransformerEncoder,
+    LayeredEncoder,
+    _check_encoder,
+    lambda _: {},
+    _to_layered_encoder,
+    _to_encoder,
+    layers=lambda _: (),
+    unasked=False,
+)
+
+
+def reads_weights(module: nn.Module) -> bool:
+    """Say whether a module uses the weights of its Linears without calling them, and cannot be kept from it."""
+    if isinstance(module, nn.TransformerEncoderLayer):
+        return any(isinstance(m, nn.MultiheadAttention) and not _can_be_laid_out(m) for m in module.children())
+    return isinstance(module, nn.MultiheadAttention) and not isinstance(module, LayeredAttention)
+
+
+def followers(model: nn.Module, changed: Set[nn.Module]) -> dict[str, Kind]:
+    """Return what else has to be laid out, by name, when the modules in `changed` are.
+
+    Torch's encoder layers and encoders have a fused inference kernel that reads the weights of all that is in them. A
+    laid out attention keeps a layer from it; an encoder does without.
+    """
+    found: dict[str, Kind] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)):
+            if changed.isdisjoint(module.modules()):
+                continue
+            if type(module) is nn.TransformerEncoder:
+                found[name] = ENCODER
+            for child, attention in module.named_children():
+                if type(attention) is nn.MultiheadAttention:
+                    found[f"{name}.{child}".lstrip(".")] = ATTENTION
+    return found
+
+
+def _can_be_laid_out(attention: nn.MultiheadAttention) -> bool:
+    try:
+        if not isinstance(attention, LayeredAttention):
+            _check(attention)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,36 @@
+"""A pointwise nn.Conv2d becomes SparseConv2d, when asked for."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from sparsify.conversion.converters.base import Kind
+from sparsify.conversion.foreign_masks import check_weight, masked_parts, remove_prune_hook
+from sparsify.layers import CSRConv2d, SparseConv2d
+from sparsify.layers.sparse_conv2d import bare_conv2d, odd_setting
+
+
+def _check(conv: nn.Conv2d) -> None:
+    if type(conv) is not nn.Conv2d:
+        raise ValueError(f"it is a {type(conv).__name__}, a subclass of nn.Conv2d that may compute something else")
+    if "forward" in conv.__dict__:
+        raise ValueError("its forward was replaced on the instance")
+    if odd := odd_setting(conv):
+        raise ValueError(f"it has {odd}; only 1x1 convolutions of stride 1 without groups and padding convert")
+    check_weight(masked_parts(conv).weight)
+
+
+def _matrices(conv: nn.Conv2d) -> dict[str, Tensor]:
+    return {"": conv.weight[:, :, 0, 0]} if not odd_setting(conv) else {}
+
+
+def _to_sparse(conv: nn.Conv2d) -> SparseConv2d:
+    weight, mask = masked_parts(conv)
+    remove_prune_hook(conv)
+    plain = bare_conv2d(nn.Conv2d, weight, conv.bias).train(conv.training)
+    return SparseConv2d.from_conv2d(plain, None if mask is None else mask[:, :, 0, 0])
+
+
+CONV2D = Kind(
+    nn.Conv2d, SparseConv2d, _check, _matrices, _to_sparse, SparseConv2d.to_conv2d, packed=CSRConv2d, unasked=False
+)

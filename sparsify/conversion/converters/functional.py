@@ -1,0 +1,128 @@
+"""Modules that multiply with Parameters of their own, as in F.linear(x, self.weight): found by tracing their code.
+
+Each module is traced by itself, its children taken as they are, so that one that cannot be traced stands in no other's
+way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from sparsify.conversion.converters.base import Kind
+from sparsify.conversion.foreign_masks import check_weight
+from sparsify.layers.functional_module import Functional, lay_out, layer_name, undo
+from sparsify.layers.transposed import SparseTransposed, Transposed
+
+_MULTIPLY = (torch.matmul, torch.mm, torch.addmm)
+_MULTIPLY_METHODS = ("matmul", "mm", "__matmul__", "addmm")
+
+
+class _OwnCode(fx.Tracer):
+    """Traces one module's own code, not that of its children."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def multiplied(module: nn.Module) -> dict[str, bool]:
+    """Return the Parameters a module's own code multiplies its inputs with, and whether each is stored (in, out).
+
+    Raises ValueError if the code cannot be traced.
+    """
+    matrices = {name for name, p in module._parameters.items() if p is not None and p.ndim == 2}
+    found: dict[str, bool] = {}
+    if not matrices:
+        return found
+    was_training = module.training
+    try:
+        for module.training in (was_training, not was_training):
+            for node in _OwnCode().trace(module).nodes:
+                for name, transposed in _uses(node):
+                    if name in matrices:
+                        found.setdefault(name, transposed)
+    except Exception as error:  # whatever its code does with a tensor that is none
+        raise ValueError(f"its code cannot be traced by torch.fx ({str(error).splitlines()[0]})") from None
+    finally:
+        module.training = was_training
+    return {name: found[name] for name in module._parameters if name in found}
+
+
+def functional_kind(module: nn.Module) -> Kind | None:
+    """Return how a module with multiplied Parameters converts, or None. Raises ValueError if it cannot be traced."""
+    if isinstance(module, Functional) or not (transposed := multiplied(module)):
+        return None
+    layers = tuple(map(layer_name, transposed))
+
+    def matrices(dense: nn.Module) -> dict[str, Tensor]:
+        weights = {name: dense._parameters[name] for name in transposed}
+        return {layer_name(name): w.t() if transposed[name] else w for name, w in weights.items() if w is not None}
+
+    def check(dense: nn.Module) -> None:
+        for name in transposed:
+            if hasattr(dense, layer_name(name)):
+                raise ValueError(
+                    f"it has an attribute {layer_name(name)!r}, the name that a layer for {name!r} would get"
+                )
+            weight = dense._parameters[name]
+            assert weight is not None
+            check_weight(weight)
+
+    return Kind(
+        type(module), Functional, check, matrices, lambda dense: lay_out(dense, transposed), undo, lambda _: layers
+    )
+
+
+#: What a Parameter multiplied as `x @ self.weight` becomes inside a module that was laid out.
+TRANSPOSED = Kind(
+    Transposed,
+    SparseTransposed,
+    lambda layer: check_weight(layer.weight),
+    lambda layer: {"": layer.weight.t()},
+    lambda layer: SparseTransposed(layer.weight),
+    lambda layer: Transposed(layer.weight),
+)
+
+
+def _uses(node: fx.Node) -> list[tuple[str, bool]]:
+    """Return the attribute that a call multiplies its input with, and whether that is stored (in, out)."""
+    weight: Any = None
+    if node.op == "call_function" and node.target is F.linear:
+        weight = node.kwargs.get("weight", node.args[1] if len(node.args) > 1 else None)
+        return [(str(weight.target), False)] if _is_attribute(weight) else []
+    multiplies = (node.op == "call_function" and (node.target in _MULTIPLY or _name(node.target) == "matmul")) or (
+        node.op == "call_method" and node.target in _MULTIPLY_METHODS
+    )
+    if not multiplies or not node.args:
+        return []
+    weight = node.args[-1]
+    if _is_attribute(weight):
+        return [(str(weight.target), True)]
+    turned = _turned(weight)
+    return [(str(turned.target), False)] if turned is not None else []
+
+
+def _turned(node: Any) -> fx.Node | None:
+    """Return the attribute of which a node is the transpose."""
+    if not isinstance(node, fx.Node) or not node.args or not _is_attribute(node.args[0]):
+        return None
+    name, rest = _name(node.target), tuple(node.args[1:])
+    turns = name == "t" or (name in ("transpose", "swapaxes", "permute") and set(_flat(rest)) in ({0, 1}, {-1, -2}))
+    turns = turns or (name == "getattr" and rest in (("T",), ("mT",)))
+    return node.args[0] if turns and isinstance(node.args[0], fx.Node) else None
+
+
+def _flat(rest: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(rest[0]) if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else rest
+
+
+def _is_attribute(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op == "get_attr"
+
+
+def _name(target: str | Callable[..., Any]) -> str:
+    return target if isinstance(target, str) else target.__name__

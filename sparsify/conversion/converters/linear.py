@@ -1,0 +1,49 @@
+"""nn.Linear becomes SparseLinear."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from sparsify.conversion.converters.base import Kind
+from sparsify.conversion.foreign_masks import check_weight, masked_parts, remove_prune_hook
+from sparsify.layers import SparseLinear
+from sparsify.layers.construct import bare_linear
+
+#: What a subclass may define and still compute, and be used, as an nn.Linear is.
+_HARMLESS = {"__init__", "reset_parameters", "extra_repr", "__repr__"}
+
+
+def _check(linear: nn.Linear) -> None:
+    subclass = type(linear)
+    if not (subclass.__mro__[1] is nn.Linear and subclass.__name__ == "ParametrizedLinear"):
+        if own := sorted(_own_behaviour(subclass)):
+            raise ValueError(
+                f"it is a {subclass.__name__}, a subclass of nn.Linear with its own {', '.join(own[:3])}, "
+                "which may compute something else"
+            )
+        if "forward" in linear.__dict__:
+            raise ValueError("its forward was replaced on the instance")
+    check_weight(masked_parts(linear).weight)
+
+
+def _own_behaviour(subclass: type[nn.Linear]) -> set[str]:
+    """Return the methods and properties that a subclass has beyond those of nn.Linear."""
+    own: set[str] = set()
+    for ancestor in subclass.__mro__[: subclass.__mro__.index(nn.Linear)]:
+        if ancestor is not nn.LazyLinear and ancestor is not LazyModuleMixin:
+            own |= {name for name, value in vars(ancestor).items() if callable(value) or hasattr(value, "__get__")}
+    return own - _HARMLESS
+
+
+def _matrices(linear: nn.Linear) -> dict[str, Tensor]:
+    return {"": linear.weight}
+
+
+def _to_sparse(linear: nn.Linear) -> SparseLinear:
+    weight, mask = masked_parts(linear)
+    remove_prune_hook(linear)
+    return SparseLinear.from_linear(bare_linear(nn.Linear, weight, linear.bias), mask)
+
+
+LINEAR = Kind(nn.Linear, SparseLinear, _check, _matrices, _to_sparse, SparseLinear.to_linear)

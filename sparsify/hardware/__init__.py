@@ -1,0 +1,1 @@
+"""This machine, and how fast it is: names, clocks, roofline."""

@@ -1,0 +1,66 @@
+"""What this machine is and has, for reports, checkpoints and `sparsify doctor`."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+from sparsify.kernels import gpu
+from sparsify.kernels.cpu import library as native
+
+
+def machine_name(device: torch.device | None = None) -> str:
+    """Name what decides how fast a kernel is: the GPU, or the processor, its instruction set in use, and its threads.
+
+    A choice measured under one name says little under another.
+    """
+    if device is not None and device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    kernel = native.kernel() if native.available() else "no native kernels"
+    return f"{_processor()}, {kernel}, {torch.get_num_threads()} threads"
+
+
+def doctor() -> list[tuple[str, str, str]]:
+    """Return (what, what was found, what to do) for everything that decides what sparsify can do here."""
+    rows = [
+        ("Python", sys.version.split()[0], ""),
+        ("torch", torch.__version__, ""),
+        ("processor", _processor(), ""),
+        ("threads", str(torch.get_num_threads()), "torch.set_num_threads(n) changes it"),
+    ]
+    if native.available():
+        known = ", ".join(native.known_kernels())
+        rows.append(("native kernels", f"{native.kernel()} (built: {known})", "SPARSIFY_KERNEL=NAME forces one"))
+    else:
+        rows.append(
+            (
+                "native kernels",
+                f"none: {native.why_missing()}",
+                "install a C++ compiler (apt-get install g++) and reinstall sparsify-torch; until then exported layers "
+                "run on the torch reference, and export(format='auto') keeps them dense",
+            )
+        )
+    if torch.cuda.is_available():
+        why = gpu.why_missing(torch.device("cuda", torch.cuda.current_device()))
+        what = f"exported layers run there on the torch reference: {why}" if why else "exported layers run there"
+        rows.append(("GPU", torch.cuda.get_device_name(), what))
+    else:
+        rows.append(("GPU", "none", ""))
+    return rows
+
+
+def _processor() -> str:
+    """Return the processor's name and family; virtual machines often hide the model."""
+    info: dict[str, str] = {}
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            info.setdefault(key.strip(), value.strip())
+    except OSError:
+        return platform.processor() or platform.machine()
+    name = info.get("model name", platform.machine())
+    numbers = [info[key] for key in ("cpu family", "model") if key in info]
+    return f"{name} ({platform.machine()} {'/'.join(numbers)})" if numbers else f"{name} ({platform.machine()})"

@@ -1,0 +1,1 @@
+"""A masked model to a fast model."""

@@ -1,0 +1,125 @@
+"""From masks to layers that hold only what is kept."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from sparsify.calibration.layer_inputs import layer_inputs
+from sparsify.conversion.module_surgery import Model, copy_with, layers_of_type
+from sparsify.inference.form_selection import Choice, Chooser, exported_as
+from sparsify.inference.fusion import fuse_activations
+from sparsify.kernels import FORMS, PATTERNED, fits, supports
+from sparsify.kernels.csr import dense_to_csr
+from sparsify.layers import CSRLinear, Masked, Packed, Tied
+from sparsify.layers.tied import untie
+
+FORMATS = ("auto", "dense", *FORMS)
+
+
+def export(
+    model: Model,
+    *,
+    format: str = "auto",
+    tokens: int | None = None,
+    example: Any = None,
+    prefer: str = "speed",
+    device: torch.device | str | None = None,
+    progress: bool = False,
+) -> Model:
+    """Return a copy for inference in which each masked layer is a CSRLinear, or the dense layer it was.
+
+    The model itself stays as it was, and the copy shares the memory of every tensor that does not change. Outputs
+    equal the masked model's. An activation that a layer's output goes to, and nowhere else, is applied by the layer.
+
+    format: "auto" measures each layer here and takes the fastest form, dense where no sparse one is faster: no layer is
+    left slower than dense. Or the form for all layers: "csr" (runs anywhere, on the reference kernel), "panel" (many
+    tokens), "bitmask" and "gather" (few), on GPUs "tiles" and "narrow" (moderate and high sparsity), "blocks" and "2:4"
+    (masks of these patterns), "dense" (zeros in plain weights). The choice is on each exported layer as `choice`, and
+    in `report`.
+
+    "auto" measures with `example`, what the model is given in use (a tensor, a tuple, or a dict by name), on which it
+    runs once, so that each layer is measured with its own input. Layers that the example does not reach, and all
+    without one, are measured with `tokens` rows (batch x sequence, or positions of an image; 128 if not given).
+    prefer: for "auto", "speed" as said (of forms equally fast the smallest), or "memory": the smallest form, however
+    fast. device: where the copy is to run, if not where the model is; it is measured (on a GPU as replays of a CUDA
+    graph), packed and put there.
+
+    Raises ValueError if there is nothing to export, a form does not run here, or the model cannot be copied.
+
+    >>> model = sparsify.convert(torch.nn.Sequential(torch.nn.Linear(8, 4)))
+    >>> export(sparsify.prune(model, 0.75), format="csr")[0]
+    CSRLinear(in_features=8, out_features=4, bias=True, sparsity=0.75)
+    """
+    check_format(format, tokens)
+    if format != "auto" and example is not None:
+        raise ValueError(f"example has no effect with format {format!r}; only 'auto' measures")
+    if format != "auto" and prefer != "speed":
+        raise ValueError(f"prefer={prefer!r} has no effect with format {format!r}; only 'auto' chooses")
+    if device is not None:
+        model = copy_with(model, {}).to(device)
+    layers = layers_of_type(model, Masked)
+    if not layers:
+        raise ValueError("the model has no SparseLinear to export; call sparsify.convert(model) and prune it first")
+    for name, layer in layers.items():
+        if type(layer.weight) is not nn.Parameter:
+            raise ValueError(
+                f"{name}: its weight is a {type(layer.weight).__name__}; gather the model's state_dict "
+                "(torch.distributed.checkpoint.state_dict), load it into a converted model that is not sharded, "
+                "and export that"
+            )
+        if layer.weight.is_meta:
+            raise ValueError(
+                f"{name}: the weight is on the meta device and has no data; load the model's weights first"
+            )
+        if format in FORMS and not supports(format, layer.weight.device, layer.weight.dtype):
+            raise ValueError(
+                f"{name}: the form {format!r} does not run on {layer.weight.device.type} in {layer.weight.dtype} here; "
+                "see 'sparsify doctor', or use format='csr'"
+            )
+        if format in PATTERNED:
+            csr = dense_to_csr(layer.weight_matrix, layer.matrix(layer.mask))
+            if not fits(format, csr, layer.shape):
+                raise ValueError(f"{name}: its mask does not fit the form {format!r}; use format='auto' or 'tiles'")
+    chooser = Chooser(128 if tokens is None else tokens, prefer)
+    given = {} if example is None else layer_inputs(model, example)
+    replacements: dict[nn.Module, nn.Module] = {}
+    for layer in tqdm(layers.values(), desc="measuring layers", disable=not progress or format != "auto"):
+        choice = chooser.choose(layer, given.get(layer)) if format == "auto" else Choice(format, 0, {}, "")
+        replacements[layer] = exported_as(layer, choice.form)
+        replacements[layer].__dict__["choice"] = choice
+    for tied in layers_of_type(model, Tied).values():
+        replacements[tied] = _export_tied(tied, replacements[tied.leader[0]])
+    return fuse_activations(copy_with(model, replacements))
+
+
+def check_format(format: str, tokens: int | None = None, device: torch.device | None = None) -> None:
+    """Raise ValueError for a format that is none, rows it would not measure with, or a device it does not run on."""
+    if format not in FORMATS:
+        raise ValueError(f"format {format!r} is none of: {', '.join(FORMATS)}")
+    if format != "auto" and tokens is not None:
+        raise ValueError(f"tokens={tokens} has no effect with format {format!r}; only 'auto' measures")
+    if tokens is not None and tokens < 1:
+        raise ValueError(f"tokens must be at least 1, got {tokens}")
+    if device is not None and format in FORMS and not supports(format, device, torch.float32):
+        raise ValueError(f"the form {format!r} does not run here; see 'sparsify doctor', or use format='csr'")
+
+
+def _export_tied(tied: Tied, leader: nn.Module) -> nn.Module:
+    """Let a tied layer hold the exported leader's own tensors, packed or dense; an Embedding needs them dense."""
+    if isinstance(leader, CSRLinear) and isinstance(tied, nn.Linear):
+        packed = copy.copy(leader)
+        packed._parameters = {"bias": tied._parameters["bias"]}
+        packed._buffers = dict(leader._buffers)
+        return packed
+    plain = copy.copy(tied)
+    untie(plain)
+    weight: Any = leader.weight
+    if isinstance(leader, Packed):
+        weight = nn.Parameter(tied.leader[0].masked_weight().detach(), requires_grad=tied.weight.requires_grad)
+    plain._parameters = {**plain._parameters, "weight": weight}
+    return plain

@@ -1,0 +1,159 @@
+"""Which form a layer gets: measured here and now, against the dense layer, for the number of tokens asked for."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sparsify.conversion.converters.table import masked_as
+from sparsify.hardware import gpu_timing
+from sparsify.hardware.machine import machine_name
+from sparsify.hardware.timing import Call, measure
+from sparsify.kernels import FORMS, fits, supports
+from sparsify.kernels.csr import dense_to_csr
+from sparsify.layers import Masked, Packed
+
+#: Rounds in which each candidate is timed once, and the time each gets in a round.
+N_ROUNDS, SAMPLE_S = 7, 2e-3
+
+#: A sparse form must beat dense by this much: less is within the noise of the measurement.
+MARGIN = 0.97
+
+#: What a choice looks at first. "speed": the fastest form, of those as fast (within the margin) the smallest, and dense
+#: unless it is beaten by the margin. "memory": the smallest form, however fast, of several the fastest.
+PREFERENCES = ("speed", "memory")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A form, "dense" among them, and why: the median microseconds of every candidate for `tokens` rows of input."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # in a file, an unknown key is an error
+
+    form: str
+    tokens: int
+    times_us: Mapping[str, float]
+    machine: str
+
+    @property
+    def reason(self) -> str:
+        """Say in a few words why this form was chosen.
+
+        >>> Choice("panel", 64, {"dense": 300.0, "panel": 60.0}, "a machine").reason
+        '5.00x dense for 64 tokens (60 of 300 us)'
+        """
+        if not self.times_us:
+            return "asked for"
+        dense = self.times_us["dense"]
+        others = [(t, form) for form, t in self.times_us.items() if form != "dense"]
+        if self.form != "dense":
+            ours = self.times_us[self.form]
+            why = "" if ours < MARGIN * dense else ", taken for its memory"
+            return f"{dense / ours:.2f}x dense for {self.tokens} tokens ({ours:.0f} of {dense:.0f} us){why}"
+        if not others:
+            return "no sparse kernel runs here; see sparsify doctor"
+        time_us, form = min(others)
+        return f"sparse is no faster for {self.tokens} tokens: {form} {dense / time_us:.2f}x dense"
+
+
+class Chooser:
+    """Measures layers one by one, each kind once.
+
+    A kind is a type, shape, dtype, device, with or without bias, kept weights in percent, forms that fit, and an input.
+    """
+
+    def __init__(self, tokens: int, prefer: str = "speed") -> None:
+        if tokens < 1:
+            raise ValueError(f"tokens must be at least 1, got {tokens}")
+        if prefer not in PREFERENCES:
+            raise ValueError(f"prefer={prefer!r} is none of: {', '.join(PREFERENCES)}")
+        self.tokens, self.prefer = tokens, prefer
+        self._known: dict[object, Choice] = {}
+
+    @torch.inference_mode()
+    def choose(self, layer: Masked, given: Tensor | None = None) -> Choice:
+        """Return the form for a layer: see PREFERENCES.
+
+        given: a tensor of the shape and layout of its input, on any device; else `tokens` rows of input.
+        """
+        shape = layer.input_shape(self.tokens) if given is None else tuple(given.shape)
+        strides = None if given is None else given.stride()
+        weight, bias = layer.weight, layer._parameters.get("bias")
+        sparsity = round(100 * layer.sparsity)
+        csr = dense_to_csr(layer.weight_matrix, layer.matrix(layer.mask))
+        here = [form for form in FORMS if form != "csr" and supports(form, weight.device, weight.dtype)]
+        forms = tuple(form for form in here if fits(form, csr, layer.shape))
+        kind = (type(layer), layer.shape, weight.dtype, weight.device, bias is None, sparsity, forms, shape, strides)
+        if kind not in self._known:
+            # A stride of 0 is an expanded tensor, which takes no values.
+            x = torch.empty(shape) if strides is None or 0 in strides else torch.empty_strided(shape, strides)
+            x.normal_(generator=torch.Generator().manual_seed(0))  # the user's random numbers are not ours to draw
+            candidates = _candidates(layer, forms)
+            times = self._measure(candidates, x.to(weight))
+            n_bytes = {form: _n_bytes(module) for form, module in candidates.items()}
+            form, tokens = _best(times, n_bytes, self.prefer), x.numel() // max(layer.shape[1], 1)
+            self._known[kind] = Choice(form, tokens, times, machine_name(weight.device))
+        return self._known[kind]
+
+    def _measure(self, candidates: Mapping[str, nn.Module], x: Tensor) -> dict[str, float]:
+        """Time what a layer may become, in turns, on an input: medians in us. A GPU finds no weight in its cache."""
+        calls = {form: [_call(module, x)] for form, module in candidates.items()}
+        if x.is_cuda:
+            for form, module in candidates.items():
+                n = gpu_timing.n_copies(_n_bytes(module), x.device)
+                calls[form] += [_call(copy.deepcopy(module), x) for _ in range(n - 1)]
+            timings = gpu_timing.measure_replays(calls, x.device, rounds=N_ROUNDS, sample_s=SAMPLE_S)
+        else:
+            timings = measure(calls, rounds=N_ROUNDS, sample_s=SAMPLE_S)
+        return {form: timing.median_s * 1e6 for form, timing in timings.items()}
+
+
+def _candidates(layer: Masked, forms: Iterable[str]) -> dict[str, nn.Module]:
+    """Make dense, and those of the forms that take less memory than dense."""
+    packed = {form: exported_as(layer, form) for form in forms}
+    return {
+        "dense": exported_as(layer, "dense"),
+        **{form: module for form, module in packed.items() if _n_bytes(module) < layer.weight.nbytes},
+    }
+
+
+def _best(times: Mapping[str, float], n_bytes: Mapping[str, int], prefer: str) -> str:
+    """Choose a form as PREFERENCES says.
+
+    >>> _best({"dense": 9.0, "tiles": 10.0, "narrow": 12.0}, {"dense": 100, "tiles": 60, "narrow": 70}, "speed")
+    'dense'
+    >>> _best({"dense": 9.0, "tiles": 10.0, "narrow": 12.0}, {"dense": 100, "tiles": 60, "narrow": 70}, "memory")
+    'tiles'
+    """
+    if prefer == "memory":
+        return min(times, key=lambda form: (n_bytes.get(form, 0), times[form]))
+    fastest = min(times.values())
+    if fastest >= MARGIN * times["dense"]:
+        return "dense"
+    close = [form for form, time in times.items() if MARGIN * time <= fastest and time < MARGIN * times["dense"]]
+    return min(close, key=lambda form: (n_bytes.get(form, 0), times[form]))
+
+
+def exported_as(layer: Masked, form: str) -> nn.Module:
+    """Make what a masked layer is exported as in a form; "dense" is the layer it was, with zeros."""
+    kind = masked_as(layer)
+    if form != "dense":
+        return kind.packed.from_sparse(layer, form=form)
+    dense = kind.to_dense(layer)
+    dense.weight = nn.Parameter(layer.masked_weight().detach(), requires_grad=layer.weight.requires_grad)
+    return dense
+
+
+def _call(module: nn.Module, x: Tensor) -> Call:
+    return lambda: module.forward(x)
+
+
+def _n_bytes(module: nn.Module) -> int:
+    """Return what the weight takes in memory."""
+    tensors: Iterable[Tensor] = module.parts if isinstance(module, Packed) else [module.weight]  # type: ignore[list-item]
+    return sum(tensor.nbytes for tensor in tensors)

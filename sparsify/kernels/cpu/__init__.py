@@ -1,0 +1,1 @@
+"""Kernels for CPUs: the native library behind tensors."""

@@ -1,0 +1,58 @@
+"""Weights that FSDP2 (fully_shard) has split over ranks, beside masks that every rank holds whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify.distributed import Ranks
+from sparsify.masking.patterns import Pattern
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor with all of its parts, gathered from every rank; one that is not sharded as it is."""
+    sharded: Any = tensor
+    return sharded.full_tensor() if is_sharded(tensor) else tensor
+
+
+def data_or_shape(tensor: Tensor) -> Tensor:
+    """Return a tensor as it is; for one that is sharded one of its shape without data, which costs nothing."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") if is_sharded(tensor) else tensor
+
+
+def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """Return the part of a whole tensor that belongs beside this rank's part of `other`; no rank talks to another."""
+    if not is_sharded(other) or is_sharded(tensor):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    sharded: Any = other
+    return distribute_tensor(tensor, sharded.device_mesh, sharded.placements, src_data_rank=None)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Know a DTensor by its name: importing torch.distributed.tensor is slow."""
+    return type(tensor).__name__ == "DTensor"
+
+
+def cut_by_rows(layer: Any, pattern: Pattern, ranks: Ranks) -> bool:
+    """Say whether each rank's part of a layer is rows of its matrix, as `ranks` cuts them, that hold whole units."""
+    weight: Any = layer.weight
+    n_unit_rows = pattern.block[0]
+    if ranks.n == 1 or n_unit_rows == 0 or -(-layer.shape[0] // ranks.n) % n_unit_rows:
+        return False
+    placements = weight.placements if is_sharded(weight) else None
+    as_matrix = layer.matrix(weight.new_empty(layer.mask.shape, device="meta"))
+    return as_matrix.is_contiguous() and (placements is None or (len(placements) == 1 and placements[0].is_shard(0)))
+
+
+def own_rows(layer: Any, ranks: Ranks) -> Tensor:
+    """Return this rank's rows of a layer's weight as a matrix; if `cut_by_rows`, without hearing from other ranks."""
+    weight: Any = layer.weight.detach()
+    if ranks.n > 1 and is_sharded(weight):
+        local: Tensor = weight.to_local()
+        return local.reshape(local.shape[0], layer.shape[1])
+    rows: Tensor = ranks.rows(layer.weight_matrix)
+    return rows

@@ -1,0 +1,80 @@
+"""Whether a layer's training steps go through kernels that touch kept weights only."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
+
+from sparsify.kernels.cpu import library as native
+from sparsify.kernels.cpu import sparse_step as training
+from sparsify.kernels.cpu.sparse_step import StepIndex
+
+Choice = Literal["never", "auto", "always"]
+
+#: Below this sparsity the dense way was faster wherever it was measured, so that it is not worth a try.
+TRY_FROM = 0.7
+N_TRIES = 3
+
+
+class SparseSteps:
+    """The packed mask of one layer, and for which numbers of input rows it was measured to be faster than dense.
+
+    A mask is packed and, unless `always`, measured once, at the first step after it has changed. Both ways give the
+    same results up to the order of additions. For float32 on the CPU; anything else takes the dense way.
+    """
+
+    def __init__(self, always: bool) -> None:
+        self.always = always
+        self.index: StepIndex | None = None
+        self.seen: tuple[Tensor, int] | None = None
+        self.faster: dict[int, bool] = {}
+
+    def index_for(self, layer: Any, x: Tensor) -> StepIndex | None:
+        """Return the packed mask if this step is to use it, else None."""
+        weight, mask = layer.weight, layer.mask
+        if not _can(layer, x):
+            return None
+        if self.seen is None or self.seen[0] is not mask or self.seen[1] != mask._version:
+            self.seen, self.faster = (mask, mask._version), {}
+            self.index = StepIndex.of(mask) if self.always or layer.sparsity >= TRY_FROM else None
+        if self.index is None or self.always:
+            return self.index
+        n_rows = x.numel() // max(x.shape[-1], 1)
+        if n_rows not in self.faster:
+            self.faster[n_rows] = _is_faster(self.index, x, weight, mask)
+        return self.index if self.faster[n_rows] else None
+
+
+def _can(layer: Any, x: Tensor) -> bool:
+    """Return whether the kernels are right for a step: one that trains the kept weights, and no others."""
+    tensors = [t for t in (x, layer.weight, layer.bias) if t is not None]
+    if not all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors):  # also the stand-ins of a tracer
+        return False
+    right = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors) and layer.weight.is_contiguous()
+    trains = torch.is_grad_enabled() and layer.weight.requires_grad
+    plain = layer.masked_are != "trained" and layer.watch is None and not torch.is_autocast_enabled("cpu")
+    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or _is_transformed(tensors)
+    return right and trains and plain and not traced and x.numel() > 0 and native.available()
+
+
+def _is_transformed(tensors: list[Tensor]) -> bool:
+    """Return whether torch.func's transforms or forward-mode derivatives are under way: those go the dense way."""
+    return torch._C._are_functorch_transforms_active() or any(unpack_dual(t).tangent is not None for t in tensors)
+
+
+def _is_faster(index: StepIndex, x: Tensor, weight: Tensor, mask: Tensor) -> bool:
+    """Time a step both ways, in turns; the best of each counts."""
+    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    times: dict[bool, float] = {}
+    for _ in range(N_TRIES):
+        for sparse in (True, False):
+            start = time.perf_counter()
+            y = training.linear(x, weight, None, index) if sparse else F.linear(x, torch.where(mask, weight, 0.0))
+            torch.autograd.grad(y, (x, weight), torch.ones_like(y))
+            times[sparse] = min(times.get(sparse, float("inf")), time.perf_counter() - start)
+    return times[True] < times[False]

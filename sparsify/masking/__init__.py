@@ -1,0 +1,1 @@
+"""Masks from scores, and repaired weights: tensors only, no modules."""

@@ -1,0 +1,1 @@
+"""Prune a model now, with or without calibration data."""

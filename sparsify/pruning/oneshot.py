@@ -1,0 +1,183 @@
+"""Prune a trained model on calibration data: walk through its layers, and give each its task."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from sparsify.calibration.activation_store import Budget, Shelf
+from sparsify.calibration.batches import Batch, read_batches
+from sparsify.calibration.sequential import walk
+from sparsify.conversion.convert import sparse_layers
+from sparsify.layers import Masked
+from sparsify.masking.allocation import capped
+from sparsify.masking.layer_solve import Task, aim, output_error, solve
+from sparsify.masking.masks import Allocation, check_target, n_removed_units, warn_removed_whole
+from sparsify.masking.methods.registry import SOLVERS, Method
+from sparsify.masking.patterns import parse_pattern
+from sparsify.pruning.measured_allocation import SHARES, show_layers
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a layer came out: the relative change of its outputs on the calibration data, and the time it took."""
+
+    error: float
+    time_s: float
+
+
+@dataclass(frozen=True)
+class Order:
+    """What layers are to become together, in the words of `prune`."""
+
+    sparsity: float | None
+    method: str | Method = "magnitude"
+    pattern: str = "unstructured"
+    allocation: Allocation = "uniform"
+    max_sparsity: float | None = None
+    refit: bool = False
+    correct: bool = False
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse an option that would have no effect."""
+        if self.correct and not self.refit and self.method not in SOLVERS:
+            raise ValueError(
+                f"correct=True has no effect with method {self.method!r} unless refit=True changes weights"
+            )
+
+
+def make_tasks(shapes: Mapping[str, tuple[int, int]], order: Order) -> dict[str, Task]:
+    """Say for layers of these shapes (out, in) what each is to become.
+
+    Raises ValueError if that takes a look at the data first, as allocations "global", "owl" and "error" do: see
+    `follow`.
+    """
+    pattern = parse_pattern(order.pattern)
+    n_removed = n_removed_units(shapes, order.sparsity, pattern, order.allocation, order.max_sparsity)
+    if n_removed is None:
+        raise ValueError(f"allocation {order.allocation!r} is measured on the model and its data, not on shapes")
+    return _tasks(order, shapes, n_removed)
+
+
+def follow(
+    model: nn.Module,
+    orders: Sequence[tuple[Order, Sequence[str]]],
+    data: Iterable[Any],
+    *,
+    cache_bytes: int | None = None,
+    progress: bool = False,
+) -> None:
+    """Follow orders, each for the layers named beside it, in one walk through the model; see `prune_on_data`."""
+    layers = sparse_layers(model)
+    chosen = [(order, {name: layers[name] for name in names}) for order, names in orders]
+    shares = [_n_removed(order, mine) for order, mine in chosen]  # what cannot be done is said before the data is read
+    batches = read_batches(model, data)
+    tasks: dict[str, Task] = {}
+    for (order, mine), n_removed in zip(chosen, shares, strict=True):
+        if n_removed is None:
+            n_removed = _measure(model, mine, order, batches, cache_bytes)
+        tasks |= _tasks(order, {name: layer.shape for name, layer in mine.items()}, n_removed)
+    prune_on_data(model, tasks, batches, cache_bytes=cache_bytes, progress=progress)
+
+
+class Keeper(Protocol):
+    """Where finished layers go, and, where the model's weights are on disk, unfinished ones come from."""
+
+    def fetch(self, module: nn.Module) -> None:
+        """Make sure that a layer's weight is in memory."""
+
+    def write(self, name: str, layer: Masked) -> None:
+        """Keep a layer that is finished."""
+
+
+def prune_on_data(
+    model: nn.Module,
+    tasks: Mapping[str, Task],
+    data: Iterable[Any],
+    *,
+    keeper: Keeper | None = None,
+    cache_bytes: int | None = None,
+    progress: bool = False,
+) -> None:
+    """Give every layer its task, in place and in execution order, so that each sees what those before it have become.
+
+    Each layer then has its `Fit` as an attribute `fit`. An error leaves all layers as they were; with a `keeper`, those
+    that are finished are kept there instead, and so they stay. cache_bytes: how much of the data on its way through the
+    model stays in memory; the rest, and what the layers were, goes to a file (None: all of it stays).
+    """
+    layers = {name: layer for name, layer in sparse_layers(model).items() if name in tasks}
+    # What the changed layers were, to go back to after an error; where the data on its way spills, this goes to disk.
+    disk = None if cache_bytes is None else Budget(0)
+    weights, masks, changed = Shelf(len(layers), disk), Shelf(len(layers), disk), list[str]()
+    stops = walk(model, layers, data, dense=any(task.correct for task in tasks.values()), cache_bytes=cache_bytes)
+    try:
+        with tqdm(total=len(layers), desc="calibrate", unit="layer", disable=not progress) as bar:
+            for stop in stops:
+                gram = stop.gram.matrix
+                for name in stop.names:
+                    started = time.perf_counter()
+                    layer = layers[name]
+                    if keeper is not None:
+                        keeper.fetch(layer)
+                    matrix = layer.matrix(layer.weight.detach())
+                    present = layer.matrix(layer.mask)
+                    wanted = aim(matrix.masked_fill(~present, 0), stop.gram) if tasks[name].correct else matrix
+                    weight, mask = solve(name, wanted, present, tasks[name], gram)
+                    error = output_error(wanted, weight, gram)
+                    if keeper is None:
+                        weights[len(changed)], masks[len(changed)] = layer.weight.detach().clone(), layer.mask
+                        changed.append(name)
+                    matrix.copy_(weight)
+                    layer.set_mask(mask)
+                    layer.__dict__["fit"] = Fit(error, time.perf_counter() - started)
+                    if keeper is not None:
+                        keeper.write(name, layer)
+                    bar.set_postfix_str(f"{name}, error {error:.3f}")
+                    bar.update(1)
+    except BaseException:
+        for number, name in enumerate(changed):
+            with torch.no_grad():
+                layers[name].weight.copy_(weights[number])
+            layers[name].mask = masks[number]
+            layers[name].__dict__.pop("fit", None)
+        raise
+    finally:
+        weights.close()
+        masks.close()
+        stops.close()
+
+
+def _tasks(order: Order, shapes: Mapping[str, tuple[int, int]], n_removed: Mapping[str, int]) -> dict[str, Task]:
+    pattern = parse_pattern(order.pattern)
+    whole = {name: 0 < pattern.n_units(shapes[name]) == n for name, n in n_removed.items()}
+    warn_removed_whole(whole, order.sparsity, order.allocation)
+    return {
+        name: Task(order.method, pattern, n, order.refit, order.correct, order.seed) for name, n in n_removed.items()
+    }
+
+
+def _n_removed(order: Order, layers: Mapping[str, Masked]) -> dict[str, int] | None:
+    """Return what each layer loses as far as shapes say it."""
+    shapes = {name: layer.shape for name, layer in layers.items()}
+    return n_removed_units(shapes, order.sparsity, parse_pattern(order.pattern), order.allocation, order.max_sparsity)
+
+
+def _measure(
+    model: nn.Module, layers: Mapping[str, Masked], order: Order, batches: list[Batch], cache_bytes: int | None
+) -> dict[str, int]:
+    """Look at the data to say what each layer loses."""
+    assert isinstance(order.allocation, str)
+    pattern, target = parse_pattern(order.pattern), check_target(order.sparsity)
+    sample = Task(order.method, pattern, 0, order.refit, order.correct, order.seed)
+    show = functools.partial(show_layers, model, layers, batches, cache_bytes)
+    allocate = SHARES[order.allocation](layers, target, sample, show)
+    n_units = {name: pattern.n_units(layer.shape) for name, layer in layers.items()}
+    return capped(allocate, n_units, target, order.max_sparsity)

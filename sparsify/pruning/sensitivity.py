@@ -1,0 +1,166 @@
+"""How much the model's output suffers when one layer is pruned: measured, drawn, and turned into an allocation."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from sparsify.calibration.batches import Batch, input_rows, read_batches
+from sparsify.calibration.model_trace import take_apart
+from sparsify.calibration.sequential import as_in_use, walk
+from sparsify.conversion.convert import sparse_layers
+from sparsify.layers import Masked
+from sparsify.masking.allocation import capped, check_sparsity, least_error, n_removed
+from sparsify.masking.layer_solve import Task, solve
+from sparsify.masking.methods.registry import Method
+from sparsify.masking.patterns import Pattern, parse_pattern
+
+SPARSITIES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """The damage that each layer does, pruned alone, at each of `sparsities`.
+
+    Damage is the squared change of the model's output over all data, relative to the output's variance. Layers come in
+    the model's order; `n_units` is what a sparsity is a fraction of.
+    """
+
+    sparsities: tuple[float, ...]
+    damage: Mapping[str, tuple[float, ...]]
+    n_units: Mapping[str, int]
+
+    def allocate(self, sparsity: float, *, max_sparsity: float | None = None) -> dict[str, float]:
+        """Return a sparsity for each layer, so that the sum of all damages is least at this sparsity of all layers.
+
+        Between what was measured, damage is taken as a straight line, and as one that never gets less steep; then
+        taking the cheapest piece first is exact. No layer gets more than max_sparsity, by default the highest measured
+        one. Raises ValueError if that leaves no room.
+
+        >>> measured = Sensitivity((0.5, 0.9), {"a": (0.1, 1.0), "b": (0.0, 0.1)}, {"a": 100, "b": 100})
+        >>> measured.allocate(0.6)
+        {'a': 0.5, 'b': 0.7}
+        """
+        highest = self.sparsities[-1] if max_sparsity is None else check_sparsity(max_sparsity, "max_sparsity")
+        curves = {name: self._curve(name) for name in self.damage}
+
+        def allocate(n_units: Mapping[str, int], target: float) -> dict[str, int]:
+            return least_error({name: curves[name] for name in n_units}, n_removed(target, sum(n_units.values())))
+
+        removed = capped(allocate, self.n_units, check_sparsity(sparsity), highest)
+        return {name: n / max(self.n_units[name], 1) for name, n in removed.items()}
+
+    def _curve(self, name: str) -> list[tuple[int, float]]:
+        """Return (removed units, damage) up to all units, where the last slope goes on."""
+        n = self.n_units[name]
+        points = [(0, 0.0), *((n_removed(s, n), d) for s, d in zip(self.sparsities, self.damage[name], strict=True))]
+        (n_before, before), (n_last, last) = points[-2:]
+        if n_last < n:
+            points.append((n, last + (last - before) / max(n_last - n_before, 1) * (n - n_last)))
+        return points
+
+
+def measure_sensitivity(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    sparsities: Sequence[float] = SPARSITIES,
+    method: str | Method = "magnitude",
+    pattern: str = "unstructured",
+    refit: bool = False,
+    progress: bool = False,
+) -> Sensitivity:
+    """Prune each layer of a converted model alone, at each sparsity, and measure what the model's output becomes.
+
+    All layers are as they were afterwards. data: batches as for `prune`; the model runs on all of them once for each
+    layer and sparsity, so a few are enough. method, pattern and refit as for `prune`. The output is the first tensor
+    that the model returns; padding does not count. Raises ValueError for sparsities that do not rise within 0 and 1,
+    and for data that `prune` would refuse.
+
+    >>> model = sparsify.convert(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)))
+    >>> list(measure_sensitivity(model, [torch.randn(16, 8)], sparsities=(0.25, 0.5)).damage)
+    ['0', '2']
+    """
+    parsed = parse_pattern(pattern)
+    _check(sparsities, parsed)
+    layers = sparse_layers(model)
+    n_units = {name: parsed.n_units(layer.shape) for name, layer in layers.items()}
+    batches = read_batches(model, data)
+    found: dict[str, tuple[float, ...]] = {}
+    with as_in_use(model), torch.inference_mode(False), torch.no_grad():
+        dense = [_output(model, batch) for batch in batches]
+        total = len(layers) * len(sparsities)
+        with tqdm(total=total, desc="sensitivity", unit="run", disable=not progress) as bar:
+            for stop in walk(model, list(layers), batches):
+                gram = stop.gram.matrix
+                for name in stop.names:
+                    damages = []
+                    for sparsity in sparsities:
+                        task = Task(method, parsed, n_removed(sparsity, n_units[name]), refit)
+                        damages.append(_damage(model, name, layers[name], task, gram, batches, dense))
+                        bar.set_postfix_str(f"{name}, {sparsity:g}: {damages[-1]:.4f}")
+                        bar.update(1)
+                    found[name] = tuple(damages)
+    return Sensitivity(tuple(sparsities), {name: found[name] for name in layers}, n_units)
+
+
+def draw(measured: Sensitivity, path: str | os.PathLike[str]) -> None:
+    """Draw the damage of every layer at every sparsity into a picture, .png or .svg. Needs matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("matplotlib is not installed: pip install matplotlib") from None
+    names = [name or "(root)" for name in measured.damage]
+    width = 2 + 0.8 * len(measured.sparsities) + 0.06 * max(map(len, names), default=0)  # inches
+    figure = Figure(figsize=(width, max(4, 1.5 + 0.22 * len(names))), layout="constrained")
+    axes = figure.subplots()
+    values = torch.tensor(list(measured.damage.values())).clamp_min(1e-12).log10()
+    image = axes.imshow(values.numpy(), aspect="auto", cmap="magma")
+    axes.set_xticks(range(len(measured.sparsities)), [f"{s:g}" for s in measured.sparsities])
+    axes.set_yticks(range(len(names)), names, fontsize=7)
+    axes.set_xlabel("sparsity of this layer alone")
+    figure.colorbar(image, label="damage to the model's output\n(log10 of the relative squared change)")
+    figure.savefig(path)
+
+
+def _damage(
+    model: nn.Module,
+    name: str,
+    layer: Masked,
+    task: Task,
+    gram: Tensor,
+    batches: Sequence[Batch],
+    dense: Sequence[Tensor],
+) -> float:
+    """Prune one layer, run the model, and put the layer back."""
+    weight, mask = layer.weight.detach().clone(), layer.mask
+    try:
+        new, _ = solve(name, layer.weight_matrix.detach(), layer.matrix(mask), task, gram)
+        layer.matrix(layer.weight.detach()).copy_(new)
+        changes = [(_output(model, b) - before).square().sum() for b, before in zip(batches, dense, strict=True)]
+    finally:
+        layer.weight.copy_(weight)
+        layer.mask = mask
+    rows = torch.cat([output.flatten(0, -2) for output in dense])
+    return float(sum(changes, torch.zeros(()))) / float((rows - rows.mean(0)).square().sum().clamp_min(1e-30))
+
+
+def _output(model: nn.Module, batch: Batch) -> Tensor:
+    output = model(*batch.args, **batch.kwargs)
+    taken = take_apart(output)
+    if taken is None:
+        raise ValueError(f"the model returned a {type(output).__name__} that begins with no tensor")
+    return input_rows(taken[0], batch.counts).float()
+
+
+def _check(sparsities: Sequence[float], pattern: Pattern) -> None:
+    if pattern.is_nm:
+        raise ValueError(f"pattern {pattern.text} fixes every layer's sparsity: there is nothing to allocate")
+    if not sparsities or any(not 0 < s < 1 for s in sparsities) or list(sparsities) != sorted(set(sparsities)):
+        raise ValueError(f"sparsities must rise between 0 and 1, got {list(sparsities)}")

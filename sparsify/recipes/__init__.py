@@ -1,0 +1,1 @@
+"""A YAML file to a checked recipe, and a recipe to masks."""

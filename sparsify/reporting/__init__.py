@@ -1,0 +1,1 @@
+"""Contents and speed of a model or a file."""

@@ -1,0 +1,229 @@
+"""What convert would do to a model, before it does: which layers, which not and why, and what each is worth."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sparsify.calibration.batches import read_batches
+from sparsify.calibration.sequential import as_in_use
+from sparsify.checkpoint.save_load import inspect_file
+from sparsify.conversion.convert import Plan, plan_convert
+from sparsify.conversion.converters.table import join
+from sparsify.layer_names import Selector
+from sparsify.reporting.report import Report, table
+
+
+@dataclass(frozen=True)
+class Part:
+    """One layer of a model, or all other modules of one type.
+
+    becomes: what convert makes of it, "" if it stays dense, and then `reason` says why. n_multiply_adds: of one run of
+    the example, None without one.
+    """
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    n_parameters: int
+    n_multiply_adds: int | None
+    becomes: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Inspection(Sequence[Part]):
+    """The parts of a model; `str()` of it is a table for people. The totals are those of the whole model."""
+
+    parts: tuple[Part, ...]
+    n_parameters: int
+    n_multiply_adds: int | None
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __iter__(self) -> Iterator[Part]:
+        return iter(self.parts)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        return self.parts[index]
+
+    def share(self, *, converted: bool = True) -> tuple[float, float | None]:
+        """Return the fraction of parameters, and of multiply-adds, in layers that convert, or in those that do not."""
+        parts = [part for part in self.parts if bool(part.becomes) == converted]
+        n_parameters = sum(part.n_parameters for part in parts) / max(self.n_parameters, 1)
+        if self.n_multiply_adds is None:
+            return n_parameters, None
+        return n_parameters, sum(part.n_multiply_adds or 0 for part in parts) / max(self.n_multiply_adds, 1)
+
+    def __str__(self) -> str:
+        lines = [("layer", "type", "shape", "parameters", "multiply-adds", "becomes")]
+        for part in self.parts:
+            shape = "x".join(map(str, part.shape))
+            parameters = _percent(part.n_parameters, self.n_parameters)
+            adds = _percent(part.n_multiply_adds, self.n_multiply_adds)
+            becomes = part.becomes or f"stays dense: {part.reason}"
+            lines.append((part.name or "(root)", part.type, shape, parameters, adds, becomes))
+        n_parameters, adds_share = self.share()
+        of_adds = "" if adds_share is None else f" and {adds_share:.1%} of the {self.n_multiply_adds:,} multiply-adds"
+        total = f"convert takes layers with {n_parameters:.1%} of the {self.n_parameters:,} parameters{of_adds}"
+        return f"{table(lines)}\n\n{total}"
+
+
+@overload
+def inspect(model: str | os.PathLike[str]) -> Report: ...
+
+
+@overload
+def inspect(
+    model: nn.Module,
+    example: Any = None,
+    *,
+    include: Selector | Sequence[Selector] | None = None,
+    exclude: Selector | Sequence[Selector] | None = None,
+    types: type[nn.Module] | Sequence[type[nn.Module]] | None = None,
+    functional: bool = False,
+) -> Inspection: ...
+
+
+def inspect(
+    model: nn.Module | str | os.PathLike[str],
+    example: Any = None,
+    *,
+    include: Selector | Sequence[Selector] | None = None,
+    exclude: Selector | Sequence[Selector] | None = None,
+    types: type[nn.Module] | Sequence[type[nn.Module]] | None = None,
+    functional: bool = False,
+) -> Report | Inspection:
+    """List the layers that a file holds, or what `convert` would do with a model and the same arguments.
+
+    Of a file: a Report of its layers, without a model; everything is checked as in `load`. Raises CheckpointError.
+
+    Of a model: which layers would be swapped, which not and why (tied weights among them), and each one's share of the
+    parameters; with an example input (a tensor, a tuple of arguments, or a dict of them) that the model is run on once,
+    its share of the multiply-adds too. The model is not touched.
+
+    >>> found = inspect(nn.Sequential(nn.Linear(8, 4), nn.Conv1d(4, 4, 1)), functional=False)
+    >>> [(part.name, part.becomes) for part in found], found.share()
+    ([('0', 'SparseLinear'), ('1 x Conv1d', '')], (0.6428571428571429, None))
+    """
+    if not isinstance(model, nn.Module):
+        if example is not None:
+            raise ValueError("an example input has no effect with a file, which is listed without running it")
+        return inspect_file(model)
+    plan = plan_convert(model, include=include, exclude=exclude, types=types, tied="skip", functional=functional)
+    layers, holder = _layers(model, plan)
+    counts = None if example is None else _multiply_adds(model, example)
+    parameters = {p for p in model.parameters() if not isinstance(p, nn.UninitializedParameter)}
+    n_parameters: Counter[str] = Counter()
+    for parameter in parameters:
+        n_parameters[holder[_memory(parameter)]] += parameter.numel()
+    n_multiply_adds: Counter[str | None] = Counter()
+    for memory, n in (counts or {}).items():
+        n_multiply_adds[holder.get(memory)] += n
+    parts = tuple(
+        Part(name, type_, shape, n_parameters[name], None if counts is None else n_multiply_adds[name], becomes, reason)
+        for name, (type_, shape, becomes, reason) in layers.items()
+    )
+    return Inspection(parts, n_parameters.total(), None if counts is None else n_multiply_adds.total())
+
+
+def _layers(model: nn.Module, plan: Plan) -> tuple[dict[str, tuple[str, tuple[int, ...], str, str]], dict[int, str]]:
+    """Return type, shape, what it becomes, and why it stays dense, of every part by name; and which part holds what
+    memory.
+    """
+    layers: dict[str, tuple[str, tuple[int, ...], str, str]] = {}
+    holder: dict[int, str] = {}
+    modules = dict(model.named_modules())
+    for owner, module in modules.items():
+        kind = plan.swap.get(owner)
+        for layer in kind.layers(module) if kind else [""] * (owner in plan.already):
+            name = join(owner, layer)
+            if name in plan.weights:
+                weight = plan.weights[name]
+                becomes = f"{'layer of ' if layer else ''}{kind.sparse.__name__}" if kind else "already masked"
+                layers[name] = type(module).__name__, tuple(weight.shape), becomes, ""
+                biases = [p for key, p in module.named_parameters() if key.startswith(layer)]
+                holder |= {_memory(tensor): name for tensor in (weight, *biases)}
+        if owner in plan.left:
+            layers[owner] = type(module).__name__, (), "", plan.left[owner]
+            for parameter in module.parameters():
+                holder.setdefault(_memory(parameter), owner)
+    rest: dict[str, list[nn.Parameter]] = {}
+    n_modules: Counter[str] = Counter()
+    for module in modules.values():
+        own = [p for p in module._parameters.values() if p is not None and _memory(p) not in holder]
+        if own:
+            n_modules[type(module).__name__] += 1
+            rest.setdefault(type(module).__name__, []).extend(own)
+    for type_, parameters in rest.items():
+        name = f"{n_modules[type_]} x {type_}"
+        layers[name] = type_, (), "", "not of the types that convert, or not chosen"
+        holder |= {_memory(parameter): name for parameter in parameters}
+    return layers, holder
+
+
+class _Counter(TorchDispatchMode):
+    """Adds up the multiply-adds of every operator by the memory of the Parameter it uses, 0 where it uses none."""
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        from torch.utils.flop_counter import flop_registry  # a third of a second, for this alone
+
+        self.formulas = flop_registry
+        self.known = {_memory(p): _memory(p) for p in parameters}
+        self.counts: Counter[int] = Counter()
+        self.kept: list[Tensor] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        flops = self.formulas.get(func._overloadpacket)
+        if flops is None:
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        result = func(*args, **kwargs)
+        tensors = sorted((a for a in args if isinstance(a, Tensor)), key=lambda tensor: tensor.ndim)
+        used = [self.known[m] for tensor in reversed(tensors) if (m := _memory(tensor)) in self.known]  # weight, bias
+        if flops is not None:
+            self.counts[used[0] if used else 0] += flops(*args, **kwargs, out_val=result) // 2
+        elif used and func._overloadpacket is torch.ops.aten.where:  # a masked weight
+            self.kept.append(result)  # while it lives, its memory is no other's
+            self.known[_memory(result)] = used[0]
+        return result
+
+
+@torch.no_grad()
+def _multiply_adds(model: nn.Module, example: Any) -> Counter[int]:
+    """Run the model on an example, and return the multiply-adds by the memory of the weight that was used."""
+    (batch,) = read_batches(model, [example])
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # its fused operator would hide what it does
+    try:
+        with as_in_use(model), _Counter(model.parameters()) as counter:
+            model(*batch.args, **batch.kwargs)
+    except Exception as error:  # whatever the model's own code raises
+        raise ValueError(f"the model does not run on the example: {type(error).__name__}: {error}") from error
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+    counts: Counter[int] = counter.counts
+    return counts
+
+
+def _memory(tensor: Tensor) -> int:
+    """Return by what the memory behind a tensor is known, on any device, the meta device included."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _percent(part: int | None, whole: int | None) -> str:
+    return "-" if part is None or whole is None else f"{part / max(whole, 1):.1%}"

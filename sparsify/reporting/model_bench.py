@@ -1,0 +1,189 @@
+"""How fast a model is before and after: the dense model against its pruned and exported copy, whole and by layer."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsify.cli.model_inputs import Inputs, run
+from sparsify.conversion.convert import convert
+from sparsify.conversion.converters.table import matrices
+from sparsify.conversion.module_surgery import layers_of_type
+from sparsify.hardware.machine import machine_name
+from sparsify.hardware.timing import Timing, Watch, disturbance, measure
+from sparsify.inference.export import export
+from sparsify.layers import Packed
+from sparsify.pruning.prune import prune
+from sparsify.reporting.report import report, table
+
+#: Runs of the whole model in which each layer is timed.
+N_LAYER_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class LayerBench:
+    """One Linear inside the running model, microseconds per run of the model.
+
+    The times are None for a layer that the model never calls as a module: attention that reads its weight itself.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    tokens: int | None
+    form: str
+    dense_us: float | None
+    sparse_us: float | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class ModelBench:
+    """A dense model and its sparse copy; `str()` of it is a table for people.
+
+    tokens: the rows of input that forms were measured for. others_cores: how many cores other processes kept busy.
+    """
+
+    sparsity: float
+    tokens: int
+    machine: str
+    dense: Timing
+    sparse: Timing
+    layers: tuple[LayerBench, ...]
+    others_cores: float
+
+    @property
+    def speedup(self) -> float:
+        """How many times faster the sparse model is."""
+        return self.dense.median_s / self.sparse.median_s
+
+    def __str__(self) -> str:
+        lines: list[tuple[str, ...]] = [("layer", "shape", "tokens", "form", "dense us", "sparse us", "times", "why")]
+        for x in self.layers:
+            shape = f"{x.shape[0]}x{x.shape[1]}"
+            if x.dense_us is None or x.sparse_us is None:
+                lines.append(
+                    (x.name or "(root)", shape, "-", x.form, "-", "-", "-", x.reason or "not called by itself")
+                )
+                continue
+            numbers = (f"{x.dense_us:.0f}", f"{x.sparse_us:.0f}", f"{x.dense_us / x.sparse_us:.2f}x")
+            lines.append((x.name or "(root)", shape, str(x.tokens), x.form, *numbers, x.reason))
+        return "\n".join(
+            (
+                table(lines),
+                "",
+                f"dense   {self.dense}",
+                f"sparse  {self.sparse}",
+                f"{self.speedup:.2f}x dense at sparsity {self.sparsity:g}, forms measured for {self.tokens} tokens",
+                f"{self.machine}; {disturbance(self.others_cores)}",
+            )
+        )
+
+
+def sparse_copy(model: nn.Module, sparsity: float, tokens: int, **conversion: Any) -> nn.Module:
+    """Prune a copy of a model by magnitude, the same in each layer, and export it for `tokens` rows of input."""
+    return export(prune(convert(copy.deepcopy(model), **conversion), sparsity), tokens=tokens)
+
+
+@torch.inference_mode()
+def bench(
+    model: nn.Module,
+    inputs: Inputs,
+    sparsity: float,
+    *,
+    rounds: int = 11,
+    tied: str = "error",
+    functional: bool = False,
+) -> ModelBench:
+    """Measure a model against its copy pruned to `sparsity`, on these inputs, with torch's threads.
+
+    tied and functional as for `convert`. The model stays as it was.
+
+    Raises ValueError if it runs no Linear on these inputs.
+    """
+    watch = Watch()
+    tokens = typical_tokens(model, inputs)
+    fast = sparse_copy(model, sparsity, tokens, tied=tied, functional=functional)
+    times = measure({"dense": [lambda: run(model, inputs)], "sparse": [lambda: run(fast, inputs)]}, rounds=rounds)
+    layers = _bench_layers(model, fast, inputs)
+    return ModelBench(sparsity, tokens, machine_name(), times["dense"], times["sparse"], layers, watch.others_cores())
+
+
+@torch.inference_mode()
+def typical_tokens(model: nn.Module, inputs: Inputs) -> int:
+    """Return the rows of input that a Linear of the model gets: the median, each weighted by its multiplications.
+
+    Raises ValueError if the model calls no Linear.
+    """
+    with _timed(model) as (_, tokens):
+        run(model, inputs)
+    work = sorted((n, n * matrices(model.get_submodule(name))[""].numel()) for name, n in tokens.items())
+    if not work:
+        raise ValueError("the model called none of its Linears on these inputs: there is nothing to compare")
+    total, done = sum(w for _, w in work), 0
+    for n, w in work:
+        done += w
+        if 2 * done >= total:
+            return n
+    raise AssertionError("half of the work is reached by all of it")
+
+
+def _bench_layers(model: nn.Module, fast: nn.Module, inputs: Inputs) -> tuple[LayerBench, ...]:
+    times: dict[str, dict[str, list[float]]] = {"dense": defaultdict(list), "sparse": defaultdict(list)}
+    tokens: dict[str, int] = {}
+    for _ in range(N_LAYER_ROUNDS):
+        for kind, which in (("dense", model), ("sparse", fast)):
+            with _timed(which) as (seconds, rows_seen):
+                run(which, inputs)
+            tokens |= rows_seen
+            for name, s in seconds.items():
+                times[kind][name].append(1e6 * s)
+    rows = []
+    for row in report(fast):
+        dense, sparse = (times[kind].get(row.name) for kind in ("dense", "sparse"))
+        rows.append(
+            LayerBench(
+                row.name,
+                row.shape,
+                tokens.get(row.name),
+                row.format,
+                round(median(dense), 1) if dense else None,
+                round(median(sparse), 1) if sparse else None,
+                row.reason,
+            )
+        )
+    return tuple(rows)
+
+
+@contextmanager
+def _timed(model: nn.Module) -> Iterator[tuple[dict[str, float], dict[str, int]]]:
+    """Add up, while it lasts, seconds and the rows of input of every Linear that is called, by name."""
+    seconds: dict[str, float] = defaultdict(float)
+    tokens: dict[str, int] = defaultdict(int)
+    started: dict[str, float] = {}
+    handles = []
+    for name, layer in layers_of_type(model, nn.Module).items():
+        if not isinstance(layer, Packed) and "" not in matrices(layer):
+            continue
+
+        def before(_: nn.Module, arguments: tuple[Any, ...], name: str = name) -> None:
+            tokens[name] += arguments[0].shape[:-1].numel() if arguments else 0
+            started[name] = time.perf_counter()
+
+        def after(_: nn.Module, arguments: Any, output: Any, name: str = name) -> None:
+            seconds[name] += time.perf_counter() - started[name]
+
+        handles += [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
+    try:
+        yield seconds, tokens
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,144 @@
+"""What each layer of a model holds: sparsity, format, bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor, nn
+
+from sparsify.conversion.converters.table import join, kind_of, matrices
+from sparsify.conversion.module_surgery import layers_of_type
+from sparsify.inference.form_selection import Choice
+from sparsify.layers import Masked, Packed
+from sparsify.pruning.oneshot import Fit
+
+#: Of the printed table; a column without any entry is left out.
+_COLUMNS = ("layer", "shape", "sparsity", "format", "bytes", "of dense", "error", "time", "why")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer. Bytes are those of its weight alone, `dense_bytes` what a dense weight of its dtype takes.
+
+    `format` says how the weight is held: "dense", "masked" while it is trained, or the form of an exported layer;
+    `reason` why export chose that, and `times_us` what it measured. Of a layer pruned on calibration data, `error` is
+    the relative change of its outputs there, and `time_s` how long its mask and weights took.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    sparsity: float
+    format: str
+    n_bytes: int
+    dense_bytes: int
+    reason: str = ""
+    times_us: Mapping[str, float] = field(default_factory=dict)
+    error: float | None = None
+    time_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Report(Sequence[Row]):
+    """The rows of all layers; `str()` of it is a table for people."""
+
+    rows: tuple[Row, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        return self.rows[index]
+
+    @property
+    def total(self) -> Row:
+        """All layers together; its shape counts the weights, (1, n)."""
+        n_weights = [row.shape[0] * row.shape[1] for row in self.rows]
+        zeros = sum(row.sparsity * n for row, n in zip(self.rows, n_weights, strict=True))
+        return Row(
+            name="total",
+            shape=(1, sum(n_weights)),
+            sparsity=zeros / max(sum(n_weights), 1),
+            format="",
+            n_bytes=sum(row.n_bytes for row in self.rows),
+            dense_bytes=sum(row.dense_bytes for row in self.rows),
+            time_s=sum(times) if (times := [row.time_s for row in self.rows if row.time_s is not None]) else None,
+        )
+
+    def __str__(self) -> str:
+        columns: dict[str, list[str]] = {name: [] for name in _COLUMNS}
+        for row in (*self.rows, self.total):
+            columns["layer"].append(row.name or "(root)")
+            columns["shape"].append(f"{row.shape[0]}x{row.shape[1]}" if row.format else f"{row.shape[1]:,} weights")
+            columns["sparsity"].append(f"{row.sparsity:.4f}")
+            columns["format"].append(row.format)
+            columns["bytes"].append(f"{row.n_bytes:,}")
+            columns["of dense"].append(f"{row.n_bytes / row.dense_bytes:.3f}" if row.dense_bytes else "-")
+            columns["error"].append("" if row.error is None else f"{row.error:.4f}")
+            columns["time"].append("" if row.time_s is None else f"{row.time_s:.2f} s")
+            columns["why"].append(row.reason)
+        shown = {name: cells for name, cells in columns.items() if any(cells)}
+        return table([tuple(shown), *zip(*shown.values(), strict=True)])
+
+
+def report(model: nn.Module) -> Report:
+    """List every layer that is exported, masked, or dense and such that convert takes it unasked, with its memory.
+
+    >>> model = sparsify.convert(nn.Sequential(nn.Linear(8, 4)))
+    >>> row = report(sparsify.export(sparsify.prune(model, 0.75), format="csr"))[0]
+    >>> row.format, row.n_bytes, row.dense_bytes
+    ('csr', 60, 128)
+    """
+    rows = []
+    for name, layer in layers_of_type(model, nn.Module).items():
+        choice = layer.__dict__.get("choice")
+        measured = (choice.reason, dict(choice.times_us)) if isinstance(choice, Choice) else ("", {})
+        if isinstance(layer, Packed):
+            if layer.activation != "none":
+                applies = f"applies {layer.activation}"
+                measured = (f"{measured[0]}; {applies}" if measured[0] else applies, measured[1])
+            dense_bytes = layer.shape[0] * layer.shape[1] * layer.parts[-1].element_size()
+            n_bytes = _n_bytes(*layer.parts)
+            rows.append(Row(name, layer.shape, layer.sparsity, layer.form, n_bytes, dense_bytes, *measured))
+        kind = kind_of(layer)
+        unasked = kind is None or kind.unasked or isinstance(layer, Masked) or isinstance(choice, Choice)
+        for part, weight in matrices(layer).items() if unasked else ():
+            shape, n_bytes = (weight.shape[0], weight.shape[1]), _n_bytes(weight)
+            if isinstance(layer, Masked):
+                row = Row(name, shape, layer.sparsity, "masked", n_bytes + _n_bytes(layer.mask), n_bytes)
+            else:
+                row = Row(join(name, part), shape, _zeros(weight.detach()), "dense", n_bytes, n_bytes, *measured)
+            rows.append(row)
+        if isinstance(fit := layer.__dict__.get("fit"), Fit):
+            rows[-1] = replace(rows[-1], error=fit.error, time_s=fit.time_s)
+    return Report(tuple(rows))
+
+
+def table(lines: Sequence[Sequence[str]]) -> str:
+    """Lay out rows of text in columns, the first left-aligned, the others right-aligned, with a rule under the head.
+
+    >>> print(table([("a", "n"), ("long", "1")]))
+    a     n
+    -------
+    long  1
+    """
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = [
+        "  ".join(
+            cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+    return "\n".join([text[0], "-" * max(map(len, text)), *text[1:]])
+
+
+def _zeros(weight: Tensor) -> float:
+    """Return the fraction of a dense weight that is zero."""
+    return 1 - int(weight.count_nonzero()) / weight.numel() if weight.numel() and not weight.is_meta else 0.0
+
+
+def _n_bytes(*tensors: Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)

@@ -1,0 +1,1 @@
+"""Follow a recipe in a training loop."""

@@ -1,0 +1,95 @@
+"""Calibration data from the command line: texts, pictures, functions, and what is none of them."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sparsify
+from sparsify.cli import main
+from sparsify.cli.calibration_data import load_data
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> Path:
+    """A model folder with a tokenizer of a few words, and texts beside it."""
+    pytest.importorskip("tokenizers", reason="tokenizers is missing: pip install 'sparsify-torch[hf]'")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {f"w{i}": i for i in range(20)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    (tmp_path / "model").mkdir()
+    tokenizer.save(str(tmp_path / "model" / "tokenizer.json"))
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "b.txt").write_text(" ".join(f"w{i % 20}" for i in range(50, 103)))
+    (tmp_path / "texts" / "a.txt").write_text(" ".join(f"w{i % 20}" for i in range(50)))
+    return tmp_path
+
+
+def test_texts_are_cut_into_pieces_of_one_length(words: Path) -> None:
+    with pytest.warns(UserWarning, match=r"--data .*texts: 10 samples, and 100 were asked for \(--samples\)"):
+        batches = list(load_data(str(words / "texts"), f"hf:{words / 'model'}", samples=100, tokens=10))
+    ids = torch.cat([batch["input_ids"] for batch in batches])
+    assert ids.flatten().tolist() == [i % 20 for i in range(100)]  # the last three words fill no piece
+    assert [len(batch["input_ids"]) for batch in batches] == [8, 2]
+    few = list(load_data(str(words / "texts"), f"hf:{words / 'model'}", samples=2, tokens=10))
+    assert few[0]["input_ids"][:, 0].tolist() == [0, 50 % 20]
+
+
+@pytest.mark.parametrize(
+    ("source", "model", "options", "message"),
+    [
+        ("texts", "hf:{}/model", {"tokens": 200}, "the texts have 103 tokens, less than one sample of 200"),
+        ("texts", "hf:{}/model", {"samples": 0}, "--samples and --sample-tokens must be positive"),
+        ("texts", "my.models:small", {}, "texts need an hf:FOLDER model with a tokenizer.json"),
+        ("model", "hf:{}/model", {}, "no text or picture"),
+        ("nothing", "hf:{}/model", {}, "there is no such file or folder, nor such a function"),
+        ("json:nothing", "hf:{}/model", {}, "there is no such file or folder, nor such a function"),
+    ],
+)
+def test_what_is_no_data(words: Path, source: str, model: str, options: dict[str, int], message: str) -> None:
+    path = source if ":" in source else str(words / source)
+    with pytest.raises(ValueError, match=message):
+        load_data(path, model.format(words), **options)
+
+
+def test_pictures(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image", reason="pillow is missing: pip install pillow")
+    for number, size in enumerate([(300, 400), (224, 100), (500, 256)]):
+        image.new("RGB", size, (255, 0, 128)).save(tmp_path / f"{number}.png")
+    (batch,) = load_data(str(tmp_path), "torchvision:resnet18", samples=3)
+    assert batch.shape == (3, 3, 224, 224)
+    expected = (torch.tensor([1.0, 0.0, 128 / 255]) - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor(
+        [0.229, 0.224, 0.225]
+    )
+    torch.testing.assert_close(batch[0, :, 100, 100], expected)
+    (tmp_path / "note.txt").write_text("a text")
+    with pytest.raises(ValueError, match="both texts and pictures"):
+        load_data(str(tmp_path), "torchvision:resnet18")
+
+
+def test_compress_on_the_data_of_a_function(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "calibration_net.py").write_text(
+        "import torch\n"
+        "def build():\n    torch.manual_seed(0)\n"
+        "    return torch.nn.Sequential(torch.nn.Linear(16, 12), torch.nn.ReLU(), torch.nn.Linear(12, 4))\n"
+        "def batches():\n    torch.manual_seed(1)\n    return [torch.randn(32, 16) for _ in range(3)]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    out = tmp_path / "out.safetensors"
+    command = ["compress", "--model", "calibration_net:build", "--method", "sparsegpt", "--refit", "--sparsity", "0.5"]
+    assert main([*command, "--data", "calibration_net:batches", "--out", str(out), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["in_memory"]
+    assert [row["sparsity"] for row in rows] == [0.5, 0.5, 0.5]
+    assert all(0 < row["error"] < 1 for row in rows[:-1])
+    assert sparsify.inspect(out)[0].sparsity == 0.5
+    assert main([*command, "--out", str(out)]) == 2
+    assert "method 'sparsegpt' needs calibration data" in capsys.readouterr().err
+    assert main([*command, "--samples", "3", "--out", str(out)]) == 2
+    assert "--samples and --sample-tokens have no effect without --data" in capsys.readouterr().err

@@ -1,0 +1,160 @@
+"""export(format="auto"): measured, never slower than dense by its own measurement, and it says why."""
+
+import pytest
+import torch
+from torch import nn
+
+import sparsify
+from sparsify.hardware import gpu_timing
+from sparsify.hardware.timing import measure
+from sparsify.inference import form_selection as choose
+from sparsify.inference.form_selection import MARGIN, Choice, Chooser
+from sparsify.kernels.cpu import library as native
+
+
+def pruned(sparsity=0.9, sizes=(256, 256), dtype=torch.float32):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(*sizes, dtype=dtype), nn.ReLU(), nn.Linear(*reversed(sizes), dtype=dtype))
+    return sparsify.prune(sparsify.convert(model), sparsity)
+
+
+def fake_times(monkeypatch, **times):
+    monkeypatch.setattr(Chooser, "_measure", lambda *_: dict(times))
+
+
+@pytest.mark.parametrize(
+    ("times", "form"),
+    [
+        ({"dense": 100.0, "panel": 50.0, "bitmask": 60.0}, "panel"),
+        ({"dense": 100.0, "panel": 80.0, "bitmask": 60.0}, "bitmask"),
+        ({"dense": 100.0, "panel": 100.0 * MARGIN + 0.1, "bitmask": 200.0}, "dense"),
+        ({"dense": 100.0}, "dense"),
+    ],
+)
+def test_the_fastest_is_taken_and_dense_where_nothing_beats_it(monkeypatch, times, form):
+    if form not in ("dense", "csr") and not native.available():
+        pytest.skip(f"no native kernels: {native.why_missing()}")
+    fake_times(monkeypatch, **times)
+    fast = sparsify.export(pruned())
+    for row in sparsify.report(fast):
+        assert (row.format, row.times_us) == (form, times)
+        assert row.sparsity == pytest.approx(0.9, abs=1e-4)
+    assert isinstance(fast[0], nn.Linear if form == "dense" else sparsify.CSRLinear)
+
+
+def test_the_report_says_why():
+    times = {"dense": 100.0, "panel": 50.0, "bitmask": 160.0}
+    assert Choice("panel", 64, times, "m").reason == "2.00x dense for 64 tokens (50 of 100 us)"
+    slow = {"dense": 100.0, "panel": 200.0, "bitmask": 125.0}
+    assert Choice("dense", 64, slow, "m").reason == "sparse is no faster for 64 tokens: bitmask 0.80x dense"
+    assert "sparsify doctor" in Choice("dense", 64, {"dense": 100.0}, "m").reason
+    assert Choice("csr", 0, {}, "").reason == "asked for"
+
+
+@pytest.mark.skipif(not native.available(), reason="no native kernels")
+def test_a_real_measurement_times_every_form_and_each_kind_of_layer_once(monkeypatch):
+    calls = []
+    original = Chooser._measure
+    monkeypatch.setattr(Chooser, "_measure", lambda *a: calls.append(1) or original(*a))
+    model = sparsify.convert(nn.Sequential(*(nn.Linear(96, 96) for _ in range(3)), nn.Linear(96, 96, bias=False)))
+    rows = sparsify.report(sparsify.export(sparsify.prune(model, 0.9), tokens=16))
+    assert len(calls) == 2
+    for row in rows:
+        assert set(row.times_us) == {"dense", *native.FORMS}
+        assert all(t > 0 for t in row.times_us.values())
+        assert row.times_us[row.format] == min(row.times_us.values()) or row.format == "dense"
+        assert row.times_us[row.format] <= row.times_us["dense"]
+
+
+def test_where_no_native_kernel_runs_the_layer_stays_dense_and_says_so():
+    fast = sparsify.export(pruned(sizes=(16, 16), dtype=torch.float64))
+    rows = list(sparsify.report(fast))
+    assert [row.format for row in rows] == ["dense", "dense"]
+    assert all("no sparse kernel runs here" in row.reason for row in rows)
+    x = torch.randn(3, 16, dtype=torch.float64)
+    assert torch.equal(fast(x), pruned(sizes=(16, 16), dtype=torch.float64)(x))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tokens": 0}, "tokens must be at least 1"),
+        ({"format": "csr", "tokens": 4}, "tokens=4 has no effect"),
+        ({"prefer": "size"}, "prefer='size' is none of: speed, memory"),
+        ({"format": "csr", "prefer": "memory"}, "prefer='memory' has no effect"),
+        ({"format": "fast"}, "'fast' is none of: auto, dense, csr"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        sparsify.export(pruned(), **arguments)
+
+
+def test_a_form_that_does_not_run_here_is_an_error_with_the_way_out():
+    with pytest.raises(ValueError, match=r"0: the form 'panel' does not run .* use format='csr'"):
+        sparsify.export(pruned(sizes=(8, 8), dtype=torch.float64), format="panel")
+
+
+def test_measuring_draws_no_random_numbers_of_the_users(monkeypatch):
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    choose.Chooser(4).choose(sparsify.SparseLinear(8, 8, 0.0, device="meta").to_empty(device="cpu"))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_memory_is_part_of_the_choice():
+    times = {"dense": 100.0, "panel": 50.0, "bitmask": 51.0, "gather": 200.0}
+    n_bytes = {"dense": 1000, "panel": 800, "bitmask": 600, "gather": 500}
+    assert choose._best(times, n_bytes, "speed") == "bitmask"  # as fast as panel within the margin, and smaller
+    assert choose._best({**times, "bitmask": 52.0}, n_bytes, "speed") == "panel"
+    assert choose._best(times, n_bytes, "memory") == "gather"
+    assert choose._best({"dense": 1.0}, {"dense": 1000}, "memory") == "dense"
+    slower = Choice("gather", 64, times, "m")
+    assert slower.reason == "0.50x dense for 64 tokens (200 of 100 us), taken for its memory"
+
+
+@pytest.mark.skipif(not native.available(), reason="no native kernels")
+def test_prefer_memory_takes_the_smallest_that_was_measured():
+    model = pruned(0.7)
+    rows = sparsify.report(sparsify.export(model, tokens=4, prefer="memory"))
+    forms = [sparsify.report(sparsify.export(model, format=form)) for form in native.FORMS]
+    for i, row in enumerate(rows):
+        assert row.n_bytes == min(other[i].n_bytes for other in forms) < row.dense_bytes
+
+
+class OnGPU(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.skipif(not native.available(), reason="no native kernels")
+def test_on_a_gpu_copies_of_a_layer_take_turns(monkeypatch):
+    """So that none finds its weight in the cache; here with a stand-in for the device."""
+    seen = {}
+
+    def replays(calls, device, *, rounds, sample_s):
+        seen.update({form: len(group) for form, group in calls.items()})
+        weights = {call.__closure__[0].cell_contents._buffers["values"].data_ptr() for call in calls["panel"]}
+        assert len(weights) == 3
+        return measure(calls, rounds=1, sample_s=1e-4)
+
+    monkeypatch.setattr(gpu_timing, "n_copies", lambda n_bytes, device: 3)
+    monkeypatch.setattr(gpu_timing, "measure_replays", replays)
+    candidates = choose._candidates(pruned()[0], ("panel",))
+    with torch.inference_mode():
+        times = Chooser(4)._measure(candidates, torch.randn(4, 256).as_subclass(OnGPU))
+    assert seen == {"dense": 3, "panel": 3}
+    assert set(times) == set(seen)
+
+
+def test_export_for_a_device_moves_a_copy():
+    model = pruned(sizes=(16, 16))
+    x = torch.randn(2, 16)
+    fast = sparsify.export(model, format="csr", device="cpu")
+    assert torch.equal(fast(x), model(x))
+    assert fast[0].bias.data_ptr() == model[0].bias.data_ptr()  # it was there already
+    with pytest.raises(ValueError, match="on the meta device and has no data"):
+        sparsify.export(model, format="csr", device="meta")
+    assert all(parameter.device.type == "cpu" for parameter in model.parameters())

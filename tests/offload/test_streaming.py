@@ -1,0 +1,182 @@
+"""A model pruned from disk, block by block, comes out as the same model pruned in memory; stopped and resumed too."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import sparsify
+from sparsify.conversion.convert import sparse_layers
+from sparsify.layers import Masked
+from sparsify.masking.layer_solve import Task
+from sparsify.offload.disk_offload import Resident, Weights, largest_block_bytes, without_memory
+from sparsify.offload.journal import Journal
+from sparsify.offload.streaming import prune_from_disk, write_from_disk
+from sparsify.pruning.oneshot import Order, make_tasks
+from sparsify.reporting.report import Report
+
+WIDTH, N_BLOCKS = 32, 6
+BATCHES = [{"ids": torch.randint(50, (4, 9), generator=torch.Generator().manual_seed(i))} for i in range(3)]
+
+
+class Block(nn.Module):
+    """Norm, two layers that share an input, a third; and a frequency that is in no file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.left, self.right = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(WIDTH, 2 * WIDTH, bias=False)
+        self.out = nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, *, turn: Tensor) -> Tensor:
+        y = self.norm(x) * turn
+        return x + self.out(torch.sigmoid(self.left(y)) * self.right(y))
+
+
+class Small(nn.Module):
+    """A language model with a tied head, a rotary buffer that is in no file, and one that is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(N_BLOCKS))
+        self.head = nn.Linear(WIDTH, 50, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("turn", torch.linspace(0.5, 1.5, WIDTH), persistent=False)
+        self.register_buffer("scale", torch.ones(1))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids) * self.scale
+        for block in self.blocks:
+            x = block(x, turn=self.turn)
+        return self.head(x)
+
+
+def made() -> Small:
+    torch.manual_seed(0)
+    model = Small().eval()
+    model.scale.fill_(2.0)
+    return model
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The model's weights in two files with an index; the tied head is there once."""
+    state = {name: tensor.detach().clone() for name, tensor in made().state_dict().items() if name != "head.weight"}
+    names = sorted(state)
+    parts = {"model-1.safetensors": names[: len(names) // 2], "model-2.safetensors": names[len(names) // 2 :]}
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    for file, inside in parts.items():
+        save_file({name: state[name] for name in inside}, folder / file)
+    where = {name: file for file, inside in parts.items() for name in inside}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    return folder
+
+
+def empty() -> nn.Module:
+    with without_memory():
+        model = Small().eval()
+    return sparsify.convert(model, include="blocks.*")
+
+
+def tasks_for(model: nn.Module) -> dict[str, Task]:
+    shapes = {name: layer.shape for name, layer in sparse_layers(model).items()}
+    return make_tasks(shapes, Order(0.5, "sparsegpt"))
+
+
+def from_disk(folder: Path, out: Path, **options: Any) -> Report:
+    model = empty()
+    journal = Journal(out.with_suffix(".partial"), {"sparsity": "0.5"})
+    prune_from_disk(model, Weights(folder), tasks_for(model), BATCHES, journal, **options)
+    return write_from_disk(model, Weights(folder), journal, out, format="csr")
+
+
+def test_the_file_is_that_of_the_model_in_memory(folder: Path, tmp_path: Path) -> None:
+    model = sparsify.convert(made(), include="blocks.*")
+    sparsify.prune(model, 0.5, method="sparsegpt", data=BATCHES)
+    expected = sparsify.export(model, format="csr")
+    report = from_disk(folder, tmp_path / "out.safetensors", cache_bytes=0)
+    loaded = sparsify.load(tmp_path / "out.safetensors", Small().eval())
+    assert {row.name: row.sparsity for row in report} == dict.fromkeys(sparse_layers(model), 0.5)
+    assert all(row.error and row.error > 0 for row in report)
+    with torch.no_grad():
+        assert torch.equal(loaded(**BATCHES[0]), expected(**BATCHES[0]))
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_only_a_block_is_in_memory(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Resident] = []
+    fetch = Resident.fetch
+    held: list[int] = []
+
+    def watched(self: Resident, module: nn.Module) -> None:
+        fetch(self, module)
+        seen.append(self)
+        tensors = [*self.model.parameters(), *(b for m in self.model.modules() for b in m.buffers(recurse=False))]
+        held.append(sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()))
+
+    monkeypatch.setattr(Resident, "fetch", watched)
+    from_disk(folder, tmp_path / "out.safetensors")
+    bound = largest_block_bytes(empty())
+    whole = sum(p.numel() * p.element_size() for p in made().parameters())
+    assert seen[-1].peak_bytes <= bound < whole / 4
+    assert max(held) <= bound + 2000  # and the buffers, and one value for each tensor that is not there
+
+
+class Stopped(Exception):
+    """Stands for a killed process."""
+
+
+@pytest.mark.parametrize("n_finished", [1, 7, 3 * N_BLOCKS])
+def test_resumed_where_it_stopped_the_file_is_the_same(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_finished: int
+) -> None:
+    from_disk(folder, tmp_path / "whole.safetensors")
+    write, written = Journal.write, list[str]()
+
+    def stopping(self: Journal, name: str, layer: Masked) -> None:
+        if len(written) == n_finished:
+            raise Stopped
+        written.append(name)
+        write(self, name, layer)
+
+    monkeypatch.setattr(Journal, "write", stopping)
+    if n_finished < 3 * N_BLOCKS:
+        with pytest.raises(Stopped):
+            from_disk(folder, tmp_path / "out.safetensors")
+    else:
+        from_disk(folder, tmp_path / "out.safetensors")
+    assert len(written) == n_finished
+    again: list[str] = []
+    monkeypatch.setattr(Journal, "write", lambda self, name, layer: (again.append(name), write(self, name, layer)))
+    from_disk(folder, tmp_path / "out.safetensors")
+    assert not set(again) & set(written)
+    assert len(again) + len(written) == 3 * N_BLOCKS
+    assert (tmp_path / "out.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+
+
+def test_a_journal_of_another_run_is_refused(tmp_path: Path) -> None:
+    Journal(tmp_path / "run", {"sparsity": "0.5", "method": "wanda"})
+    with pytest.raises(ValueError, match=r"another method \(wanda, now sparsegpt\)"):
+        Journal(tmp_path / "run", {"sparsity": "0.5", "method": "sparsegpt"})
+
+
+def test_what_is_not_this_models_file_is_refused(folder: Path, tmp_path: Path) -> None:
+    def refused(state: Mapping[str, Tensor], message: str) -> None:
+        save_file(dict(state), tmp_path / "odd.safetensors")
+        with pytest.raises(ValueError, match=message):
+            Resident(empty(), Weights(tmp_path / "odd.safetensors"), Journal(tmp_path / "run", {}), 0)
+
+    state = {name: tensor.clone() for name, tensor in made().state_dict().items() if name != "head.weight"}
+    refused({**state, "more": torch.ones(1)}, "1 tensors are too many")
+    refused({**state, "blocks.0.out.weight": torch.ones(2, 2)}, r"blocks.0.out.weight is \(2, 2\) in the file")
+    refused({name: tensor for name, tensor in state.items() if name != "blocks.0.out.weight"}, "lacks 1")
+    with pytest.raises(FileNotFoundError, match="there is no weights file"):
+        Weights(tmp_path / "nowhere")
