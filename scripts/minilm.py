@@ -1,4 +1,4 @@
-"""MiniLM-L6 and how good its sentence embeddings are: shared by the demo, oneshot.py and tests/test_minilm.py.
+"""MiniLM-L6 and how good its sentence embeddings are: shared by the demo, oneshot.py and tests/scripts/test_minilm.py.
 
 Quality is the correlation of embedding similarities with human ratings of the Lee news documents: 50 documents,
 1225 pairs, each rated by about ten people (Lee, Pincombe and Welsh 2005). `scripts/assets.py` fetches model and data.

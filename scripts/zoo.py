@@ -3,7 +3,7 @@
     scripts/zoo.py                     all of them, to docs/models.md
     scripts/zoo.py --only swin_t       some of them, printed
 
-tests/test_zoo.py goes through the same table, but for what takes a minute; here, what fails becomes a cell of it.
+tests/scripts/test_zoo.py goes through the same table, but for what takes a minute; here, what fails becomes a cell.
 """
 
 import argparse

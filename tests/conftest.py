@@ -1,16 +1,12 @@
-"""What several test files use: the modules in scripts/, one thread, and each instruction set of the native kernels."""
+"""Fixtures of several test files, and the instruction sets of the native kernels that a run has tested."""
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from tested_kernels import TestedKernels
 
 from sparsify.kernels.cpu import library as native
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 TESTED = pytest.StashKey[TestedKernels]()
 DESELECTED = pytest.StashKey[bool]()

@@ -1,4 +1,4 @@
-"""The zoo: the architectures that scripts/zoo.py and tests/test_zoo.py go through, and what must hold for each."""
+"""The zoo of architectures, and what must hold for each: scripts/zoo.py and tests/scripts/test_zoo.py go through it."""
 
 from __future__ import annotations
 

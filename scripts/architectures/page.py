@@ -28,7 +28,7 @@ def page(rows: Mapping[str, Row]) -> str:
     return f"""# Models
 
 What sparsify does with {len(rows)} models, each as it comes: nothing in the library knows their names.
-Written by `scripts/zoo.py` with {versions}; `tests/test_zoo.py` goes through the same list.
+Written by `scripts/zoo.py` with {versions}; `tests/scripts/test_zoo.py` goes through the same list.
 
 ## How much becomes sparse
 

@@ -53,8 +53,8 @@ def convert(
     dtypes, flags and hooks. An nn.MultiheadAttention becomes a `LayeredAttention` first, which adds up in another
     order: its outputs stay the same up to rounding. A Linear pruned by torch.nn.utils.prune or torch.ao.pruning keeps
     its mask. Layers are chosen by globs over their names, "re:" patterns, or module types; see
-    `sparsify.layer_names.Selector`. `types` says which kinds of modules are converted at all, by their dense type (default:
-    every kind that is nothing but linear maps).
+    `sparsify.layer_names.Selector`. `types` says which kinds of modules are
+    converted at all, by their dense type (default: every kind that is nothing but linear maps).
 
     A subclass of nn.Linear without methods of its own is converted too, and comes back as nn.Linear. The adapters of
     peft (LoRA) are left alone, the layers they are added to are not.

@@ -1,5 +1,5 @@
 // Activations on vectors, after one of the simd_*.h headers. Measured against float64 over all magnitudes: at most 4
-// units in the last place for SiLU and GELU (erf), see tests/kernels/test_activation.py. NaN in, NaN out; infinities as
+// units in the last place for SiLU and GELU (erf), see tests/kernels/cpu/test_activation.py. NaN in, NaN out; infinities as
 // in torch.
 //
 // Coefficients: weighted least squares, reweighted towards the smallest maximal relative error.

@@ -36,7 +36,7 @@ from sparsify.masking.patterns import (
     unit_any,
     unit_scores,
 )
-from sparsify.unseen import named
+from sparsify.masking.unseen import named
 
 Allocation = str | Mapping[str, float]
 

@@ -33,16 +33,17 @@ def prune(
     """Mask the layers of a converted model to an absolute sparsity, in place, and return the model.
 
     sparsity: fraction of zeros, 0 to 1; left out where the pattern ("2:4") or an allocation dict says it.
-    method: "magnitude", "random", or a function `(weight) -> scores` (see sparsify.masking.methods.registry); seed is for random ones;
-    with data also "wanda", "sparsegpt" and "alps", the best and slowest.
+    method: "magnitude", "random", or a function `(weight) -> scores` (see sparsify.masking.methods.registry);
+    seed is for random ones; with data also "wanda", "sparsegpt" and "alps", the best and slowest.
     pattern: "unstructured", "rows", "columns", N:M ("2:4"), blocks rows x columns ("4x1").
     allocation: "uniform", the same for each layer; "global", all layers ranked together; "erk"; or a dict
     {layer pattern: sparsity}, of which the first match counts; with data also "owl" (outliers among the inputs) and
     "error" (measured for each layer). max_sparsity: no layer loses more, where the allocation shares one target.
 
     data: batches of the model's inputs, a few hundred samples in all: tensors, tuples of positional arguments, or dicts
-    of keyword arguments (`sparsify.calibration.batches.read_batches`); read once. The layers are then pruned in the order in
-    which they run, each on what those before it have become, and the report tells how far their outputs moved.
+    of keyword arguments (`sparsify.calibration.batches.read_batches`); read once. The layers are then pruned in
+    the order in which they run, each on what those before it have become, and the report tells how far their outputs
+    moved.
     refit: change the kept weights to the ones that reproduce the layer's outputs best. correct: let them aim
     at the outputs of the dense model, to make up for what the layers before have lost. cache_bytes: how much of the
     data on its way through the model stays in memory; the rest, and what the layers were before, goes to a temporary

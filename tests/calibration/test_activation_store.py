@@ -39,7 +39,8 @@ def test_what_is_put_in_again_takes_the_place_of_what_was_there() -> None:
 
 def test_nothing_stays_behind_even_where_the_process_is_killed(tmp_path: Path) -> None:
     program = (
-        "import os, signal, torch; from sparsify.calibration.activation_store import Budget, Shelf; shelf = Shelf(1, Budget(0)); "
+        "import os, signal, torch; from sparsify.calibration.activation_store import Budget, Shelf; "
+        "shelf = Shelf(1, Budget(0)); "
         "shelf[0] = torch.ones(4); assert shelf.n_on_disk == 1; os.kill(os.getpid(), signal.SIGKILL)"
     )
     environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(sparsify.__file__).parents[1])}

@@ -23,7 +23,7 @@ import sparsify
 from sparsify import CheckpointError, CSRLinear, SparseLinear
 from sparsify.checkpoint import container
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 
 
 class Net(nn.Module):

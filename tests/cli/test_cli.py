@@ -17,7 +17,7 @@ from sparsify import CSRLinear
 from sparsify.cli import main
 from sparsify.cli.models import build_model, load_weights
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
 NET = "test_cli:net"
 

@@ -17,7 +17,7 @@ from sparsify.kernels.torch_ops import FORM_IDS
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no native kernels: {native.why_missing()}")
 
-#: Those whose kernels run on this CPU: of the forms for GPUs none, or all where TRITON_INTERPRET=1 (tests/test_gpu.py).
+#: Those whose kernels run on this CPU: of the forms for GPUs none, or all where TRITON_INTERPRET=1 (test_gpu.py).
 HERE = [form for form in FORMS if supports(form, torch.device("cpu"), torch.float32)]
 HERE = [form for form in HERE if form not in PATTERNED]  # the masks here have no pattern
 PACKED = [form for form in HERE if form != "csr"]

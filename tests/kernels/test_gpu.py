@@ -29,7 +29,7 @@ from sparsify.kernels.csr import CSR, csr_to_dense, dense_to_csr
 from sparsify.kernels.gpu import two_four
 from sparsify.masking.patterns import nm_mask
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -59,7 +59,7 @@ def test_under_the_interpreter() -> None:
     if version("triton") < (3, 7) and version("numpy") >= (2, 4):
         pytest.skip("the interpreter of triton 3.6 does not run with numpy 2.4")
     life = "tiles and not (rows1 or relu or gelu or silu or dtype1 or second) or narrow and (copy or state_dict)"
-    ran = interpreted("tests/gpu", "tests/test_forms.py", "-k", f"test_kernels or {life}")
+    ran = interpreted("tests/kernels/gpu", "tests/kernels/test_forms.py", "-k", f"test_kernels or {life}")
     assert ran.returncode == 0, ran.stdout[-5000:] + ran.stderr[-2000:]
     passed = re.search(r"(\d+) passed", ran.stdout)
     assert passed is not None

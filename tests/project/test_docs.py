@@ -19,7 +19,7 @@ import sparsify
 from sparsify.masking.schedules import Kind, Schedule
 from sparsify.recipes.recipe import Group, Recipe
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_readme_example_runs(tmp_path, monkeypatch, capsys):

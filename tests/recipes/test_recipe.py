@@ -13,7 +13,7 @@ import sparsify
 from sparsify import Pruner, Recipe, RecipeError, SparseLinear
 from sparsify.recipes.dry_run import plan
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
 
 def net() -> nn.Sequential:

@@ -9,7 +9,7 @@ from architectures.checks import CHECKS, Subject
 
 HERE = [file for file in FILES if not why_missing(file)]
 NAMES = [(file, name) for file in HERE for name, model in models(file).items() if model.quick]
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,7 +1,7 @@
 """A small training with a checkpoint after each step, to be killed and run again; started by test_resume.py.
 
-python tests/interrupted.py FOLDER: goes on from FOLDER/checkpoint.pt if there is one, prints each step, and leaves the
-end in FOLDER/end.pt.
+python tests/training/interrupted.py FOLDER: goes on from FOLDER/checkpoint.pt if there is one, prints each step, and
+leaves the end in FOLDER/end.pt.
 """
 
 import os

@@ -18,7 +18,7 @@ FORMS = ("panel", "bitmask", "gather")
 ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
-_PACKAGE = Path(__file__).resolve().parent.parent
+_PACKAGE = Path(__file__).resolve().parents[2]
 _LIBRARY = Path(os.environ.get("SPARSIFY_NATIVE_LIBRARY", _PACKAGE / "_native.so"))
 _ERRORS = {
     -1: "crow and col are no CSR matrix of this shape: pointers must rise from 0, columns must rise within a row",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SOURCES = Path(__file__).resolve().parent.parent.parent / "sparsify" / "csrc"
+SOURCES = Path(__file__).resolve().parents[3] / "sparsify" / "csrc"
 COMPILER = os.environ.get("CXX", "g++")
 
 # What team.cpp decides, event after event. Each is followed by the ms at which it ends and by the processors left to

@@ -16,7 +16,7 @@ class Launch(NamedTuple):
     @property
     def name(self) -> str:
         """The form (or "epilogue") and the name of the kernel."""
-        return f"{self.kernel.fn.__module__.rsplit('_', 1)[1]}.{self.kernel.fn.__name__}"
+        return f"{self.kernel.fn.__module__.rsplit('.', 1)[1]}.{self.kernel.fn.__name__}"
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import sparsify
 from sparsify.conversion.module_surgery import become
-from sparsify.transaction import Transaction
+from sparsify.conversion.transaction import Transaction
 
 
 class Stop(BaseException):
