@@ -11,39 +11,19 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic_core
-import safetensors
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
+from sparsify.checkpoint.tensor_file import DTYPES, TensorFile
 from sparsify.errors import CheckpointError
 from sparsify.inference.form_selection import Choice
 from sparsify.outputs import check_writable, new_file
 
 VERSION = 1
-
-#: The dtypes a file may hold, under safetensors' names.
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 _Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 _Size = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -112,22 +92,11 @@ def read(path: str | os.PathLike[str]) -> tuple[Header, dict[str, Tensor]]:
 
     Raises CheckpointError, or OSError where the path cannot be opened.
     """
-    if Path(path).is_dir():
-        raise IsADirectoryError(f"{path} is a folder, not a checkpoint")
-    if not Path(path).exists():
-        raise FileNotFoundError(f"there is no file {path}")
-    if not Path(path).is_file():
-        raise OSError(f"{path} is a device or a pipe, not a checkpoint")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            header = _read_header(file.metadata() or {}, path)
-            if odd := sorted(set(file.keys()) ^ set(header.tensors)):
-                raise CheckpointError(f"{path}: the file and its header disagree about the tensor {odd[0]!r}")
-            return header, {name: _read_tensor(file, name, header.tensors[name], path) for name in header.tensors}
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(
-            f"{path}: not a whole safetensors file ({error}); was it cut off, or written by torch.save?"
-        ) from None
+    with TensorFile(path) as file:
+        header = _read_header(file.metadata, path)
+        if odd := sorted(set(file) ^ set(header.tensors)):
+            raise CheckpointError(f"{path}: the file and its header disagree about the tensor {odd[0]!r}")
+        return header, {name: _read_tensor(file, name, header.tensors[name], path) for name in header.tensors}
 
 
 def _read_header(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> Header:
@@ -160,12 +129,8 @@ def _read_header(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> H
     return header
 
 
-def _read_tensor(file: Any, name: str, sha256: str, path: str | os.PathLike[str]) -> Tensor:
-    dtype = file.get_slice(name).get_dtype()
-    if dtype not in DTYPES.values():
-        raise CheckpointError(f"{path}: tensor {name!r} has the dtype {dtype}, which no checkpoint holds")
-    # The clone is ours: the file may be changed or cut under a mapped tensor.
-    tensor: Tensor = file.get_tensor(name).clone()
+def _read_tensor(file: TensorFile, name: str, sha256: str, path: str | os.PathLike[str]) -> Tensor:
+    tensor = file.read(name)
     if _sha256(tensor) != sha256:
         raise CheckpointError(f"{path}: tensor {name!r} was altered (its SHA-256 does not match)")
     return tensor

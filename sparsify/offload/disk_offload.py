@@ -10,55 +10,50 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor, nn
 
-from sparsify.checkpoint.container import DTYPES
+from sparsify.checkpoint.tensor_file import TensorFile
 from sparsify.checkpoint.weight_codec import unpack_layer
 from sparsify.layers import Masked
 from sparsify.offload.journal import Journal
 
 _READ_WHOLE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # they read the weights of their children
-_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
 class Weights:
     """The tensors of a safetensors file, or of a folder of them with an index, read one at a time.
 
-    Raises ValueError for a folder without such files, OSError for a path that is not there.
+    All files are opened at once, and stay the same ones if others are put in their place. Raises ValueError for a
+    folder without such files, or if another program writes into one; OSError for a path that is not there.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self.files: dict[str, Path] = {}
-        for file in self._find():
-            with self._open(file) as tensors:
-                self.files.update(dict.fromkeys(tensors.keys(), file))
+        opened = {file: TensorFile(file) for file in self._find()}
+        for file, tensors in opened.items():
+            if not tensors.is_at(file):  # some of the others may be of the new ones, and some of the old
+                raise ValueError(f"{file}: another program replaced it while the weights were being opened; try again")
+        self._files = {name: tensors for tensors in opened.values() for name in tensors}
 
     def __contains__(self, name: str) -> bool:
-        return name in self.files
+        return name in self._files
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.files)
+        return iter(self._files)
 
     def read(self, name: str) -> Tensor:
-        """Read a tensor into memory of its own; pages of a mapped file would count as ours while it is open."""
-        with self._open(self.files[name]) as tensors:
-            tensor: Tensor = tensors.get_tensor(name)
-            return tensor.clone()
+        """Read a tensor into memory of its own."""
+        return self._files[name].read(name)
 
     def dtype(self, name: str) -> torch.dtype:
         """Return a tensor's dtype without reading it."""
-        with self._open(self.files[name]) as tensors:
-            return _DTYPES[tensors.get_slice(name).get_dtype()]
+        return self._files[name].dtype(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape without reading it."""
-        with self._open(self.files[name]) as tensors:
-            return tuple(tensors.get_slice(name).get_shape())
+        return self._files[name].shape(name)
 
     def _find(self) -> list[Path]:
         if self.path.is_file():
@@ -66,11 +61,7 @@ class Weights:
         if not self.path.is_dir():
             raise FileNotFoundError(f"there is no weights file or folder {self.path}")
         index = self.path / "model.safetensors.index.json"
-        if index.is_file():
-            named = set(json.loads(index.read_text())["weight_map"].values())
-            files = [self.path / name for name in sorted(named)]
-        else:
-            files = sorted(self.path.glob("*.safetensors"))
+        files = _indexed(index) if index.is_file() else sorted(self.path.glob("*.safetensors"))
         if missing := [file.name for file in files if not file.is_file()]:
             raise FileNotFoundError(f"{self.path}: the index names {missing[0]}, which is not there")
         if not files:
@@ -79,12 +70,16 @@ class Weights:
             )
         return files
 
-    def _open(self, file: Path) -> contextlib.AbstractContextManager[Any]:
-        try:
-            opened: contextlib.AbstractContextManager[Any] = safetensors.safe_open(file, framework="pt")
-            return opened
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
+
+def _indexed(index: Path) -> list[Path]:
+    """Return the files that an index names; they lie beside it."""
+    try:
+        named = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{index}: not an index of weights (a JSON object with a weight_map to file names)") from None
+    if odd := [name for name in named if not isinstance(name, str) or Path("x", name).parent != Path("x")]:
+        raise ValueError(f"{index}: it names {odd[0]!r}, which is no name of a file beside it")
+    return [index.parent / name for name in named]
 
 
 @contextlib.contextmanager
