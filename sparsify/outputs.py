@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -42,7 +43,7 @@ def new_file(path: str | os.PathLike[str], label: str = "") -> Iterator[BinaryIO
     ('all of it', ['a.txt'])
     """
     target = _target(path, label)
-    temporary = target.with_name(f".sparsify-{secrets.token_hex(8)}.tmp")  # in its folder: a rename needs one disk
+    temporary = target.with_name(_temporary_name())  # in its folder: a rename needs one disk
     try:
         with open(temporary, "xb", opener=_private if target.exists() else None) as file:
             if target.exists():
@@ -60,6 +61,15 @@ def write_text(path: str | os.PathLike[str], text: str, label: str = "") -> None
     """Write a text file as `new_file` does, in UTF-8."""
     with new_file(path, label) as file:
         file.write(text.encode())
+
+
+def is_temporary(file: Path) -> bool:
+    """Return whether a file is a half-written one of `new_file`, which a killed process has left."""
+    return re.fullmatch(r"\.sparsify-[0-9a-f]{16}\.tmp", file.name) is not None
+
+
+def _temporary_name() -> str:
+    return f".sparsify-{secrets.token_hex(8)}.tmp"
 
 
 def _target(path: str | os.PathLike[str], label: str) -> Path:

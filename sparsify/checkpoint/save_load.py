@@ -120,14 +120,6 @@ def load(path: str | os.PathLike[str], model: Model) -> Model:
     return model
 
 
-def read_layer(path: str | os.PathLike[str]) -> tuple[LayerEntry, dict[str, Tensor]]:
-    """Read a file that `save` wrote of one masked layer: its entry, and its tensors by their names below the layer."""
-    header, tensors = container.read(path)
-    if list(header.layers) != [""]:
-        raise CheckpointError(f"{path}: not a file of one layer")
-    return header.layers[""], tensors
-
-
 def inspect_file(path: str | os.PathLike[str]) -> Report:
     """List the layers that a file holds, without a model; bytes are those in the file.
 

@@ -52,8 +52,14 @@ def pack_layer(module: nn.Module) -> tuple[LayerEntry, dict[str, Tensor]]:
     return entry, (dense_to_csr if chosen == "csr" else pack_bitmask)(weight, mask)._asdict()
 
 
+def packed_bytes(shape: tuple[int, int], n_kept: int, itemsize: int) -> int:
+    """Return the bytes of a weight in its smallest format."""
+    n_dense = shape[0] * shape[1] * itemsize
+    return min(csr_bytes(shape, n_kept, itemsize), bitmask_bytes(shape, n_kept, itemsize), n_dense)
+
+
 def unpack_layer(entry: LayerEntry, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the weight and the mask, both (out_features, in_features), that `read_layer` has read packed."""
+    """Return the weight and the mask, both (out_features, in_features), of a layer that was read packed."""
     csr = take_weights({"": entry}, dict(tensors))[""]
     return csr_to_dense(csr, entry.shape)
 

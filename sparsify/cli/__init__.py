@@ -42,7 +42,7 @@ from sparsify.errors import CheckpointError, LeftDenseWarning, RecipeError
 from sparsify.hardware.machine import doctor
 from sparsify.inference.export import FORMATS, check_format
 from sparsify.masking.methods.registry import CALIBRATED, METHODS, SOLVERS
-from sparsify.offload.journal import fingerprint
+from sparsify.offload.fingerprints import data_fingerprint
 from sparsify.outputs import check_writable
 from sparsify.pruning.sensitivity import SPARSITIES
 from sparsify.recipes.dry_run import PlannedLayer, plan
@@ -94,7 +94,7 @@ def compress(arguments: argparse.Namespace) -> None:
     with together():
         if data is not None:
             data = list(data)
-            if not same_everywhere(int(fingerprint(data)[:15], 16)):
+            if not same_everywhere(int(data_fingerprint(data)[:15], 16)):
                 raise ValueError("--data: not the same batches in every process; draw them with a fixed seed")
         done = (_compress_layer_by_layer if by_layer else _compress_in_memory)(arguments, recipe, data, out)
     if done is not None:

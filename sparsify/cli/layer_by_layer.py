@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import importlib
 import math
+import warnings
 from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +22,22 @@ from sparsify.checkpoint.save_load import save
 from sparsify.cli.models import build_empty, importable_from_here
 from sparsify.conversion.convert import convert
 from sparsify.inference.export import export
-from sparsify.offload.disk_offload import Weights
-from sparsify.offload.journal import Journal, fingerprint
-from sparsify.offload.streaming import CACHE_BYTES, prune_from_disk, prune_resumably, running_from_disk, write_from_disk
+from sparsify.offload.disk_offload import Weights, named_tensors
+from sparsify.offload.fingerprints import data_fingerprint, structure_fingerprint, tensors_fingerprint
+from sparsify.offload.journal import Journal, check_unused
+from sparsify.offload.streaming import (
+    CACHE_BYTES,
+    least_bytes,
+    prune_from_disk,
+    prune_resumably,
+    running_from_disk,
+    write_from_disk,
+)
+from sparsify.outputs import check_space
 from sparsify.pruning.recover import recover
 from sparsify.pruning.sensitivity import Sensitivity, draw, measure_sensitivity
 from sparsify.recipes.recipe import Recipe, assign_layers, tasks_of
-from sparsify.reporting.report import Report, report, table
+from sparsify.reporting.report import Report, Row, report, table
 
 Qualities = dict[str, float]
 
@@ -40,36 +52,28 @@ def compress_layer_by_layer(
 
     Returns None in all processes of torchrun but the first.
     """
-    if model is None and recipe.recover is not None:
-        raise ValueError("recover trains the whole model at once and cannot --stream; leave one of them out")
     folder = out.with_name(out.name + ".partial")
-    if is_first() and folder.exists() and not arguments.resume:
-        raise ValueError(f"{folder} is what an interrupted run has finished; go on with --resume, or delete it")
-    source: Any = None
+    if is_first():
+        check_unused(folder, resume=arguments.resume)
+    evaluate = evaluation(arguments.eval) if arguments.eval and is_first() else None
+    weights = None
     if model is None:
-        model, source = build_empty(arguments.model)
-        source = arguments.weights or source
-        if source is None:
-            raise ValueError(f"--stream: give the weights of {arguments.model!r} with --weights FILE.safetensors")
+        model, weights = _on_disk(arguments, recipe)
+    about = _about(arguments, recipe, data, model)
     assign_layers(recipe, model)
     for group in recipe.groups:
         model = convert(model, include=group.layers, exclude=group.exclude, **conversion(arguments))
     tasks = tasks_of(recipe, model)
-    about = {
-        "model": arguments.model,
-        "weights": str(arguments.weights),
-        "recipe": recipe.model_dump_json(exclude={"description", "vars"}),
-        "data": fingerprint(data),
-        **conversion(arguments),
-    }
+    check_space(out.parent, least_bytes(model, weights, tasks, folder), "--out ")
+    about["weights"] = tensors_fingerprint(named_tensors(model, weights))
     journal = Journal(folder, about)
-    options: dict[str, Any] = {"cache_bytes": cache_of(arguments), "progress": not arguments.json and is_first()}
-    evaluate = evaluation(arguments.eval) if arguments.eval and is_first() else None
+    if journal.result is not None:
+        return _clean_up(journal, out) if is_first() else None
     quality: dict[str, Qualities] = {}
-    weights = None if source is None else Weights(source)
     if evaluate is not None:
         quality["dense"] = _evaluate(evaluate, model, weights, None)
     teacher = copy.deepcopy(model) if recipe.recover is not None and is_first() else None
+    options: dict[str, Any] = {"cache_bytes": cache_of(arguments), "progress": not arguments.json and is_first()}
     if weights is None:
         prune_resumably(model, tasks, data, journal, **options)
     else:
@@ -88,8 +92,59 @@ def compress_layer_by_layer(
         found = write_from_disk(model, weights, journal, out, **sizes)
     if evaluate is not None:
         quality["sparse"] = _evaluate(evaluate, model, weights, journal)
+    journal.conclude({"file": _state(out), "rows": [vars(row) for row in found], "quality": quality})
     journal.delete()
     return found, quality
+
+
+def _on_disk(arguments: argparse.Namespace, recipe: Recipe) -> tuple[nn.Module, Weights]:
+    """Build a model whose weights stay on disk."""
+    if recipe.recover is not None:
+        raise ValueError("recover trains the whole model at once and cannot --stream; leave one of them out")
+    model, folder = build_empty(arguments.model)
+    if (source := arguments.weights or folder) is None:
+        raise ValueError(f"--stream: give the weights of {arguments.model!r} with --weights FILE.safetensors")
+    return model, Weights(source)
+
+
+def _about(arguments: argparse.Namespace, recipe: Recipe, data: Sequence[Any], model: nn.Module) -> dict[str, Any]:
+    """Return what decides the result of a run but for the weights, by its content: a path may come to mean another."""
+    source, _, folder = arguments.model.partition(":")
+    name = "" if source == "hf" else f"{arguments.model} "
+    about = {
+        "sparsify": _version(),
+        "torch": torch.__version__,
+        "model": name + structure_fingerprint(model),
+        "recipe": recipe.model_dump_json(exclude={"description", "vars"}),
+        "data": data_fingerprint(data),
+        **conversion(arguments),
+    }
+    if source == "hf":
+        about["config.json"] = hashlib.sha256((Path(folder) / "config.json").read_bytes()).hexdigest()
+    return about
+
+
+def _version() -> str:
+    try:
+        return version("sparsify-torch")
+    except PackageNotFoundError:  # run from its folder
+        return "unknown"
+
+
+def _clean_up(journal: Journal, out: Path) -> Compressed:
+    """End the clean-up of a run that was over, and return what it returned."""
+    assert journal.result is not None
+    if journal.result["file"] != _state(out):
+        raise ValueError(f"{journal.folder}: of a run that is over, but {out} has changed since; delete the folder")
+    rows = tuple(Row(**{**row, "shape": tuple(row["shape"])}) for row in journal.result["rows"])
+    journal.delete()
+    warnings.warn(f"{out} is complete; only the end of the clean-up was missing", stacklevel=2)
+    return Report(rows), journal.result["quality"]
+
+
+def _state(file: Path) -> list[int] | None:
+    """Return what changes when a file is replaced or written to."""
+    return [(found := file.stat()).st_size, found.st_mtime_ns] if file.exists() else None
 
 
 def conversion(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -186,6 +186,28 @@ class Resident:
         self._in_use[id(parameter)] = drop
 
 
+def named_tensors(model: nn.Module, weights: Weights | None) -> Iterator[tuple[str, Tensor]]:
+    """Return what a converted model holds before it is pruned, one tensor at a time: Parameters and buffers, no masks.
+
+    weights: where the Parameters come from, of a model that was built `without_memory`.
+    """
+    keys = None if weights is None else _keys(model, weights)
+    masks = {id(module.mask) for module in model.modules() if isinstance(module, Masked)}
+    for name, parameter in model.named_parameters():
+        yield name, parameter if weights is None or keys is None else weights.read(keys[id(parameter)])
+    for name, buffer in model.named_buffers():
+        if id(buffer) not in masks:
+            yield name, buffer if weights is None or name not in weights else weights.read(name)
+
+
+def parameter_bytes(model: nn.Module, weights: Weights | None) -> dict[int, int]:
+    """Return the bytes of each Parameter, by its id; of one that stays on disk, as it is there."""
+    if weights is None:
+        return {id(parameter): parameter.nbytes for parameter in model.parameters()}
+    keys = _keys(model, weights)
+    return {id(p): p.numel() * weights.dtype(keys[id(p)]).itemsize for p in model.parameters()}
+
+
 def largest_block_bytes(model: nn.Module) -> int:
     """Return the bytes of the largest thing that has to be in memory at once, weights and masks.
 

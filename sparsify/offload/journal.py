@@ -1,86 +1,112 @@
-"""What a run has finished, on disk, layer by layer, so that an interrupted one can go on where it stopped."""
+"""The journal of a run: its finished layers on disk, so that an interrupted run can go on where it stopped."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+import re
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from sparsify.calibration.data_parallel import is_first, wait_for_all
+from sparsify.checkpoint import container
 from sparsify.checkpoint.container import LayerEntry
-from sparsify.checkpoint.save_load import read_layer, save
+from sparsify.checkpoint.save_load import save
 from sparsify.checkpoint.weight_codec import unpack_layer
+from sparsify.errors import CheckpointError
 from sparsify.layers import Masked
+from sparsify.outputs import is_temporary, write_text
 from sparsify.pruning.oneshot import Fit
 
-_ABOUT = "run.json"
+_ABOUT, _FINISHED = "run.json", "finished.jsonl"
+_LAYER_KEYS, _RESULT_KEYS = ("layer", "sha256", "error", "time_s"), ("result", "about")  # of the list's lines
+_PLAIN_NAME = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")
+_MAX_NAME = 100
 
 
-def fingerprint(batches: Iterable[Any]) -> str:
-    """Return a SHA-256 over all tensors in calibration data.
+def check_unused(folder: str | os.PathLike[str], *, resume: bool) -> None:
+    """Check that no run is at work in a folder and, unless it is to be resumed, that none was interrupted there.
 
-    >>> fingerprint([torch.ones(2)]) == fingerprint([(torch.ones(2), "label")])
-    True
+    Raises BlockingIOError or ValueError.
     """
-    digest = hashlib.sha256()
-    for leaf in tree_flatten(list(batches))[0]:
-        if isinstance(leaf, Tensor):
-            digest.update(f"{leaf.dtype} {tuple(leaf.shape)} ".encode())
-            digest.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    finished = Path(folder) / _FINISHED
+    if finished.is_file():
+        os.close(_lock(finished))
+    if not resume and (finished.is_file() or (Path(folder) / _ABOUT).is_file()):
+        raise ValueError(f"{folder} is what an interrupted run has finished; go on with --resume, or delete it")
 
 
 class Journal:
     """A folder with one checkpoint for each finished layer, and a note of what the run was to do.
 
-    `about` is that note: whatever decides the result, as text by name. Raises ValueError, naming what differs, for a
-    folder that another run began.
+    `about` is that note: whatever decides the result, as text by name. Every finished layer is listed with its SHA-256,
+    and checked here and whenever it is read. `result`: the result of a run that was over, if only the end of its
+    clean-up is missing.
+
+    The folder is locked until the journal is closed, deleted or collected, or its process ends in any way. Raises
+    ValueError, naming what differs, for a folder that another run began; BlockingIOError for one that another process
+    is at; CheckpointError for one with a layer that was altered.
 
     Under torchrun the processes share a folder, which must be one that all of them see; the first one writes.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], about: Mapping[str, str]) -> None:
-        self.folder = Path(folder)
-        note = self.folder / _ABOUT
+    def __init__(self, folder: str | os.PathLike[str], about: Mapping[str, Any]) -> None:
+        self.folder, self.about = Path(folder), {key: str(value) for key, value in about.items()}
+        self.result: dict[str, Any] | None = None
+        self._layers: dict[str, dict[str, Any]] = {}  # as they are listed
+        self._begun: dict[str, Any] | None = None
+        self._fd, self._end = -1, 0  # of the list: open in the first process; the end of the last whole line
+        self._unlock: Callable[[], object] = lambda: None
         if is_first():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not note.exists():
-                if any(self.folder.iterdir()):
-                    raise ValueError(f"{self.folder}: a folder with other files in it; a run starts in an empty one")
-                temporary = note.with_suffix(".tmp")
-                temporary.write_text(json.dumps(dict(about), indent=1))
-                temporary.replace(note)
+            self._begin()
         wait_for_all()
-        if not note.exists():
+        if not (self.folder / _FINISHED).exists():
             raise ValueError(f"{self.folder}: not seen by this process; give a folder that all processes see")
-        begun = json.loads(note.read_text())
-        if odd := [key for key in {**about, **begun} if begun.get(key) != about.get(key)]:
-            raise ValueError(
-                f"{self.folder}: begun by a run with another {odd[0]} ({begun.get(odd[0])}, now {about.get(odd[0])}); "
-                "give the same, or delete the folder to start anew"
-            )
+        self._read_list()
+        self._layers = {name: line for name, line in self._layers.items() if self._file(name).exists()}
+        if is_first():
+            for name in self._layers:
+                self.read(name)
+        wait_for_all()
 
     def __contains__(self, name: str) -> bool:
-        return self._file(name).exists()
+        return name in self._layers
 
     def write(self, name: str, layer: Masked) -> None:
         """Keep a finished layer. A crash leaves all of it, or nothing."""
         if is_first():
-            if isinstance(fit := layer.__dict__.get("fit"), Fit):
-                self._notes(name).write_text(json.dumps({"error": fit.error, "time_s": fit.time_s}))
-            save(layer, self._file(name))
+            file = self._file(name)
+            file.unlink(missing_ok=True)  # `save` would follow a link
+            save(layer, file)
+            fit = layer.__dict__.get("fit")
+            notes = (fit.error, fit.time_s) if isinstance(fit, Fit) else (None, None)
+            self._append(dict(zip(_LAYER_KEYS, (name, _digest(container.read(file)[0]), *notes), strict=True)))
         wait_for_all()  # whoever reads the layer next finds it
+        self._read_list()
 
     def read(self, name: str) -> tuple[LayerEntry, dict[str, Tensor]]:
-        """Return a finished layer as `checkpoint.save` packed it; the names of its tensors begin below the layer."""
-        return read_layer(self._file(name))
+        """Return a finished layer as `checkpoint.save` packed it; the names of its tensors begin below the layer.
+
+        Raises CheckpointError if the file is not the one that was written.
+        """
+        file = self._file(name)
+        header, tensors = container.read(file)
+        if _digest(header) != self._layers[name]["sha256"] or list(header.layers) != [""]:
+            raise CheckpointError(
+                f"{file}: not the layer {name!r} that the run has finished (its SHA-256 is another); "
+                f"delete {self.folder} to start anew"
+            )
+        return header.layers[""], tensors
 
     def fetch(self, module: nn.Module) -> None:
         """Do nothing: the model is in memory (see `resident` for one that is not)."""
@@ -95,17 +121,137 @@ class Journal:
 
     def fit(self, name: str) -> Fit | None:
         """Return how a finished layer came out."""
-        notes = self._notes(name)
-        return Fit(**json.loads(notes.read_text())) if notes.exists() else None
+        line = self._layers[name]
+        return None if line["error"] is None else Fit(line["error"], line["time_s"])
+
+    def conclude(self, result: Mapping[str, Any]) -> None:
+        """Note that the run is over: from now on only `delete` is left to do, and a resumed run finds the result."""
+        self._append(dict(zip(_RESULT_KEYS, (dict(result), self.about), strict=True)))
+        self._read_list()
 
     def delete(self) -> None:
-        """Remove the folder, once the result is elsewhere."""
-        for file in self.folder.iterdir():
-            file.unlink()
-        self.folder.rmdir()
+        """Remove what the run has written here, once the result is elsewhere, and the folder if nothing else is in it.
+
+        The list goes last: whenever a crash comes, the run that goes on knows what was left to do.
+        """
+        for name in self._layers:
+            self._file(name).unlink(missing_ok=True)
+        for leftover in filter(is_temporary, self.folder.iterdir()):
+            leftover.unlink()
+        for name in (_ABOUT, _FINISHED):
+            (self.folder / name).unlink(missing_ok=True)
+        self.close()
+        if others := sorted(file.name for file in self.folder.iterdir()):
+            warnings.warn(f"{self.folder}: kept for {others[0]!r}, which the run did not write", stacklevel=2)
+        elif not self.folder.is_symlink():
+            self.folder.rmdir()
+
+    def close(self) -> None:
+        """Let another process have the folder."""
+        self._unlock()
+
+    def _begin(self) -> None:
+        """Make the folder if need be, lock it, and write down or compare what the run is to do."""
+        about, finished = self.folder / _ABOUT, self.folder / _FINISHED
+        if self.folder.exists() and not self.folder.is_dir():
+            raise FileExistsError(f"{self.folder}: a run keeps its finished layers in a folder of this name; move it")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        others = sorted(file.name for file in self.folder.iterdir() if not is_temporary(file))
+        if others and not {_ABOUT, _FINISHED} & set(others):
+            raise ValueError(
+                f"{self.folder}: a folder with other files in it ({others[0]!r}), and a run starts in an empty "
+                "one; move them, or choose another --out"
+            )
+        self._fd = _lock(finished, create=True)
+        self._unlock = weakref.finalize(self, os.close, self._fd)
+        self._read_list()
+        os.ftruncate(self._fd, self._end)  # a crash may have cut the last line
+        if self._begun is None and not about.exists():
+            about.unlink(missing_ok=True)  # a link to nowhere would be followed
+            write_text(about, json.dumps(self.about, indent=1))
+        begun = _parse(about, about.read_bytes()) if self._begun is None else self._begun
+        if odd := [key for key in {**self.about, **begun} if begun.get(key) != self.about.get(key)]:
+            raise ValueError(
+                f"{self.folder}: begun by a run with another {odd[0]} ({begun.get(odd[0])}, now "
+                f"{self.about.get(odd[0])}); give the same, or delete the folder to start anew"
+            )
+
+    def _read_list(self) -> None:
+        """Read what the list has more than when it was read last."""
+        finished = self.folder / _FINISHED
+        if is_first():
+            # Closing the file anywhere in a process that holds its lock would release that: POSIX wants it so.
+            text = os.pread(self._fd, os.fstat(self._fd).st_size - self._end, self._end)
+        else:
+            with open(finished, "rb") as file:
+                file.seek(self._end)
+                text = file.read()
+        *lines, torn = text.split(b"\n")
+        self._end += len(text) - len(torn)
+        for line in lines:
+            found = _parse(finished, line, _LAYER_KEYS, _RESULT_KEYS)
+            if "result" in found:
+                self.result, self._begun = found["result"], found["about"]
+            else:
+                self._layers[found["layer"]] = found
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        """Add a line to the list, all of it or nothing, and wait until it is on disk."""
+        text = json.dumps(line).encode() + b"\n"
+        end = os.fstat(self._fd).st_size
+        try:
+            while text:
+                text = text[os.write(self._fd, text) :]
+            os.fsync(self._fd)
+        except OSError:
+            os.ftruncate(self._fd, end)
+            raise
 
     def _file(self, name: str) -> Path:
-        return self.folder / f"{name or '(root)'}.safetensors"
+        """Return the file of a layer, a direct child of the folder.
 
-    def _notes(self, name: str) -> Path:
-        return self.folder / f"{name or '(root)'}.fit.json"
+        A name may hold anything, slashes too, be longer than a file's can be, or differ from another in case only.
+        """
+        if not _PLAIN_NAME.fullmatch(name) or len(name) > _MAX_NAME:
+            readable = re.sub(r"[^a-z0-9_.]+", "-", name.lower())[:_MAX_NAME].strip(".-")
+            digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:16]
+            name = f"{readable or 'root'}-{digest}"
+        return self.folder / f"{name}.safetensors"
+
+
+def _lock(path: Path, *, create: bool = False) -> int:
+    """Open a file and lock it for this process. Raises BlockingIOError if another one has it.
+
+    Where the file system has no locks, the file is open all the same.
+    """
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | (os.O_CREAT if create else 0), 0o666)
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                os.close(fd)
+                raise BlockingIOError(
+                    f"{path.parent}: another run is at work there; wait until it has ended, or choose another --out"
+                ) from None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(fd), os.stat(path)):
+                return fd
+        os.close(fd)  # the other run has just ended, and has deleted what this one has waited for
+
+
+def _parse(file: Path, text: bytes, *keys: tuple[str, ...]) -> dict[str, Any]:
+    """Read a JSON object that has exactly one of these sets of keys, if any are given."""
+    try:
+        found: Any = json.loads(text)
+    except ValueError:
+        found = None
+    whole = isinstance(found, dict) and (not keys or any(found.keys() == set(one) for one in keys))
+    if not whole or not isinstance(found.get("layer", ""), str):
+        raise CheckpointError(f"{file}: was altered; delete {file.parent} to start anew")
+    return dict(found)
+
+
+def _digest(header: container.Header) -> str:
+    """Return a SHA-256 that stands for a whole file: its header holds that of each tensor."""
+    return hashlib.sha256(header.model_dump_json().encode()).hexdigest()

@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,13 +14,13 @@ from torch import Tensor, nn
 
 from sparsify.checkpoint import container
 from sparsify.checkpoint.container import LayerEntry
-from sparsify.checkpoint.weight_codec import unpack_layer
+from sparsify.checkpoint.weight_codec import packed_bytes, unpack_layer
 from sparsify.conversion.convert import sparse_layers
 from sparsify.inference.export import check_format
 from sparsify.inference.form_selection import Choice, Chooser
 from sparsify.kernels import FORMS
 from sparsify.masking.layer_solve import Task
-from sparsify.offload.disk_offload import Resident, Weights, largest_block_bytes
+from sparsify.offload.disk_offload import Resident, Weights, largest_block_bytes, parameter_bytes
 from sparsify.offload.journal import Journal
 from sparsify.pruning.oneshot import prune_on_data
 from sparsify.reporting.report import Report, Row
@@ -79,6 +80,24 @@ def write_from_disk(
     finally:
         resident.close()
     return _write(model, weights, journal, choices, out)
+
+
+def least_bytes(model: nn.Module, weights: Weights | None, tasks: Mapping[str, Task], journal: Path) -> int:
+    """Return the least that the rest of a run writes: the layers that its journal does not hold yet, and the file.
+
+    weights: where the Parameters come from, of a model that was built `without_memory`. journal: its folder, which need
+    not exist.
+    """
+    sizes = parameter_bytes(model, weights)
+    layers = sparse_layers(model)
+    packed = 0
+    for name, task in tasks.items():
+        shape, n_weights = layers[name].shape, layers[name].weight.numel()
+        rows, columns = (1, 1) if task.pattern.is_nm else task.pattern.unit_shape(shape)
+        itemsize = sizes.pop(id(layers[name].weight)) // max(n_weights, 1)
+        packed += packed_bytes(shape, n_weights - task.n_removed * rows * columns, itemsize)
+    finished = sum(file.stat().st_size for file in journal.iterdir()) if journal.is_dir() else 0
+    return max(packed - finished, 0) + packed + sum(sizes.values())
 
 
 @contextlib.contextmanager

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sparsify.checkpoint.weight_codec import packed_bytes
 from sparsify.conversion.module_surgery import layers_of_type
-from sparsify.kernels.csr import bitmask_bytes, csr_bytes
 from sparsify.layers import Masked
 from sparsify.masking.allocation import MEASURED_ALLOCATIONS
 from sparsify.masking.masks import Allocation, layer_targets, make_masks, n_removed_units
@@ -53,13 +53,10 @@ def plan(recipe: Recipe, model: nn.Module) -> list[PlannedLayer]:
             shape, n_weights = (weight.shape[0], weight.shape[1]), weight.numel()
             targets = tuple((time, z[name] / max(n_weights, 1)) for time, z in zip(times, zeros, strict=True))
             itemsize = weight.element_size()
-            kept = n_weights - zeros[-1][name]
-            sizes = (csr_bytes(shape, kept, itemsize), bitmask_bytes(shape, kept, itemsize), n_weights * itemsize)
+            n_bytes = packed_bytes(shape, n_weights - zeros[-1][name], itemsize)
             ranked = group.allocation == "global" or group.allocation in MEASURED_ALLOCATIONS
             planned.append(
-                PlannedLayer(
-                    name, number, shape, group.schedule.unit, targets, ranked, min(sizes), n_weights * itemsize
-                )
+                PlannedLayer(name, number, shape, group.schedule.unit, targets, ranked, n_bytes, n_weights * itemsize)
             )
     return planned
 

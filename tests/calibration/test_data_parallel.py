@@ -59,7 +59,7 @@ PROGRAM = """
 import json, sys
 import ours
 import sparsify, torch
-from sparsify import journal
+from sparsify.offload import journal
 from sparsify.cli import main
 from sparsify.calibration.data_parallel import together
 

@@ -162,12 +162,6 @@ def test_resumed_where_it_stopped_the_file_is_the_same(
     assert (tmp_path / "out.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
 
 
-def test_a_journal_of_another_run_is_refused(tmp_path: Path) -> None:
-    Journal(tmp_path / "run", {"sparsity": "0.5", "method": "wanda"})
-    with pytest.raises(ValueError, match=r"another method \(wanda, now sparsegpt\)"):
-        Journal(tmp_path / "run", {"sparsity": "0.5", "method": "sparsegpt"})
-
-
 def test_what_is_not_this_models_file_is_refused(folder: Path, tmp_path: Path) -> None:
     def refused(state: Mapping[str, Tensor], message: str) -> None:
         save_file(dict(state), tmp_path / "odd.safetensors")
