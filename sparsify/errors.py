@@ -22,4 +22,4 @@ class RemovedLayerWarning(UserWarning):
 
 
 class ScheduleWarning(UserWarning):
-    """A training runs at another pace than its recipe was told. The message says what was seen and what to give."""
+    """A training does not go as its recipe says: in pace, masks or gradients. The message says what to give or do."""

@@ -44,6 +44,10 @@ class Transaction:
             if id(tensor) not in self._contents and _has_contents(tensor):
                 self._contents[id(tensor)] = tensor, tensor.detach().clone()
 
+    def keep_where(self, tensor: Tensor, where: Tensor) -> None:
+        """Copy the contents of a tensor where `where`, a bool of its shape, is True: no others are about to change."""
+        self._places.append((tensor, where, tensor.detach()[where]))
+
     def __enter__(self) -> Transaction:
         modules = {id(module): module for model in self._models for module in model.modules()}
         self._modules = [(module, type(module), _copied(module.__dict__)) for module in modules.values()]
@@ -55,6 +59,7 @@ class Transaction:
         }
         self._tensors = [_Tensor(tensor) for tensor in tensors.values()]
         self._contents: dict[int, tuple[Tensor, Tensor]] = {}
+        self._places: list[tuple[Tensor, Tensor, Tensor]] = []
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -67,7 +72,10 @@ class Transaction:
                 noted.restore()
             for tensor, contents in self._contents.values():
                 _write(tensor, contents)
-        self._modules, self._tensors, self._contents = [], [], {}
+            with torch.no_grad():
+                for tensor, where, values in reversed(self._places):
+                    tensor[where] = values
+        self._modules, self._tensors, self._contents, self._places = [], [], {}, []
 
 
 class _Tensor:

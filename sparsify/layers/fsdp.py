@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsify.distributed import Ranks
 from sparsify.masking.patterns import Pattern
@@ -30,6 +30,27 @@ def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
 
     sharded: Any = other
     return distribute_tensor(tensor, sharded.device_mesh, sharded.placements, src_data_rank=None)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that this rank has, over the same memory: all of it, unless it is sharded."""
+    sharded: Any = tensor
+    return sharded.to_local() if is_sharded(tensor) else tensor
+
+
+def refuse_flattened(name: str, layer: nn.Module) -> None:
+    """Raise ValueError if FSDP1 (FullyShardedDataParallel) has cut the weight of a layer into flat pieces."""
+    weights = [p for key, p in layer.named_parameters(recurse=False) if key.endswith("weight")]
+    if any(p.dim() == 1 for p in weights) or (not weights and isinstance(layer, nn.Linear) and _is_flat(layer.weight)):
+        raise ValueError(
+            f"{name or '(root)'}: FSDP1 (FullyShardedDataParallel) has cut its weight into flat pieces, which no mask "
+            "fits; use FSDP2: sparsify.convert(model), then torch.distributed.fsdp.fully_shard(model)"
+        )
+
+
+def _is_flat(weight: Any) -> bool:
+    """Return whether a weight that is no Parameter is one of FSDP1's views of a flat one."""
+    return isinstance(weight, Tensor) and (weight.dim() == 1 or weight.untyped_storage().size() == 0)
 
 
 def is_sharded(tensor: Tensor) -> bool:

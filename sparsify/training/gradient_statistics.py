@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from sparsify.distributed import ALONE, Ranks
 from sparsify.layers import Masked
 from sparsify.layers.fsdp import is_sharded
 from sparsify.layers.masked_weight import Watch
+from sparsify.masking.unseen import refuse_unseen
 
 Evidence = dict[str, dict[str, Tensor]]
 
@@ -42,9 +43,8 @@ def from_loss(
         with torch.enable_grad():
             value = loss()
             gradients = _gradients(value, uses, create_graph=curvature)
-            missing = next((name for name, gradient in gradients.items() if not gradient), None)
-            if missing is not None:
-                raise ValueError(f"{missing}: the loss given does not depend on its weight; leave the layer out")
+            missing = {name: "the loss given does not depend on its weight" for name in uses if not gradients[name]}
+            refuse_unseen(missing, "give a loss that does")
             means = {name: ranks.mean(_total(gradient).detach()) for name, gradient in gradients.items()}
             found = {name: {"movement": -(uses[name][0].detach() * means[name])} for name in layers}
             if curvature:
@@ -56,6 +56,16 @@ def from_loss(
         for name, layer in layers.items():
             layer.watch = before[name]
     return found
+
+
+def refuse_unknown(evidence: Evidence, names: Collection[str]) -> None:
+    """Raise ValueError, naming them, for layers that are to lose weights though all that is known of them is zero."""
+    blind = {
+        name: "no gradient has reached its weight"
+        for name, of in evidence.items()
+        if name in names and not all(bool(value.any()) for value in of.values())
+    }
+    refuse_unseen(blind, "train them, frozen ones and those of unused branches too")
 
 
 def _gradients(value: Tensor, uses: dict[str, list[Tensor]], *, create_graph: bool = False) -> dict[str, list[Tensor]]:

@@ -13,23 +13,28 @@ from sparsify.layers.fsdp import shard_like
 _BEGINS_AT: dict[str, str] = {"step_size": "lr", "sum": "initial_accumulator_value"}  # Rprop; Adagrad
 
 
+def remembered(optimizer: torch.optim.Optimizer | None, parameter: Tensor) -> list[tuple[Tensor, float]]:
+    """Return what belongs to the single weights of a parameter, its gradient too, and where each of them begins.
+
+    Momentum, Adam's moments and the like: every floating state tensor of the parameter's shape. What an optimizer keeps
+    in other shapes (Adafactor's rows and columns, step counts) or as codes (8-bit moments) belongs to no single weight.
+    """
+    found: list[tuple[Tensor, float]] = []
+    if parameter.grad is not None and parameter.grad.layout is torch.strided:
+        found.append((parameter.grad, 0.0))
+    for key, value in (optimizer.state.get(parameter, {}) if optimizer is not None else {}).items():
+        if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
+            assert optimizer is not None
+            option = _BEGINS_AT.get(key)
+            found.append((value, float(_options(optimizer, parameter).get(option, 0)) if option else 0.0))
+    return found
+
+
 @torch.no_grad()
 def forget(optimizer: torch.optim.Optimizer | None, parameter: Tensor, where: Tensor) -> None:
-    """Set gradient and state of a parameter back to their beginning where `where`, a bool of its shape, is True.
-
-    Momentum, Adam's moments and the like: every state tensor of the parameter's shape. What an optimizer keeps in
-    other shapes (Adafactor's rows and columns, step counts) belongs to no single weight and stays.
-    """
-    if parameter.grad is not None and parameter.grad.layout is torch.strided:
-        parameter.grad.masked_fill_(shard_like(where, parameter.grad), 0)
-    if optimizer is None:
-        return
-    for key, value in optimizer.state.get(parameter, {}).items():
-        if isinstance(value, Tensor) and value.shape == parameter.shape:
-            option = _BEGINS_AT.get(key)
-            value.masked_fill_(
-                shard_like(where, value), float(_options(optimizer, parameter).get(option, 0)) if option else 0.0
-            )
+    """Set gradient and state of a parameter back to their beginning where `where`, a bool of its shape, is True."""
+    for value, beginning in remembered(optimizer, parameter):
+        value.masked_fill_(shard_like(where, value), beginning)
 
 
 def learning_rate(optimizer: torch.optim.Optimizer, parameter: Tensor) -> float:

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import math
+import contextlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from sparsify.conversion.convert import sparse_layers
-from sparsify.distributed import ALONE, ranks_of
+from sparsify.conversion.transaction import Transaction
+from sparsify.distributed import ranks_of
 from sparsify.errors import ScheduleWarning
-from sparsify.layers import Masked
-from sparsify.layers.fsdp import cut_by_rows, own_rows, shard_like
+from sparsify.layers.fsdp import shard_like
 from sparsify.layers.sparse_training import Choice, SparseSteps
-from sparsify.masking.methods.registry import mix_seed, needs, score
-from sparsify.masking.patterns import parse_pattern
-from sparsify.masking.regrowth import exchange, fraction_at, random_growth
-from sparsify.masking.schedules import Schedule
+from sparsify.masking.masks import is_empty, warn_removed_whole
+from sparsify.masking.methods.registry import needs
 from sparsify.recipes.recipe import HOLD, Group, Recipe, assign_layers, group_masks
-from sparsify.training.gradient_statistics import Evidence, from_loss, watch
+from sparsify.training.gradient_statistics import Evidence, from_loss, refuse_unknown, watch
+from sparsify.training.mask_change import change_masks
+from sparsify.training.mask_exchange import exchanged_masks
 from sparsify.training.optimizer_state import forget, learning_rate
 from sparsify.training.rewinding import copy_state, restore_state
+from sparsify.training.targets import Count, check_beginning, check_end, check_step, counts
+from sparsify.training.timeline import falling_steps, last_time, rewind_step, update_steps
 
 
 class Pruner:
@@ -32,6 +34,10 @@ class Pruner:
     Masks move when a schedule says so; in between, and whatever the optimizer does, masked weights are exactly zero
     (or out of sight, where a group has them `frozen` or `trained`, until its schedule ends). With the `optimizer`
     given, what it remembers of weights that go or come back (momentum, Adam's moments) is cleared.
+
+    A sparsity that the model comes with is never lowered, unless the schedule itself falls ("steps", "alternating"): a
+    layer keeps its mask until the target passes that. To begin lower, call `sparsify.prune` first. Masks that something
+    else changes on the way, as an earlier checkpoint does, are noticed. A call that fails changes nothing.
 
     `steps_per_epoch` is needed by schedules in epochs; say `end_epoch()` after each epoch to have it checked.
     `total_steps` lets a schedule that would not end in time fail now rather than miss its target. `loss`, a function
@@ -82,25 +88,35 @@ class Pruner:
             raise ValueError(f"{missing[0]}: not converted; call sparsify.convert(model) first")
         self.groups = [list(group) for group in names]
         self.layers = {name: layers[name] for group in self.groups for name in group}
+        if missing := [name for name, layer in self.layers.items() if layer.weight.is_meta]:
+            raise ValueError(f"{missing[0]}: the weight is on the meta device and has no data; load the weights first")
         self.updates = [
-            _update_steps(number, group.schedule, steps_per_epoch, total_steps)
+            update_steps(number, group.schedule, steps_per_epoch, total_steps)
             for number, group in enumerate(recipe.groups)
         ]
-        self._rewind_step = _rewind_step(recipe, steps_per_epoch)
+        self._falls = [
+            falling_steps(group.schedule, updates) for group, updates in zip(recipe.groups, self.updates, strict=True)
+        ]
+        self._rewind_step = rewind_step(recipe, steps_per_epoch)
         if optimizer is None and any(group.decay for group in recipe.groups):
             raise ValueError("'decay' of masked weights follows the learning rate; give the optimizer")
         if sparse_backward not in get_args(Choice):
             raise ValueError(f"sparse_backward {sparse_backward!r} is none of: {', '.join(get_args(Choice))}")
-        for layer in self.layers.values():
-            layer.steps = None if sparse_backward == "never" else SparseSteps(sparse_backward == "always")
         self._movement: dict[str, Tensor] = {}
         self._gradient: dict[str, Tensor] = {}
         self._start: dict[str, Tensor] = {}
         self._fingerprints: dict[str, int] = {}
-        if state is not None:
-            self.load_state_dict(state)
-        else:
-            self._update()
+        self._given: dict[str, tuple[Tensor, int]] = {}
+        if state is None:
+            for number, (group, found) in enumerate(zip(recipe.groups, self._counts(None), strict=True)):
+                check_beginning(number, group, self.layers, found)
+        with self._all_or_nothing(changes_masks=True) as undo:
+            for layer in self.layers.values():
+                layer.steps = None if sparse_backward == "never" else SparseSteps(sparse_backward == "always")
+            if state is not None:
+                self._go_on_from(state)
+            else:
+                self._update(undo)
             self._look_ahead()
 
     @property
@@ -116,15 +132,16 @@ class Pruner:
     def step(self) -> None:
         """Say that one optimizer step is done: move the masks if it is time, and keep masked weights at zero."""
         self._check_masks()
-        self.n_steps += 1
-        self._gather()
-        self._update()
-        for group, names in zip(self.recipe.groups, self.groups, strict=True):
-            for name in names:
-                self.layers[name].zero_masked()
-                if group.decay:
-                    self._decay(self.layers[name], group.decay)
-        self._look_ahead()
+        self._notice_changes()
+        due = any(self.n_steps + 1 in updates for updates in self.updates)
+        with self._all_or_nothing(changes_masks=due) as undo:
+            self.n_steps += 1
+            self._gather()
+            self._update(undo)
+            for layer in self.layers.values():
+                layer.zero_masked()
+            self._decay()
+            self._look_ahead()
 
     def end_epoch(self) -> None:
         """Say that an epoch is over; a ScheduleWarning tells if it had another length than schedules in epochs assume.
@@ -143,7 +160,11 @@ class Pruner:
             )
 
     def finish(self) -> None:
-        """Say that training is over. Raises RuntimeError if a schedule has not come to its end, naming its target."""
+        """Say that training is over; masked weights are zero from here on.
+
+        Raises RuntimeError, naming the target, if a schedule has not come to its end, or if the masks are not those of
+        its end, as after going back to an earlier checkpoint. A ScheduleWarning tells of masks that remove more.
+        """
         for number, (group, updates) in enumerate(zip(self.recipe.groups, self.updates, strict=True)):
             if self.n_steps < max(updates):
                 target = group.allocation if group.sparsity is None else group.sparsity
@@ -151,6 +172,10 @@ class Pruner:
                     f"groups.{number}: training ended at step {self.n_steps}, before the schedule did at step "
                     f"{max(updates)}; the target {target} was not reached, the sparsity is {self.sparsity:.4g}"
                 )
+        for number, found in enumerate(self._counts(None)):
+            check_end(number, found)
+        for layer in self.layers.values():
+            layer.zero_masked()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is needed to go on later, between two steps; weights and masks are in the model's state_dict."""
@@ -169,16 +194,61 @@ class Pruner:
 
         Raises ValueError for a state of another kind; the next step raises one if the masks are not those of the state.
         """
-        if state.get("version") != 1 or not isinstance(state.get("n_steps"), int) or "masks" not in state:
+        with self._all_or_nothing(changes_masks=True):
+            self._go_on_from(state)
+            self._look_ahead()
+
+    def _go_on_from(self, state: Mapping[str, Any]) -> None:
+        """Check a saved state, and take it over."""
+        whole = isinstance(state.get("n_steps"), int) and isinstance(state.get("epoch_began"), int)
+        parts = {key: state.get(key, {}) for key in ("masks", "movement", "gradient", "start")}
+        if state.get("version") != 1 or not whole or not all(isinstance(part, Mapping) for part in parts.values()):
             raise ValueError(f"not a Pruner's state: {str(dict(state))[:200]}")
-        if set(state["masks"]) != set(self.layers):
-            other = sorted(set(state["masks"]) ^ set(self.layers))[0]
+        if set(parts["masks"]) != set(self.layers):
+            other = sorted(set(parts["masks"]) ^ set(self.layers))[0]
             raise ValueError(f"the state is of another recipe or model: {other!r} is in only one of both")
+        for name, value in (*parts["movement"].items(), *parts["gradient"].items()):
+            if name not in self.layers or value.shape != self.layers[name].mask.shape:
+                raise ValueError(f"the state is of another recipe or model: {name!r} has other weights there")
         self.n_steps, self._epoch_began = state["n_steps"], state["epoch_began"]
-        self._movement, self._gradient = dict(state["movement"]), dict(state.get("gradient", {}))
-        self._start = dict(state["start"])
-        self._fingerprints = dict(state["masks"])
-        self._look_ahead()
+        self._movement, self._gradient = dict(parts["movement"]), dict(parts["gradient"])
+        self._start, self._fingerprints, self._given = dict(parts["start"]), dict(parts["masks"]), {}
+
+    @contextlib.contextmanager
+    def _all_or_nothing(self, *, changes_masks: bool) -> Iterator[Transaction]:
+        """Leave model, optimizer and Pruner as they were if the block raises."""
+        own = {key: value.copy() if isinstance(value, dict) else value for key, value in self.__dict__.items()}
+        remembered = dict(self.optimizer.state) if self.optimizer is not None and changes_masks else {}
+        try:
+            with Transaction(*(self.layers.values() if changes_masks else ())) as undo:
+                yield undo
+        except BaseException:
+            self.__dict__.update(own)
+            if self.optimizer is not None:
+                self.optimizer.state.update(remembered)
+            raise
+
+    def _counts(self, step: int | None) -> list[list[Count]]:
+        """Count, for each group, what its masks remove beside the target of a step (None: of the end)."""
+        found = []
+        for group, names, updates in zip(self.recipe.groups, self.groups, self.updates, strict=True):
+            time = last_time(updates, step) if step is not None else None
+            begun = step is None or time is not None
+            found.append(counts(group, {name: self.layers[name] for name in names}, time) if begun else [])
+        return found
+
+    def _notice_changes(self) -> None:
+        """Warn if something else than this Pruner has given weights back since the last step."""
+        changed = {name for name, mark in self._given.items() if not _same(mark, _mark(self.layers[name].mask))}
+        if not changed:
+            return
+        for name in changed:
+            layer = self.layers[name]
+            if layer.masked_are != "trained":
+                forget(self.optimizer, layer.weight, ~layer.mask)
+        for number, found in enumerate(self._counts(self.n_steps)):
+            check_step(number, self.n_steps, [one for one in found if changed & set(one.names)])
+        self._given = {name: _mark(layer.mask) for name, layer in self.layers.items()}
 
     def _check_masks(self) -> None:
         """Compare the masks with those that a state was saved with, once."""
@@ -190,81 +260,82 @@ class Pruner:
                 )
         self._fingerprints = {}
 
-    def _update(self) -> None:
-        """Move the masks of the groups whose time has come."""
+    def _update(self, undo: Transaction) -> None:
+        """Move the masks of the groups whose time has come; all are known before the first changes."""
         if self.n_steps == self._rewind_step:
             self._start = copy_state(self.model)
-        rewind = False
-        for group, names, updates in zip(self.recipe.groups, self.groups, self.updates, strict=True):
-            if self.n_steps not in updates:
-                continue
-            for name in names:
-                self.layers[name].masked_are = "zero" if self.n_steps == max(updates) else group.masked
-            time = updates[self.n_steps]
-            evidence = self._evidence(group, names)
-            masks = group_masks(self.model, group, names, time, evidence, self.ranks)
-            if group.regrow and self.n_steps > min(updates):
-                masks = {name: self._exchanged(group, name, mask, updates) for name, mask in masks.items()}
-            for name, mask in masks.items():
-                self._set_mask(self.layers[name], mask)
-            rewind |= group.rewind is not None
-            self._check_ranks(names)
-        if rewind:
+        due = [number for number, updates in enumerate(self.updates) if self.n_steps in updates]
+        masks: dict[str, Tensor] = {}
+        for number in due:
+            masks |= self._next_masks(number)
+        self._check_ranks(masks)
+        for number in due:
+            for name in self.groups[number]:
+                at_end = self.n_steps == max(self.updates[number])
+                self.layers[name].masked_are = "zero" if at_end else self.recipe.groups[number].masked
+        change_masks(self.layers, masks, self.optimizer, undo)
+        if any(self.recipe.groups[number].rewind is not None for number in due):
+            undo.keep((*self.model.parameters(), *self.model.buffers()))
             restore_state(self.model, self._start, self.optimizer)
             for layer in self.layers.values():
                 layer.zero_masked()
+        self._given = {name: _mark(layer.mask) for name, layer in self.layers.items()}
 
-    def _exchanged(self, group: Group, name: str, mask: Tensor, updates: Mapping[int, float]) -> Tensor:
-        """Let the weakest weights of a mask give their places to others; without a gradient to go by, to none."""
-        assert group.regrow is not None
-        layer, (first, last) = self.layers[name], (min(updates), max(updates))
-        if group.regrow.by == "random":
-            growth = random_growth(mask, mix_seed(group.seed or 0, f"{name} at {self.n_steps}"))
-        else:
-            if name not in self._gradient:
-                return mask
-            growth = layer.matrix(self._gradient.pop(name)).abs()
-        fraction = fraction_at(group.regrow.fraction, (self.n_steps - first) / (last - first))
-        pattern = parse_pattern(group.pattern)
-        ranks = self.ranks if cut_by_rows(layer, pattern, self.ranks) else ALONE
-        scores = score(name, own_rows(layer, ranks), group.method)
-        rows = exchange(ranks.rows(mask), scores, ranks.rows(growth), fraction, pattern, ranks)
-        return ranks.join(rows, mask.shape[0])
+    def _next_masks(self, number: int) -> dict[str, Tensor]:
+        """Return the masks that a group's layers get now; a sparsity that is there stays, unless the schedule falls."""
+        group, names, updates = self.recipe.groups[number], self.groups[number], self.updates[number]
+        time = updates[self.n_steps]
+        present = {name: self.layers[name].matrix(self.layers[name].mask) for name in names}
+        masks = group_masks(self.model, group, names, time, self._evidence(group, names, time), self.ranks)
+        if self.n_steps not in self._falls[number]:
+            masks = {n: mask if mask.sum() <= present[n].sum() else present[n] for n, mask in masks.items()}
+        first, last = min(updates), max(updates)
+        if group.regrow and self.n_steps > first:
+            seen = {name: self._gradient.pop(name) for name in names if name in self._gradient}
+            progress = (self.n_steps - first) / (last - first)
+            layers = {name: self.layers[name] for name in names}
+            masks = exchanged_masks(group, layers, masks, seen, step=self.n_steps, progress=progress, ranks=self.ranks)
+        lost = {name: is_empty(mask) and not is_empty(present[name]) for name, mask in masks.items()}
+        if group.method != HOLD:
+            warn_removed_whole(lost, group.sparsity, group.allocation)
+        return masks
 
-    def _check_ranks(self, names: list[str]) -> None:
+    def _check_ranks(self, masks: Mapping[str, Tensor]) -> None:
         """Raise RuntimeError if processes that train one model have come to different masks."""
-        if self.ranks.n > 1:
-            marks = self.ranks.gather(torch.tensor([fingerprint(self.layers[name].mask) for name in names]))
-            for name, differs in zip(names, (marks != marks[0]).any(0).tolist(), strict=True):
+        if self.ranks.n > 1 and masks:
+            marks = self.ranks.gather(torch.tensor([fingerprint(mask) for mask in masks.values()], device="cpu"))
+            for name, differs in zip(masks, (marks != marks[0]).any(0).tolist(), strict=True):
                 if differs:
                     raise RuntimeError(
                         f"{name}: the ranks have different masks, so their weights or gradients differ; give the "
                         "Pruner the model in its DDP wrapper, or after fully_shard"
                     )
 
-    def _set_mask(self, layer: Masked, mask: Tensor) -> None:
-        """Use a mask, and clear gradient and optimizer state of what goes and of what comes back."""
-        before = layer.mask
-        layer.set_mask(mask)
-        if layer.masked_are != "trained":
-            forget(self.optimizer, layer.weight, (before != layer.mask) | ~layer.mask)
-
     @torch.no_grad()
-    def _decay(self, layer: Masked, decay: float) -> None:
+    def _decay(self) -> None:
         """Shrink masked weights that are trained, as weight decay would (SR-STE)."""
-        if layer.masked_are == "trained":
-            assert self.optimizer is not None
-            factor = 1 - decay * learning_rate(self.optimizer, layer.weight)
-            layer.weight.copy_(torch.where(shard_like(layer.mask, layer.weight), layer.weight, layer.weight * factor))
+        rates = {
+            name: group.decay * learning_rate(self.optimizer, self.layers[name].weight)
+            for group, names in zip(self.recipe.groups, self.groups, strict=True)
+            for name in names
+            if self.optimizer is not None and group.decay and self.layers[name].masked_are == "trained"
+        }
+        for name, rate in rates.items():
+            layer = self.layers[name]
+            mask = shard_like(layer.mask, layer.weight)
+            layer.weight.copy_(torch.where(mask, layer.weight, layer.weight * (1 - rate)))
 
-    def _evidence(self, group: Group, names: list[str]) -> Evidence:
+    def _evidence(self, group: Group, names: list[str], time: float) -> Evidence:
         """Return what the group's method asks for, as far as it is known, as matrices (out, in)."""
         asked = needs(group.method) if group.method != HOLD else set()
         layers = {name: self.layers[name] for name in names}
-        if asked and self.loss is not None:
+        if not asked:
+            return {}
+        if self.loss is not None:
             found = from_loss(layers, self.loss, curvature="curvature" in asked, ranks=self.ranks)
         else:
             found = {name: {"movement": self._movement[name]} for name in names if name in self._movement}
+        refuse_unknown(found, {name for one in counts(group, layers, time) if one.wanted for name in one.names})
         return {name: {key: layers[name].matrix(value) for key, value in of.items()} for name, of in found.items()}
 
     def _gather(self) -> None:
@@ -278,7 +349,7 @@ class Pruner:
         """Add the mean over ranks of what one step showed; nothing where it overflowed, and AMP skipped the step."""
         seen = None if seen is None else self.ranks.mean(seen)
         if seen is not None and bool(torch.isfinite(seen).all()):
-            sums[name] = sums.get(name, 0) + seen / self._scale
+            sums[name] = (sums[name].to(seen.device) if name in sums else 0) + seen / self._scale
 
     def _look_ahead(self) -> None:
         """Ask the layers for what the next step has to show."""
@@ -302,31 +373,10 @@ def fingerprint(mask: Tensor) -> int:
     return int((mask.flatten().nonzero() * 2654435761 % 2147483647).sum())
 
 
-def _rewind_step(recipe: Recipe, steps_per_epoch: int | None) -> int | None:
-    """Return the step to which the recipe goes back."""
-    steps = {
-        _step_of(group.rewind, group.schedule, steps_per_epoch) for group in recipe.groups if group.rewind is not None
-    }
-    if len(steps) > 1:
-        raise ValueError(f"all groups must rewind to one time, as the whole model goes back; got steps {sorted(steps)}")
-    return steps.pop() if steps else None
+def _mark(mask: Tensor) -> tuple[Tensor, int]:
+    """Return what tells later whether a layer has got another mask, or this one other contents."""
+    return mask, -1 if mask.is_inference() else mask._version
 
 
-def _step_of(time: float, schedule: Schedule, steps_per_epoch: int | None) -> int:
-    """Return the step after which a time has come."""
-    return math.ceil(time * ((steps_per_epoch or 1) if schedule.unit == "epochs" else 1) - 1e-6)
-
-
-def _update_steps(
-    number: int, schedule: Schedule, steps_per_epoch: int | None, total_steps: int | None
-) -> dict[int, float]:
-    """Map each step after which the masks move to the time, in the schedule's unit, whose target they get."""
-    if schedule.unit == "epochs" and steps_per_epoch is None:
-        raise ValueError(f"groups.{number}: the schedule is in epochs; give steps_per_epoch")
-    updates = {_step_of(time, schedule, steps_per_epoch): time for time in schedule.update_times()}
-    if total_steps is not None and max(updates) > total_steps:
-        raise ValueError(
-            f"groups.{number}: the schedule ends at step {max(updates)}, after the training's last, {total_steps}; "
-            "the target would be missed"
-        )
-    return updates
+def _same(one: tuple[Tensor, int], other: tuple[Tensor, int]) -> bool:
+    return one[0] is other[0] and one[1] == other[1]
