@@ -43,8 +43,8 @@ AVX512_FLAGS = (
     "-Wno-maybe-uninitialized -Wno-uninitialized"
 )
 X86_FLAGS = {
-    "kernels_avx512.cpp": AVX512_FLAGS.split(),
-    "kernels_avx2.cpp": ["-mavx2", "-mfma", "-mbmi", "-mbmi2"],
+    "isa/avx512.cpp": AVX512_FLAGS.split(),
+    "isa/avx2.cpp": ["-mavx2", "-mfma", "-mbmi", "-mbmi2"],
 }
 
 
@@ -65,12 +65,17 @@ def build_native(target: Path, extra_flags: Sequence[str] = ()) -> None:
 
     with tempfile.TemporaryDirectory() as build:
 
+        def named(source: Path) -> str:
+            return source.relative_to(SOURCES).as_posix()
+
         def compile_one(source: Path) -> str:
-            made = f"{build}/{source.stem}.o"
-            run([*compiler, *flags, *(X86_FLAGS.get(source.name, []) if x86 else []), "-c", str(source), "-o", made])
+            name = named(source)
+            made = f"{build}/{name.replace('/', '_')}.o"
+            own_flags = X86_FLAGS.get(name, []) if x86 else []
+            run([*compiler, *flags, f"-I{SOURCES}", *own_flags, "-c", str(source), "-o", made])
             return made
 
-        sources = [s for s in sorted(SOURCES.glob("*.cpp")) if x86 or s.name not in X86_FLAGS]
+        sources = [s for s in sorted(SOURCES.rglob("*.cpp")) if x86 or named(s) not in X86_FLAGS]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compile_one, sources))
         # Linked beside the target and renamed: a process that has the old library loaded keeps the old file.

@@ -1,6 +1,6 @@
-// Activations on vectors, after one of the simd_*.h headers. Measured against float64 over all magnitudes: at most 4
-// units in the last place for SiLU and GELU (erf), see tests/kernels/cpu/test_activation.py. NaN in, NaN out; infinities as
-// in torch.
+// Activations on vectors, after one of the simd/*.h headers. Measured against float64 over all magnitudes: at most 4
+// units in the last place for SiLU and GELU (erf), see tests/kernels/cpu/test_activation.py. NaN in, NaN out;
+// infinities as in torch.
 //
 // Coefficients: weighted least squares, reweighted towards the smallest maximal relative error.
 #pragma once
@@ -60,11 +60,16 @@ inline Vec gelu_tanh(Vec a) {
 
 inline Vec activate(Vec a, int activation) {
     switch (activation) {
-        case SPARSIFY_RELU: return max(zero(), a);
-        case SPARSIFY_GELU_ERF: return gelu_erf(a);
-        case SPARSIFY_GELU_TANH: return gelu_tanh(a);
-        case SPARSIFY_SILU: return gate(a, a);
-        default: return a;
+        case SPARSIFY_RELU:
+            return max(zero(), a);
+        case SPARSIFY_GELU_ERF:
+            return gelu_erf(a);
+        case SPARSIFY_GELU_TANH:
+            return gelu_tanh(a);
+        case SPARSIFY_SILU:
+            return gate(a, a);
+        default:
+            return a;
     }
 }
 

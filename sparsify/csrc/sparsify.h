@@ -21,8 +21,8 @@ extern "C" {
 
 enum sparsify_status {
     SPARSIFY_OK = 0,
-    SPARSIFY_BAD_CSR = -1,    /* row pointers or columns out of range or out of order */
-    SPARSIFY_BAD_INDEX = -2,  /* an index that pack did not write: wrong form, size, bounds or order */
+    SPARSIFY_BAD_CSR = -1,   /* row pointers or columns out of range or out of order */
+    SPARSIFY_BAD_INDEX = -2, /* an index that pack did not write: wrong form, size, bounds or order */
     SPARSIFY_BAD_ARGUMENT = -3,
     SPARSIFY_NO_MEMORY = -4,
     SPARSIFY_UNKNOWN_KERNEL = -5,
@@ -81,9 +81,10 @@ SPARSIFY_DECLARE_FORM(gather)
 enum sparsify_form { SPARSIFY_PANEL = 0, SPARSIFY_BITMASK = 1, SPARSIFY_GATHER = 2, SPARSIFY_N_FORMS = 3 };
 enum sparsify_dtype { SPARSIFY_F32 = 0, SPARSIFY_BF16 = 1, SPARSIFY_N_DTYPES = 2 };
 
-/* y[t, o - first_row] = activation(sum over kept k of x[t, k] * w[o, k] + bias[o]) for first_row <= o < end_row, rounded
- * once to the dtype of all four arrays. Strides count elements between the rows of tokens; within a row elements are
- * neighbours. y overlaps no input. Every field takes 8 bytes: ctypes converts one argument in 0.4 us and twelve in 2.4.
+/* y[t, o - first_row] = activation(sum over kept k of x[t, k] * w[o, k] + bias[o]) for first_row <= o < end_row,
+ * rounded once to the dtype of all four arrays. Strides count elements between the rows of tokens; within a row
+ * elements are neighbours. y overlaps no input. Every field takes 8 bytes: ctypes converts one argument in 0.4 us and
+ * twelve in 2.4.
  */
 struct sparsify_linear_call {
     const uint8_t *index;
@@ -101,9 +102,9 @@ struct sparsify_linear_call {
 
 SPARSIFY_API int sparsify_linear(int form, int dtype, const struct sparsify_linear_call *call);
 
-/* The same for images whose features lie in planes, channels first: x[image][k][t] and y[image][o - first_row][t]. `image`
- * says how one of them is laid out: its tokens are neighbours, and its strides count elements between planes. The form is
- * panel.
+/* The same for images whose features lie in planes, channels first: x[image][k][t] and y[image][o - first_row][t].
+ * `image` says how one of them is laid out: its tokens are neighbours, and its strides count elements between planes.
+ * The form is panel.
  */
 struct sparsify_pointwise_call {
     struct sparsify_linear_call image;
@@ -131,7 +132,8 @@ struct sparsify_sddmm_call {
 SPARSIFY_API int sparsify_sddmm(const struct sparsify_sddmm_call *call);
 
 /* ---- masked weights ----------------------------------------------------------------------------------------------
- * Sets values[i] to zero (all bits) where mask[i] is 0, for n values of 2, 4 or 8 bytes; where it is 1 nothing changes. */
+ * Sets values[i] to zero (all bits) where mask[i] is 0, for n values of 2, 4 or 8 bytes; where it is 1 nothing changes.
+ */
 SPARSIFY_API int sparsify_clear_masked(void *values, const uint8_t *mask, int64_t n, int value_bytes, int n_threads);
 
 /* ---- factors of parts of a matrix --------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ def test_columns_far_apart(kernel, form):
 def test_the_environment_forces_a_kernel(name):
     program = (
         "import torch\n"
-        "from sparsify.kernels import native\n"
+        "from sparsify.kernels.cpu import library as native\n"
         "packed = native.pack('panel', torch.tensor([0, 1]), torch.tensor([0]), torch.ones(1), (1, 1))\n"
         "print(native.linear('panel', torch.ones(1, 1), *packed, None, (1, 1)).item(), native.kernel())\n"
     )

@@ -1,0 +1,30 @@
+// The kernels of every form for one instruction set. Compiled with its own flags (setup.py).
+#include "simd/portable.h"
+// after the vectors
+#include "activation.inc.h"
+#include "bitmask/portable.inc.h"
+#include "gather/portable.inc.h"
+#include "linalg/cholesky.inc.h"
+#include "panel/kernel.inc.h"
+#include "training/clear.inc.h"
+#include "training/sddmm.inc.h"
+
+namespace sparsify {
+
+const KernelTable *portable_table() {
+    static const KernelTable table = {
+        "portable",
+        {
+            {linear_panel<float>, linear_panel<uint16_t>},
+            {linear_row_blocks<Bitmask, float>, linear_row_blocks<Bitmask, uint16_t>},
+            {linear_row_blocks<Gather, float>, linear_row_blocks<Gather, uint16_t>},
+        },
+        {pointwise_panel<float>, pointwise_panel<uint16_t>},
+        sddmm_f32,
+        factor_f32,
+        {clear_masked<uint16_t>, clear_masked<uint32_t>, clear_masked<uint64_t>},
+    };
+    return &table;
+}
+
+}  // namespace sparsify

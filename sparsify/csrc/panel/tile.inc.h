@@ -1,0 +1,96 @@
+// In and out of a tile of the panel form, [features][V * WIDTH tokens]: from and to rows of tokens, [tokens][features],
+// or planes of features, [features][tokens], as the channels of an image.
+#pragma once
+
+#include "panel/format.h"
+#include "sparsify.h"
+
+namespace {
+
+// tile[k][token] = x[token][k] for k < n; of the V * WIDTH tokens only n_tokens exist, the others are 0.
+template <int V, typename T>
+void fill_tile(const T *x, int64_t x_stride, int64_t n_tokens, int64_t n, float *tile) {
+    for (int v = 0; v < V; ++v) {
+        const T *rows = x + v * WIDTH * x_stride;
+        const int64_t here = n_tokens - v * WIDTH;
+        for (int64_t k = 0; k < n; k += WIDTH) {
+            const int width = n - k < WIDTH ? int(n - k) : WIDTH;
+            float *to = tile + k * (V * WIDTH) + v * WIDTH;
+            Vec r[WIDTH];
+            if (here >= WIDTH && width == WIDTH) {
+#pragma GCC unroll 16
+                for (int t = 0; t < WIDTH; ++t) r[t] = load(rows + t * x_stride + k);
+                transpose(r);
+#pragma GCC unroll 16
+                for (int i = 0; i < WIDTH; ++i) store(to + i * (V * WIDTH), r[i]);
+            } else {
+                for (int t = 0; t < WIDTH; ++t) r[t] = t < here ? load_first(rows + t * x_stride + k, width) : zero();
+                transpose(r);
+                for (int i = 0; i < width; ++i) store(to + i * (V * WIDTH), r[i]);
+            }
+        }
+    }
+}
+
+// y[token][row] = activation(sums[row][token] + bias[row]) for n_rows rows and n_tokens tokens. Tokens are the outer
+// loop, so that the stores walk along 16 rows of y: 1.05x over rows first at 95%, where the output weighs most.
+template <int V, typename T>
+void empty_tile(const float *sums, const T *bias, T *y, int64_t y_stride, int64_t n_tokens, int64_t n_rows,
+                int activation) {
+    for (int v = 0; v < V && v * WIDTH < n_tokens; ++v) {
+        const int64_t here = n_tokens - v * WIDTH;
+        for (int64_t row = 0; row < n_rows; row += WIDTH) {
+            const int width = n_rows - row < WIDTH ? int(n_rows - row) : WIDTH;
+            const Vec b = bias ? load_first(bias + row, width) : zero();
+            T *to = y + v * WIDTH * y_stride + row;
+            Vec r[WIDTH];
+#pragma GCC unroll 16
+            for (int i = 0; i < WIDTH; ++i) r[i] = load(sums + ((row + i) * V + v) * WIDTH);
+            transpose(r);
+            if (here >= WIDTH && width == WIDTH && activation == SPARSIFY_NONE) {
+#pragma GCC unroll 16
+                for (int t = 0; t < WIDTH; ++t) store(to + t * y_stride, add(r[t], b));
+            } else {
+                for (int t = 0; t < WIDTH && t < here; ++t) {
+                    const Vec out = activate(add(r[t], b), activation);
+                    if (width == WIDTH)
+                        store(to + t * y_stride, out);
+                    else
+                        store_first(to + t * y_stride, out, width);
+                }
+            }
+        }
+    }
+}
+
+// As fill_tile, from planes: x[k][token].
+template <int V, typename T>
+void fill_tile_from_planes(const T *x, int64_t x_stride, int64_t n_tokens, int64_t n, float *tile) {
+    for (int64_t k = 0; k < n; ++k)
+        for (int v = 0; v < V; ++v) {
+            const T *from = x + k * x_stride + v * WIDTH;
+            const int64_t here = n_tokens - v * WIDTH;
+            const Vec a = here >= WIDTH ? load(from) : here > 0 ? load_first(from, int(here)) : zero();
+            store(tile + (k * V + v) * WIDTH, a);
+        }
+}
+
+// As empty_tile, to planes: y[row][token].
+template <int V, typename T>
+void empty_tile_to_planes(const float *sums, const T *bias, T *y, int64_t y_stride, int64_t n_tokens, int64_t n_rows,
+                          int activation) {
+    for (int64_t row = 0; row < n_rows; ++row) {
+        const Vec b = bias ? broadcast(bias + row) : zero();
+        for (int v = 0; v < V && v * WIDTH < n_tokens; ++v) {
+            T *to = y + row * y_stride + v * WIDTH;
+            const int64_t here = n_tokens - v * WIDTH;
+            const Vec a = activate(add(load(sums + (row * V + v) * WIDTH), b), activation);
+            if (here >= WIDTH)
+                store(to, a);
+            else
+                store_first(to, a, int(here));
+        }
+    }
+}
+
+}  // namespace

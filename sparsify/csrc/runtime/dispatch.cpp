@@ -1,0 +1,113 @@
+// Chooses the instruction set once, and hands calls to its table.
+#include <stdlib.h>
+#include <string.h>
+
+#include "runtime/kernels.h"
+#include "sparsify.h"
+
+namespace sparsify {
+namespace {
+
+bool runs_here(const KernelTable *table) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (table == avx512_table())
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+               __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("bmi2");
+    if (table == avx2_table())
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+#endif
+    return table == portable_table();
+}
+
+struct Choice {
+    const KernelTable *table;
+    int status;
+};
+
+Choice choose(const char *name) {
+    const KernelTable *const best_first[] = {avx512_table(), avx2_table(), portable_table()};
+    const bool any = !name || !*name;
+    int status = SPARSIFY_UNKNOWN_KERNEL;
+    for (const KernelTable *table : best_first) {
+        if (!table || (!any && strcmp(name, table->name) != 0)) continue;
+        if (runs_here(table)) return {table, SPARSIFY_OK};
+        status = SPARSIFY_UNSUPPORTED_KERNEL;
+    }
+    return {choose(nullptr).table, status};
+}
+
+Choice &current() {
+    static Choice choice = choose(getenv("SPARSIFY_KERNEL"));
+    return choice;
+}
+
+bool is_sound(const sparsify_linear_call &call) {
+    return call.tokens >= 0 && call.out >= 0 && call.in >= 0 && call.n_threads >= 1 &&
+           call.activation >= SPARSIFY_NONE && call.activation <= SPARSIFY_SILU && 0 <= call.first_row &&
+           call.first_row <= call.end_row && call.end_row <= call.out;
+}
+
+}  // namespace
+}  // namespace sparsify
+
+using namespace sparsify;
+
+extern "C" {
+
+const char *sparsify_known_kernels(void) {
+#if defined(__x86_64__)
+    return "avx512 avx2 portable";
+#else
+    return "portable";
+#endif
+}
+
+const char *sparsify_kernel(void) { return current().table->name; }
+
+int sparsify_kernel_status(void) { return current().status; }
+
+int sparsify_set_kernel(const char *name) {
+    const Choice choice = choose(name);
+    if (choice.status == SPARSIFY_OK) current() = choice;
+    return choice.status;
+}
+
+int sparsify_linear(int form, int dtype, const sparsify_linear_call *call) {
+    if (form < 0 || form >= SPARSIFY_N_FORMS || dtype < 0 || dtype >= SPARSIFY_N_DTYPES || !is_sound(*call))
+        return SPARSIFY_BAD_ARGUMENT;
+    if (current().status) return current().status;  // SPARSIFY_KERNEL asks for what is not here: no silent fallback
+    if (call->tokens == 0 || call->first_row == call->end_row) return SPARSIFY_OK;
+    return current().table->linear[form][dtype](*call);
+}
+
+int sparsify_sddmm(const sparsify_sddmm_call *call) {
+    if (call->tokens < 0 || call->out < 0 || call->in < 0 || call->n_threads < 1) return SPARSIFY_BAD_ARGUMENT;
+    if (current().status) return current().status;
+    if (call->tokens == 0 || call->out == 0 || call->in == 0) return SPARSIFY_OK;
+    return current().table->sddmm(*call);
+}
+
+int sparsify_factor_parts(const sparsify_factor_call *call) {
+    if (call->n < 0 || call->n_parts < 0 || call->size < 0 || call->n_threads < 1) return SPARSIFY_BAD_ARGUMENT;
+    if (current().status) return current().status;
+    return call->n_parts && call->size ? current().table->factor(*call) : SPARSIFY_OK;
+}
+
+int sparsify_clear_masked(void *values, const uint8_t *mask, int64_t n, int value_bytes, int n_threads) {
+    const int width = value_bytes == 2 ? 0 : value_bytes == 4 ? 1 : value_bytes == 8 ? 2 : -1;
+    if (n < 0 || width < 0 || n_threads < 1) return SPARSIFY_BAD_ARGUMENT;
+    if (current().status) return current().status;
+    return n ? current().table->clear[width](values, mask, n, n_threads) : SPARSIFY_OK;
+}
+
+int sparsify_pointwise(int dtype, const sparsify_pointwise_call *call) {
+    if (dtype < 0 || dtype >= SPARSIFY_N_DTYPES || call->n_images < 0 || !is_sound(call->image))
+        return SPARSIFY_BAD_ARGUMENT;
+    if (current().status) return current().status;
+    if (call->n_images == 0 || call->image.tokens == 0 || call->image.first_row == call->image.end_row)
+        return SPARSIFY_OK;
+    return current().table->pointwise[dtype](*call);
+}
+}

@@ -1,0 +1,42 @@
+// The table of kernels that each instruction set exports, and the calls they take. No STL and nothing inline that does
+// work: this header is compiled into translation units with different instruction sets, and the linker keeps only one
+// copy of an inline function.
+#pragma once
+
+#include <cstdint>
+
+#include "sparsify.h"
+
+namespace sparsify {
+
+using LinearCall = sparsify_linear_call;
+using LinearKernel = int (*)(const LinearCall &);
+using PointwiseCall = sparsify_pointwise_call;
+using PointwiseKernel = int (*)(const PointwiseCall &);
+
+// One instruction set: its name and a kernel for every form and dtype.
+struct KernelTable {
+    const char *name;
+    LinearKernel linear[SPARSIFY_N_FORMS][SPARSIFY_N_DTYPES];
+    PointwiseKernel pointwise[SPARSIFY_N_DTYPES];
+    int (*sddmm)(const sparsify_sddmm_call &);
+    int (*factor)(const sparsify_factor_call &);
+    int (*clear[3])(void *values, const uint8_t *mask, int64_t n, int n_threads);  // of 2, 4 and 8 bytes
+};
+
+const KernelTable *portable_table();
+const KernelTable *avx2_table();  // null where the compiler does not target x86-64
+const KernelTable *avx512_table();
+
+// The rows that a call asks for of n rows from `row` on: n of them from `first` on, `skipped` after `row`.
+struct Rows {
+    int64_t first, skipped, n;
+};
+
+static inline Rows part_of_call(const LinearCall &call, int64_t row, int64_t n) {
+    const int64_t first = row > call.first_row ? row : call.first_row;
+    const int64_t end = row + n < call.end_row ? row + n : call.end_row;
+    return {first, first - row, end - first};
+}
+
+}  // namespace sparsify

@@ -1,0 +1,99 @@
+// Vectors of 8 floats for AVX2 with FMA. Same names as simd/avx512.h.
+#pragma once
+
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+namespace {
+
+constexpr int WIDTH = 8, N_REGISTERS = 16;
+using Vec = __m256;
+using Mask = __m256;
+
+inline Vec zero() { return _mm256_setzero_ps(); }
+inline Vec set1(float a) { return _mm256_set1_ps(a); }
+inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+inline Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
+inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+inline Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+inline Vec fnma(Vec a, Vec b, Vec c) { return _mm256_fnmadd_ps(a, b, c); }
+inline Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
+inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+inline Vec round_even(Vec a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline Vec abs(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+inline Vec copysign(Vec magnitude, Vec sign) {
+    const Vec bit = _mm256_set1_ps(-0.0f);
+    return _mm256_or_ps(_mm256_and_ps(bit, sign), _mm256_andnot_ps(bit, magnitude));
+}
+inline Vec power_of_two(__m256i n) {  // -126 <= n <= 127
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
+}
+inline Vec scale_by_power_of_two(Vec a, Vec n) {  // in two halves: n may reach below the smallest normal exponent
+    const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);
+    return _mm256_mul_ps(_mm256_mul_ps(a, power_of_two(half)), power_of_two(_mm256_sub_epi32(whole, half)));
+}
+inline Mask less(Vec a, Vec b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
+inline Mask is_nan(Vec a) { return _mm256_cmp_ps(a, a, _CMP_UNORD_Q); }
+inline Vec select(Mask m, Vec if_set, Vec otherwise) { return _mm256_blendv_ps(otherwise, if_set, m); }
+
+inline Vec widen(__m128i a) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(a), 16)); }
+inline __m128i narrow(Vec a) {
+    const __m256i bits = _mm256_castps_si256(a);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i nan = _mm256_castps_si256(is_nan(a));
+    const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
+    return _mm256_castsi256_si128(packed);
+}
+
+inline __m256i first_n(int n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+inline Vec load(const float *p) { return _mm256_loadu_ps(p); }
+inline Vec load(const uint16_t *p) { return widen(_mm_loadu_si128((const __m128i *)p)); }
+inline Vec load_first(const float *p, int n) { return _mm256_maskload_ps(p, first_n(n)); }
+inline Vec load_first(const uint16_t *p, int n) {
+    uint16_t copy[8] = {};
+    memcpy(copy, p, size_t(n < 8 ? n : 8) * sizeof *p);
+    return load(copy);
+}
+inline void store(float *p, Vec a) { _mm256_storeu_ps(p, a); }
+inline void store(uint16_t *p, Vec a) { _mm_storeu_si128((__m128i *)p, narrow(a)); }
+inline void store_first(float *p, Vec a, int n) { _mm256_maskstore_ps(p, first_n(n), a); }
+inline void store_first(uint16_t *p, Vec a, int n) {
+    uint16_t copy[8];
+    store(copy, a);
+    memcpy(p, copy, size_t(n < 8 ? n : 8) * sizeof *p);
+}
+inline Vec broadcast(const float *p) { return _mm256_broadcast_ss(p); }
+inline Vec broadcast(const uint16_t *p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_set1_epi16((short)*p), 16));
+}
+
+inline void transpose(Vec (&r)[8]) {
+    Vec s[8], t[8];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        s[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+        s[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+        t[4 * i + 0] = _mm256_shuffle_ps(s[4 * i], s[4 * i + 2], 0x44);
+        t[4 * i + 1] = _mm256_shuffle_ps(s[4 * i], s[4 * i + 2], 0xee);
+        t[4 * i + 2] = _mm256_shuffle_ps(s[4 * i + 1], s[4 * i + 3], 0x44);
+        t[4 * i + 3] = _mm256_shuffle_ps(s[4 * i + 1], s[4 * i + 3], 0xee);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        r[i] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x20);
+        r[i + 4] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x31);
+    }
+}
+
+}  // namespace
