@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
+from sparsify.checkpoint.dense_weights import check_dtype, check_values
 from sparsify.checkpoint.tensor_file import TensorFile
 from sparsify.checkpoint.weight_codec import unpack_layer
 from sparsify.layers import Masked
@@ -53,7 +54,9 @@ class Weights:
 
     def read(self, name: str) -> Tensor:
         """Read a tensor into memory of its own."""
-        return self._files[name].read(name)
+        tensor = self._files[name].read(name)
+        check_values(self._files[name].path, name, tensor)
+        return tensor
 
     def dtype(self, name: str) -> torch.dtype:
         """Return a tensor's dtype without reading it."""
@@ -251,11 +254,7 @@ def _keys(model: nn.Module, weights: Weights) -> dict[int, str]:
         if name not in weights:
             missing.setdefault(id(parameter), name)
         elif id(parameter) not in keys:
-            if weights.shape(name) != tuple(parameter.shape):
-                raise ValueError(
-                    f"{weights.path}: {name} is {weights.shape(name)} in the file, "
-                    f"{tuple(parameter.shape)} in the model"
-                )
+            _check_fits(weights, name, parameter)
             keys[id(parameter)] = name
     if lost := [name for one, name in missing.items() if one not in keys]:
         raise ValueError(f"{weights.path}: not for this model: it lacks {len(lost)} of its Parameters {lost[:3]}")
@@ -264,6 +263,15 @@ def _keys(model: nn.Module, weights: Weights) -> dict[int, str]:
     if odd := [name for name in weights if name not in known]:
         raise ValueError(f"{weights.path}: not for this model: {len(odd)} tensors are too many {odd[:3]}")
     return keys
+
+
+def _check_fits(weights: Weights, name: str, tensor: Tensor) -> None:
+    """Raise ValueError if a tensor of the file cannot be what this one of the model holds."""
+    if weights.shape(name) != tuple(tensor.shape):
+        raise ValueError(
+            f"{weights.path}: {name} is {weights.shape(name)} in the file, {tuple(tensor.shape)} in the model"
+        )
+    check_dtype(weights.path, name, weights.dtype(name), tensor.dtype)
 
 
 def _make_places(model: nn.Module, weights: Weights, keys: dict[int, str]) -> dict[int, str]:
@@ -284,6 +292,7 @@ def _make_places(model: nn.Module, weights: Weights, keys: dict[int, str]) -> di
         for key, buffer in module._buffers.items():
             full = f"{name}.{key}".lstrip(".")
             if buffer is not None and full in weights:
+                _check_fits(weights, full, buffer)
                 module._buffers[key] = weights.read(full)
     return {id(made[id(parameter)]): keys[id(parameter)] for parameter in old}
 
