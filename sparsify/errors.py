@@ -17,6 +17,10 @@ class MeasuredElsewhereWarning(UserWarning):
     """A checkpoint's forms were chosen on another machine: the answers are right, the speed may not be the best."""
 
 
+class PaddingWarning(UserWarning):
+    """Calibration data has padding that cannot be told from tokens in some layers. The message names them."""
+
+
 class RemovedLayerWarning(UserWarning):
     """Layers lose all their weights without having been asked to. The message names them, and how to keep some."""
 

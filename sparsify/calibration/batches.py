@@ -1,9 +1,10 @@
-"""Calibration data as batches: the arguments of one run of the model each, and which rows of an input count."""
+"""Calibration data as batches: the arguments of one run of the model each, and the masks among them."""
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,64 +12,144 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+#: Endings of the names of masks, and the value with which they mark a token that is padding.
+_MASKS = {"attention_mask": 0, "key_padding_mask": 1}
+
 
 @dataclass(frozen=True)
 class Batch:
-    """The arguments of one run of the model; `counts` says which of the rows (batch, length) are no padding."""
+    """The arguments of one run of the model, the same by name as far as forward names them, and its padding.
+
+    `masks` holds the masks that mark padding, (batch, length), False = padding, by the names of their arguments.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    counts: Tensor | None
+    named: dict[str, Any]
+    masks: dict[str, Tensor]
+
+    def replaced(self, values: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return positional and keyword arguments with other values for some of them, by name."""
+        names = [*self.named][: len(self.args)]
+        args = [values.get(name, value) for name, value in zip(names, self.args, strict=False)]
+        kwargs = {name: values.get(name, value) for name, value in self.kwargs.items()}
+        return (*args, *self.args[len(args) :]), kwargs
 
 
 def read_batches(model: nn.Module, data: Iterable[Any]) -> list[Batch]:
     """Read all calibration data, once, onto the model's device.
 
-    A batch is a tensor; a tuple or list of positional arguments, of which as many are used as the model's forward takes
-    (labels at the end do no harm); or a mapping of keyword arguments. What a 2-D "attention_mask" among these marks
-    with 0 is padding and does not count. A `Batch`, read before, is taken as it is. Raises ValueError if there is no
-    batch, or one of another kind.
+    A batch is a tensor; a tuple or list of positional arguments; or a mapping of keyword arguments. Forward's signature
+    says what the elements of a tuple are: as many are used as it needs, and what it has no parameter for (labels at the
+    end) is left out. An element for a parameter with a default may be one or the other, and is an error. A 2-D argument
+    "attention_mask" (or one whose name ends like that) marks padding with 0, a "key_padding_mask" with 1. A `Batch`,
+    read before, is taken as it is. Raises ValueError if there is no batch, or one of another kind.
 
     >>> len(read_batches(nn.Linear(2, 1), [torch.ones(3, 2), (torch.ones(3, 2), "label")]))
     2
     """
-    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    batches = [_read_batch(model, number, batch, device) for number, batch in enumerate(data)]
+    grad = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(grad):  # data may be made while it is read
+        batches = [_read(model, batch, f"batch {number} of the calibration data") for number, batch in enumerate(data)]
     if not batches:
         raise ValueError("the calibration data is empty; a generator that was read before is empty too")
     return batches
 
 
-def _read_batch(model: nn.Module, number: int, batch: Any, device: torch.device) -> Batch:
+def read_example(model: nn.Module, example: Any) -> Batch:
+    """Read one example of a model's arguments, of any kind that a batch of calibration data may be."""
+    return _read(model, example, "the example")
+
+
+def _read(model: nn.Module, batch: Any, what: str) -> Batch:
+    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
     def move(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        return value.clone().to(device) if value.is_inference() else value.to(device)
+        with torch.inference_mode(False):  # where a copy is a plain tensor
+            return (value.clone() if value.is_inference() else value).to(device)
 
     if isinstance(batch, Batch):
         return batch
+    parameters = _parameters(model)
     if isinstance(batch, Mapping):
         kwargs = {key: tree_map(move, value) for key, value in batch.items()}
-        mask = kwargs.get("attention_mask")
-        padded = isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.all())
-        return Batch((), kwargs, mask.bool() if padded and isinstance(mask, Tensor) else None)
+        order = [p.name for p in parameters if p.name in kwargs]
+        named = {key: kwargs[key] for key in dict.fromkeys([*order, *kwargs])}
+        return Batch((), kwargs, named, _masks(named, what))
     if isinstance(batch, Tensor):
-        return Batch((move(batch),), {}, None)
+        batch = (batch,)
     if isinstance(batch, (tuple, list)):
-        parameters = inspect.signature(model.forward).parameters.values()
+        args = tuple(tree_map(move, value) for value in batch[: _n_taken(batch, parameters, what)])
         positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        n_taken = len(batch) if any(p.kind is p.VAR_POSITIONAL for p in parameters) else len(positional)
-        return Batch(tuple(tree_map(move, value) for value in batch[:n_taken]), {}, None)
+        named = {p.name: value for p, value in zip(positional, args, strict=False)}
+        return Batch(args, {}, named, _masks(named, what))
     raise ValueError(
-        f"batch {number} of the calibration data is a {type(batch).__name__}; "
+        f"{what} is a {type(batch).__name__}; "
         "give tensors, tuples of positional arguments, or dicts of keyword arguments"
     )
 
 
+def _parameters(model: nn.Module) -> list[inspect.Parameter]:
+    """Return forward's parameters; those of the one child that a wrapper hands everything on to."""
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    children = list(model.children())
+    if len(children) == 1 and all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        return _parameters(children[0])
+    return parameters
+
+
+def _n_taken(batch: tuple[Any, ...] | list[Any], parameters: list[inspect.Parameter], what: str) -> int:
+    """Return how many elements of a tuple are arguments. Raises ValueError where that cannot be told."""
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return len(batch)
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    n_needed = max(sum(p.default is p.empty for p in parameters if p.name in names), 1)
+    given = names[: len(batch)]
+    unsure = [name for name, value in zip(given, batch, strict=False) if value is not None][n_needed:]
+    if unsure:
+        by_name = ", ".join(f"{name!r}: ..." for name in given)
+        raise ValueError(
+            f"{what} is a tuple of {len(batch)}, of which forward needs {n_needed}: the positional element "
+            f"{given.index(unsure[0]) + 1} would become {unsure[0]!r}, and may be a label. If it is an argument, give "
+            f"a dict, {{{by_name}}}; if it is a label, give batches without it"
+        )
+    return min(len(batch), len(names))
+
+
+def _masks(named: Mapping[str, Any], what: str) -> dict[str, Tensor]:
+    """Return the masks that mark padding."""
+    masks = {}
+    for name, value in named.items():
+        padding = next((padding for end, padding in _MASKS.items() if name.endswith(end)), None)
+        if padding is None or not isinstance(value, Tensor) or value.dim() != 2:
+            continue
+        if bool((value < 0).any()):
+            raise ValueError(
+                f"{what}: {name!r} must mark padding with {padding} and tokens with {1 - padding}, and has values from "
+                f"{value.min().item():g} to {value.max().item():g}"
+            )
+        if not bool((value != padding).all()):
+            masks[name] = value != padding
+    return masks
+
+
+def is_mask(name: str) -> bool:
+    """Say whether an argument is named like a mask that marks padding."""
+    return name.endswith(tuple(_MASKS))
+
+
+@contextlib.contextmanager
+def naming_batch(number: int) -> Iterator[None]:
+    """Let an error that a model raises name the batch of calibration data that it ran on."""
+    try:
+        yield
+    except Exception as error:  # whatever the model's own code raises
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        raise ValueError(f"the model does not run on batch {number} of the calibration data: {reason}") from error
+
+
 def input_rows(tensor: Tensor, counts: Tensor | None) -> Tensor:
-    """Return the rows (rows, in_features) of a Linear's input, without padding where it has the batch's shape."""
-    if counts is not None and tensor.shape[:-1] == counts.shape:
-        return tensor[counts]
-    if counts is not None and tensor.shape[:-1] == (counts.numel(),):
-        return tensor[counts.flatten()]
-    return tensor.reshape(-1, tensor.shape[-1])
+    """Return the rows (rows, features) of a tensor (..., features), of those that count, all of them if it is None."""
+    return tensor.reshape(-1, tensor.shape[-1]) if counts is None else tensor[counts]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from sparsify.calibration.batches import read_batches
+from sparsify.calibration.batches import read_example
 from sparsify.calibration.sequential import as_in_use
 from sparsify.conversion.module_surgery import layers_of_type
 from sparsify.layers import Masked
@@ -38,7 +38,7 @@ def layer_inputs(model: nn.Module, example: Any) -> dict[nn.Module, Tensor]:
         see(layer, next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)))
 
     layers = layers_of_type(model, Masked).values()
-    (batch,) = read_batches(model, [example])
+    batch = read_example(model, example)
     handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
     try:
         with as_in_use(model), torch.no_grad(), _Reads({id(layer.weight): layer for layer in layers}, see):

@@ -16,6 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+#: Why nothing is known of a layer.
+NEVER_RAN = "never ran on the calibration data"
+NO_ROWS = "got no rows of the calibration data"
+ONLY_ZEROS = "got nothing but zeros from the calibration data"
+
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
@@ -55,6 +60,16 @@ def take_output(output: Any) -> tuple[Tensor, Form] | None:
     return None if found is None or any(isinstance(leaf, Tensor) for leaf in found[1].leaves) else found
 
 
+def output_tensor(output: Any) -> Tensor:
+    """Return the first tensor that a block or model returned. Raises ValueError if that is none, or one number."""
+    found = take_apart(output)
+    if found is None:
+        raise ValueError(f"a block or model returned a {type(output).__name__} that begins with no tensor")
+    if found[0].dim() == 0:
+        raise ValueError("the model returned one number first, as it does with a loss; leave labels out of the data")
+    return found[0]
+
+
 @dataclass(frozen=True)
 class Outline:
     """What was seen: groups of layers that share an input, in execution order; chains of blocks; the blocks' outputs.
@@ -79,6 +94,7 @@ class Recorder:
         self.model, self.layers = model, layers
         self.rows = [row for row in _rows(model) if any(block_of(name, row) is not None for name in layers)]
         self.n_calls = dict.fromkeys(layers, 0)
+        self.unseen = dict.fromkeys(layers, NEVER_RAN)  # and why, until there is more to see than zeros
         self.groups: list[list[str]] = []
         self.outputs: dict[str, list[Form | None]] = {}  # one entry per call; None where a call cannot be repeated
         self.links: set[tuple[str, str]] = set()
@@ -100,11 +116,6 @@ class Recorder:
                     hooks.callback(block.register_forward_hook(after, with_kwargs=True).remove)
             call()
         self._input, self._hidden = None, {}
-
-    @property
-    def missing(self) -> list[str]:
-        """The layers that have not run yet."""
-        return [name for name, n in self.n_calls.items() if n == 0]
 
     def outline(self, *, chains: bool = True) -> Outline:
         """Put together what was seen; without `chains` the whole model counts as one block."""
@@ -133,6 +144,8 @@ class Recorder:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             tensor = first_tensor(args, kwargs)
             self.n_calls[name] += 1
+            if name in self.unseen:
+                self._weigh(name, tensor)
             if self.n_calls[name] > 1:
                 return
             if self._input is not None and self._input[0] is tensor and self._input[1] == tensor._version:
@@ -142,6 +155,13 @@ class Recorder:
             self._input = tensor, tensor._version
 
         return before
+
+    def _weigh(self, name: str, tensor: Tensor) -> None:
+        """Take a layer from the unseen ones, if its input says anything."""
+        if bool(tensor.count_nonzero()):
+            del self.unseen[name]
+        elif self.unseen[name] != ONLY_ZEROS:
+            self.unseen[name] = ONLY_ZEROS if tensor.numel() else NO_ROWS
 
     def _see_block(self, row: int, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

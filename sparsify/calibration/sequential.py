@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -20,14 +21,28 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.calibration.activation_store import Budget, Shelf
-from sparsify.calibration.batches import Batch, input_rows, read_batches
+from sparsify.calibration.batches import Batch, input_rows, naming_batch, read_batches
 from sparsify.calibration.data_parallel import add_up, own_share
-from sparsify.calibration.model_trace import Form, Outline, Recorder, block_of, first_tensor, take_apart
+from sparsify.calibration.model_trace import (
+    NEVER_RAN,
+    NO_ROWS,
+    ONLY_ZEROS,
+    Form,
+    Outline,
+    Recorder,
+    block_of,
+    first_tensor,
+    take_apart,
+)
 from sparsify.calibration.output_cache import Finished, stand_in
+from sparsify.calibration.padding import Padding, see_padding
 from sparsify.layers import Masked
 from sparsify.masking.gram import Gram
+from sparsify.masking.unseen import refuse_unseen
 
 T = TypeVar("T")
+
+_REMEDY = "give data that reaches them"
 
 
 @dataclass(frozen=True)
@@ -46,6 +61,7 @@ def walk(
     *,
     dense: bool = False,
     cache_bytes: int | None = None,
+    choosing: Collection[str] | None = None,
 ) -> Generator[Stop]:
     """Stop at each group of the named layers in execution order.
 
@@ -57,18 +73,22 @@ def walk(
     changed any of them, times those they have now.
 
     The model is in eval mode and keeps no cache (`config.use_cache`) until the walk ends. Raises ValueError, naming
-    layer and batch, for data the model does not run on, an input that holds NaN or Inf, and layers that never run.
+    layer and batch, for data the model does not run on, an input that holds NaN or Inf, and layers that never run. So
+    do layers of which the data shows nothing, if they are among the `choosing` ones (None: all), whose weights the
+    inputs decide on.
     """
     batches = read_batches(model, data)
     with as_in_use(model), contextlib.ExitStack() as shelves:
-        outline, walked = see_outline(model, layers, batches), set[tuple[str, ...]]()
+        choosing = layers if choosing is None else choosing
+        outline, padding = _survey(model, layers, batches, choosing)
+        walked = set[tuple[str, ...]]()
         batches = own_share(batches)
         budget = None if cache_bytes is None else Budget(cache_bytes)
-        whole = _Whole(model, outline, shelves.enter_context(Finished(model, budget)))
+        whole = _Whole(model, outline, padding, choosing, shelves.enter_context(Finished(model, budget)))
         for group in outline.groups:
             chain = outline.chain_of(group[0])
             if chain is None:
-                yield Stop(group, _gram(model, group, outline, batches, whole.run), None)
+                yield Stop(group, _gram(whole, group, batches, whole.run), None)
                 whole.finished.add(outline.once.intersection(group))
             elif chain not in walked:
                 walked.add(chain)
@@ -87,8 +107,11 @@ class _Whole:
     Their blocks pass on what they are given, and the last one returns what it has returned for this batch.
     """
 
-    def __init__(self, model: nn.Module, outline: Outline, finished: Finished) -> None:
-        self.model, self.outline, self.finished = model, outline, finished
+    def __init__(
+        self, model: nn.Module, outline: Outline, padding: Padding, choosing: Collection[str], finished: Finished
+    ) -> None:
+        self.model, self.outline, self.padding, self.finished = model, outline, padding, finished
+        self.choosing = choosing
         self.finals: dict[tuple[str, ...], Shelf | list[Tensor]] = {}
 
     def run(self, number: int, batch: Batch) -> None:
@@ -165,9 +188,9 @@ def _walk_chain(
                 inputs = {first: shelves.enter_context(Shelf(len(batches), dense.budget)) for first in once}
                 for number, batch in enumerate(batches):
                     call = forms[number][name].fill(dense[number])
-                    dense[number] = _run_noting(model, block, call, number, batch, inputs)
+                    dense[number] = _run_noting(whole, block, call, number, batch, inputs)
             for group in groups:
-                yield Stop(group, _gram(model, group, outline, batches, run, inputs.get(group[0])), name)
+                yield Stop(group, _gram(whole, group, batches, run, inputs.get(group[0])), name)
                 if group[0] in inputs:
                     inputs[group[0]].close()
                 whole.finished.add(outline.once.intersection(group))
@@ -180,20 +203,21 @@ def _walk_chain(
 
 
 def _gram(
-    model: nn.Module,
+    whole: _Whole,
     group: tuple[str, ...],
-    outline: Outline,
     batches: list[Batch],
     run: Callable[[int, Batch], None],
     dense: Shelf | None = None,
 ) -> Gram:
     """Add up the Gram matrix of a group's input over all batches; `dense` holds the rows it had at first."""
-    layer = model.get_submodule(group[0])
+    layer = whole.model.get_submodule(group[0])
     gram: list[Gram] = []
 
     def look(number: int, batch: Batch) -> Callable[..., None]:
+        n_calls = itertools.count()
+
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            rows = _rows_of(layer, args, kwargs, batch)
+            rows = _rows_of(whole, group[0], next(n_calls), args, kwargs, batch)
             if isinstance(layer, Masked) and rows.shape[1] != layer.shape[1]:
                 raise ValueError(
                     f"{group[0]}: a {type(layer).__name__} does not multiply its weight with rows of its input, which "
@@ -205,7 +229,7 @@ def _gram(
                 gram[0].add(rows, None if dense is None else _alike(dense[number], rows))
             except ValueError as error:
                 raise ValueError(f"{group[0]}: its input in batch {number} of the calibration data {error}") from None
-            if group[0] in outline.once:
+            if group[0] in whole.outline.once:
                 raise _Enough
 
         return before
@@ -220,33 +244,47 @@ def _gram(
             break
         finally:
             hook.remove()
-    return add_up(gram[0] if gram else None, failed)
+    total = add_up(gram[0] if gram else _nothing(layer), failed)
+    if not bool(total.sum.diagonal().any()):
+        reason = (ONLY_ZEROS if total.n_rows else NO_ROWS) + ", behind the layers that were pruned before"
+        refuse_unseen(dict.fromkeys((name for name in group if name in whole.choosing), reason), _REMEDY)
+    return total
+
+
+def _nothing(layer: nn.Module) -> Gram:
+    """Return the Gram matrix of a layer that has not run."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return Gram(layer.shape[1] if isinstance(layer, Masked) else weight.shape[1], weight.device)
 
 
 def _run_noting(
-    model: nn.Module, block: nn.Module, call: Any, number: int, batch: Batch, inputs: Mapping[str, Shelf]
+    whole: _Whole, block: nn.Module, call: Any, number: int, batch: Batch, inputs: Mapping[str, Shelf]
 ) -> Tensor:
     """Run a block, put the rows that its layers get on their shelves, and return its output."""
 
     def note(name: str) -> Callable[..., None]:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs[name][number] = _rows_of(module, args, kwargs, batch)
+            inputs[name][number] = _rows_of(whole, name, 0, args, kwargs, batch)
 
         return before
 
     with contextlib.ExitStack() as hooks:
         for name in inputs:
-            hook = model.get_submodule(name).register_forward_pre_hook(note(name), with_kwargs=True)
+            hook = whole.model.get_submodule(name).register_forward_pre_hook(note(name), with_kwargs=True)
             hooks.callback(hook.remove)
         found = take_apart(_run(block, *call))
     assert found is not None
     return found[0]
 
 
-def _rows_of(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: Batch) -> Tensor:
+def _rows_of(
+    whole: _Whole, name: str, n_before: int, args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: Batch
+) -> Tensor:
     """Return what a layer multiplies its weight with, as (rows, in_features), from the arguments it is called with."""
-    tensor = first_tensor(args, kwargs)
-    return input_rows(layer.rows(tensor) if isinstance(layer, Masked) else tensor, batch.counts)
+    layer, tensor = whole.model.get_submodule(name), first_tensor(args, kwargs)
+    rows = layer.rows(tensor) if isinstance(layer, Masked) else tensor
+    return input_rows(rows, whole.padding.counts(("input", name), n_before, rows.shape[:-1], batch))
 
 
 def _alike(dense: Tensor, rows: Tensor) -> Tensor:
@@ -254,25 +292,36 @@ def _alike(dense: Tensor, rows: Tensor) -> Tensor:
     return dense if dense.shape == rows.shape else rows
 
 
-def see_outline(model: nn.Module, layers: Collection[str], batches: list[Batch]) -> Outline:
-    """See how the layers run; chains count only if standing still changes nothing that the walk looks at."""
+def _survey(
+    model: nn.Module, layers: Collection[str], batches: list[Batch], choosing: Collection[str]
+) -> tuple[Outline, Padding]:
+    """See how the layers run, and how padding lies in their inputs.
+
+    Raises ValueError, naming them all, if there are layers that the data does not reach, or `choosing` ones, in which
+    something is to be chosen, of which it shows nothing: no rows, zeros only, or padding only.
+    """
+    outline, unseen = see_outline(model, layers, batches)
+    padding = see_padding(model, batches, [("input", name) for name in layers if unseen.get(name) != NEVER_RAN])
+    unseen |= dict.fromkeys(padding.nothing_else(batches), "got nothing but padding of the calibration data")
+    refuse_unseen({n: why for n, why in unseen.items() if n in choosing or why == NEVER_RAN}, _REMEDY)
+    return outline, padding
+
+
+def see_outline(model: nn.Module, layers: Collection[str], batches: list[Batch]) -> tuple[Outline, dict[str, str]]:
+    """See how the layers run, and name those of which nothing was seen, with the reason.
+
+    Chains count only if standing still changes nothing that the walk looks at.
+    """
     recorder = Recorder(model, layers)
     for number, batch in enumerate(batches):
-        try:
+        with naming_batch(number):
             recorder.run(functools.partial(_run, model, batch.args, batch.kwargs))
-        except Exception as error:
-            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-            raise ValueError(f"the model does not run on batch {number} of the calibration data: {reason}") from error
-        if not recorder.missing:
+        if not recorder.unseen:
             break
-    else:
-        missing = recorder.missing
-        raise ValueError(
-            f"{missing[0]}: never ran on the calibration data ({len(missing)} such layers); "
-            f"give data that reaches it, or leave it dense with exclude=[{missing[0]!r}]"
-        )
     outline = recorder.outline()
-    return outline if _may_stand_still(model, outline, batches[0]) else recorder.outline(chains=False)
+    if not _may_stand_still(model, outline, batches[0]):
+        outline = recorder.outline(chains=False)
+    return outline, recorder.unseen
 
 
 def _may_stand_still(model: nn.Module, outline: Outline, batch: Batch) -> bool:
@@ -280,7 +329,7 @@ def _may_stand_still(model: nn.Module, outline: Outline, batch: Batch) -> bool:
 
     A skip from the middle of a chain, or an argument made from a hidden state, fails here.
     """
-    whole = _Whole(model, outline, Finished(model, None))
+    whole = _Whole(model, outline, Padding({}), (), Finished(model, None))
     outside = {group[0] for group in outline.groups if outline.chain_of(group[0]) is None}
     starts, lasts = {chain[0] for chain in outline.chains}, {chain[-1]: chain for chain in outline.chains}
     finals: dict[tuple[str, ...], Shelf | list[Tensor]] = {}

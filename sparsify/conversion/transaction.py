@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 _CONTAINERS = (dict, OrderedDict, list, set)  # of exactly these types: a user's own may do more than hold things
+
+
+class Copies(Protocol):
+    """A place for numbered tensors, a dict for one."""
+
+    def __getitem__(self, number: int, /) -> Tensor: ...
+    def __setitem__(self, number: int, tensor: Tensor, /) -> None: ...
 
 
 class Transaction:
@@ -35,14 +42,17 @@ class Transaction:
     (True, False)
     """
 
-    def __init__(self, *models: nn.Module) -> None:
-        self._models = models
+    def __init__(self, *models: nn.Module, copies: Copies | None = None) -> None:
+        """Copies go to `copies`, numbered from 0, if they are not to take memory."""
+        self._models, self._copies = models, {} if copies is None else copies
 
     def keep(self, tensors: Iterable[Tensor]) -> None:
         """Copy the contents of tensors that are about to be written; one that was given before is not copied again."""
         for tensor in tensors:
             if id(tensor) not in self._contents and _has_contents(tensor):
-                self._contents[id(tensor)] = tensor, tensor.detach().clone()
+                number = len(self._contents)
+                self._copies[number] = tensor.detach().clone()
+                self._contents[id(tensor)] = tensor, number
 
     def keep_where(self, tensor: Tensor, where: Tensor) -> None:
         """Copy the contents of a tensor where `where`, a bool of its shape, is True: no others are about to change."""
@@ -58,7 +68,7 @@ class Transaction:
             if tensor is not None
         }
         self._tensors = [_Tensor(tensor) for tensor in tensors.values()]
-        self._contents: dict[int, tuple[Tensor, Tensor]] = {}
+        self._contents: dict[int, tuple[Tensor, int]] = {}
         self._places: list[tuple[Tensor, Tensor, Tensor]] = []
         return self
 
@@ -70,8 +80,8 @@ class Transaction:
                 module.__dict__.update({key: _restored(value, items) for key, (value, items) in attributes.items()})
             for noted in self._tensors:
                 noted.restore()
-            for tensor, contents in self._contents.values():
-                _write(tensor, contents)
+            for tensor, number in self._contents.values():
+                _write(tensor, self._copies[number])
             with torch.no_grad():
                 for tensor, where, values in reversed(self._places):
                     tensor[where] = values

@@ -30,6 +30,10 @@ class Task:
     correct: bool = False
     seed: int | None = None
 
+    def chooses(self, shape: tuple[int, int]) -> bool:
+        """Return whether there is something to choose in a layer of this shape, which neither loses all nor nothing."""
+        return self.pattern.is_nm or 0 < self.n_removed < self.pattern.n_units(shape)
+
 
 def solve(name: str, weight: Tensor, mask: Tensor, task: Task, gram: Tensor) -> tuple[Tensor, Tensor]:
     """Return a layer's new weight and mask, from the present ones (out, in) and its inputs' Gram matrix (in, in)."""

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from sparsify.calibration.activation_store import Budget, Shelf
 from sparsify.calibration.batches import Batch, read_batches
-from sparsify.calibration.sequential import walk
+from sparsify.calibration.sequential import Stop, walk
 from sparsify.conversion.convert import sparse_layers
+from sparsify.conversion.transaction import Transaction
 from sparsify.layers import Masked
 from sparsify.masking.allocation import capped
 from sparsify.masking.layer_solve import Task, aim, output_error, solve
@@ -114,45 +115,42 @@ def prune_on_data(
     model stays in memory; the rest, and what the layers were, goes to a file (None: all of it stays).
     """
     layers = {name: layer for name, layer in sparse_layers(model).items() if name in tasks}
-    # What the changed layers were, to go back to after an error; where the data on its way spills, this goes to disk.
-    disk = None if cache_bytes is None else Budget(0)
-    weights, masks, changed = Shelf(len(layers), disk), Shelf(len(layers), disk), list[str]()
-    stops = walk(model, layers, data, dense=any(task.correct for task in tasks.values()), cache_bytes=cache_bytes)
-    try:
-        with tqdm(total=len(layers), desc="calibrate", unit="layer", disable=not progress) as bar:
-            for stop in stops:
-                gram = stop.gram.matrix
-                for name in stop.names:
-                    started = time.perf_counter()
-                    layer = layers[name]
-                    if keeper is not None:
-                        keeper.fetch(layer)
-                    matrix = layer.matrix(layer.weight.detach())
-                    present = layer.matrix(layer.mask)
-                    wanted = aim(matrix.masked_fill(~present, 0), stop.gram) if tasks[name].correct else matrix
-                    weight, mask = solve(name, wanted, present, tasks[name], gram)
-                    error = output_error(wanted, weight, gram)
-                    if keeper is None:
-                        weights[len(changed)], masks[len(changed)] = layer.weight.detach().clone(), layer.mask
-                        changed.append(name)
-                    matrix.copy_(weight)
-                    layer.set_mask(mask)
-                    layer.__dict__["fit"] = Fit(error, time.perf_counter() - started)
-                    if keeper is not None:
-                        keeper.write(name, layer)
-                    bar.set_postfix_str(f"{name}, error {error:.3f}")
-                    bar.update(1)
-    except BaseException:
-        for number, name in enumerate(changed):
-            with torch.no_grad():
-                layers[name].weight.copy_(weights[number])
-            layers[name].mask = masks[number]
-            layers[name].__dict__.pop("fit", None)
-        raise
-    finally:
-        weights.close()
-        masks.close()
-        stops.close()
+    choosing = [name for name, layer in layers.items() if tasks[name].chooses(layer.shape)]
+    correct = any(task.correct for task in tasks.values())
+    with contextlib.ExitStack() as stack:
+        undo = None
+        if keeper is None:  # where the data on its way spills, what the layers were goes to disk as well
+            copies = None if cache_bytes is None else stack.enter_context(Shelf(len(layers), Budget(0)))
+            undo = stack.enter_context(Transaction(model, copies=copies))
+        stops = walk(model, layers, data, dense=correct, cache_bytes=cache_bytes, choosing=choosing)
+        stack.callback(stops.close)
+        bar = stack.enter_context(tqdm(total=len(layers), desc="calibrate", unit="layer", disable=not progress))
+        for stop in stops:
+            gram = stop.gram.matrix
+            for name in stop.names:
+                if keeper is not None:
+                    keeper.fetch(layers[name])
+                if undo is not None:
+                    undo.keep([layers[name].weight])
+                fit = _prune(name, layers[name], tasks[name], stop, gram)
+                if keeper is not None:
+                    keeper.write(name, layers[name])
+                bar.set_postfix_str(f"{name}, error {fit.error:.3f}")
+                bar.update(1)
+
+
+def _prune(name: str, layer: Masked, task: Task, stop: Stop, gram: Tensor) -> Fit:
+    """Give one layer its task; `gram` is the whole matrix of the stop."""
+    started = time.perf_counter()
+    matrix = layer.matrix(layer.weight.detach())
+    present = layer.matrix(layer.mask)
+    wanted = aim(matrix.masked_fill(~present, 0), stop.gram) if task.correct else matrix
+    weight, mask = solve(name, wanted, present, task, gram)
+    error = output_error(wanted, weight, gram)
+    matrix.copy_(weight)
+    layer.set_mask(mask)
+    fit = layer.__dict__["fit"] = Fit(error, time.perf_counter() - started)
+    return fit
 
 
 def _tasks(order: Order, shapes: Mapping[str, tuple[int, int]], n_removed: Mapping[str, int]) -> dict[str, Task]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from torch import Tensor, nn
 
 from sparsify.conversion.convert import sparse_layers
 from sparsify.conversion.module_surgery import Model
+from sparsify.conversion.transaction import Transaction
 from sparsify.layer_names import Selector
+from sparsify.layers import Masked
 from sparsify.masking.masks import Allocation, is_empty, make_masks, warn_removed_whole
 from sparsify.masking.methods.registry import Method
 from sparsify.pruning.oneshot import Order, follow
@@ -79,6 +83,13 @@ def prune(
         seed=seed,
     )
     warn_removed_whole({name: is_empty(mask) for name, mask in masks.items()}, sparsity, allocation)
-    for name, mask in masks.items():
-        layers[name].set_mask(mask)
+    set_masks(model, {layers[name]: mask for name, mask in masks.items()})
     return model
+
+
+def set_masks(model: nn.Module, masks: Mapping[Masked, Tensor]) -> None:
+    """Let layers of a model use these masks, (out, in); an error leaves all of them as they were."""
+    with Transaction(model) as undo:
+        for layer, mask in masks.items():
+            undo.keep([layer.weight])
+            layer.set_mask(mask)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,11 +17,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sparsify.calibration.batches import Batch, input_rows, read_batches
-from sparsify.calibration.model_trace import take_apart
+from sparsify.calibration.model_trace import NEVER_RAN, output_tensor
+from sparsify.calibration.padding import Padding, see_padding
 from sparsify.calibration.sequential import as_in_use, see_outline
 from sparsify.conversion.convert import sparse_layers
 from sparsify.conversion.module_surgery import Model
+from sparsify.conversion.transaction import Transaction
 from sparsify.layers import Masked
+from sparsify.masking.unseen import refuse_unseen
 
 LR = 3e-3
 WARM_UP = 0.05  # of the budget; from there the learning rate falls to zero in a straight line
@@ -66,12 +69,18 @@ def recover(
         raise ValueError("the teacher shares Parameters with the model; give a copy made before pruning")
     layers = sparse_layers(model)
     batches = read_batches(model, data)
-    with as_in_use(model), as_in_use(teacher):
-        places = [block for chain in see_outline(model, layers, batches).chains for block in chain] or [""]
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ValueError("the model was made inside torch.inference_mode() and cannot be trained; make it outside")
+    with torch.inference_mode(False), Transaction(model, teacher) as undo, as_in_use(model), as_in_use(teacher):
+        outline, unseen = see_outline(model, layers, batches)
+        refuse_unseen({name: why for name, why in unseen.items() if why == NEVER_RAN}, "give data that reaches them")
+        places = [block for chain in outline.chains for block in chain] or [""]
+        padding = see_padding(model, batches, [("output", place) for place in places])
         with _trained(model, list(layers.values())) as parameters:
-            _distil(model, teacher, batches, places, parameters, steps, seconds, lr, seed, progress)
-    for layer in layers.values():
-        layer.zero_masked()
+            undo.keep(parameters)
+            _distil(model, teacher, batches, padding, places, parameters, steps, seconds, lr, seed, progress)
+        for layer in layers.values():
+            layer.zero_masked()
     return model
 
 
@@ -79,6 +88,7 @@ def _distil(
     model: nn.Module,
     teacher: nn.Module,
     batches: Sequence[Batch],
+    padding: Padding,
     places: Sequence[str],
     parameters: Sequence[nn.Parameter],
     steps: int | None,
@@ -105,38 +115,51 @@ def _distil(
                 group["lr"] = lr * min(spent / WARM_UP + 0.1, 1.0, (1 - spent) / (1 - WARM_UP))
             batch = batches[next(order)]
             with torch.inference_mode(False), torch.enable_grad():
-                loss = _loss(_outputs(model, places, batch), _teaching(teacher, places, batch), batch.counts)
+                wanted = _teaching(teacher, places, batch)
+                loss = _loss(_outputs(model, places, batch), wanted, batch, padding)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
             if not math.isfinite(value := float(loss.detach())):
+                _check_teaching(wanted)
                 raise ValueError(f"the loss became {value} in step {step + 1}; take a lower lr than {lr:g}")
             optimizer.step()
             bar.update(spent - bar.n)
             bar.set_postfix_str(f"loss {value:.4f}")
 
 
-def _loss(outputs: Sequence[Tensor], wanted: Sequence[Tensor], counts: Tensor | None) -> Tensor:
+def _loss(outputs: Mapping[str, Tensor], wanted: Mapping[str, Tensor], batch: Batch, padding: Padding) -> Tensor:
     """Average over the blocks the squared distance of the outputs, relative to the variance of what is wanted."""
-    total = torch.zeros((), device=outputs[0].device)
-    for output, target in zip(outputs, wanted, strict=True):
-        rows, target = input_rows(output, counts).float(), input_rows(target, counts).float()
+    total = torch.zeros((), device=next(iter(outputs.values())).device)
+    for place, output in outputs.items():
+        counts = padding.counts(("output", place), 0, output.shape[:-1], batch)
+        rows, target = input_rows(output, counts).float(), input_rows(wanted[place], counts).float()
         scale = (target - target.mean(0)).square().sum() + torch.finfo(torch.float32).tiny
         total = total + (rows - target).square().sum() / scale
     return total / len(outputs)
 
 
-def _teaching(teacher: nn.Module, places: Sequence[str], batch: Batch) -> list[Tensor]:
+def _check_teaching(wanted: Mapping[str, Tensor]) -> None:
+    """Raise ValueError, naming the block, if what the teacher returned is no number."""
+    for place, target in wanted.items():
+        if not torch.isfinite(target).all():
+            raise ValueError(
+                f"{place or '(root)'}: the teacher's output on the calibration data holds NaN or Inf; mend the data, "
+                "or use float32 or bfloat16 where float16 overflows"
+            )
+
+
+def _teaching(teacher: nn.Module, places: Sequence[str], batch: Batch) -> dict[str, Tensor]:
     with torch.no_grad():
         return _outputs(teacher, places, batch)
 
 
-def _outputs(model: nn.Module, places: Sequence[str], batch: Batch) -> list[Tensor]:
+def _outputs(model: nn.Module, places: Sequence[str], batch: Batch) -> dict[str, Tensor]:
     """Run a batch and return the first tensor of what each named module returns."""
     found: dict[str, Tensor] = {}
 
     def see(name: str) -> Callable[..., None]:
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            found[name] = _first(output)
+            found[name] = output_tensor(output)
 
         return after
 
@@ -144,23 +167,15 @@ def _outputs(model: nn.Module, places: Sequence[str], batch: Batch) -> list[Tens
         for name in places:
             hooks.callback(model.get_submodule(name).register_forward_hook(see(name)).remove)
         model(*batch.args, **batch.kwargs)
-    return [found[name] for name in places]
-
-
-def _first(output: Any) -> Tensor:
-    taken = take_apart(output)
-    if taken is None:
-        raise ValueError(f"a block or model returned a {type(output).__name__} that begins with no tensor")
-    return taken[0]
+    return {name: found[name] for name in places}
 
 
 @contextlib.contextmanager
 def _trained(model: nn.Module, layers: Sequence[Masked]) -> Iterator[list[nn.Parameter]]:
-    """Let gradients reach what is tuned and nothing else; an error puts the values back."""
+    """Let gradients reach what is tuned and nothing else."""
     weights = {id(layer.weight) for layer in layers}
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     chosen = [parameter for parameter, _ in flags if id(parameter) in weights or parameter.dim() <= 1]
-    before = [parameter.detach().clone() for parameter in chosen]
     grads = [parameter.grad for parameter, _ in flags]
     try:
         for parameter, _ in flags:
@@ -168,11 +183,6 @@ def _trained(model: nn.Module, layers: Sequence[Masked]) -> Iterator[list[nn.Par
         for parameter in chosen:
             parameter.requires_grad_(True)
         yield chosen
-    except BaseException:
-        with torch.no_grad():
-            for parameter, value in zip(chosen, before, strict=True):
-                parameter.copy_(value)
-        raise
     finally:
         for (parameter, flag), grad in zip(flags, grads, strict=True):
             parameter.grad = grad
@@ -189,9 +199,5 @@ def _shuffled(n: int, seed: int) -> Iterator[int]:
 def _check_budget(steps: int | None, seconds: float | None, lr: float) -> None:
     if steps is None and seconds is None:
         raise ValueError("recover needs a budget: steps, seconds, or both")
-    if (
-        (steps is not None and steps < 1)
-        or (seconds is not None and not 0 < seconds < math.inf)
-        or not 0 < lr < math.inf
-    ):
-        raise ValueError(f"steps, seconds and lr must be positive and finite, got {steps}, {seconds} and {lr}")
+    if (steps is not None and steps < 1) or (seconds is not None and not seconds > 0) or not lr > 0:
+        raise ValueError(f"steps, seconds and lr must be positive, got {steps}, {seconds} and {lr}")

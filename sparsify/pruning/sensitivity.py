@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sparsify.calibration.batches import Batch, input_rows, read_batches
-from sparsify.calibration.model_trace import take_apart
+from sparsify.calibration.batches import Batch, input_rows, naming_batch, read_batches
+from sparsify.calibration.model_trace import output_tensor
+from sparsify.calibration.padding import Padding, see_padding
 from sparsify.calibration.sequential import as_in_use, walk
 from sparsify.conversion.convert import sparse_layers
+from sparsify.conversion.transaction import Transaction
 from sparsify.layers import Masked
 from sparsify.masking.allocation import capped, check_sparsity, least_error, n_removed
 from sparsify.masking.layer_solve import Task, solve
 from sparsify.masking.methods.registry import Method
 from sparsify.masking.patterns import Pattern, parse_pattern
-from sparsify.outputs import new_file
 
 SPARSITIES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -90,13 +92,19 @@ def measure_sensitivity(
     ['0', '2']
     """
     parsed = parse_pattern(pattern)
-    check_sparsities(sparsities, parsed)
+    _check(sparsities, parsed)
     layers = sparse_layers(model)
     n_units = {name: parsed.n_units(layer.shape) for name, layer in layers.items()}
     batches = read_batches(model, data)
     found: dict[str, tuple[float, ...]] = {}
-    with as_in_use(model), torch.inference_mode(False), torch.no_grad():
-        dense = [_first_output(model, number, batch) for number, batch in enumerate(batches)]
+    with Transaction(model), as_in_use(model), torch.inference_mode(False), torch.no_grad():
+        padding = see_padding(model, batches, [("output", "")])
+        dense = []
+        for number, batch in enumerate(batches):
+            with naming_batch(number):
+                dense.append(_output(model, batch, padding))
+            if not torch.isfinite(dense[-1]).all():
+                raise ValueError(f"the model's output on batch {number} of the calibration data holds NaN or Inf")
         total = len(layers) * len(sparsities)
         with tqdm(total=total, desc="sensitivity", unit="run", disable=not progress) as bar:
             for stop in walk(model, list(layers), batches):
@@ -105,29 +113,21 @@ def measure_sensitivity(
                     damages = []
                     for sparsity in sparsities:
                         task = Task(method, parsed, n_removed(sparsity, n_units[name]), refit)
-                        damages.append(_damage(model, name, layers[name], task, gram, batches, dense))
+                        with _pruned(name, layers[name], task, gram):
+                            outputs = [_output(model, batch, padding) for batch in batches]
+                        damages.append(_damage(name, dense, outputs))
                         bar.set_postfix_str(f"{name}, {sparsity:g}: {damages[-1]:.4f}")
                         bar.update(1)
                     found[name] = tuple(damages)
     return Sensitivity(tuple(sparsities), {name: found[name] for name in layers}, n_units)
 
 
-def check_picture(path: str | os.PathLike[str]) -> None:
-    """Raise ValueError if a picture of this name cannot be drawn: matplotlib is missing, or does not know its kind."""
-    try:
-        from matplotlib.backend_bases import FigureCanvasBase
-    except ImportError:
-        raise ValueError("matplotlib is not installed: pip install matplotlib") from None
-    kinds = FigureCanvasBase.get_supported_filetypes()
-    if Path(path).suffix.lower().removeprefix(".") not in kinds:
-        raise ValueError(f"picture {path}: its name must end in one of: .{', .'.join(sorted(kinds))}")
-
-
 def draw(measured: Sensitivity, path: str | os.PathLike[str]) -> None:
     """Draw the damage of every layer at every sparsity into a picture, .png or .svg. Needs matplotlib."""
-    check_picture(path)
-    from matplotlib.figure import Figure
-
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("matplotlib is not installed: pip install matplotlib") from None
     names = [name or "(root)" for name in measured.damage]
     width = 2 + 0.8 * len(measured.sparsities) + 0.06 * max(map(len, names), default=0)  # inches
     figure = Figure(figsize=(width, max(4, 1.5 + 0.22 * len(names))), layout="constrained")
@@ -138,51 +138,38 @@ def draw(measured: Sensitivity, path: str | os.PathLike[str]) -> None:
     axes.set_yticks(range(len(names)), names, fontsize=7)
     axes.set_xlabel("sparsity of this layer alone")
     figure.colorbar(image, label="damage to the model's output\n(log10 of the relative squared change)")
-    with new_file(path) as file:
-        figure.savefig(file, format=Path(path).suffix.lower().removeprefix("."))
+    figure.savefig(path)
 
 
-def _damage(
-    model: nn.Module,
-    name: str,
-    layer: Masked,
-    task: Task,
-    gram: Tensor,
-    batches: Sequence[Batch],
-    dense: Sequence[Tensor],
-) -> float:
-    """Prune one layer, run the model, and put the layer back."""
-    weight, mask = layer.weight.detach().clone(), layer.mask
-    try:
-        new, _ = solve(name, layer.weight_matrix.detach(), layer.matrix(mask), task, gram)
+@contextlib.contextmanager
+def _pruned(name: str, layer: Masked, task: Task, gram: Tensor) -> Iterator[None]:
+    """Prune one layer, and put it back."""
+    with Transaction(layer) as undo:
+        undo.keep([layer.weight])
+        weight = layer.weight.detach().clone()
+        new, _ = solve(name, layer.weight_matrix.detach(), layer.matrix(layer.mask), task, gram)
         layer.matrix(layer.weight.detach()).copy_(new)
-        changes = [(_output(model, b) - before).square().sum() for b, before in zip(batches, dense, strict=True)]
-    finally:
+        yield
         layer.weight.copy_(weight)
-        layer.mask = mask
-    rows = torch.cat([output.flatten(0, -2) for output in dense])
-    return float(sum(changes, torch.zeros(()))) / float((rows - rows.mean(0)).square().sum().clamp_min(1e-30))
 
 
-def _first_output(model: nn.Module, number: int, batch: Batch) -> Tensor:
-    """Run the dense model. Raises ValueError, naming the batch, if it does not run."""
-    try:
-        return _output(model, batch)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        raise ValueError(f"the model does not run on batch {number} of the calibration data: {reason}") from error
+def _damage(name: str, dense: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
+    """Return the squared change of the outputs, relative to their variance."""
+    changes = [(output - before).square().sum() for output, before in zip(outputs, dense, strict=True)]
+    rows = torch.cat(list(dense))
+    damage = float(sum(changes, torch.zeros(()))) / float((rows - rows.mean(0)).square().sum().clamp_min(1e-30))
+    if not math.isfinite(damage):
+        raise ValueError(f"{name or '(root)'}: pruned alone, it makes the model's output NaN or Inf")
+    return damage
 
 
-def _output(model: nn.Module, batch: Batch) -> Tensor:
-    output = model(*batch.args, **batch.kwargs)
-    taken = take_apart(output)
-    if taken is None:
-        raise ValueError(f"the model returned a {type(output).__name__} that begins with no tensor")
-    return input_rows(taken[0], batch.counts).float()
+def _output(model: nn.Module, batch: Batch, padding: Padding) -> Tensor:
+    """Return the rows of the model's output that are no padding."""
+    output = output_tensor(model(*batch.args, **batch.kwargs))
+    return input_rows(output, padding.counts(("output", ""), 0, output.shape[:-1], batch)).float()
 
 
-def check_sparsities(sparsities: Sequence[float], pattern: Pattern) -> None:
-    """Raise ValueError for sparsities that do not rise within 0 and 1, or a pattern that fixes them."""
+def _check(sparsities: Sequence[float], pattern: Pattern) -> None:
     if pattern.is_nm:
         raise ValueError(f"pattern {pattern.text} fixes every layer's sparsity: there is nothing to allocate")
     if not sparsities or any(not 0 < s < 1 for s in sparsities) or list(sparsities) != sorted(set(sparsities)):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsify.calibration.batches import read_batches
+from sparsify.calibration.batches import read_example
 from sparsify.calibration.sequential import as_in_use
 from sparsify.checkpoint.save_load import inspect_file
 from sparsify.conversion.convert import Plan, plan_convert
@@ -206,7 +206,7 @@ class _Counter(TorchDispatchMode):
 @torch.no_grad()
 def _multiply_adds(model: nn.Module, example: Any) -> Counter[int]:
     """Run the model on an example, and return the multiply-adds by the memory of the weight that was used."""
-    (batch,) = read_batches(model, [example])
+    batch = read_example(model, example)
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # its fused operator would hide what it does
     try:

@@ -10,7 +10,7 @@ import torch
 from cases import weight
 from torch import Tensor, nn
 
-from sparsify.calibration.batches import input_rows, read_batches
+from sparsify.calibration.batches import read_batches
 from sparsify.calibration.model_trace import Recorder
 from sparsify.calibration.sequential import see_outline, walk
 from sparsify.masking.gram import Gram
@@ -189,7 +189,7 @@ def test_execution_order_and_shared_inputs() -> None:
 )
 def test_blocks_run_alone_only_where_that_is_right(kind: str, chains: list[tuple[str, ...]]) -> None:
     model = MODELS[kind]().eval()
-    assert list(see_outline(model, linears(model), read_batches(model, BATCHES)).chains) == chains
+    assert list(see_outline(model, linears(model), read_batches(model, BATCHES))[0].chains) == chains
 
 
 def test_a_chain_costs_a_run_for_each_group_of_a_block_and_no_more() -> None:
@@ -217,7 +217,7 @@ def test_a_layer_that_runs_on_some_batches_only() -> None:
         (("experts.2",), 5),
         (("experts.1",), 5),
     ]
-    with pytest.raises(ValueError, match=r"experts\.1: never ran .* exclude="):
+    with pytest.raises(ValueError, match=r"experts\.1: never ran .* exclude=\['experts\.1'\]"):
         list(walk(model, linears(model), [(BATCHES[0], 0), (BATCHES[1], 2)]))
 
 
@@ -281,19 +281,6 @@ def test_an_error_in_the_middle_of_the_data() -> None:
     with pytest.raises(OSError, match="the disk is gone"):
         list(walk(model, linears(model), broken()))
     assert model.training
-
-
-def test_padding_does_not_count() -> None:
-    model = nn.Linear(4, 2)
-    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
-    (batch,) = read_batches(nn.Linear(1, 1), [{"x": torch.zeros(2, 3), "attention_mask": mask}])
-    x = weight((2, 3, 4))
-    expected = torch.stack([x[0, 0], x[0, 1], x[1, 0]])
-    assert torch.equal(input_rows(x, batch.counts), expected)
-    assert torch.equal(input_rows(x.reshape(6, 4), batch.counts), expected)
-    assert input_rows(weight((5, 4)), batch.counts).shape == (5, 4)
-    assert input_rows(x, None).shape == (6, 4)
-    assert model.in_features == 4
 
 
 @pytest.mark.parametrize("n_features", [1, 7, 384, 385, 800])

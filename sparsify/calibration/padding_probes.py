@@ -1,0 +1,229 @@
+"""Runs of a model on a batch in which something was changed, and the rows that change with it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsify.calibration.batches import Batch, is_mask, naming_batch
+from sparsify.calibration.model_trace import first_tensor, take_apart
+from sparsify.layers import Masked
+
+#: ("input" of a layer or "output" of a module, its name).
+Place = tuple[str, str]
+
+_CHUNK = 2**22  # values that are made float64 at once
+_TOLERANCE = 1e-6  # what a row may change by, relative to its size, where sums are taken in another order
+_NO_TOKENS = ("token_type_ids", "position_ids")  # of a mask's shape, but of the tokens that another argument holds
+
+
+@dataclass(frozen=True)
+class Call:
+    """A tensor that was seen: its leading dimensions, and for each row a number that changes with it, and its size."""
+
+    lead: tuple[int, ...]
+    values: Tensor
+    sizes: Tensor
+
+
+class Probes:
+    """What changes in a batch with the padding that one of its masks marks: a run of the model for each question.
+
+    `seen` is the batch as it is. `tokens` names the argument with the mask's tokens, "" if there is none. `sequence` is
+    the one of which padding is changed.
+    """
+
+    def __init__(self, model: nn.Module, number: int, batch: Batch, name: str, places: Collection[Place]) -> None:
+        self._model, self._batch, self._name, self._places = model, batch, name, places
+        self._mask = batch.masks[name]
+        with naming_batch(number):
+            self.seen = _run(model, batch.args, batch.kwargs, places)
+        self.sequence = _sequence(self._mask)
+        self.tokens, ways = _tokens(batch, name)
+        self._found: dict[str, dict[Place, list[Tensor | None]] | None] = {"padding": None}
+        self._dims = (0, 1)
+        for dims in ways:  # of which padding reaches fewer rows than tokens would
+            found = self._compare({self.tokens: self._changed(dims, self._padding)})
+            before = self._found["padding"]
+            if found is not None and (before is None or _n_moved(found) < _n_moved(before)):
+                self._found["padding"], self._dims = found, dims
+
+    def moved(self, change: str, place: Place, n_before: int) -> Tensor | None:
+        """Return which rows change with something; None where rows come or go, or where the model does not run.
+
+        change: "padding" of one sequence becomes other tokens; "unmasked", these are marked as tokens as well;
+        "everywhere", the padding of all sequences does; "others", all arguments do but the mask's tokens.
+        """
+        if change not in self._found:
+            self._found[change] = self._compare(self._change(change))
+        found = self._found[change]
+        return None if found is None else found[place][n_before]
+
+    @property
+    def _padding(self) -> Tensor:
+        padding = torch.zeros_like(self._mask)
+        padding[self.sequence] = ~self._mask[self.sequence]
+        return padding
+
+    def _change(self, change: str) -> dict[str, Tensor]:
+        """Return the changed arguments by name."""
+        if change == "others":
+            return {key: _other(value, value) for key, value in self._batch.named.items() if self._is_other(key, value)}
+        if change == "everywhere":
+            return {self.tokens: self._changed(self._dims, ~self._mask)}
+        mask: Tensor = self._batch.named[self._name]
+        unmasked = torch.where(self._padding, (mask == 0).to(mask.dtype), mask)
+        return {self.tokens: self._changed(self._dims, self._padding), self._name: unmasked}
+
+    def _is_other(self, key: str, value: Any) -> bool:
+        return key != self.tokens and _is_input(key, value)
+
+    def _changed(self, dims: tuple[int, int], where: Tensor) -> Tensor:
+        """Return a copy of the tokens, or of their features, with others at some places, (batch, length)."""
+        changed: Tensor = self._batch.named[self.tokens].clone()
+        tokens = changed.movedim(dims, (0, 1))
+        tokens[where] = _other(tokens[where], tokens[self._mask])
+        return changed
+
+    def _compare(self, changed: Mapping[str, Tensor]) -> dict[Place, list[Tensor | None]] | None:
+        """Run the model with other arguments; None if it does not run, as with tokens that are no text."""
+        try:
+            again = _run(self._model, *self._batch.replaced(changed), self._places)
+        except Exception:  # whatever the model's own code raises
+            return None
+        return {place: _moved(calls, again.get(place, [])) for place, calls in self.seen.items()}
+
+
+def part_padding(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return whether each sequence has padding behind several tokens, and how much padding tells its layout.
+
+    Where there are as many sequences as tokens, that on the diagonal lies at the same place whichever comes first.
+    """
+    n_padding = (~mask).sum(1)
+    on_diagonal = (~mask).diagonal().to(n_padding) if mask.shape[0] == mask.shape[1] else torch.zeros_like(n_padding)
+    return (n_padding > 0) & (mask.sum(1) > 1), n_padding - on_diagonal
+
+
+def can_be_turned(mask: Tensor) -> bool:
+    """Return whether sequences and tokens could change places, so that the mask would mark others."""
+    return mask.shape[0] == mask.shape[1] and not torch.equal(mask, mask.T)
+
+
+def _sequence(mask: Tensor) -> int:
+    partial, n_padding = part_padding(mask)
+    first = partial if bool(partial.any()) else ~mask.all(1)
+    return int((n_padding + first * mask.numel()).argmax())
+
+
+def _run(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], places: Collection[Place]
+) -> dict[Place, list[Call]]:
+    """Run the model, and return what was seen at each place."""
+    found: dict[Place, list[Call]] = {}
+
+    def note(place: Place, tensor: Tensor) -> None:
+        found.setdefault(place, []).append(_call(tensor))
+
+    def before(name: str) -> Callable[..., None]:
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            tensor = first_tensor(args, kwargs)
+            note(("input", name), module.rows(tensor) if isinstance(module, Masked) else tensor)
+
+        return see
+
+    def after(name: str) -> Callable[..., None]:
+        def see(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if (taken := take_apart(output)) is not None and taken[0].dim() > 0:
+                note(("output", name), taken[0])
+
+        return see
+
+    with contextlib.ExitStack() as hooks, _same_draws(model), torch.inference_mode(False), torch.no_grad():
+        for kind, name in places:
+            module = model.get_submodule(name)
+            if kind == "input":
+                hooks.callback(module.register_forward_pre_hook(before(name), with_kwargs=True).remove)
+            else:
+                hooks.callback(module.register_forward_hook(after(name)).remove)
+        model(*args, **kwargs)
+    return found
+
+
+@contextlib.contextmanager
+def _same_draws(model: nn.Module) -> Iterator[None]:
+    """Let a model that draws random numbers draw the same ones each time."""
+    devices = {parameter.device.index or 0 for parameter in model.parameters() if parameter.is_cuda}
+    with torch.random.fork_rng(devices=list(devices)):
+        torch.manual_seed(0)
+        yield
+
+
+def _call(tensor: Tensor) -> Call:
+    """Note the rows of a tensor (..., features), by their products with one vector."""
+    rows = tensor.detach().reshape(-1, tensor.shape[-1])
+    vector = torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(0), device="cpu", dtype=torch.float64)
+    vector = vector.to(rows.device)
+    parts = rows.split(max(_CHUNK // max(rows.shape[1], 1), 1))
+    values = torch.cat([part.to(vector) @ vector for part in parts])
+    sizes = torch.cat([part.to(vector).abs() @ vector.abs() for part in parts])
+    return Call(tuple(tensor.shape[:-1]), values, sizes)
+
+
+def _moved(seen: Sequence[Call], again: Sequence[Call]) -> list[Tensor | None]:
+    """Return for each call which of its rows have changed; None where rows were added or left out."""
+    pairs = zip(seen, [*again, *[None] * len(seen)], strict=False)
+    return [
+        None
+        if other is None or other.lead != call.lead
+        else (call.values - other.values).abs() > _TOLERANCE * torch.maximum(call.sizes, other.sizes)
+        for call, other in pairs
+    ]
+
+
+def _n_moved(moved: Mapping[Place, Sequence[Tensor | None]]) -> int:
+    return sum(int(rows.sum()) for calls in moved.values() for rows in calls if rows is not None)
+
+
+def _tokens(batch: Batch, name: str) -> tuple[str, list[tuple[int, int]]]:
+    """Return the argument whose padding a mask marks, and the dimensions, (batch, length), that it may have in it.
+
+    It is the first whose name begins as the mask's does, before "attention_mask", and whose sizes allow it.
+    """
+    n_batch, n_length = batch.masks[name].shape
+    start = name.removesuffix("attention_mask").removesuffix("key_padding_mask").rstrip("_")
+    foreign = () if start else ("decoder", "encoder", "labels")
+    tensors = {
+        key: value.shape
+        for key, value in batch.named.items()
+        if key.startswith(start) and not key.startswith(foreign) and _is_input(key, value)
+    }
+    for sizes in ((n_batch, n_length), (n_length, n_batch)):
+        for key, shape in tensors.items():
+            if shape[:2] == sizes:
+                both = [(0, 1), (1, 0)]
+                return key, both if can_be_turned(batch.masks[name]) else [both[sizes != (n_batch, n_length)]]
+    for key, shape in tensors.items():
+        if shape[0] == n_batch and n_length in shape[2:]:
+            return key, [(0, shape.index(n_length, 2))]
+    return "", []
+
+
+def _is_input(key: str, value: Any) -> bool:
+    plain = isinstance(value, Tensor) and value.dim() >= 2 and value.dtype != torch.bool
+    return plain and key not in _NO_TOKENS and not is_mask(key)
+
+
+def _other(values: Tensor, known: Tensor) -> Tensor:
+    """Return others in place of tokens, all of which are known somewhere, or of features of their size."""
+    if values.is_floating_point():
+        noise = torch.randn(values.shape, generator=torch.Generator().manual_seed(0), device="cpu")
+        return (noise.to(values.device) * known.float().std().nan_to_num(1.0).clamp_min(1e-3)).to(values)
+    tokens = known.unique()
+    one = int(tokens[len(tokens) // 2]) if len(tokens) else 0
+    two = next((int(other) for other in tokens.tolist() if other != one), 0 if one else 1)
+    return torch.where(values == one, two, one).to(values)
