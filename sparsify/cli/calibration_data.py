@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,9 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify.user_code import blaming, iterate, load_function
+
 SAMPLES, TOKENS, BATCH = 128, 256, 8
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 TEXTS = (".txt", ".md", ".jsonl", ".csv", ".cor")
+
+_DECODERS = ("JPEG", "PNG", "BMP", "WEBP")  # whatever a file's name says: some of pillow's others start programs
+_PIXELS = 2**24  # of any picture; of one with more, every byte of the file may stand for so many:
+_PIXELS_PER_BYTE = 32
 
 _IMAGE_SIZE, _CROP = 256, 224
 _MEAN, _SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision's models expect
@@ -31,7 +36,7 @@ def load_data(source: str, model: str, *, samples: int = SAMPLES, tokens: int = 
         raise ValueError(f"--samples and --sample-tokens must be positive, got {samples} and {tokens}")
     path = Path(source)
     if not path.exists():
-        return _from_function(source)
+        return _function_batches(source)
     files = sorted(file for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
     texts = [file for file in files if file.suffix.lower() in TEXTS]
     images = [file for file in files if file.suffix.lower() in IMAGES]
@@ -56,12 +61,14 @@ def _text_batches(files: list[Path], texts: str, model: str, samples: int, token
         from tokenizers import Tokenizer
     except ImportError:
         raise ValueError("tokenizers is not installed: pip install 'sparsify-torch[hf]'") from None
-    tokenizer = Tokenizer.from_file(str(vocabulary))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    with blaming(str(vocabulary)):
+        tokenizer = Tokenizer.from_file(str(vocabulary))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
     ids: list[int] = []
     for file in files:
-        ids += tokenizer.encode(file.read_text(encoding="utf-8", errors="replace")).ids
+        with blaming(f"--data {file}"):
+            ids += tokenizer.encode(file.read_text(encoding="utf-8", errors="replace")).ids
     pieces = [ids[start : start + tokens] for start in range(0, len(ids) - tokens + 1, tokens)]
     if not pieces:
         raise ValueError(f"--data: the texts have {len(ids)} tokens, less than one sample of {tokens}")
@@ -71,37 +78,41 @@ def _text_batches(files: list[Path], texts: str, model: str, samples: int, token
 
 def _picture_batches(files: list[Path]) -> Iterator[Tensor]:
     try:
-        from PIL import Image
+        import PIL.Image  # noqa: F401
     except ImportError:
         raise ValueError("pillow is not installed: pip install pillow") from None
+    return (torch.stack([_read_picture(file) for file in files[i : i + BATCH]]) for i in range(0, len(files), BATCH))
+
+
+def _read_picture(file: Path) -> Tensor:
+    """Scale a picture, crop it and normalise it, (3, 224, 224)."""
+    from PIL import Image
+
     mean, spread = torch.tensor(_MEAN)[:, None, None], torch.tensor(_SPREAD)[:, None, None]
-
-    def read(file: Path) -> Tensor:
-        with Image.open(file) as opened:
-            picture = opened.convert("RGB")
-        width, height = picture.size
+    with blaming(f"--data {file}"), Image.open(file, formats=_DECODERS) as opened:
+        width, height = opened.size
         scale = _IMAGE_SIZE / min(width, height)
-        picture = picture.resize((max(_CROP, round(width * scale)), max(_CROP, round(height * scale))))
-        left, top = (picture.width - _CROP) // 2, (picture.height - _CROP) // 2
-        values = torch.frombuffer(
-            bytearray(picture.crop((left, top, left + _CROP, top + _CROP)).tobytes()), dtype=torch.uint8
-        )
-        return (values.reshape(_CROP, _CROP, 3).permute(2, 0, 1) / 255 - mean) / spread
+        wide, high = max(_CROP, round(width * scale)), max(_CROP, round(height * scale))
+        most = max(_PIXELS, _PIXELS_PER_BYTE * file.stat().st_size)
+        if width * height > most or wide * high > _PIXELS:  # a few bytes can stand for gigabytes
+            raise ValueError(
+                f"{width}x{height} pixels in {file.stat().st_size:,} bytes; that is no photograph, leave it out"
+            )
+        whole = opened if opened.mode == "RGB" else opened.convert("RGB")
+        picture = whole.resize((wide, high))
+    left, top = (wide - _CROP) // 2, (high - _CROP) // 2
+    pixels = bytearray(picture.crop((left, top, left + _CROP, top + _CROP)).tobytes())
+    values = torch.frombuffer(pixels, dtype=torch.uint8).reshape(_CROP, _CROP, 3)
+    return (values.permute(2, 0, 1) / 255 - mean) / spread
 
-    return (torch.stack([read(file) for file in files[i : i + BATCH]]) for i in range(0, len(files), BATCH))
 
-
-def _from_function(path: str) -> Iterable[Any]:
-    module, _, name = path.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"--data {path}: there is no such file or folder, nor such a function ({error}); "
-            "give a file or folder, or package.module:function, importable from here"
-        ) from error
-    batches: Iterable[Any] = function()
-    return batches
+def _function_batches(source: str) -> Iterator[Any]:
+    what = f"--data {source}"
+    way_out = (
+        "there is no such file or folder, nor such a function: "
+        "give a file or folder, or package.module:function, importable from here"
+    )
+    return iterate(load_function(source, what, way_out=way_out)(), what)
 
 
 def _spread(items: list[Any], n: int, source: str) -> list[Any]:

@@ -1,11 +1,10 @@
-"""Commands that take longer than a glance: pruning layer by layer, resumable, and measuring sensitivity."""
+"""Parts of commands: pruning layer by layer, so that a run can be resumed, and evaluation."""
 
 from __future__ import annotations
 
 import argparse
 import copy
 import hashlib
-import importlib
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from sparsify.calibration.data_parallel import is_first, wait_for_all
 from sparsify.checkpoint.save_load import save
-from sparsify.cli.models import build_empty, importable_from_here
+from sparsify.cli.models import build_empty
 from sparsify.conversion.convert import convert
 from sparsify.inference.export import export
 from sparsify.offload.disk_offload import Weights, named_tensors
@@ -35,9 +33,9 @@ from sparsify.offload.streaming import (
 )
 from sparsify.outputs import check_space
 from sparsify.pruning.recover import recover
-from sparsify.pruning.sensitivity import Sensitivity, draw, measure_sensitivity
 from sparsify.recipes.recipe import Recipe, assign_layers, tasks_of
 from sparsify.reporting.report import Report, Row, report, table
+from sparsify.user_code import load_function
 
 Qualities = dict[str, float]
 
@@ -173,52 +171,9 @@ def _evaluate(
     return found
 
 
-def measure(arguments: argparse.Namespace, model: nn.Module, data: Any) -> tuple[Sensitivity, dict[str, float]]:
-    """Measure a model's sensitivity; draw it and write a recipe if asked for. Returns also the budget's allocation."""
-    if (arguments.target is None) != (arguments.recipe is None):
-        raise ValueError("--target and --recipe go together: the budget, and the file to write")
-    converted = convert(model, include=arguments.include, exclude=arguments.exclude, **conversion(arguments))
-    measured = measure_sensitivity(
-        converted,
-        data,
-        sparsities=arguments.sparsities,
-        method=arguments.method,
-        pattern=arguments.pattern,
-        refit=arguments.refit,
-        progress=not arguments.json,
-    )
-    if arguments.picture:
-        draw(measured, arguments.picture)
-    if arguments.target is None:
-        return measured, {}
-    targets = measured.allocate(arguments.target, max_sparsity=arguments.max_sparsity)
-    group: dict[str, Any] = {"layers": list(targets), "method": arguments.method, "allocation": targets}
-    if arguments.pattern != "unstructured":
-        group["pattern"] = arguments.pattern
-    if arguments.refit:
-        group["refit"] = True
-    text = f"{arguments.target:g} of all weights removed where that costs least, as measured on {arguments.model}."
-    content = {"version": 1, "description": text, "groups": [group]}
-    Path(arguments.recipe).write_text(yaml.safe_dump(content, sort_keys=False, width=120))
-    return measured, targets
-
-
-def sensitivity_table(measured: Sensitivity, targets: dict[str, float]) -> str:
-    """Lay out the damage of each layer at each sparsity, and its target."""
-    lines = [["layer", *(f"{s:g}" for s in measured.sparsities), *(["target"] if targets else [])]]
-    for name, damage in measured.damage.items():
-        lines.append([name or "(root)", *(f"{d:.4f}" for d in damage)] + ([f"{targets[name]:.4f}"] if targets else []))
-    return table(lines)
-
-
 def evaluation(path: str) -> Callable[[nn.Module], Qualities]:
     """Return the user's function "module:function" as one from a model to its qualities by name."""
-    module, _, name = path.partition(":")
-    try:
-        with importable_from_here():
-            function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"--eval {path}: {error}; write module:function, importable from here") from error
+    function = load_function(path, f"--eval {path}")
 
     def evaluate(model: nn.Module) -> Qualities:
         with torch.inference_mode():

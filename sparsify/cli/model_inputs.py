@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from sparsify.user_code import load_function, sentence
+
 #: Positional arguments of the model's forward, or keyword arguments.
 Inputs = tuple[Any, ...] | dict[str, Any]
 
 IMAGE_SHAPE, TEXT_TOKENS = (3, 224, 224), 128
+MAX_VALUES = 2**28  # 1 GiB of float32
 
 
 def run(model: nn.Module, inputs: Inputs) -> Any:
@@ -33,7 +36,8 @@ def make_inputs(
 
     batch: how many, 1 if not given. seq: token ids of this length (128 for hf if not given). shape: float32 values of
     this shape (3x224x224 for torchvision if not given). function: "package.module:function" returns the arguments
-    instead, a tensor, a tuple, or a dict by name. Raises ValueError with the way out if there is nothing to guess from.
+    instead, a tensor, a tuple, or a dict by name. Raises ValueError with the way out if there is nothing to guess from,
+    and for more than MAX_VALUES values.
 
     >>> make_inputs(nn.Linear(8, 4), "my.models:small", batch=2, shape=(8,))[0].shape
     torch.Size([2, 8])
@@ -41,7 +45,10 @@ def make_inputs(
     if function is not None:
         if (batch, seq, shape) != (None, None, None):
             raise ValueError(f"--batch, --seq and --shape have no effect beside --inputs {function}")
-        return _from_function(function)
+        inputs = load_function(function, f"--inputs {function}")()
+        if isinstance(inputs, Mapping):
+            return dict(inputs)
+        return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
     if seq is not None and shape is not None:
         raise ValueError("--seq is for token ids and --shape for other inputs; give one of them")
     batch = 1 if batch is None else batch
@@ -59,6 +66,10 @@ def make_inputs(
                 f"model {spec!r}: its inputs cannot be guessed; give --shape (floats), --seq (token ids), or "
                 "--inputs package.module:function, a function that returns the model's arguments"
             )
+    if batch * (math.prod(shape) if shape is not None else seq or 1) > MAX_VALUES:
+        raise ValueError(
+            f"--batch, --seq and --shape ask for more than {MAX_VALUES:,} values; make one of them smaller"
+        )
     generator = torch.Generator().manual_seed(0)
     if shape is not None:
         return (torch.randn(batch, *shape, generator=generator),)
@@ -73,23 +84,10 @@ def check_inputs(model: nn.Module, spec: str, inputs: Inputs) -> None:
         with torch.inference_mode():
             run(model, inputs)
     except Exception as error:  # whatever the model's own code raises
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         raise ValueError(
-            f"model {spec!r} does not run on {_describe(inputs)}: {reason}; "
+            f"model {spec!r} does not run on {_describe(inputs)}: {sentence(error)}; "
             "set --shape or --seq, or make its arguments with --inputs package.module:function"
         ) from error
-
-
-def _from_function(path: str) -> Inputs:
-    module, _, name = path.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"--inputs {path}: {error}; write package.module:function, importable from here") from error
-    inputs = function()
-    if isinstance(inputs, Mapping):
-        return dict(inputs)
-    return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
 
 
 def _vocabulary(model: nn.Module, spec: str) -> int:

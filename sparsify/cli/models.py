@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
+import json
 import os
-import pickle
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from sparsify.checkpoint.dense_weights import check_weights, read_weights
 from sparsify.offload.disk_offload import without_memory
+from sparsify.user_code import WAY_OUT, blaming, load_function
 
 
-def build_model(spec: str) -> nn.Module:
+def build_model(spec: str, *, here: bool = True) -> nn.Module:
     """Build the model that a name stands for, in eval mode.
 
     "torchvision:NAME" has random weights, "hf:FOLDER" loads the weights in a folder written by save_pretrained
-    (nothing is downloaded), "package.module:builder" calls a function of no arguments. Raises ValueError with the way
-    out.
+    (nothing is downloaded, and no code in it runs), "package.module:builder" calls a function of no arguments; with
+    `here`, its module may lie in the present folder. Raises ValueError with the way out.
     """
     source, _, name = spec.partition(":")
     if not name:
@@ -33,68 +29,33 @@ def build_model(spec: str) -> nn.Module:
         return _torchvision(name).eval()
     if source == "hf":
         return _transformers(name).eval()
-    with importable_from_here():
-        try:
-            builder = getattr(importlib.import_module(source), name)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"model {spec!r}: {error}; the module must be importable from here") from error
-        model = builder()
+    way_out = WAY_OUT if here else f"nothing is imported from this folder here; write --model {spec}"
+    model = load_function(spec, f"model {spec!r}", way_out=way_out, here=here)()
     if not isinstance(model, nn.Module):
         raise ValueError(f"model {spec!r}: {name}() returned a {type(model).__name__}, not a torch.nn.Module")
     return model.eval()
-
-
-@contextlib.contextmanager
-def importable_from_here() -> Iterator[None]:
-    """Find modules in the present folder too: python -m does so, but an installed command does not."""
-    folder = os.getcwd()
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Load a dense state_dict from .safetensors, or from .pt/.pth/.bin opened with weights_only, so that it runs no
     code.
 
-    Raises ValueError if the file is neither, or is not for this model.
+    Raises ValueError if the file is neither, or is not for this model: another shape or kind of value, NaN.
     """
-    try:
-        state = _read_state(Path(path))
+    state = read_weights(Path(path))
+    own = model.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        if isinstance(wanted := own.get(name), Tensor) and not is_lazy(wanted):
+            check_weights(path, name, tensor, wanted)
+    with blaming(str(path)):
         found = model.load_state_dict(state, strict=False)
-    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    tied = {name for name in found.missing_keys if name not in _own_tensors(model, set(state))}
-    missing = [name for name in found.missing_keys if name not in tied]
+    covered = {id(own[name]) for name in state if name in own}  # a tied tensor may be stored once
+    missing = [name for name in found.missing_keys if id(own.get(name)) not in covered]
     if missing or found.unexpected_keys:
         raise ValueError(
             f"{path}: not for this model: {len(missing)} tensors are missing {missing[:3]}, "
             f"{len(found.unexpected_keys)} are too many {found.unexpected_keys[:3]}"
         )
-
-
-def _own_tensors(model: nn.Module, given: set[str]) -> set[str]:
-    """Return the state names that no given name stands for already, through tying."""
-    state = model.state_dict(keep_vars=True)
-    covered = {id(state[name]) for name in given if name in state}
-    return {name for name, tensor in state.items() if id(tensor) not in covered}
-
-
-def _read_state(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no weights file {path}")
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    if path.suffix in (".pt", ".pth", ".bin"):
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-            state = state["state_dict"]
-        if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-            raise ValueError(f"{path}: not a state_dict; save model.state_dict(), not the model")
-        return state
-    raise ValueError(f"{path}: weights are read from .safetensors, .pt, .pth or .bin")
 
 
 def _torchvision(name: str) -> nn.Module:
@@ -117,27 +78,49 @@ def build_empty(spec: str) -> tuple[nn.Module, Path | None]:
         if source != "hf":
             return build_model(spec), None
         config, kind = _hf_kind(name)
-        model: nn.Module = kind._from_config(config) if hasattr(kind, "_from_config") else kind.from_config(config)
+        with blaming(f"hf:{name}"):
+            model: nn.Module = kind._from_config(config) if hasattr(kind, "_from_config") else kind.from_config(config)
     return model.eval(), Path(name)
 
 
 def _transformers(folder: str) -> nn.Module:
-    _, kind = _hf_kind(folder)
-    model: nn.Module = kind.from_pretrained(folder, local_files_only=True)
+    config, kind = _hf_kind(folder)
+    with blaming(f"hf:{folder}"):
+        model: nn.Module = kind.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=False)
     return model
 
 
 def _hf_kind(folder: str) -> tuple[Any, Any]:
-    """Return the configuration in a folder, and the class of its model."""
-    if not (Path(folder) / "config.json").is_file():
+    """Return the configuration in a folder, and the class of its model: one of transformers' own."""
+    file = Path(folder) / "config.json"
+    if not file.is_file():
         raise ValueError(f"hf:{folder}: there is no config.json in this folder; nothing is downloaded")
     try:
-        from transformers import AutoConfig, AutoModel
+        from transformers import AutoConfig, AutoModel, PreTrainedModel
     except ImportError:
         raise ValueError("transformers is not installed: pip install 'sparsify-torch[hf]'") from None
     import transformers
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    architectures = config.architectures or []
-    kind = next((getattr(transformers, name) for name in architectures if hasattr(transformers, name)), AutoModel)
-    return config, kind
+    with blaming(f"hf:{folder}: config.json"):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        _check_runs_no_code(content)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    named = content.get("architectures") or []
+    found = [getattr(transformers, str(name), None) for name in (named if isinstance(named, list) else [named])]
+    kinds = (kind for kind in found if isinstance(kind, type) and issubclass(kind, PreTrainedModel))
+    return config, next(kinds, AutoModel)
+
+
+def _check_runs_no_code(content: Any) -> None:
+    """Refuse a configuration that asks for Python code of its folder, or for kernels from the network."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            if key == "auto_map":
+                raise ValueError(
+                    "'auto_map' names Python code in the folder, and no such code is run; build the model with a "
+                    "package.module:builder of yours, or take the key out if transformers has this model itself"
+                )
+            if "implementation" in key and isinstance(value, str) and "/" in value:
+                raise ValueError(f"{key!r} names code to download, {value!r}, and nothing is downloaded; take it out")
+    for value in content.values() if isinstance(content, dict) else content if isinstance(content, list) else ():
+        _check_runs_no_code(value)

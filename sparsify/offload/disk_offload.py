@@ -7,13 +7,17 @@ import ctypes
 import json
 import math
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
+from sparsify.checkpoint.dense_weights import check_dtype, check_values
 from sparsify.checkpoint.tensor_file import TensorFile
 from sparsify.checkpoint.weight_codec import unpack_layer
 from sparsify.layers import Masked
@@ -35,7 +39,12 @@ class Weights:
         for file, tensors in opened.items():
             if not tensors.is_at(file):  # some of the others may be of the new ones, and some of the old
                 raise ValueError(f"{file}: another program replaced it while the weights were being opened; try again")
-        self._files = {name: tensors for tensors in opened.values() for name in tensors}
+        self._files: dict[str, TensorFile] = {}
+        for tensors in opened.values():
+            if twice := [name for name in tensors if name in self._files]:
+                others = self._files[twice[0]].path, tensors.path
+                raise ValueError(f"{self.path}: {twice[0]} is in two files, {others[0]} and {others[1]}; take one away")
+            self._files |= dict.fromkeys(tensors, tensors)
 
     def __contains__(self, name: str) -> bool:
         return name in self._files
@@ -45,7 +54,9 @@ class Weights:
 
     def read(self, name: str) -> Tensor:
         """Read a tensor into memory of its own."""
-        return self._files[name].read(name)
+        tensor = self._files[name].read(name)
+        check_values(self._files[name].path, name, tensor)
+        return tensor
 
     def dtype(self, name: str) -> torch.dtype:
         """Return a tensor's dtype without reading it."""
@@ -87,19 +98,24 @@ def without_memory() -> Iterator[None]:
     """Build models without memory for their Parameters, which are on the meta device; buffers are real.
 
     Not `torch.device("meta")`: that would lose the values of buffers that are in no file, such as rotary frequencies.
+    Models that other threads build meanwhile are as ever.
     """
-    register = nn.Module.register_parameter
+    thread = threading.get_ident()
+    made = WeakIdKeyDictionary()  # a Parameter that has two places keeps both
 
-    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if type(param) is nn.Parameter and not param.is_meta:
-            param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
-        register(self, name, param)
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        if threading.get_ident() != thread or type(parameter) is not nn.Parameter or parameter.is_meta:
+            return None
+        if parameter not in made:
+            made[parameter] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+        found: nn.Parameter = made[parameter]
+        return found
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    hook = register_module_parameter_registration_hook(on_meta)  # type: ignore[arg-type]
     try:
         yield
     finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        hook.remove()
 
 
 class Resident:
@@ -161,19 +177,20 @@ class Resident:
         name = self._names[id(module)]
         masked = isinstance(module, Masked) and key == "weight"
         n_bytes = _n_bytes(module, key, parameter)
-        if isinstance(module, Masked) and masked:
-            module.mask = torch.ones_like(parameter, dtype=torch.bool, memory_format=torch.contiguous_format)
         if self.journal is not None and name in self.journal and isinstance(module, Masked):
             entry, tensors = self.journal.read(name)
             if masked:
                 weight, mask = unpack_layer(entry, tensors)
                 parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype)
                 module.matrix(parameter.data).copy_(weight)
+                module.mask = torch.ones_like(parameter, dtype=torch.bool, memory_format=torch.contiguous_format)
                 module.set_mask(mask)
             else:
                 parameter.data = tensors[key]
         else:
             parameter.data = self.weights.read(self._keys[id(parameter)])
+            if isinstance(module, Masked) and masked:
+                module.mask = torch.ones_like(parameter, dtype=torch.bool, memory_format=torch.contiguous_format)
         self.n_bytes += n_bytes
         self.peak_bytes = max(self.peak_bytes, self.n_bytes)
 
@@ -237,11 +254,7 @@ def _keys(model: nn.Module, weights: Weights) -> dict[int, str]:
         if name not in weights:
             missing.setdefault(id(parameter), name)
         elif id(parameter) not in keys:
-            if weights.shape(name) != tuple(parameter.shape):
-                raise ValueError(
-                    f"{weights.path}: {name} is {weights.shape(name)} in the file, "
-                    f"{tuple(parameter.shape)} in the model"
-                )
+            _check_fits(weights, name, parameter)
             keys[id(parameter)] = name
     if lost := [name for one, name in missing.items() if one not in keys]:
         raise ValueError(f"{weights.path}: not for this model: it lacks {len(lost)} of its Parameters {lost[:3]}")
@@ -250,6 +263,15 @@ def _keys(model: nn.Module, weights: Weights) -> dict[int, str]:
     if odd := [name for name in weights if name not in known]:
         raise ValueError(f"{weights.path}: not for this model: {len(odd)} tensors are too many {odd[:3]}")
     return keys
+
+
+def _check_fits(weights: Weights, name: str, tensor: Tensor) -> None:
+    """Raise ValueError if a tensor of the file cannot be what this one of the model holds."""
+    if weights.shape(name) != tuple(tensor.shape):
+        raise ValueError(
+            f"{weights.path}: {name} is {weights.shape(name)} in the file, {tuple(tensor.shape)} in the model"
+        )
+    check_dtype(weights.path, name, weights.dtype(name), tensor.dtype)
 
 
 def _make_places(model: nn.Module, weights: Weights, keys: dict[int, str]) -> dict[int, str]:
@@ -270,6 +292,7 @@ def _make_places(model: nn.Module, weights: Weights, keys: dict[int, str]) -> di
         for key, buffer in module._buffers.items():
             full = f"{name}.{key}".lstrip(".")
             if buffer is not None and full in weights:
+                _check_fits(weights, full, buffer)
                 module._buffers[key] = weights.read(full)
     return {id(made[id(parameter)]): keys[id(parameter)] for parameter in old}
 

@@ -28,6 +28,7 @@ from sparsify.layers import Masked
 from sparsify.outputs import is_temporary, write_text
 from sparsify.pruning.oneshot import Fit
 
+_LAYOUT = 2  # of the folder; one of another layout is of another run
 _ABOUT, _FINISHED = "run.json", "finished.jsonl"
 _LAYER_KEYS, _RESULT_KEYS = ("layer", "sha256", "error", "time_s"), ("result", "about")  # of the list's lines
 _PLAIN_NAME = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")
@@ -61,7 +62,8 @@ class Journal:
     """
 
     def __init__(self, folder: str | os.PathLike[str], about: Mapping[str, Any]) -> None:
-        self.folder, self.about = Path(folder), {key: str(value) for key, value in about.items()}
+        self.folder = Path(folder)
+        self.about = {key: str(value) for key, value in {**about, "journal": _LAYOUT}.items()}
         self.result: dict[str, Any] | None = None
         self._layers: dict[str, dict[str, Any]] = {}  # as they are listed
         self._begun: dict[str, Any] | None = None

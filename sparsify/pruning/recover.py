@@ -199,5 +199,9 @@ def _shuffled(n: int, seed: int) -> Iterator[int]:
 def _check_budget(steps: int | None, seconds: float | None, lr: float) -> None:
     if steps is None and seconds is None:
         raise ValueError("recover needs a budget: steps, seconds, or both")
-    if (steps is not None and steps < 1) or (seconds is not None and not seconds > 0) or not lr > 0:
-        raise ValueError(f"steps, seconds and lr must be positive, got {steps}, {seconds} and {lr}")
+    if (
+        (steps is not None and steps < 1)
+        or (seconds is not None and not 0 < seconds < math.inf)
+        or not 0 < lr < math.inf
+    ):
+        raise ValueError(f"steps, seconds and lr must be positive and finite, got {steps}, {seconds} and {lr}")

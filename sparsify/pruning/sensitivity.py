@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from sparsify.masking.allocation import capped, check_sparsity, least_error, n_r
 from sparsify.masking.layer_solve import Task, solve
 from sparsify.masking.methods.registry import Method
 from sparsify.masking.patterns import Pattern, parse_pattern
+from sparsify.outputs import new_file
 
 SPARSITIES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -92,7 +94,7 @@ def measure_sensitivity(
     ['0', '2']
     """
     parsed = parse_pattern(pattern)
-    _check(sparsities, parsed)
+    check_sparsities(sparsities, parsed)
     layers = sparse_layers(model)
     n_units = {name: parsed.n_units(layer.shape) for name, layer in layers.items()}
     batches = read_batches(model, data)
@@ -122,12 +124,22 @@ def measure_sensitivity(
     return Sensitivity(tuple(sparsities), {name: found[name] for name in layers}, n_units)
 
 
-def draw(measured: Sensitivity, path: str | os.PathLike[str]) -> None:
-    """Draw the damage of every layer at every sparsity into a picture, .png or .svg. Needs matplotlib."""
+def check_picture(path: str | os.PathLike[str]) -> None:
+    """Raise ValueError if a picture of this name cannot be drawn: matplotlib is missing, or does not know its kind."""
     try:
-        from matplotlib.figure import Figure
+        from matplotlib.backend_bases import FigureCanvasBase
     except ImportError:
         raise ValueError("matplotlib is not installed: pip install matplotlib") from None
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if Path(path).suffix.lower().removeprefix(".") not in kinds:
+        raise ValueError(f"picture {path}: its name must end in one of: .{', .'.join(sorted(kinds))}")
+
+
+def draw(measured: Sensitivity, path: str | os.PathLike[str]) -> None:
+    """Draw the damage of every layer at every sparsity into a picture, .png or .svg. Needs matplotlib."""
+    check_picture(path)
+    from matplotlib.figure import Figure
+
     names = [name or "(root)" for name in measured.damage]
     width = 2 + 0.8 * len(measured.sparsities) + 0.06 * max(map(len, names), default=0)  # inches
     figure = Figure(figsize=(width, max(4, 1.5 + 0.22 * len(names))), layout="constrained")
@@ -138,7 +150,8 @@ def draw(measured: Sensitivity, path: str | os.PathLike[str]) -> None:
     axes.set_yticks(range(len(names)), names, fontsize=7)
     axes.set_xlabel("sparsity of this layer alone")
     figure.colorbar(image, label="damage to the model's output\n(log10 of the relative squared change)")
-    figure.savefig(path)
+    with new_file(path) as file:
+        figure.savefig(file, format=Path(path).suffix.lower().removeprefix("."))
 
 
 @contextlib.contextmanager
@@ -169,7 +182,8 @@ def _output(model: nn.Module, batch: Batch, padding: Padding) -> Tensor:
     return input_rows(output, padding.counts(("output", ""), 0, output.shape[:-1], batch)).float()
 
 
-def _check(sparsities: Sequence[float], pattern: Pattern) -> None:
+def check_sparsities(sparsities: Sequence[float], pattern: Pattern) -> None:
+    """Raise ValueError for sparsities that do not rise within 0 and 1, or a pattern that fixes them."""
     if pattern.is_nm:
         raise ValueError(f"pattern {pattern.text} fixes every layer's sparsity: there is nothing to allocate")
     if not sparsities or any(not 0 < s < 1 for s in sparsities) or list(sparsities) != sorted(set(sparsities)):

@@ -61,6 +61,15 @@ def plan(recipe: Recipe, model: nn.Module) -> list[PlannedLayer]:
     return planned
 
 
+def file_bytes(recipe: Recipe, model: nn.Module) -> int:
+    """Return the bytes that a pruned model will have in its file, without the header."""
+    tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values() if isinstance(tensor, Tensor)}
+    masks = sum(layer.mask.nbytes for layer in layers_of_type(model, Masked).values())
+    layers = plan(recipe, model)
+    saved = sum(layer.dense_bytes - layer.n_bytes for layer in layers)
+    return sum(tensor.nbytes for tensor in tensors.values()) - masks - saved
+
+
 def _zeros(model: nn.Module, group: Group, weights: dict[str, Tensor], time: float) -> dict[str, int]:
     """Return how many weights each layer of a group lacks after the update at `time`."""
     pattern = parse_pattern(group.pattern)

@@ -35,6 +35,8 @@ _METHODS = (*METHODS, *TRAINED, *CALIBRATED, *SOLVERS)
 _ALLOCATIONS = (*ALLOCATIONS, *MEASURED_ALLOCATIONS)
 _STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)
 
+_SEEDS = 2**63  # a generator of torch takes one of 64 bits
+
 #: A method of recipes only: the zeros that are there stay, and no others come.
 HOLD = "hold"
 
@@ -68,13 +70,17 @@ class Group(BaseModel):
     refit: bool = Field(False, description="change the kept weights to reproduce the layer's outputs; needs data")
     correct: bool = Field(False, description="aim at the dense model's outputs, to make up for the layers before")
     schedule: Schedule = Field(Schedule(), description="when; constant: at once")
-    seed: int | None = Field(None, description="for methods that draw random numbers")
+    seed: int | None = Field(None, ge=-_SEEDS, lt=_SEEDS, description="for methods that draw random numbers")
     masked: Literal["zero", "frozen", "trained"] = Field(
         "zero", description="until the schedule ends, masked weights are zero, keep their values, or train on"
     )
-    decay: float = Field(0.0, ge=0, description="how fast masked weights that are trained shrink (SR-STE)")
+    decay: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="how fast masked weights that are trained shrink (SR-STE)"
+    )
     regrow: Regrow | None = Field(None, description="kept and masked weights change places at each update")
-    rewind: float | None = Field(None, ge=0, description="after each update all weights go back to this time")
+    rewind: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="after each update all weights go back to this time"
+    )
 
     @property
     def needs_data(self) -> str:
@@ -192,9 +198,9 @@ class Recover(BaseModel):
     model_config = _STRICT
 
     steps: int | None = Field(None, gt=0, description="batches to train on")
-    seconds: float | None = Field(None, gt=0, description="time to train for")
-    lr: float = Field(LR, gt=0, description="Adam's highest learning rate")
-    seed: int = Field(0, description="for the order of the batches")
+    seconds: float | None = Field(None, gt=0, allow_inf_nan=False, description="time to train for")
+    lr: float = Field(LR, gt=0, allow_inf_nan=False, description="Adam's highest learning rate")
+    seed: int = Field(0, ge=-_SEEDS, lt=_SEEDS, description="for the order of the batches")
 
     @model_validator(mode="after")
     def _has_a_budget(self) -> Recover:
@@ -234,8 +240,9 @@ def load_recipe(path: str | os.PathLike[str], **variables: Value) -> Recipe:
             )
     values: dict[str, Value] = {**declared, **variables}
     body: dict[str, Value] = {key: value for key, value in file.content.items() if key != "vars"}
+    used = _strings(body)
     for name in declared:
-        if f"${{{name}}}" not in _strings(body):
+        if f"${{{name}}}" not in used:
             raise file.error(
                 ("vars", name), f"the variable {name!r} is used nowhere; write ${{{name}}} where it belongs"
             )
@@ -290,19 +297,9 @@ def apply(
     ValueError if a schedule needs training (use a Pruner in the training loop), or a group data, before any mask is
     changed.
     """
-    for number, group in enumerate(recipe.groups):
-        if group.trains:
-            raise ValueError(
-                f"groups.{number}: method {group.method!r} with a {group.schedule.kind} schedule is followed while "
-                "training; use sparsify.Pruner(model, recipe) in the loop, or a recipe with a constant schedule"
-            )
-        if data is None and group.needs_data:
-            raise ValueError(
-                f"groups.{number}: {group.needs_data} needs calibration data: sparsify.apply(..., data=...)"
-            )
+    check_applicable(recipe, has_data=data is not None)
     if recipe.recover is not None:
-        if data is None:
-            raise ValueError("recover needs calibration data: sparsify.apply(..., data=...)")
+        assert data is not None
         data, teacher = list(data), copy.deepcopy(model)
         plain = recipe.model_copy(update={"recover": None})
         apply(model, plain, data=data, cache_bytes=cache_bytes, progress=progress)
@@ -322,6 +319,22 @@ def apply(
         if name in masks:
             layer.set_mask(masks[name])
     return model
+
+
+def check_applicable(recipe: Recipe, *, has_data: bool) -> None:
+    """Raise ValueError if `apply` cannot follow a recipe, whatever the model: it trains, or needs data."""
+    for number, group in enumerate(recipe.groups):
+        if group.trains:
+            raise ValueError(
+                f"groups.{number}: method {group.method!r} with a {group.schedule.kind} schedule is followed while "
+                "training; use sparsify.Pruner(model, recipe) in the loop, or a recipe with a constant schedule"
+            )
+        if not has_data and group.needs_data:
+            raise ValueError(
+                f"groups.{number}: {group.needs_data} needs calibration data: sparsify.apply(..., data=...)"
+            )
+    if recipe.recover is not None and not has_data:
+        raise ValueError("recover needs calibration data: sparsify.apply(..., data=...)")
 
 
 def tasks_of(recipe: Recipe, model: nn.Module) -> dict[str, Task]:
@@ -433,11 +446,15 @@ def _order(group: Group) -> Order:
 
 def _strings(content: Value) -> set[str]:
     """Return every string in a recipe."""
-    if isinstance(content, dict):
-        return set().union(*(_strings(value) for value in content.values()))
-    if isinstance(content, list):
-        return set().union(*(_strings(value) for value in content))
-    return {content} if isinstance(content, str) else set()
+    found: set[str] = set()
+    todo = [content]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, str):
+            found.add(value)
+        elif isinstance(value, (dict, list)):
+            todo += value.values() if isinstance(value, dict) else value
+    return found
 
 
 def _explain(file: YamlFile, error: ValidationError) -> RecipeError:

@@ -1,6 +1,7 @@
 """A journal holds what one run has finished: under any names, by one process at a time, and not altered since."""
 
 import contextlib
+import json
 import os
 import shutil
 import subprocess
@@ -80,6 +81,9 @@ def test_a_journal_of_another_run_is_refused(folder: Path) -> None:
         Journal(folder, {**ABOUT, "torch": "2"})
     with pytest.raises(ValueError, match=r"another weights \(0123, now None\)"):
         Journal(folder, {"recipe": "wanda"})
+    (folder / "run.json").write_text(json.dumps(ABOUT))  # as a run of the first layout wrote it
+    with pytest.raises(ValueError, match=r"another journal \(None, now 2\)"):
+        Journal(folder, ABOUT)
     with pytest.raises(ValueError, match="go on with --resume, or delete it"):
         check_unused(folder, resume=False)
     check_unused(folder, resume=True)

@@ -1,7 +1,11 @@
 """A model pruned from disk, block by block, comes out as the same model pruned in memory; stopped and resumed too."""
 
+import contextlib
 import json
-from collections.abc import Mapping
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import sparsify
+from sparsify.checkpoint.tensor_file import TensorFile
 from sparsify.conversion.convert import sparse_layers
+from sparsify.errors import CheckpointError
 from sparsify.layers import Masked
 from sparsify.masking.layer_solve import Task
 from sparsify.offload.disk_offload import Resident, Weights, largest_block_bytes, without_memory
@@ -174,3 +180,57 @@ def test_what_is_not_this_models_file_is_refused(folder: Path, tmp_path: Path) -
     refused({name: tensor for name, tensor in state.items() if name != "blocks.0.out.weight"}, "lacks 1")
     with pytest.raises(FileNotFoundError, match="there is no weights file"):
         Weights(tmp_path / "nowhere")
+
+
+def test_models_are_built_without_memory_in_one_thread_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    register = nn.Module.register_parameter
+
+    def in_a_thread(build: Callable[[], nn.Module]) -> nn.Module:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(build).result()
+
+    first, second = without_memory(), without_memory()
+    first.__enter__()
+    assert nn.Linear(2, 2).weight.is_meta
+    assert not in_a_thread(lambda: nn.Linear(2, 2)).weight.is_meta
+    second.__enter__()
+    first.__exit__(None, None, None)  # as two threads may end it, in any order
+    assert nn.Linear(2, 2).weight.is_meta
+    second.__exit__(None, None, None)
+    assert not nn.Linear(2, 2).weight.is_meta
+    assert nn.Module.register_parameter is register
+    with contextlib.suppress(Stopped), without_memory():
+        raise Stopped
+    assert not nn.Linear(2, 2).weight.is_meta
+
+
+def test_a_parameter_of_two_places_is_one_without_memory_too() -> None:
+    with without_memory():
+        shared = nn.Parameter(torch.ones(2, 2), requires_grad=False)
+        one, other = nn.Linear(2, 2), nn.Linear(2, 2)
+        one.weight, other.weight = shared, shared
+        alone = nn.Linear(2, 2)
+    assert one.weight is other.weight
+    assert one.weight.is_meta
+    assert not one.weight.requires_grad
+    assert alone.weight is not one.weight
+
+
+def test_a_tensor_in_two_files_is_refused(folder: Path) -> None:
+    shutil.copy(folder / "model-1.safetensors", folder / "model-3.safetensors")
+    Weights(folder)  # the index does not name it
+    (folder / "model.safetensors.index.json").unlink()
+    with pytest.raises(ValueError, match=r"is in two files, .*model-1.safetensors and .*model-3.safetensors; take one"):
+        Weights(folder)
+
+
+def test_what_cannot_be_read_leaves_the_model_as_it_was(folder: Path) -> None:
+    model = empty()
+    resident = Resident(model, Weights(folder), None, 10**9)
+    layer = model.blocks[0].left
+    file = next(file for file in folder.glob("*.safetensors") if "blocks.0.left.weight" in TensorFile(file))
+    os.truncate(file, 100)
+    before = layer.weight.untyped_storage().nbytes(), layer.mask.untyped_storage().nbytes(), resident.n_bytes
+    with pytest.raises(CheckpointError, match="another program changed it"):
+        resident.fetch(layer)
+    assert (layer.weight.untyped_storage().nbytes(), layer.mask.untyped_storage().nbytes(), resident.n_bytes) == before

@@ -119,10 +119,10 @@ def test_a_file_is_listed_as_before(tmp_path: Path) -> None:
 
 
 def test_the_command_takes_a_model_too(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["inspect", "test_inspect:Net"]) == 0
+    assert main(["inspect", f"{__name__}:Net"]) == 0
     assert "convert takes layers with" in capsys.readouterr().out
-    assert main(["inspect", "test_inspect:Net", "--run", "--seq", "5", "--json"]) == 0
+    assert main(["inspect", f"{__name__}:Net", "--run", "--seq", "5", "--json"]) == 0
     parts = {part["name"]: part for part in json.loads(capsys.readouterr().out)["parts"]}
     assert parts["fc"]["n_multiply_adds"] == 5 * 8 * 16
-    assert main(["inspect", "test_inspect:Net", "--seq", "5"]) == 2
+    assert main(["inspect", f"{__name__}:Net", "--seq", "5"]) == 2
     assert "no effect without --run" in capsys.readouterr().err

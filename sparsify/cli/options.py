@@ -1,0 +1,126 @@
+"""From arguments to what they name: a recipe, a model with its weights, calibration data, inputs."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+from torch import nn
+
+from sparsify.cli.calibration_data import load_data
+from sparsify.cli.model_inputs import Inputs, check_inputs, make_inputs
+from sparsify.cli.models import build_model, load_weights
+from sparsify.errors import CheckpointError, RecipeError
+from sparsify.recipes.recipe import Recipe, load_recipe
+from sparsify.recipes.yaml_file import read_text
+from sparsify.user_code import UserCodeError
+
+
+def recipe_of(arguments: argparse.Namespace) -> Recipe:
+    """Read the recipe file, or make one group of the options."""
+    options = {
+        key: getattr(arguments, key)
+        for key in [
+            "sparsity",
+            "method",
+            "pattern",
+            "allocation",
+            "max_sparsity",
+            "refit",
+            "correct",
+            "exclude",
+            "seed",
+        ]
+    }
+    options["layers"] = arguments.include
+    given = {key: value for key, value in options.items() if value is not None}
+    if arguments.recipe:
+        if arguments.recover is not None:
+            raise ValueError("--recover has no effect beside --recipe; write a recover stage in the recipe")
+        if given:
+            option = "include" if "layers" in given else next(iter(given)).replace("_", "-")
+            raise ValueError(
+                f"--{option} has no effect beside --recipe; set the recipe's variables with --set NAME=VALUE"
+            )
+        return load_recipe(arguments.recipe, **variables(arguments.set))
+    if arguments.recover is not None and not given:
+        raise ValueError("--recover follows pruning; say how with --sparsity FRACTION")
+    if arguments.set:
+        raise ValueError("--set has no effect without --recipe")
+    if not given:
+        raise ValueError("say what to do with --recipe FILE or --sparsity FRACTION")
+    try:
+        stage = {} if arguments.recover is None else {"recover": arguments.recover}
+        return Recipe.model_validate({"groups": [given], **stage})
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = {"layers": "--include: ", 0: ""}.get(first["loc"][-1], f"--{first['loc'][-1]}: ")
+        raise ValueError(option + first["msg"].removeprefix("Value error, ")) from None
+
+
+@contextlib.contextmanager
+def naming(recipe: str | None) -> Iterator[None]:
+    """Make an error of a recipe file that does not fit the model a RecipeError that names the file."""
+    try:
+        yield
+    except (CheckpointError, UserCodeError):
+        raise
+    except ValueError as error:
+        if recipe is None:
+            raise
+        raise RecipeError(f"{recipe}: {error}") from None
+
+
+def model_of(arguments: argparse.Namespace) -> nn.Module:
+    """Build the model, and load its weights if they are given."""
+    model = build_model(arguments.model)
+    if arguments.weights:
+        load_weights(model, arguments.weights)
+    return model
+
+
+def data_of(arguments: argparse.Namespace) -> Any:
+    """Read the calibration data, or return None if there is none."""
+    sizes = {"samples": arguments.samples, "tokens": arguments.sample_tokens}
+    given = {key: n for key, n in sizes.items() if n is not None}
+    if arguments.data is None:
+        if given:
+            raise ValueError("--samples and --sample-tokens have no effect without --data")
+        return None
+    return load_data(arguments.data, arguments.model, **given)
+
+
+def given_inputs(arguments: argparse.Namespace) -> bool:
+    """Return whether the command line says anything about inputs."""
+    return (arguments.batch, arguments.seq, arguments.shape, arguments.inputs) != (None, None, None, None)
+
+
+def inputs_of(arguments: argparse.Namespace, model: nn.Module, spec: str) -> Inputs:
+    """Make inputs for the model named on the command line, and check that it takes them."""
+    inputs = make_inputs(
+        model,
+        spec,
+        batch=arguments.batch,
+        seq=arguments.seq,
+        shape=arguments.shape,
+        function=arguments.inputs,
+    )
+    check_inputs(model, spec, inputs)
+    return inputs
+
+
+def variables(settings: Sequence[str]) -> dict[str, Any]:
+    """Read NAME=VALUE; the value is YAML, so that 0.5, [a, b] and true mean what they mean in a recipe."""
+    variables = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"--set {setting}: write NAME=VALUE")
+        try:
+            variables[name] = read_text(value, f"--set {setting}").content
+        except RecipeError as error:
+            raise ValueError(str(error)) from None
+    return variables

@@ -1,0 +1,186 @@
+"""The arguments of every command, their help, and the values that are checked while they are read."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+
+from sparsify.cli.calibration_data import SAMPLES, TOKENS
+from sparsify.cli.compress import compress
+from sparsify.cli.sensitivity import sensitivity
+from sparsify.cli.show import bench_model, inspect, plan_recipe, run_doctor, schema
+from sparsify.conversion.tied_weights import TIED
+from sparsify.inference.export import FORMATS
+from sparsify.masking.methods.registry import CALIBRATED, METHODS, SOLVERS
+from sparsify.pruning.sensitivity import SPARSITIES
+
+_MODEL_HELP = "torchvision:NAME, hf:FOLDER, or package.module:builder"
+_DEBUG_HELP = "print the traceback of an error too"
+_EPILOG = (
+    "package.module:function runs your code: the module is imported, from the present folder if it lies there. "
+    "No other option runs code of a file or folder."
+)
+
+#: add_argument of a command's parser.
+Add = Callable[..., argparse.Action]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands; `run` of what it returns is the function of the command."""
+    parser = argparse.ArgumentParser(
+        prog="sparsify", description="Prune a PyTorch model and keep only what is left.", epilog=_EPILOG
+    )
+    parser.add_argument("--debug", action="store_true", help=_DEBUG_HELP)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, run, text, add_arguments in _COMMANDS:
+        command = commands.add_parser(name, help=text, description=text, epilog=_EPILOG)
+        command.set_defaults(run=run)
+        add_arguments(command.add_argument)
+        command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=_DEBUG_HELP)
+    return parser
+
+
+def _compress(add: Add) -> None:
+    _model(add)
+    _set(add)
+    add("--recipe", metavar="FILE", help="a YAML recipe; or say it all with the options below")
+    add("--sparsity", type=float, help="fraction of zeros, 0 to 1")
+    add("--method", help=f"one of: {', '.join((*METHODS, *CALIBRATED, *SOLVERS))} (default: magnitude)")
+    add("--pattern", help='unstructured (default), rows, columns, "2:4", "4x1" ...')
+    add("--allocation", help="uniform (default), global, erk, owl, error")
+    add("--max-sparsity", type=float, help="no layer loses more, where the allocation shares one target")
+    add("--refit", action="store_true", default=None, help="refit the kept weights to the data")
+    add("--correct", action="store_true", default=None, help="make up for what the layers before have lost")
+    _data(add)
+    add("--recover", type=_budget, metavar="BUDGET", help='then tune what is kept for so many seconds, or "200steps"')
+    add("--stream", action="store_true", help="read weights from disk block by block (.safetensors)")
+    add("--resume", action="store_true", help="keep what is finished in OUT.partial, and go on from there")
+    add("--cache", type=float, metavar="GB", help="activations in memory, the rest on disk (default: 1)")
+    add("--eval", metavar="MODULE:FUNCTION", help="a function of the model: its quality, before and after")
+    _layers(add, "prune")
+    add("--seed", type=int, help="for methods that draw random numbers")
+    add("--format", default="auto", choices=FORMATS, help="form of the weights in memory (default: auto)")
+    add("--tokens", type=int, metavar="N", help="rows of input that auto measures with (default: 128)")
+    add("--out", required=True, metavar="FILE", help="the file to write (.safetensors)")
+    _json(add)
+
+
+def _sensitivity(add: Add) -> None:
+    _model(add)
+    _data(add)
+    add("--method", default="magnitude", help="how each layer is pruned (default: magnitude)")
+    add("--pattern", default="unstructured", help='unstructured (default), rows, columns, "4x1" ...')
+    add("--refit", action="store_true", help="refit the kept weights to the data")
+    add("--sparsities", type=_fractions, default=SPARSITIES, metavar="S,S", help="what to measure at")
+    add("--target", type=float, metavar="SPARSITY", help="the budget: fraction of zeros of all layers")
+    add("--max-sparsity", type=float, help="no layer loses more (default: the last of --sparsities)")
+    add("--recipe", metavar="FILE", help="the recipe to write for the budget")
+    add("--picture", metavar="FILE", help="draw it (.png, .svg); needs matplotlib")
+    _layers(add, "measure")
+    _json(add)
+
+
+def _inspect(add: Add) -> None:
+    text = f"a file written by save; or {_MODEL_HELP} of an installed package: nothing is imported from this folder"
+    add("what", nargs="?", metavar="FILE_OR_MODEL", help=text)
+    add("--model", metavar="MODEL", help=f"{_MODEL_HELP}, importable from this folder too")
+    add("--run", dest="once", action="store_true", help="run the model once, to count multiply-adds too")
+    _inputs(add)
+    _json(add)
+
+
+def _plan(add: Add) -> None:
+    add("recipe", metavar="RECIPE")
+    _model(add)
+    _set(add)
+    _json(add)
+
+
+def _bench(add: Add) -> None:
+    _model(add)
+    add("--sparsity", type=float, default=0.9, help="of every Linear, by magnitude (default: 0.9)")
+    _conversion(add)
+    _inputs(add)
+    add("--threads", type=int, metavar="N", help="default: torch's")
+    _json(add)
+
+
+def _model(add: Add) -> None:
+    add("--model", required=True, metavar="MODEL", help=_MODEL_HELP)
+    add("--weights", metavar="FILE", help=".safetensors, or .pt opened with weights_only")
+
+
+def _set(add: Add) -> None:
+    add("--set", action="append", default=[], metavar="NAME=VALUE", help="override a variable of the recipe")
+
+
+def _data(add: Add) -> None:
+    add("--data", metavar="DATA", help="calibration data: texts, pictures, or package.module:function")
+    add("--samples", type=int, metavar="N", help=f"texts or pictures to calibrate on (default: {SAMPLES})")
+    add("--sample-tokens", type=int, metavar="N", help=f"tokens of each text (default: {TOKENS})")
+
+
+def _layers(add: Add, verb: str) -> None:
+    add("--include", action="append", metavar="PATTERN", help=f"layers to {verb} (default: all)")
+    add("--exclude", action="append", metavar="PATTERN", help="layers to leave dense")
+    _conversion(add)
+
+
+def _conversion(add: Add) -> None:
+    tied = "a weight with several uses: refuse it (default), leave it dense, or let all share one mask"
+    add("--tied", choices=TIED, default="error", help=tied)
+    add("--functional", action="store_true", help="also weights that a module multiplies in its own code (torch.fx)")
+
+
+def _inputs(add: Add) -> None:
+    add("--batch", type=int, metavar="B", help="inputs at once (default: 1)")
+    add("--seq", type=int, metavar="L", help="token ids per input (default for hf: 128)")
+    add("--shape", type=_shape, metavar="C,H,W", help="of one input (default for torchvision: 3,224,224)")
+    add("--inputs", metavar="MODULE:FUNCTION", help="a function that returns the model's arguments")
+
+
+def _json(add: Add) -> None:
+    add("--json", action="store_true", help="print JSON instead of a table")
+
+
+def _nothing(add: Add) -> None:
+    """Add no argument."""
+
+
+#: Name, function, help, and the function that adds the arguments, in the order in which help lists them.
+_COMMANDS: tuple[tuple[str, Callable[[argparse.Namespace], None], str, Callable[[Add], None]], ...] = (
+    ("compress", compress, "Prune a trained model, export it, and save it to one file.", _compress),
+    ("sensitivity", sensitivity, "Measure what each layer can lose, and write a recipe for a budget.", _sensitivity),
+    ("inspect", inspect, "List the layers in a file, or what convert would do with a model.", _inspect),
+    ("plan", plan_recipe, "Show what a recipe would do to a model, and do nothing.", _plan),
+    ("bench", bench_model, "Time a model here, dense against pruned and exported, whole and by layer.", _bench),
+    ("doctor", run_doctor, "Say what this machine has for sparse layers, and what is missing.", _json),
+    ("schema", schema, "Print the JSON schema of recipes, for editors.", _nothing),
+)
+
+
+def _fractions(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of fractions; write 0.5,0.7,0.9") from None
+
+
+def _budget(text: str) -> dict[str, float]:
+    """Read the budget of a recovery: 240 is seconds, 200steps a number of batches."""
+    n_steps = text.removesuffix("steps").strip()
+    try:
+        budget: dict[str, float] = {"seconds": float(text)} if n_steps == text.strip() else {"steps": int(n_steps)}
+    except ValueError:
+        budget = {}
+    if not any(0 < amount < math.inf for amount in budget.values()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no budget; write 240 (seconds) or 200steps")
+    return budget
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no shape; write 3,224,224") from None

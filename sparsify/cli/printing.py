@@ -1,0 +1,18 @@
+"""Results on standard output."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from sparsify.reporting.report import Report
+
+
+def rows(report: Report) -> list[dict[str, Any]]:
+    """Return the rows of a report, and its total, as JSON takes them."""
+    return [vars(row) for row in (*report, report.total)]
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON for people and programs."""
+    print(json.dumps(value, indent=2))

@@ -1,0 +1,139 @@
+"""The commands that write nothing: inspect, plan, bench, doctor, schema."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Sequence
+
+import torch
+
+import sparsify
+from sparsify.cli.layer_by_layer import conversion
+from sparsify.cli.models import build_model
+from sparsify.cli.options import given_inputs, inputs_of, model_of, naming, variables
+from sparsify.cli.printing import print_json, rows
+from sparsify.hardware.machine import doctor
+from sparsify.recipes.dry_run import PlannedLayer, plan
+from sparsify.recipes.recipe import Recipe, load_recipe
+from sparsify.reporting.model_bench import bench
+from sparsify.reporting.report import table
+
+_MAX_COLUMNS = 6
+_MAX_THREADS = 1024
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    """List what a file holds, or what convert would do with a model.
+
+    A model may be named in the place of the file, but then nothing is imported from the present folder.
+    """
+    what, spec = arguments.what, arguments.model
+    if (what is None) == (spec is None):
+        raise ValueError("give either a file or a model: sparsify inspect FILE, or sparsify inspect --model MODEL")
+    if what is not None and _is_file(what):
+        _inspect_file(arguments)
+        return
+    model = build_model(what or spec, here=what is None)
+    example = None
+    if arguments.once:
+        example = inputs_of(arguments, model, what or spec)
+    elif given_inputs(arguments):
+        raise ValueError("--batch, --seq, --shape and --inputs have no effect without --run")
+    found = sparsify.inspect(model, example)
+    if not arguments.json:
+        print(found)
+        return
+    print_json({"model": what or spec, **dataclasses.asdict(found)})
+
+
+def _is_file(what: str) -> bool:
+    """Return whether a name is that of a file: one that is there, or one that no model has."""
+    source, colon, _ = what.partition(":")
+    return os.path.lexists(what) or not colon or os.sep in source
+
+
+def _inspect_file(arguments: argparse.Namespace) -> None:
+    if arguments.once or given_inputs(arguments):
+        raise ValueError(f"{arguments.what} is a file; --run and the options of its inputs are for models")
+    report = sparsify.inspect(arguments.what)
+    n_bytes = os.path.getsize(arguments.what)
+    if arguments.json:
+        print_json({"file": arguments.what, "file_bytes": n_bytes, "in_file": rows(report)})
+        return
+    print(report)
+    print(f"\n{arguments.what}: {n_bytes:,} bytes, {n_bytes - report.total.n_bytes:,} of it other tensors and header")
+
+
+def plan_recipe(arguments: argparse.Namespace) -> None:
+    """Print every layer of a recipe, its target at each update, and the size it will have."""
+    recipe = load_recipe(arguments.recipe, **variables(arguments.set))
+    model = model_of(arguments)
+    with naming(arguments.recipe):
+        layers = plan(recipe, model)
+    n_bytes, dense_bytes = sum(x.n_bytes for x in layers), sum(x.dense_bytes for x in layers)
+    if arguments.json:
+        keys = ("name", "group", "shape", "unit", "targets", "ranked", "n_bytes", "dense_bytes")
+        print_json(
+            {
+                "layers": [{key: getattr(layer, key) for key in keys} for layer in layers],
+                "n_bytes": n_bytes,
+                "dense_bytes": dense_bytes,
+            }
+        )
+        return
+    for number in range(len(recipe.groups)):
+        print(f"groups.{number}")
+        print(_plan_table([layer for layer in layers if layer.group == number]), end="\n\n")
+    if any(layer.ranked for layer in layers):
+        print("~ layers ranked together: each one's part is taken from the present weights, and moves with training")
+    share = n_bytes / max(dense_bytes, 1)
+    print(f"{len(layers)} layers: {n_bytes:,} bytes in the file, {share:.3f} of dense {dense_bytes:,}")
+
+
+def bench_model(arguments: argparse.Namespace) -> None:
+    """Time the dense model and its pruned and exported copy, in turns."""
+    if not 0 <= arguments.sparsity <= 1:
+        raise ValueError(f"--sparsity must be between 0 and 1, got {arguments.sparsity}")
+    if arguments.threads is not None:
+        if not 1 <= arguments.threads <= _MAX_THREADS:
+            raise ValueError(f"--threads must be at least 1 and at most {_MAX_THREADS}, got {arguments.threads}")
+        torch.set_num_threads(arguments.threads)
+    model = model_of(arguments)
+    inputs = inputs_of(arguments, model, arguments.model)
+    result = bench(model, inputs, arguments.sparsity, **conversion(arguments))
+    if arguments.json:
+        print_json({**dataclasses.asdict(result), "speedup": result.speedup})
+        return
+    print(result)
+
+
+def schema(arguments: argparse.Namespace) -> None:
+    """Print the JSON schema of recipes, for editors."""
+    print_json(Recipe.model_json_schema())
+
+
+def run_doctor(arguments: argparse.Namespace) -> None:
+    """Print what decides how fast exported layers are here."""
+    found_here = doctor()
+    if arguments.json:
+        print_json([dict(zip(("what", "found", "do"), row, strict=True)) for row in found_here])
+        return
+    for what, found, to_do in found_here:
+        print(f"{what + ':':16}{found}" + (f"\n{'':16}-> {to_do}" if to_do else ""))
+
+
+def _plan_table(layers: Sequence[PlannedLayer]) -> str:
+    """Show a group's layers; of many updates the first, some between, and the last."""
+    n = len(layers[0].targets)
+    step = -(-n // _MAX_COLUMNS)
+    shown = sorted({*range(0, n, step), n - 1})
+    head = ["layer", "shape", *(f"{layers[0].unit} {layers[0].targets[i][0]:g}" for i in shown), "bytes", "of dense"]
+    lines = [head]
+    for x in layers:
+        mark = "~" if x.ranked else ""
+        targets = [f"{mark}{x.targets[i][1]:.4f}" for i in shown]
+        share = f"{x.n_bytes / max(x.dense_bytes, 1):.3f}"
+        lines.append([x.name or "(root)", f"{x.shape[0]}x{x.shape[1]}", *targets, f"{x.n_bytes:,}", share])
+    return table(lines)
