@@ -25,8 +25,8 @@ from sparsify.inference.fusion import fuse_activations
 from sparsify.kernels import FORMS, form_for
 from sparsify.kernels.csr import CSR
 from sparsify.layers import Masked, Packed
+from sparsify.layers.fsdp import refuse_flattened
 from sparsify.layers.functional_module import layer_name
-from sparsify.layers.inference_mode import making_tensors
 from sparsify.reporting.report import Report, Row
 
 
@@ -43,6 +43,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     aliases: dict[str, str] = {}
     packed: dict[int, str] = {}
     for name, module in _linear_layers(model).items():
+        refuse_flattened(name, module)
         entry, parts = pack_layer(module)
         if entry.module == "Linear" and entry.format == "dense":
             continue
@@ -197,7 +198,6 @@ def _choices(model: nn.Module) -> dict[str, Choice]:
     return {name: choice for name, choice in found.items() if isinstance(choice, Choice)}
 
 
-@making_tensors()
 def _make(entry: LayerEntry, old: nn.Module, csr: CSR, choice: Choice | None) -> nn.Module:
     """Build the saved layer around the old one's bias, on its device, in the form chosen when it was exported.
 

@@ -17,15 +17,6 @@ def whole(tensor: Tensor) -> Tensor:
     return sharded.full_tensor() if is_sharded(tensor) else tensor
 
 
-def check_whole(weight: Tensor) -> None:
-    """Raise ValueError, saying what to do, if a weight is sharded."""
-    if is_sharded(weight):
-        raise ValueError(
-            "its weight is a DTensor; gather the model's state_dict (torch.distributed.checkpoint.state_dict), load "
-            "it into a converted model that is not sharded, and use that"
-        )
-
-
 def data_or_shape(tensor: Tensor) -> Tensor:
     """Return a tensor as it is; for one that is sharded one of its shape without data, which costs nothing."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") if is_sharded(tensor) else tensor
@@ -49,17 +40,20 @@ def local(tensor: Tensor) -> Tensor:
 
 def refuse_flattened(name: str, layer: nn.Module) -> None:
     """Raise ValueError if FSDP1 (FullyShardedDataParallel) has cut the weight of a layer into flat pieces."""
-    weights = [p for key, p in layer.named_parameters(recurse=False) if key.endswith("weight")]
-    if any(p.dim() == 1 for p in weights) or (not weights and isinstance(layer, nn.Linear) and _is_flat(layer.weight)):
+    if not isinstance(layer, (nn.Linear, nn.MultiheadAttention)) and "mask" not in layer._buffers:
+        return
+    if isinstance(layer, nn.MultiheadAttention):
+        flat = layer.in_proj_weight is not None and layer.in_proj_weight.dim() == 1
+    else:
+        weight: Any = layer.weight
+        freed = "weight" not in layer._parameters and type(weight) is Tensor and weight.untyped_storage().size() == 0
+        flat = weight.dim() == 1 or (freed and weight.numel() > 0 and not weight.is_meta)
+    if flat:
         raise ValueError(
             f"{name or '(root)'}: FSDP1 (FullyShardedDataParallel) has cut its weight into flat pieces, which no mask "
-            "fits; use FSDP2: sparsify.convert(model), then torch.distributed.fsdp.fully_shard(model)"
+            "fits; train with FSDP2 (sparsify.convert, then torch.distributed.fsdp.fully_shard), or do this inside "
+            "FullyShardedDataParallel.summon_full_params(model)"
         )
-
-
-def _is_flat(weight: Any) -> bool:
-    """Return whether a weight that is no Parameter is one of FSDP1's views of a flat one."""
-    return isinstance(weight, Tensor) and (weight.dim() == 1 or weight.untyped_storage().size() == 0)
 
 
 def is_sharded(tensor: Tensor) -> bool:

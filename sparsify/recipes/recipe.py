@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sparsify.conversion.convert import plan_convert, sparse_layers
 from sparsify.conversion.module_surgery import Model
+from sparsify.conversion.transaction import Transaction
 from sparsify.distributed import ALONE, Ranks
 from sparsify.errors import RecipeError
 from sparsify.layers.fsdp import cut_by_rows, own_rows
@@ -28,6 +29,7 @@ from sparsify.masking.methods.registry import CALIBRATED, METHODS, SOLVERS, TRAI
 from sparsify.masking.patterns import parse_pattern
 from sparsify.masking.schedules import Schedule
 from sparsify.pruning.oneshot import Order, follow, make_tasks
+from sparsify.pruning.prune import set_masks
 from sparsify.pruning.recover import LR, recover
 from sparsify.recipes.yaml_file import Value, YamlFile, nearest, read_yaml, substitute
 
@@ -295,15 +297,17 @@ def apply(
     data: calibration batches, as for `prune`; all groups are then pruned in one walk through the model. With a
     `recover` stage, the model as it comes, copied, is the teacher. cache_bytes, progress: as for `prune`. Raises
     ValueError if a schedule needs training (use a Pruner in the training loop), or a group data, before any mask is
-    changed.
+    changed. Whatever fails, the model is as it was.
     """
     check_applicable(recipe, has_data=data is not None)
     if recipe.recover is not None:
         assert data is not None
         data, teacher = list(data), copy.deepcopy(model)
         plain = recipe.model_copy(update={"recover": None})
-        apply(model, plain, data=data, cache_bytes=cache_bytes, progress=progress)
-        return recover(model, teacher, data, **recipe.recover.model_dump(), progress=progress)
+        with Transaction(model) as undo:
+            undo.keep((*model.parameters(), *model.buffers()))
+            apply(model, plain, data=data, cache_bytes=cache_bytes, progress=progress)
+            return recover(model, teacher, data, **recipe.recover.model_dump(), progress=progress)
     if data is not None:
         follow(model, _orders(recipe, model), data, cache_bytes=cache_bytes, progress=progress)
         return model
@@ -315,9 +319,8 @@ def apply(
         if group.method != HOLD:
             warn_removed_whole({n: is_empty(mask) for n, mask in made.items()}, group.sparsity, group.allocation)
         masks |= made
-    for name, layer in sparse_layers(model).items():
-        if name in masks:
-            layer.set_mask(masks[name])
+    layers = sparse_layers(model)
+    set_masks(model, {layers[name]: mask for name, mask in masks.items()})
     return model
 
 
@@ -378,10 +381,23 @@ def group_masks(
     if not all(cut_by_rows(layers[name], parse_pattern(group.pattern), ranks) for name in names):
         ranks = ALONE  # every rank ranks all of it
     weights = {name: own_rows(layers[name], ranks) for name in names}
+    _check_finite(weights, ranks)
     masks = {name: ranks.rows(layers[name].matrix(layers[name].mask)) for name in names}
     shown = {n: {key: ranks.rows(value) for key, value in of.items()} for n, of in (evidence or {}).items()}
     made = _group_rows(group, weights, masks, time, shown, ranks)
     return {name: ranks.join(mask, layers[name].shape[0]) for name, mask in made.items()}
+
+
+def _check_finite(rows: Mapping[str, Tensor], ranks: Ranks) -> None:
+    """Raise ValueError on all ranks if one has a weight that is not finite; alone it would leave the others waiting."""
+    if ranks.n > 1:
+        bad = ranks.sum(torch.tensor([int(not own.isfinite().all()) for own in rows.values()], device="cpu"))
+        for name, n_bad in zip(rows, bad.tolist(), strict=True):
+            if n_bad:
+                raise ValueError(
+                    f"{name}: the weight holds NaN or Inf on {n_bad} of {ranks.n} ranks; mend it, or leave the layer "
+                    f"out with exclude=[{name!r}]"
+                )
 
 
 def _group_rows(

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 import sparsify
 from sparsify.layers import fsdp as sharded
@@ -91,12 +92,44 @@ def train(case: str, kind: str, rank: int, n_ranks: int) -> dict[str, torch.Tens
     return {name: tensor.detach().clone() for name, tensor in ended.items()}
 
 
+def refusals(rank: int) -> dict[str, str]:
+    """Return the errors of what cannot be followed on several ranks; every rank gets one, or the others would wait."""
+
+    def said(act) -> str:
+        try:
+            act()
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    found = {}
+    recipe = sparsify.Recipe(groups=[{"sparsity": 0.5}])
+    for original in (True, False):
+        model = sparsify.convert(nn.Sequential(nn.Linear(12, 17), nn.Linear(17, 5)))
+        cut = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=original)
+        for verb in (sparsify.prune, sparsify.export, sparsify.convert):
+            found[f"FSDP1 {original} {verb.__name__}"] = said(lambda verb=verb, cut=cut: verb(cut))
+        for verb in (sparsify.apply, sparsify.Pruner):
+            found[f"FSDP1 {original} {verb.__name__}"] = said(lambda verb=verb, cut=cut: verb(cut, recipe))
+        with FullyShardedDataParallel.summon_full_params(cut):
+            sparsify.prune(cut, 0.5)
+        found[f"FSDP1 {original} summoned"] = str(model[0].sparsity)
+    model = sparsify.convert(nn.Sequential(nn.Linear(12, 17), nn.Linear(17, 5)))
+    whole = nn.parallel.DistributedDataParallel(model)
+    if rank == 1:
+        with torch.no_grad():
+            model[1].weight[-1, 0] = torch.nan
+    found["NaN on one rank"] = said(lambda: sparsify.Pruner(whole, recipe))
+    return found
+
+
 def main(out: Path, kinds: list[str]) -> None:
     dist.init_process_group("gloo")
     for kind in kinds:
         for case in CASES:
             ended = train(case, kind, dist.get_rank(), dist.get_world_size())
             torch.save(ended, out / f"{kind}-{case}-{dist.get_rank()}.pt")
+    torch.save(refusals(dist.get_rank()), out / f"refusals-{dist.get_rank()}.pt")
     dist.destroy_process_group()
 
 

@@ -54,6 +54,19 @@ def test_two_ranks_end_as_one_process(runs: Path, case: str, kind: str) -> None:
     assert masked
 
 
+def test_what_cannot_be_followed_is_refused_on_every_rank(runs: Path) -> None:
+    said = [torch.load(runs / f"refusals-{rank}.pt", weights_only=True) for rank in range(2)]
+    for name, message in (*said[0].items(), *said[1].items()):
+        if name.endswith("summoned"):
+            assert float(message) == 0.5
+        elif name.startswith("FSDP1"):
+            assert "FSDP1 (FullyShardedDataParallel) has cut its weight into flat pieces" in message, name
+            assert "fully_shard" in message
+        else:
+            assert message, name
+    assert len(said[0]) == 13
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.9, 1.0])
 @pytest.mark.parametrize("n", [2, 3])

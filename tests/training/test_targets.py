@@ -329,6 +329,28 @@ def test_a_pruner_that_cannot_be_made_leaves_the_model_as_it_was():
     assert count_failures(make, act) > 15
 
 
+@pytest.mark.parametrize("recover", [None, {"steps": 2}])
+def test_an_apply_that_fails_anywhere_changes_nothing(recover, monkeypatch):
+    data = [batch(0)[0]] if recover else None
+    groups = [{"layers": [name], "sparsity": 0.5} for name in ("0", "2")]
+    once = sparsify.Recipe(groups=groups, recover=recover)
+    if recover:
+        model = net()
+        before = everything(model)
+
+        def fail(pruned, *args, **options):
+            assert pruned[0].sparsity == 0.5
+            pruned[0].bias.data.zero_()
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("sparsify.recipes.recipe.recover", fail)
+        with pytest.raises(KeyboardInterrupt):
+            sparsify.apply(model, once, data=data)
+        assert same(everything(model), before)
+    else:
+        assert count_failures(lambda: (net(),), lambda model: sparsify.apply(model, once)) > 5
+
+
 def test_a_bad_second_group_leaves_the_first_as_it_was():
     model = net()
     with torch.no_grad():

@@ -84,7 +84,7 @@ TRANSPOSED = Kind(
     lambda layer: check_weight(layer.weight),
     lambda layer: {"": layer.weight.t()},
     lambda layer: SparseTransposed(layer.weight),
-    SparseTransposed.to_transposed,
+    lambda layer: Transposed(layer.weight),
 )
 
 
