@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,23 +10,32 @@ from torch import Tensor, nn
 from sparsify.checkpoint.container import LayerEntry
 from sparsify.checkpoint.shared_tensors import as_bytes
 from sparsify.conversion.converters.table import join, matrices
+from sparsify.conversion.module_surgery import own_mask
 from sparsify.errors import CheckpointError
 from sparsify.inference.form_selection import Choice
 from sparsify.kernels.csr import CSR
-
-#: The state that a layer's own entry stands for; all other state is stored under its own name.
-_OWN_STATE = ("weight", "mask", *CSR._fields)
+from sparsify.layers import Masked, Packed
 
 
-def own_keys(model: nn.Module, names: Iterable[str]) -> set[str]:
-    """Return the state_dict keys that the entries of these layers stand for, under every name such a layer has."""
-    ids = {id(model.get_submodule(name)) for name in names}
+def own_keys(model: nn.Module, layers: Mapping[str, LayerEntry]) -> set[str]:
+    """Return the state_dict keys that the entries of these layers stand for, under every name such a layer has.
+
+    All other state is stored under its own name.
+    """
+    entries = {id(model.get_submodule(name)): entry for name, entry in layers.items()}
     return {
         join(name, key)
         for name, module in model.named_modules(remove_duplicate=False)
-        if id(module) in ids
-        for key in _OWN_STATE
+        if id(module) in entries
+        for key in _own_state(module, entries[id(module)])
     }
+
+
+def _own_state(layer: nn.Module, entry: LayerEntry) -> tuple[str, ...]:
+    if isinstance(layer, Packed):
+        return CSR._fields
+    masked = isinstance(layer, Masked) or (own_mask(layer) is not None and entry.module != "Linear")
+    return ("weight", "mask") if masked else ("weight",)
 
 
 def check_layers(model: nn.Module, layers: Mapping[str, LayerEntry]) -> None:

@@ -27,6 +27,7 @@ from sparsify.kernels.csr import CSR
 from sparsify.layers import Masked, Packed
 from sparsify.layers.fsdp import refuse_flattened
 from sparsify.layers.functional_module import layer_name
+from sparsify.layers.inference_mode import making_tensors
 from sparsify.reporting.report import Report, Row
 
 
@@ -198,6 +199,7 @@ def _choices(model: nn.Module) -> dict[str, Choice]:
     return {name: choice for name, choice in found.items() if isinstance(choice, Choice)}
 
 
+@making_tensors()
 def _make(entry: LayerEntry, old: nn.Module, csr: CSR, choice: Choice | None) -> nn.Module:
     """Build the saved layer around the old one's bias, on its device, in the form chosen when it was exported.
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sparsify.checkpoint.container import Header, LayerEntry
 from sparsify.conversion.converters.table import join
 from sparsify.errors import CheckpointError
+from sparsify.kernels import FORMS
 from sparsify.kernels.csr import CSR, csr_to_dense
 from sparsify.layers import Masked, Packed
 from sparsify.layers.tied import check_tieable, tie
@@ -80,7 +81,7 @@ def tie_again(header: Header, modules: Mapping[str, nn.Module]) -> None:
     for alias, name in header.aliases.items():
         one, other = modules.get(alias.rpartition(".")[0]), modules.get(name.rpartition(".")[0])
         if isinstance(one, Packed) and isinstance(other, Packed) and one.form == other.form:
-            one._buffers = dict(other._buffers)
+            one._buffers |= {part: other._buffers[part] for part in FORMS[other.form]}
 
 
 def _tied_to_masked(header: Header) -> dict[str, str]:

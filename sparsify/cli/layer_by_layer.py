@@ -59,8 +59,11 @@ def compress_layer_by_layer(
         model, weights = _on_disk(arguments, recipe)
     about = _about(arguments, recipe, data, model)
     assign_layers(recipe, model)
+    dense = dict(model.named_parameters(remove_duplicate=False))
     for group in recipe.groups:
         model = convert(model, include=group.layers, exclude=group.exclude, **conversion(arguments))
+    if weights is not None:
+        weights.rename(dense, model)
     tasks = tasks_of(recipe, model)
     check_space(out.parent, least_bytes(model, weights, tasks, folder), "--out ")
     about["weights"] = tensors_fingerprint(named_tensors(model, weights))

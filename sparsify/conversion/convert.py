@@ -10,15 +10,18 @@ from torch import Tensor, nn
 
 from sparsify.conversion.converters.functional import functional_kind
 from sparsify.conversion.converters.table import Kind, chosen_kinds, followers, join, kind_of, kinds, reads_weights
-from sparsify.conversion.foreign_masks import adapters
+from sparsify.conversion.foreign_masks import adapters, check_converted
 from sparsify.conversion.module_surgery import Model, become, layers_of_type
 from sparsify.conversion.tied_weights import settle_ties
+from sparsify.conversion.transaction import Transaction
 from sparsify.errors import LeftDenseWarning
 from sparsify.inference.fusion import unfuse_activations
 from sparsify.layer_names import Selector, select
 from sparsify.layers import Masked, Packed, Tied
 from sparsify.layers.fsdp import data_or_shape, refuse_flattened
-from sparsify.layers.functional_module import Functional, undo
+from sparsify.layers.functional_module import Functional
+from sparsify.layers.functional_module import undo as undo_layout
+from sparsify.layers.inference_mode import making_tensors
 from sparsify.layers.tied import tie, untie
 
 
@@ -80,7 +83,16 @@ def convert(
         raise ValueError(f"the model has no layer that can be converted (of the types {names}). {reasons}".rstrip())
     if plan.left:  # said before any change: a program may turn warnings into errors
         warnings.warn(_notice(model, plan.left), LeftDenseWarning, stacklevel=2)
+    with Transaction(model) as undo:
+        _swap(model, plan, undo)
+    return model
+
+
+def _swap(model: nn.Module, plan: Plan, undo: Transaction) -> None:
+    """Do what a plan says."""
     modules = dict(model.named_modules())
+    for name in plan.swap:  # a mask of torch's zeroes the weight that it was laid over
+        undo.keep(p for key, p in modules[name].named_parameters() if key.endswith(("_orig", ".original")))
     for name, kind in plan.swap.items():
         become(modules[name], kind.to_sparse(modules[name]))
     for name in plan.weights:
@@ -91,7 +103,6 @@ def convert(
         masked = modules[leader]
         assert isinstance(masked, Masked)
         tie(modules[name], masked)
-    return model
 
 
 def plan_convert(
@@ -152,19 +163,33 @@ def plan_convert(
 def to_dense(model: Model) -> Model:
     """Turn every converted or exported layer into what it was before, with zeros, in place, and return the model.
 
+    Masked weights become zero even in the middle of a schedule that would bring them back. Raises ValueError, before
+    anything is changed, for a layer that torch parametrized, pruned or quantized since it was converted.
+
     >>> to_dense(convert(nn.Sequential(nn.Linear(4, 3))))[0]
     Linear(in_features=4, out_features=3, bias=True)
     """
-    for layer in layers_of_type(model, Packed).values():
-        become(layer, layer.to_sparse())
-    unfuse_activations(model)
-    for tied in layers_of_type(model, Tied).values():
-        untie(tied)
-    for kind in kinds():
-        for module in layers_of_type(model, kind.sparse).values():
-            become(module, kind.to_dense(module))
-    for laid_out in layers_of_type(model, Functional).values():
-        become(laid_out, undo(laid_out))
+    layers = layers_of_type(model, Masked)
+    for name, masked in layers.items():
+        try:
+            check_converted(masked)
+        except ValueError as error:
+            raise ValueError(f"{name or '(root)'}: {error}") from None
+    with Transaction(model) as undo:
+        undo.keep(masked.weight for masked in layers.values() if masked.hides_values())
+        for layer in layers_of_type(model, Packed).values():
+            with making_tensors():
+                become(layer, layer.to_sparse())
+        unfuse_activations(model)
+        for tied in layers_of_type(model, Tied).values():
+            untie(tied)
+        for kind in kinds():
+            for module in layers_of_type(model, kind.sparse).values():
+                become(module, kind.to_dense(module))
+        for laid_out in layers_of_type(model, Functional).values():
+            become(laid_out, undo_layout(laid_out))
+        for module in model.modules():
+            module.__dict__.pop("choice", None)  # of a form that the layer no longer has
     return model
 
 
@@ -185,7 +210,7 @@ def masks_from_zeros(
                 f"{name}: the weight is on the meta device and has no data; load the model's weights first"
             )
     for layer in layers.values():
-        layer.set_mask(layer.weight_matrix != 0)
+        layer.set_mask((layer.weight_matrix != 0) & layer.matrix(layer.mask))  # a masked weight is zero, whatever it is
     return model
 
 

@@ -7,12 +7,17 @@ themselves (a fresh bias-free layer may hold some): `masks_from_zeros` is asked 
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
+
+from sparsify.conversion.module_surgery import own_mask, plain_type, put_on
+from sparsify.layers import Masked
+from sparsify.layers.fsdp import is_sharded
 
 
 class MaskedParts(NamedTuple):
@@ -23,29 +28,61 @@ class MaskedParts(NamedTuple):
 
 
 def masked_parts(module: nn.Module, key: str = "weight") -> MaskedParts:
-    """Return the Parameter behind a weight of a module, and its mask if torch pruned it.
+    """Return the Parameter behind a weight of a module, and its mask if torch pruned it or its user keeps one.
 
-    Raises ValueError, saying why, if the weight is computed in another way, or if the bias is pruned too.
+    Raises ValueError, saying why, if the weight is computed in another way, or the bias is no Parameter either.
     """
-    if "bias_mask" in module._buffers:
-        raise ValueError("its bias is pruned too; make that permanent with torch.nn.utils.prune.remove(layer, 'bias')")
     if parametrize.is_parametrized(module):
         return _from_fake_sparsity(module)
+    if "bias" not in module._parameters and hasattr(module, "bias"):
+        raise ValueError(_not_a_parameter(module, "bias"))
     weight = module._parameters.get(key)
     if weight is not None:
-        return MaskedParts(weight, None)
+        return MaskedParts(weight, None if isinstance(module, Masked) else _own_mask(module))
     original, mask = module._parameters.get(f"{key}_orig"), module._buffers.get(f"{key}_mask")
     if original is None or mask is None:
-        raise ValueError(
-            f"its {key} is computed by a hook (weight_norm, spectral_norm ...); remove that first, with "
-            "torch.nn.utils.remove_weight_norm(layer) or remove_spectral_norm(layer)"
-        )
+        raise ValueError(_not_a_parameter(module, key))
     return MaskedParts(original, _as_bool(mask))
+
+
+def check_plain(module: nn.Module, dense: type[nn.Module], name: str) -> None:
+    """Raise ValueError, saying why, if a module may compute something else than `dense`, the type called `name`."""
+    own = plain_type(module)
+    if own is not dense:
+        raise ValueError(f"it is a {own.__name__}, a subclass of {name} that may compute something else")
+    check_forward(module)
+
+
+def check_forward(module: nn.Module) -> None:
+    """Raise ValueError, saying why, if a module's forward is not that of its class."""
+    if hasattr(module, "_hf_hook"):
+        raise ValueError(
+            "accelerate has put a hook on it (device_map, offloading), which replaces its forward and may hold its "
+            "weight; take the hooks off first, with accelerate.hooks.remove_hook_from_module(model, recurse=True)"
+        )
+    forward = module.__dict__.get("forward")  # accelerate leaves that of the class there when it takes its hooks off
+    if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
+        raise ValueError("its forward was replaced on the instance")
+
+
+def check_names(module: nn.Module, dense: type[nn.Module], *becomes: type[nn.Module], needs: Collection[str]) -> None:
+    """Raise ValueError, naming it, if something that a user put on a module has a name that the new layer needs.
+
+    Such are the attributes of the classes in `becomes`, beyond those of `dense`, and what their instances need besides.
+    """
+    own = {name for kind in dense.__mro__ for name in (*dir(kind), *vars(kind).get("__annotations__", ()))}
+    names = {name for kind in becomes for name in dir(kind)} - own | set(needs)
+    for name, value in put_on(module).items():
+        if name in names and not type(value).__module__.startswith("sparsify."):  # ours, from an earlier life
+            places: dict[str, Collection[str]]
+            places = {"a Parameter": module._parameters, "a buffer": module._buffers, "a child": module._modules}
+            kind = next((kind for kind, place in places.items() if name in place), "an attribute")
+            raise ValueError(f"it has {kind} {name!r}, a name that {becomes[0].__name__} needs; rename that")
 
 
 def check_weight(weight: Tensor) -> None:
     """Raise ValueError, saying why, if a Parameter is not plain numbers: sharded, quantized, complex."""
-    if type(weight).__name__ == "DTensor":
+    if is_sharded(weight):
         raise ValueError(
             "its weight is sharded (a DTensor); convert the model before fully_shard or parallelize_module"
         )
@@ -55,6 +92,36 @@ def check_weight(weight: Tensor) -> None:
             f"its weight is a {type(weight).__name__}{dtype}, not a plain floating Parameter; "
             "prune the model before it is quantized or wrapped"
         )
+
+
+def check_shapes(weight: Tensor, bias: Tensor | None, n_dims: int, n_outputs: int) -> None:
+    """Raise ValueError, saying why, if a weight and a bias do not have the shapes that their layer needs."""
+    if weight.ndim != n_dims:
+        raise ValueError(
+            f"its weight has the shape {tuple(weight.shape)}, where {n_dims} dimensions are needed; if the model is "
+            "wrapped in FullyShardedDataParallel, convert it before"
+        )
+    if bias is not None and bias.shape != (n_outputs,):
+        raise ValueError(f"its bias has the shape {tuple(bias.shape)}, where {(n_outputs,)} is needed")
+
+
+def check_converted(layer: nn.Module) -> None:
+    """Raise ValueError, saying why and the way out, if a layer's weight or bias is no longer a Parameter of its own.
+
+    So it is where torch parametrized, pruned or quantized the layer after convert. A sharded weight passes.
+    """
+    weight, mask = masked_parts(layer)
+    if mask is not None:
+        raise ValueError(
+            "torch has put a mask of its own on its weight; make that permanent with "
+            + (
+                "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
+                if parametrize.is_parametrized(layer)
+                else "torch.nn.utils.prune.remove(layer, 'weight')"
+            )
+        )
+    if not is_sharded(weight):
+        check_weight(weight)
 
 
 def adapters(model: nn.Module) -> set[nn.Module]:
@@ -79,9 +146,35 @@ def _from_fake_sparsity(module: nn.Module) -> MaskedParts:
     if set(chain.keys()) != {"weight"} or len(chain["weight"]) != 1 or not _is_fake_sparsity(chain["weight"][0]):
         raise ValueError(
             "it is parametrized; fold that first, with "
-            "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
+            f"torch.nn.utils.parametrize.remove_parametrizations(layer, {next(iter(chain))!r})"
         )
     return MaskedParts(chain["weight"].original, _as_bool(chain["weight"][0].mask))
+
+
+def _own_mask(module: nn.Module) -> Tensor | None:
+    """Return the mask in a module's buffer `mask`, if the weight follows it already."""
+    mask = own_mask(module)
+    if mask is None:
+        return None
+    kept = _as_bool(mask)
+    weight = module._parameters["weight"]
+    if weight is not None and bool(weight.detach().masked_fill(kept, 0).any()):
+        raise ValueError("it has a buffer 'mask' that its weight does not follow; multiply them, or rename the buffer")
+    return kept
+
+
+def _not_a_parameter(module: nn.Module, key: str) -> str:
+    """Say what a weight or bias is that is not among a module's Parameters."""
+    if key in module._buffers:
+        return f"its {key} is a buffer, not a Parameter"
+    if f"{key}_orig" in module._parameters and f"{key}_mask" in module._buffers:
+        return f"its {key} is pruned too; make that permanent with torch.nn.utils.prune.remove(layer, {key!r})"
+    if module._forward_pre_hooks:
+        return (
+            f"its {key} is computed by a hook (weight_norm, spectral_norm ...); remove that first, with "
+            "torch.nn.utils.remove_weight_norm(layer) or remove_spectral_norm(layer)"
+        )
+    return f"its {key} is not a Parameter of its own"
 
 
 def _is_fake_sparsity(module: nn.Module) -> bool:

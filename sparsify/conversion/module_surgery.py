@@ -11,6 +11,28 @@ import copy
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from sparsify.kernels import FORMS
+from sparsify.layers import LayeredAttention, Masked, Packed, Tied
+from sparsify.layers.inference_mode import writing_to
+from sparsify.layers.transposed import Transposed
+
+#: State by which a dense layer holds its weight and bias: plain, parametrized, or pruned by torch.
+_OF_DENSE = frozenset({"weight", "bias", "weight_orig", "weight_mask", "parametrizations"})
+_OF_PACKED = frozenset({"bias"} | {part for parts in FORMS.values() for part in parts})
+_OF_ATTENTION = frozenset(
+    {f"{layer}_weight{end}" for layer in ("in_proj", "q_proj", "k_proj", "v_proj") for end in ("", "_orig", "_mask")}
+    | {"out_proj", "in_proj_bias", "bias_k", "bias_v", "parametrizations"}
+)
+_OF_LAYERED = frozenset({"in_proj", "q_proj", "k_proj", "v_proj", "out_proj", "in_proj_bias", "bias_k", "bias_v"})
+
+#: Attributes of our layers that are no user's, and that mean nothing on what the layer becomes.
+_OURS: dict[type[nn.Module], tuple[str, ...]] = {
+    Masked: ("masked_are", "watch", "steps"),
+    Packed: ("in_features", "out_features", "n_kept", "wanted_form", "form", "activation", "masked_type"),
+    Tied: ("leader",),
+}
 
 Model = TypeVar("Model", bound=nn.Module)
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -22,11 +44,44 @@ def layers_of_type(model: nn.Module, kind: type[Layer]) -> dict[str, Layer]:
 
 
 def become(module: nn.Module, new: nn.Module) -> None:
-    """Let `module` be what `new` is, keeping its own hooks and whatever attributes a user put on it."""
+    """Let `module` be what `new` is, keeping its own hooks and whatever a user put on it: attributes, state, children.
+
+    What `new` has under the same name counts.
+    """
     state = {**_extra(module), **new.__dict__, **_own_state(module)}
+    for key, put in beside(module).items():
+        state[key] = put | state[key]
+    state["_non_persistent_buffers_set"] = _not_persistent(module, new)
     module.__dict__.clear()
     module.__dict__.update(state)
     module.__class__ = type(new)
+
+
+def beside(module: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return what is on a layer beside its weight and bias: _parameters, _buffers and _modules that a user put there.
+
+    Empty for modules other than layers: what they become takes all over by itself.
+    """
+    own = _state_of(module)
+    kinds = ("_parameters", "_buffers", "_modules") if own else ()
+    return {kind: {key: value for key, value in module.__dict__[kind].items() if key not in own} for kind in kinds}
+
+
+def own_mask(module: nn.Module) -> Tensor | None:
+    """Return the mask that a user keeps for a dense layer: a buffer `mask` of its weight's shape."""
+    mask, weight = module._buffers.get("mask"), module._parameters.get("weight")
+    return mask if mask is not None and weight is not None and mask.shape == weight.shape else None
+
+
+def put_on(module: nn.Module) -> dict[str, Any]:
+    """Return all that a user may have put on a layer, by name: attributes, class attributes, state and children."""
+    attributes = {key: value for key, value in _extra(module).items() if f"{key}_orig" not in module._parameters}
+    return attributes | {key: value for put in beside(module).values() for key, value in put.items()}
+
+
+def plain_type(module: nn.Module) -> type[nn.Module]:
+    """Return a module's class; of a parametrized one the class that it had before, which torch hides behind its own."""
+    return type(module).__mro__[1] if parametrize.is_parametrized(module) else type(module)
 
 
 def replace(model: Model, replacements: dict[nn.Module, nn.Module]) -> Model:
@@ -48,12 +103,15 @@ def copy_with(model: Model, replacements: dict[nn.Module, nn.Module]) -> Model:
         for value in (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()):
             if isinstance(value, Tensor) and id(value) not in memo:
                 memo[id(value)] = _alias(value)
-    for old, new in replacements.items():
-        new.__dict__.update({**_extra(old), **new.__dict__, **_own_state(old)})
-        for key, parameter in new._parameters.items():
-            new._parameters[key] = memo.get(id(parameter), parameter)
-        memo[id(old)] = new
+    memo |= {id(old): new for old, new in replacements.items()}
     try:
+        for old, new in replacements.items():
+            new.__dict__.update({**_extra(old), **new.__dict__, **_own_state(old)})
+            for key, parameter in new._parameters.items():
+                new._parameters[key] = memo.get(id(parameter), parameter)
+            for key, put in beside(old).items():
+                new.__dict__[key] = copy.deepcopy(put, memo) | new.__dict__[key]
+            new._non_persistent_buffers_set = _not_persistent(old, new)
         return copy.deepcopy(model, memo)
     except Exception as error:
         raise ValueError(f"the model cannot be copied: {error}") from error
@@ -62,14 +120,48 @@ def copy_with(model: Model, replacements: dict[nn.Module, nn.Module]) -> Model:
 def _alias(tensor: Tensor) -> Tensor:
     """Return another tensor over the same memory; of a class that is not torch's own, the tensor itself."""
     if type(tensor) is nn.Parameter:
-        return nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
+        with writing_to(tensor):
+            return nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
     return tensor.detach() if type(tensor) is Tensor else tensor
 
 
 def _extra(module: nn.Module) -> dict[str, Any]:
     """Return what is on a module beyond what every module has: its class's own attributes, and the user's."""
-    plain = {*nn.Module().__dict__, "leader"}  # a Tied layer's, which what it becomes has not
-    return {key: value for key, value in module.__dict__.items() if key not in plain}
+    ours = next((names for kind, names in _OURS.items() if isinstance(module, kind)), ())
+    not_kept = {*nn.Module().__dict__, *ours, "forward"}  # the latter only where it is that of the class
+    found = _class_data(plain_type(module)) if _state_of(module) else {}
+    return found | {key: value for key, value in module.__dict__.items() if key not in not_kept}
+
+
+def _class_data(kind: type[nn.Module]) -> dict[str, Any]:
+    """Return the data in a user's own subclass of a layer; what the layer becomes is of another class."""
+    found: dict[str, Any] = {}
+    for ancestor in kind.__mro__:
+        if ancestor.__module__.partition(".")[0] in ("torch", "sparsify"):
+            break
+        own = {name: value for name, value in vars(ancestor).items() if not name.startswith(("__", "_abc_"))}
+        data = {key: value for key, value in own.items() if not callable(value) and not hasattr(value, "__get__")}
+        found = data | found
+    return found
+
+
+def _state_of(module: nn.Module) -> frozenset[str]:
+    """Return the names of the Parameters, buffers and children that make a layer what it is; empty if it is none."""
+    if isinstance(module, nn.MultiheadAttention):
+        return _OF_LAYERED if isinstance(module, LayeredAttention) else _OF_ATTENTION
+    if isinstance(module, Packed):
+        return _OF_PACKED
+    if isinstance(module, Masked):
+        return _OF_DENSE | {"mask"}
+    if isinstance(module, (nn.Linear, nn.Conv2d, Transposed)) or plain_type(module).__name__ == "Conv1D":
+        return _OF_DENSE | ({"mask"} if own_mask(module) is not None else set())
+    return frozenset()
+
+
+def _not_persistent(old: nn.Module, new: nn.Module) -> set[str]:
+    """Return which buffers stay out of a state_dict when `old` becomes `new`."""
+    put = beside(old).get("_buffers", {})
+    return new._non_persistent_buffers_set | {key for key in old._non_persistent_buffers_set if key in put}
 
 
 def _own_state(module: nn.Module) -> dict[str, Any]:

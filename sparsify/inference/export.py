@@ -10,13 +10,14 @@ from torch import nn
 from tqdm import tqdm
 
 from sparsify.calibration.layer_inputs import layer_inputs
+from sparsify.conversion.foreign_masks import check_converted
 from sparsify.conversion.module_surgery import Model, copy_with, layers_of_type
 from sparsify.inference.form_selection import Choice, Chooser, exported_as
 from sparsify.inference.fusion import fuse_activations
 from sparsify.kernels import FORMS, PATTERNED, fits, supports
 from sparsify.kernels.csr import dense_to_csr
 from sparsify.layers import CSRLinear, Masked, Packed, Tied
-from sparsify.layers.fsdp import refuse_flattened
+from sparsify.layers.fsdp import check_whole, refuse_flattened
 from sparsify.layers.tied import untie
 
 FORMATS = ("auto", "dense", *FORMS)
@@ -68,12 +69,11 @@ def export(
         raise ValueError("the model has no SparseLinear to export; call sparsify.convert(model) and prune it first")
     for name, layer in layers.items():
         refuse_flattened(name, layer)
-        if type(layer.weight) is not nn.Parameter:
-            raise ValueError(
-                f"{name}: its weight is a {type(layer.weight).__name__}; gather the model's state_dict "
-                "(torch.distributed.checkpoint.state_dict), load it into a converted model that is not sharded, "
-                "and export that"
-            )
+        try:
+            check_converted(layer)
+            check_whole(layer.weight)
+        except ValueError as error:
+            raise ValueError(f"{name or '(root)'}: {error}") from None
         if layer.weight.is_meta:
             raise ValueError(
                 f"{name}: the weight is on the meta device and has no data; load the model's weights first"

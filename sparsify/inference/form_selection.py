@@ -31,7 +31,10 @@ PREFERENCES = ("speed", "memory")
 
 @dataclass(frozen=True)
 class Choice:
-    """A form, "dense" among them, and why: the median microseconds of every candidate for `tokens` rows of input."""
+    """A form, "dense" among them, and why: the median microseconds of every candidate for `tokens` rows of input.
+
+    No times: the form was asked for (0 tokens), or none that runs here is smaller than dense.
+    """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # in a file, an unknown key is an error
 
@@ -48,7 +51,7 @@ class Choice:
         '5.00x dense for 64 tokens (60 of 300 us)'
         """
         if not self.times_us:
-            return "asked for"
+            return "no sparse form is smaller than dense at this sparsity" if self.tokens else "asked for"
         dense = self.times_us["dense"]
         others = [(t, form) for form, t in self.times_us.items() if form != "dense"]
         if self.form != "dense":
@@ -94,9 +97,11 @@ class Chooser:
             x = torch.empty(shape) if strides is None or 0 in strides else torch.empty_strided(shape, strides)
             x.normal_(generator=torch.Generator().manual_seed(0))  # the user's random numbers are not ours to draw
             candidates = _candidates(layer, forms)
-            times = self._measure(candidates, x.to(weight))
+            # Where a kernel runs, but no form is smaller than dense, there is nothing to compare.
+            times = {} if here and len(candidates) == 1 else self._measure(candidates, x.to(weight))
             n_bytes = {form: _n_bytes(module) for form, module in candidates.items()}
-            form, tokens = _best(times, n_bytes, self.prefer), x.numel() // max(layer.shape[1], 1)
+            form = _best(times, n_bytes, self.prefer) if times else "dense"
+            tokens = x.numel() // max(layer.shape[1], 1)
             self._known[kind] = Choice(form, tokens, times, machine_name(weight.device))
         return self._known[kind]
 
@@ -144,9 +149,10 @@ def exported_as(layer: Masked, form: str) -> nn.Module:
     kind = masked_as(layer)
     if form != "dense":
         return kind.packed.from_sparse(layer, form=form)
-    dense = kind.to_dense(layer)
-    dense.weight = nn.Parameter(layer.masked_weight().detach(), requires_grad=layer.weight.requires_grad)
-    return dense
+    zeroed = copy.copy(layer)  # the layer itself may be in a schedule that brings its masked values back
+    weight = nn.Parameter(layer.masked_weight().detach(), requires_grad=layer.weight.requires_grad)
+    zeroed._parameters = {**layer._parameters, "weight": weight}
+    return kind.to_dense(zeroed)
 
 
 def _call(module: nn.Module, x: Tensor) -> Call:

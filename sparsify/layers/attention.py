@@ -81,6 +81,11 @@ class LayeredAttention(nn.MultiheadAttention):
         return attention.train(self.training)
 
     @property
+    def layers(self) -> tuple[str, ...]:
+        """The names of the layers that hold the weights."""
+        return tuple(name for name in ("in_proj", "q_proj", "k_proj", "v_proj", "out_proj") if name in self._modules)
+
+    @property
     def in_proj_bias(self) -> nn.Parameter | None:  # type: ignore[override]
         """The biases of the first three projections, after each other."""
         packed = self._modules.get("in_proj")

@@ -17,6 +17,15 @@ def whole(tensor: Tensor) -> Tensor:
     return sharded.full_tensor() if is_sharded(tensor) else tensor
 
 
+def check_whole(weight: Tensor) -> None:
+    """Raise ValueError, saying what to do, if a weight is sharded."""
+    if is_sharded(weight):
+        raise ValueError(
+            "its weight is a DTensor; gather the model's state_dict (torch.distributed.checkpoint.state_dict), load "
+            "it into a converted model that is not sharded, and use that"
+        )
+
+
 def data_or_shape(tensor: Tensor) -> Tensor:
     """Return a tensor as it is; for one that is sharded one of its shape without data, which costs nothing."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") if is_sharded(tensor) else tensor

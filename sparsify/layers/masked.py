@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sparsify.kernels.cpu import library as native
 from sparsify.layers.fsdp import shard_like, whole
+from sparsify.layers.inference_mode import making_tensors, writing_to
 from sparsify.layers.masked_weight import Watch, used_weight
 from sparsify.layers.sparse_training import SparseSteps
 from sparsify.masking.masks import make_masks
@@ -20,7 +21,8 @@ class Masked(nn.Module):
     """The contract of a layer with a Parameter `weight` that is used as weight * mask. Mixed in before a layer's class.
 
     `mask` is a bool buffer of the weight's shape, True = kept. Masked weights are set to exactly zero whenever the mask
-    changes, get a gradient of exactly zero, and take no part in the forward whatever an optimizer makes of them.
+    changes, get a gradient of exactly zero, and take no part in the forward whatever an optimizer makes of them. What
+    is written into the mask tensor itself counts from the next forward, and zeroes from the next change.
 
     Everything that chooses, packs or reports weights sees them through `matrix`, as (out_features, in_features). A
     layer of this kind says how its weight is such a matrix, how it is built around one, and computes with
@@ -95,27 +97,43 @@ class Masked(nn.Module):
         weights, masks = {"": self.weight_matrix}, {"": self.matrix(self.mask)}
         self.set_mask(make_masks(weights, sparsity, masks=masks, method=method, pattern=pattern, seed=seed)[""])
 
-    def set_mask(self, mask: Tensor) -> None:
-        """Use this bool mask, (out_features, in_features), True = kept, and zero what it removes."""
+    def set_mask(self, mask: Tensor, *, back_at_zero: bool = True) -> None:
+        """Use this bool mask, (out_features, in_features), True = kept, and zero what it removes.
+
+        What it gives back starts at zero, whatever was written to it meanwhile; back_at_zero=False lets it come back
+        with the value it has.
+        """
         if mask.dtype != torch.bool or mask.shape != self.shape:
             raise ValueError(f"a mask must be bool of shape {self.shape}, got {mask.dtype} {tuple(mask.shape)}")
-        new = torch.empty_like(self.mask, device=self.weight.device)
-        self.matrix(new).copy_(mask)
+        before = self.mask
+        with making_tensors():
+            new = torch.empty_like(before, device=self.weight.device)
+            self.matrix(new).copy_(mask)
         self.mask = new
-        self.zero_masked()
+        self.zero_masked(before if back_at_zero else None)
 
-    def zero_masked(self) -> None:
-        """Set every masked weight to exactly zero, unless a Pruner has them keep their values for now."""
+    def zero_masked(self, before: Tensor | None = None) -> None:
+        """Set every masked weight to exactly zero, unless a Pruner has them keep their values for now.
+
+        Those that a mask `before` this one removed are zeroed too.
+        """
         if self.masked_are == "zero":
-            self.clear_masked(self.weight)
+            self.clear_masked(self.weight, before)
 
     @torch.no_grad()
-    def clear_masked(self, tensor: Tensor) -> None:
+    def clear_masked(self, tensor: Tensor, before: Tensor | None = None) -> None:
         """Set the places of masked weights to zero in a tensor laid out as the weight is, its gradient for one."""
-        if native.can_clear(tensor, self.mask):
-            native.clear_masked(tensor, self.mask)
+        kept = self.mask if before is None or before.is_meta else self.mask & before.to(self.mask.device)
+        if native.can_clear(tensor, kept):
+            native.clear_masked(tensor, kept)
         else:
-            tensor.masked_fill_(shard_like(~self.mask, tensor), 0)
+            with writing_to(tensor):
+                tensor.masked_fill_(shard_like(~kept, tensor), 0)
+
+    def hides_values(self) -> bool:
+        """Return whether a masked weight has a value: of a schedule that goes on, or one that was written there."""
+        hidden = self.weight_matrix.masked_fill(self.matrix(self.mask), 0)
+        return not hidden.is_meta and bool(hidden.any())
 
     def to_coo(self) -> Tensor:
         """Return the kept weights, (out_features, in_features), as a torch sparse COO tensor (a copy, no gradient)."""
@@ -135,28 +153,36 @@ class Masked(nn.Module):
 
     def _keep_all(self) -> None:
         """Start with a mask that keeps everything."""
-        self.register_buffer("mask", torch.ones_like(self.weight, dtype=torch.bool, requires_grad=False))
+        with making_tensors():
+            self.register_buffer("mask", torch.ones_like(self.weight, dtype=torch.bool, requires_grad=False))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or convert as any module does; the mask stays bool, and is all True where it had no data before."""
         was_meta = self.mask.is_meta
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if was_meta and not self.mask.is_meta:
-            self.mask = torch.ones_like(self.mask, dtype=torch.bool)
-        elif self.mask.dtype != torch.bool:
-            self.mask = self.mask.bool()
+        with making_tensors():
+            if was_meta and not self.mask.is_meta:
+                self.mask = torch.ones_like(self.mask, dtype=torch.bool)
+            elif self.mask.dtype != torch.bool:
+                self.mask = self.mask.bool()
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load a state_dict with a mask, or a dense one: then the present mask stays."""
+        """Load a state_dict with a mask, or a dense one: then the present mask stays.
+
+        A weight saved with its mask stays as it is: one of a schedule that goes on may hold values that come back.
+        """
         missing_keys: list[str] = args[2]
-        mask = state_dict.get(prefix + "mask")
+        mask, has_weight = state_dict.get(prefix + "mask"), prefix + "weight" in state_dict
         if isinstance(mask, Tensor) and mask.dtype != torch.bool:
             args[4].append(f"{prefix}mask must be bool, got {mask.dtype}")
             return
+        before = None if has_weight or mask is None else self.mask.clone()
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if prefix + "mask" in missing_keys and prefix + "weight" in state_dict:
+        if before is not None and not self.weight.is_meta:
+            self.zero_masked(before)
+        elif prefix + "mask" in missing_keys and has_weight:
             missing_keys.remove(prefix + "mask")
             if self.mask.is_meta and not self.weight.is_meta:  # loaded with assign=True into a model without data
-                self.mask = torch.ones_like(self.weight, dtype=torch.bool)
-            self.zero_masked()  # one saved with its mask may hold values that come back; none of them is used
+                self._keep_all()
+            self.zero_masked()

@@ -141,7 +141,8 @@ class Packed(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """Save the weight as CSR, whatever the form, so that any machine can load it."""
-        own, self._buffers = self._buffers, {}
+        own = self._buffers
+        self._buffers = {key: value for key, value in own.items() if key not in FORMS[self.form]}
         try:
             super()._save_to_state_dict(destination, prefix, keep_vars)
         finally:
@@ -157,11 +158,12 @@ class Packed(nn.Module):
         if all(isinstance(tensor, Tensor) for tensor in given.values()):
             self._load_csr(CSR(**given), prefix, errors)  # type: ignore[arg-type]
         others = {key: value for key, value in state_dict.items() if key.removeprefix(prefix) not in CSR._fields}
-        own, self._buffers = self._buffers, {}
+        own = self._buffers
+        self._buffers = {key: value for key, value in own.items() if key not in FORMS[self.form]}
         try:
             super()._load_from_state_dict(others, prefix, *args)
         finally:
-            self._buffers = own
+            self._buffers = own | self._buffers
 
     def _load_csr(self, csr: CSR, prefix: str, errors: list[str]) -> None:
         try:

@@ -24,9 +24,9 @@ class SparseConv1D(Masked, Conv1D):  # type: ignore[misc]
     """
 
     @classmethod
-    def from_conv1d(cls, layer: Conv1D) -> Self:
-        """Make a layer that shares the Parameters; everything is kept."""
-        made = _bare(cls, layer.weight, layer.bias)
+    def from_conv1d(cls, layer: Conv1D, weight: nn.Parameter | None = None) -> Self:
+        """Make a layer that shares the Parameters, with another weight if one is given; everything is kept."""
+        made = _bare(cls, layer.weight if weight is None else weight, layer.bias)
         made._keep_all()
         return made.train(layer.training)
 
@@ -40,7 +40,7 @@ class SparseConv1D(Masked, Conv1D):  # type: ignore[misc]
 
     def to_conv1d(self) -> Conv1D:
         """Make a plain Conv1D that shares the Parameters, with the masked weights set to zero."""
-        self.zero_masked()
+        self.clear_masked(self.weight)
         return _bare(Conv1D, self.weight, self.bias).train(self.training)
 
     def matrix(self, tensor: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ class SparseConv2d(Masked, nn.Conv2d):
 
     def to_conv2d(self) -> nn.Conv2d:
         """Make a plain nn.Conv2d that shares the Parameters, with the masked weights set to zero."""
-        self.zero_masked()
+        self.clear_masked(self.weight)
         return bare_conv2d(nn.Conv2d, self.weight, self.bias).train(self.training)
 
     def matrix(self, tensor: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class SparseLinear(Masked, nn.Linear):
 
     def to_linear(self) -> nn.Linear:
         """Make a plain nn.Linear that shares the Parameters, with the masked weights set to zero."""
-        self.zero_masked()
+        self.clear_masked(self.weight)
         return bare_linear(nn.Linear, self.weight, self.bias).train(self.training)
 
     def matrix(self, tensor: Tensor) -> Tensor:

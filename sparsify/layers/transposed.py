@@ -39,6 +39,11 @@ class SparseTransposed(Masked, Transposed):
         made.set_mask(mask)
         return made
 
+    def to_transposed(self) -> Transposed:
+        """Make a plain layer that shares the Parameter, with the masked weights set to zero."""
+        self.clear_masked(self.weight)
+        return Transposed(self._parameters["weight"]).train(self.training)  # type: ignore[arg-type]
+
     def matrix(self, tensor: Tensor) -> Tensor:
         """View a tensor of the weight's shape as (out_features, in_features)."""
         return tensor.t()

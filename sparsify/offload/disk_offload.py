@@ -9,7 +9,7 @@ import math
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -39,32 +39,46 @@ class Weights:
         for file, tensors in opened.items():
             if not tensors.is_at(file):  # some of the others may be of the new ones, and some of the old
                 raise ValueError(f"{file}: another program replaced it while the weights were being opened; try again")
-        self._files: dict[str, TensorFile] = {}
+        self._places: dict[str, tuple[TensorFile, str]] = {}  # the file, and the name there
         for tensors in opened.values():
-            if twice := [name for name in tensors if name in self._files]:
-                others = self._files[twice[0]].path, tensors.path
+            if twice := [name for name in tensors if name in self._places]:
+                others = self._places[twice[0]][0].path, tensors.path
                 raise ValueError(f"{self.path}: {twice[0]} is in two files, {others[0]} and {others[1]}; take one away")
-            self._files |= dict.fromkeys(tensors, tensors)
+            self._places |= {name: (tensors, name) for name in tensors}
 
     def __contains__(self, name: str) -> bool:
-        return name in self._files
+        return name in self._places
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self._places)
 
     def read(self, name: str) -> Tensor:
         """Read a tensor into memory of its own."""
-        tensor = self._files[name].read(name)
-        check_values(self._files[name].path, name, tensor)
+        file, name_there = self._places[name]
+        tensor = file.read(name_there)
+        check_values(file.path, name_there, tensor)
         return tensor
 
     def dtype(self, name: str) -> torch.dtype:
         """Return a tensor's dtype without reading it."""
-        return self._files[name].dtype(name)
+        file, name_there = self._places[name]
+        return file.dtype(name_there)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape without reading it."""
-        return self._files[name].shape(name)
+        file, name_there = self._places[name]
+        return file.shape(name_there)
+
+    def rename(self, dense: Mapping[str, nn.Parameter], converted: nn.Module) -> None:
+        """Follow a conversion: give each tensor the name that its Parameter has now.
+
+        dense: the Parameters by their names before.
+        """
+        now = dict(converted.named_parameters(remove_duplicate=False))
+        names = {id(parameter): name for name, parameter in now.items()}
+        for name, parameter in dense.items():
+            if name in self._places and name not in now and id(parameter) in names:
+                self._places[names[id(parameter)]] = self._places.pop(name)
 
     def _find(self) -> list[Path]:
         if self.path.is_file():

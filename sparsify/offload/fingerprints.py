@@ -78,6 +78,9 @@ def _add(update: Callable[[Any], None], value: Any) -> None:
 
 
 def _add_tensor(update: Callable[[Any], None], tensor: Tensor) -> None:
+    if tensor.is_nested:
+        _add(update, list(tensor.unbind()))
+        return
     if is_lazy(tensor):
         update(b"uninitialised ")
         return

@@ -118,7 +118,7 @@ class Journal:
         weight, mask = unpack_layer(*self.read(name))
         with torch.no_grad():
             layer.matrix(layer.weight.detach()).copy_(weight)
-        layer.set_mask(mask)
+        layer.set_mask(mask, back_at_zero=False)
         layer.__dict__["fit"] = self.fit(name)
 
     def fit(self, name: str) -> Fit | None:

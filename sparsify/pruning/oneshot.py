@@ -144,11 +144,12 @@ def _prune(name: str, layer: Masked, task: Task, stop: Stop, gram: Tensor) -> Fi
     started = time.perf_counter()
     matrix = layer.matrix(layer.weight.detach())
     present = layer.matrix(layer.mask)
-    wanted = aim(matrix.masked_fill(~present, 0), stop.gram) if task.correct else matrix
+    used = matrix.masked_fill(~present, 0)
+    wanted = aim(used, stop.gram) if task.correct else used
     weight, mask = solve(name, wanted, present, task, gram)
     error = output_error(wanted, weight, gram)
     matrix.copy_(weight)
-    layer.set_mask(mask)
+    layer.set_mask(mask, back_at_zero=False)  # a solver may have given a value to what comes back
     fit = layer.__dict__["fit"] = Fit(error, time.perf_counter() - started)
     return fit
 

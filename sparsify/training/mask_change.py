@@ -31,7 +31,7 @@ def change_masks(
         moved = torch.zeros_like(new) if layer.masked_are == "trained" else ~new | (layer.mask != new)
         for tensor, beginning in remembered(optimizer, layer.weight):
             _keep(undo, tensor, moved, beginning)
-        layer.set_mask(mask)
+        layer.set_mask(mask, back_at_zero=False)  # what a schedule kept aside comes back as it was
         forget(optimizer, layer.weight, moved)
 
 

@@ -230,3 +230,22 @@ def test_a_disk_without_room_is_noticed_before_the_work(
     stop_after(1, lambda: compress(here, "out", *STREAM))
     free -= packed  # which is in the journal
     assert compress(here, "out", *STREAM) == 0
+
+
+def test_attention_streams_under_the_names_in_its_file(here: str) -> None:
+    Path(f"{here}_attention.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def model():\n"
+        "    torch.manual_seed(0)\n"
+        "    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)\n"
+        "    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)\n"
+        "def data():\n"
+        "    return [torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(1))]\n"
+    )
+    save_file(__import__(f"{here}_attention").model().state_dict(), "weights.safetensors")
+    assert compress(f"{here}_attention", "in-memory", *STREAM[1:]) == 0
+    assert compress(f"{here}_attention", "from-disk", *STREAM) == 0
+    found, expected = load_file("from-disk"), load_file("in-memory")
+    assert found.keys() == expected.keys()
+    assert any("in_proj" in name for name in found)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -465,3 +466,92 @@ def test_weights_that_overlap_in_memory_are_tied_too() -> None:
     net[0] = nn.Linear(4, 4, bias=False)
     net[0].weight = nn.Parameter(whole[:4])  # beside each other in one memory: not tied
     assert type(convert(net)[1]) is SparseLinear
+
+
+def offloaded() -> nn.Linear:
+    """A layer under a hook of accelerate's, as device_map and offloading leave it."""
+    accelerate = pytest.importorskip("accelerate")
+    layer = nn.Linear(8, 4)
+    accelerate.cpu_offload(layer, execution_device="cpu")
+    return layer
+
+
+class AsIs(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight
+
+
+class Named(nn.Linear):
+    """Adds nothing."""
+
+
+def parametrized(layer: nn.Module, key: str = "weight") -> nn.Module:
+    nn.utils.parametrize.register_parametrization(layer, key, AsIs())
+    return layer
+
+
+def with_parametrized_out_proj() -> nn.MultiheadAttention:
+    attention = nn.MultiheadAttention(8, 2)
+    parametrized(attention.out_proj)
+    return attention
+
+
+FOLD = r"it is parametrized; fold that first, .*remove_parametrizations\(layer, "
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: parametrized(nn.Linear(8, 4), "bias"), FOLD + "'bias'"),
+        (lambda: parametrized(Named(8, 4)), FOLD + "'weight'"),
+        (lambda: parametrized(nn.Conv2d(8, 4, 1)), FOLD + "'weight'"),
+        (lambda: parametrized(nn.MultiheadAttention(8, 2), "in_proj_weight"), FOLD + "'in_proj_weight'"),
+        (with_parametrized_out_proj, "its out_proj cannot: " + FOLD + "'weight'"),
+        (offloaded, r"accelerate has put a hook on it .*remove_hook_from_module\(model, recurse=True\)"),
+    ],
+    ids=["bias", "subclass", "convolution", "attention", "out_proj", "accelerate"],
+)
+def test_a_reason_names_what_was_done_to_the_layer_and_no_class_of_torchs_own(
+    make: Callable[[], nn.Module], why: str
+) -> None:
+    odd = make()
+    with pytest.raises(ValueError, match=f"odd.*: {why}") as error:
+        convert(nn.ModuleDict({"odd": odd}), types=[nn.Linear, nn.Conv2d, nn.MultiheadAttention])
+    assert "Parametrized" not in str(error.value)
+
+
+def test_accelerates_hooks_come_off_as_the_reason_says() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    layer = offloaded()
+    accelerate.hooks.remove_hook_from_module(layer, recurse=True)
+    assert isinstance(prune(convert(layer), 1.0), SparseLinear)
+    assert torch.equal(layer(X), layer.bias.expand(3, 4))  # its own forward runs, not that of nn.Linear
+
+
+def pruned_by_torch(layer: nn.Module) -> nn.Module:
+    return nn.utils.prune.l1_unstructured(layer, "weight", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (parametrized, "it is parametrized; fold that first"),
+        (lambda layer: parametrized(layer, "bias"), "it is parametrized; fold that first"),
+        (nn.utils.parametrizations.spectral_norm, "it is parametrized; fold that first"),
+        (nn.utils.spectral_norm, "its weight is computed by a hook"),
+        (pruned_by_torch, "torch has put a mask of its own on its weight; make that permanent"),
+    ],
+    ids=["parametrized", "bias", "spectral_norm", "old spectral_norm", "torch.nn.utils.prune"],
+)
+@pytest.mark.parametrize("verb", [lambda model: sparsify.export(model, format="csr"), to_dense])
+def test_a_layer_that_torch_changed_after_convert_is_named_with_the_way_out(
+    change: Callable[[nn.Module], nn.Module], why: str, verb: Callable[[nn.Module], nn.Module]
+) -> None:
+    model = convert(mlp())
+    change(model[0])
+    prune(model, 0.5)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=f"0: {why}") as error:
+        verb(model)
+    assert "gather" not in str(error.value)
+    assert_unchanged(model, before)

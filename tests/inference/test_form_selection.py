@@ -75,6 +75,13 @@ def test_where_no_native_kernel_runs_the_layer_stays_dense_and_says_so():
     assert torch.equal(fast(x), pruned(sizes=(16, 16), dtype=torch.float64)(x))
 
 
+def test_a_layer_that_nobody_pruned_stays_dense_for_its_own_reason():
+    rows = list(sparsify.report(sparsify.export(sparsify.convert(nn.Sequential(nn.Linear(16, 16))))))
+    assert [(row.format, row.reason) for row in rows] == [
+        ("dense", "no sparse form is smaller than dense at this sparsity")
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

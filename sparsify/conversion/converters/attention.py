@@ -7,10 +7,17 @@ from collections.abc import Set
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from sparsify.conversion.converters.base import Kind
-from sparsify.conversion.foreign_masks import check_weight, masked_parts, remove_prune_hook
-from sparsify.conversion.module_surgery import become
-from sparsify.layers import LayeredAttention, LayeredEncoder, SparseLinear
+from sparsify.conversion.converters.base import OF_LAYERS, Kind
+from sparsify.conversion.foreign_masks import (
+    check_forward,
+    check_names,
+    check_plain,
+    check_weight,
+    masked_parts,
+    remove_prune_hook,
+)
+from sparsify.conversion.module_surgery import become, plain_type
+from sparsify.layers import CSRLinear, LayeredAttention, LayeredEncoder, SparseLinear
 
 
 def _in_projections(attention: nn.MultiheadAttention) -> tuple[str, ...]:
@@ -22,22 +29,23 @@ def _layers(attention: nn.MultiheadAttention) -> tuple[str, ...]:
 
 
 def _check(attention: nn.MultiheadAttention) -> None:
-    if type(attention) is not nn.MultiheadAttention:
-        raise ValueError(
-            f"it is a {type(attention).__name__}, a subclass of nn.MultiheadAttention that may compute something else"
-        )
-    if "forward" in attention.__dict__:
-        raise ValueError("its forward was replaced on the instance")
+    check_plain(attention, nn.MultiheadAttention, "nn.MultiheadAttention")
+    check_names(attention, nn.MultiheadAttention, LayeredAttention, needs=("in_proj", "q_proj", "k_proj", "v_proj"))
     out = attention.out_proj
-    if type(out) not in (nn.Linear, NonDynamicallyQuantizableLinear) or "forward" in out.__dict__:
+    if plain_type(out) not in (nn.Linear, NonDynamicallyQuantizableLinear):
         raise ValueError(f"its out_proj is a {type(out).__name__} that may compute something else")
+    try:
+        check_forward(out)
+        check_names(out, nn.Linear, SparseLinear, CSRLinear, needs=OF_LAYERS)
+        check_weight(masked_parts(out).weight)
+    except ValueError as error:
+        raise ValueError(f"its out_proj cannot: {error}") from None
     if "in_proj_bias_mask" in attention._buffers:
         raise ValueError(
             "its bias is pruned too; make that permanent with torch.nn.utils.prune.remove(attention, 'in_proj_bias')"
         )
     for layer in _in_projections(attention):
         check_weight(masked_parts(attention, f"{layer}_weight").weight)
-    check_weight(masked_parts(out).weight)
 
 
 def _matrices(attention: nn.MultiheadAttention) -> dict[str, Tensor]:
@@ -65,7 +73,7 @@ def _to_layered(attention: nn.MultiheadAttention) -> LayeredAttention:
 
 def _to_attention(layered: LayeredAttention) -> nn.MultiheadAttention:
     """Undo that; an attention with a layer by now that nn.MultiheadAttention cannot hold stays as it is."""
-    if any(type(layer) is not nn.Linear for layer in layered.children()):
+    if any(type(layered.get_submodule(layer)) is not nn.Linear for layer in layered.layers):
         return layered
     attention = layered.to_attention()
     become(layered.out_proj, attention.out_proj)

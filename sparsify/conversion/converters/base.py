@@ -8,7 +8,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sparsify.kernels import FORMS
 from sparsify.layers import CSRLinear, Packed
+
+#: What instances of Masked and Packed layers have, beside the attributes of their classes.
+OF_LAYERS = frozenset(
+    {"mask", "form", "wanted_form", "n_kept", "activation", "choice", "fit"}
+    | {part for parts in FORMS.values() for part in parts}
+)
 
 #: The module is of the kind's own type; what stands here instead is Any, because functions of a type take that type.
 _Of = Any

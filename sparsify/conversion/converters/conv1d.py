@@ -5,23 +5,38 @@ from __future__ import annotations
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from sparsify.conversion.converters.base import Kind
-from sparsify.conversion.foreign_masks import check_weight
+from sparsify.conversion.converters.base import OF_LAYERS, Kind
+from sparsify.conversion.foreign_masks import (
+    check_names,
+    check_plain,
+    check_shapes,
+    check_weight,
+    masked_parts,
+    remove_prune_hook,
+)
+from sparsify.layers import CSRLinear
 from sparsify.layers.sparse_conv1d import SparseConv1D
 
 
 def _check(layer: Conv1D) -> None:
-    if type(layer) is not Conv1D:
-        raise ValueError(f"it is a {type(layer).__name__}, a subclass of Conv1D that may compute something else")
-    if "forward" in layer.__dict__:
-        raise ValueError("its forward was replaced on the instance")
-    if "weight" not in layer._parameters:
-        raise ValueError("its weight is computed by a hook; remove that first")
-    check_weight(layer.weight)
+    check_plain(layer, Conv1D, "Conv1D")
+    check_names(layer, Conv1D, SparseConv1D, CSRLinear, needs=OF_LAYERS)
+    weight, _ = masked_parts(layer)
+    check_weight(weight)
+    check_shapes(weight, layer.bias, 2, weight.shape[1])
 
 
 def _matrices(layer: Conv1D) -> dict[str, Tensor]:
     return {"": layer.weight.t()}
 
 
-CONV1D = Kind(Conv1D, SparseConv1D, _check, _matrices, SparseConv1D.from_conv1d, SparseConv1D.to_conv1d)
+def _to_sparse(layer: Conv1D) -> SparseConv1D:
+    weight, mask = masked_parts(layer)
+    remove_prune_hook(layer)
+    made = SparseConv1D.from_conv1d(layer, weight)
+    if mask is not None:
+        made.set_mask(mask.t())
+    return made
+
+
+CONV1D = Kind(Conv1D, SparseConv1D, _check, _matrices, _to_sparse, SparseConv1D.to_conv1d)

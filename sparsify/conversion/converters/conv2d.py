@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from sparsify.conversion.converters.base import Kind
-from sparsify.conversion.foreign_masks import check_weight, masked_parts, remove_prune_hook
+from sparsify.conversion.converters.base import OF_LAYERS, Kind
+from sparsify.conversion.foreign_masks import (
+    check_names,
+    check_plain,
+    check_shapes,
+    check_weight,
+    masked_parts,
+    remove_prune_hook,
+)
 from sparsify.layers import CSRConv2d, SparseConv2d
 from sparsify.layers.sparse_conv2d import bare_conv2d, odd_setting
 
 
 def _check(conv: nn.Conv2d) -> None:
-    if type(conv) is not nn.Conv2d:
-        raise ValueError(f"it is a {type(conv).__name__}, a subclass of nn.Conv2d that may compute something else")
-    if "forward" in conv.__dict__:
-        raise ValueError("its forward was replaced on the instance")
+    check_plain(conv, nn.Conv2d, "nn.Conv2d")
     if odd := odd_setting(conv):
         raise ValueError(f"it has {odd}; only 1x1 convolutions of stride 1 without groups and padding convert")
-    check_weight(masked_parts(conv).weight)
+    check_names(conv, nn.Conv2d, SparseConv2d, CSRConv2d, needs=OF_LAYERS)
+    weight, _ = masked_parts(conv)
+    check_weight(weight)
+    check_shapes(weight, conv.bias, 4, weight.shape[0])
 
 
 def _matrices(conv: nn.Conv2d) -> dict[str, Tensor]:

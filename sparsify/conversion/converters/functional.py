@@ -84,7 +84,7 @@ TRANSPOSED = Kind(
     lambda layer: check_weight(layer.weight),
     lambda layer: {"": layer.weight.t()},
     lambda layer: SparseTransposed(layer.weight),
-    lambda layer: Transposed(layer.weight),
+    SparseTransposed.to_transposed,
 )
 
 

@@ -5,9 +5,17 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from sparsify.conversion.converters.base import Kind
-from sparsify.conversion.foreign_masks import check_weight, masked_parts, remove_prune_hook
-from sparsify.layers import SparseLinear
+from sparsify.conversion.converters.base import OF_LAYERS, Kind
+from sparsify.conversion.foreign_masks import (
+    check_forward,
+    check_names,
+    check_shapes,
+    check_weight,
+    masked_parts,
+    remove_prune_hook,
+)
+from sparsify.conversion.module_surgery import plain_type
+from sparsify.layers import CSRLinear, SparseLinear
 from sparsify.layers.construct import bare_linear
 
 #: What a subclass may define and still compute, and be used, as an nn.Linear is.
@@ -15,19 +23,20 @@ _HARMLESS = {"__init__", "reset_parameters", "extra_repr", "__repr__"}
 
 
 def _check(linear: nn.Linear) -> None:
-    subclass = type(linear)
-    if not (subclass.__mro__[1] is nn.Linear and subclass.__name__ == "ParametrizedLinear"):
-        if own := sorted(_own_behaviour(subclass)):
-            raise ValueError(
-                f"it is a {subclass.__name__}, a subclass of nn.Linear with its own {', '.join(own[:3])}, "
-                "which may compute something else"
-            )
-        if "forward" in linear.__dict__:
-            raise ValueError("its forward was replaced on the instance")
-    check_weight(masked_parts(linear).weight)
+    subclass = plain_type(linear)
+    if own := sorted(_own_behaviour(subclass)):
+        raise ValueError(
+            f"it is a {subclass.__name__}, a subclass of nn.Linear with its own {', '.join(own[:3])}, "
+            "which may compute something else"
+        )
+    check_forward(linear)
+    check_names(linear, nn.Linear, SparseLinear, CSRLinear, needs=OF_LAYERS)
+    weight, _ = masked_parts(linear)
+    check_weight(weight)
+    check_shapes(weight, linear.bias, 2, weight.shape[0])
 
 
-def _own_behaviour(subclass: type[nn.Linear]) -> set[str]:
+def _own_behaviour(subclass: type[nn.Module]) -> set[str]:
     """Return the methods and properties that a subclass has beyond those of nn.Linear."""
     own: set[str] = set()
     for ancestor in subclass.__mro__[: subclass.__mro__.index(nn.Linear)]:
