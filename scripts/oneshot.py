@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from posttraining.page import key, page, show, table
-from posttraining.rows import ALLOCATED_COLUMN, ALLOCATED_METHODS, ALLOCATIONS, COLUMNS, LINES, METHODS, allocated
-from posttraining.subjects import SUBJECTS, Subject
+from oneshot_tables.page import key, page, show, table
+from oneshot_tables.rows import ALLOCATED_COLUMN, ALLOCATED_METHODS, ALLOCATIONS, COLUMNS, LINES, METHODS, allocated
+from oneshot_tables.subjects import SUBJECTS, Subject
 from torch import Tensor, nn
 
 import sparsify

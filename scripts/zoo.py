@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from architectures import FILES, models, page, why_missing
-from architectures.checks import CHECKS, Subject
-from architectures.model import Model
-from architectures.share import Share, share
+from zoo_models import FILES, models, page, why_missing
+from zoo_models.checks import CHECKS, Subject
+from zoo_models.model import Model
+from zoo_models.share import Share, share
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
 

@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
-from architectures import FILES, models, why_missing
-from architectures.checks import CHECKS, Subject
+from zoo_models import FILES, models, why_missing
+from zoo_models.checks import CHECKS, Subject
 
 HERE = [file for file in FILES if not why_missing(file)]
 NAMES = [(file, name) for file in HERE for name, model in models(file).items() if model.quick]
