@@ -1,4 +1,4 @@
-"""docs/oneshot.md, from the cells that were measured."""
+"""docs/results/oneshot.md, from the cells that were measured."""
 
 from collections.abc import Callable, Iterable
 from functools import partial

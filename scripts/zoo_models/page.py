@@ -1,4 +1,4 @@
-"""docs/models.md: what came out, as a page."""
+"""docs/results/models.md: what came out, as a page."""
 
 from __future__ import annotations
 

@@ -206,7 +206,7 @@ def test_the_page_from_a_stored_file(tmp_path):
     result = run_record("layers", STORED)
     result["machine"] |= {"name": "some machine", "others_cores": 1.2}
     result["absent"] = {"openvino": "not installed"}
-    stored, out = tmp_path / "layers.json", tmp_path / "results.md"
+    stored, out = tmp_path / "layers.json", tmp_path / "speed.md"
     record.write(result, stored)
     assert script.main(["report", str(stored), "--out", str(out)]) == 0
     text = out.read_text()
@@ -220,7 +220,7 @@ def test_the_page_from_a_stored_file(tmp_path):
     assert "some machine" in text
     assert "NOT TO BE RELIED ON: other processes kept 1.2 cores busy" in text
     assert "| 32 | 90 | 50 | 25 |" in text
-    picture = (tmp_path / "results.svg").read_text()
+    picture = (tmp_path / "speed.svg").read_text()
     assert "best dense fp32" in picture
     assert len(picture) < 100_000
 
