@@ -16,7 +16,6 @@ from sparsify.errors import (
     PaddingWarning,
     RecipeError,
     RemovedLayerWarning,
-    SavedParametrizedWarning,
     ScheduleWarning,
 )
 from sparsify.inference.export import export
@@ -40,7 +39,6 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "RemovedLayerWarning",
-    "SavedParametrizedWarning",
     "Schedule",
     "ScheduleWarning",
     "SparseConv2d",

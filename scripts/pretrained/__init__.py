@@ -1,1 +1,0 @@
-"""Pretrained models that ship inside packages: building them, their data, and measures of their quality."""
