@@ -1,11 +1,11 @@
-"""Measure sparsify against every other way to multiply here, and write docs/results.md from the figures.
+"""Measure sparsify against every other way to multiply here, and write docs/results/speed.md from the figures.
 
     scripts/bench.py layers --json docs/results/layers.json     CSRLinear against dense and sparse peers
     scripts/bench.py kernels --json docs/results/kernels.json   kernels alone against the peak of the machine
     scripts/bench.py gpu --device cuda --json docs/results/gpu.json   forms for GPUs against cuBLAS, in graph replays
     scripts/bench.py models --json docs/results/models.json     whole models
     scripts/bench.py load --json docs/results/load.json         latency beside a busy process
-    scripts/bench.py report docs/results/*.json                 docs/results.md and docs/results.svg
+    scripts/bench.py report docs/results/*.json                 docs/results/speed.md and docs/results/speed.svg
 
 --quick takes a minute or less and shows that all works. Peers that are not installed are named and left out: pip
 install 'sparsify-torch[bench]'. Leave the machine alone meanwhile. For your own model: sparsify bench --model ...
@@ -26,7 +26,7 @@ from sparsify.hardware.machine import machine_name
 from sparsify.hardware.timing import Watch, disturbance
 from sparsify.reporting.report import table
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+RESULTS_FOLDER = Path(__file__).resolve().parent.parent / "docs" / "results"
 MODEL_ROUNDS, QUICK_MODEL_ROUNDS = 9, 3
 
 
@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--large", type=_shape, nargs="*", metavar="OUTxIN", help="weights in rotation, for one token")
     sub = commands.add_parser("report")
     sub.add_argument("files", type=Path, nargs="+", metavar="FILE", help="what --json wrote")
-    sub.add_argument("--out", type=Path, default=DOCS / "results.md", help="default: docs/results.md")
+    sub.add_argument("--out", type=Path, default=RESULTS_FOLDER / "speed.md", help="default: docs/results/speed.md")
     return parser
 
 

@@ -22,9 +22,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import minilm
 import torch
 from assets import ASSETS
+from pretrained import minilm
 from torch import nn
 from tqdm import tqdm
 

@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.8])
     parser.add_argument("--new-tokens", type=int, default=128)
     options = parser.parse_args()
-    import smollm  # needs gguf
+    from pretrained import smollm  # needs gguf
 
     watch = Watch()
     model = smollm.load_dense().to(options.device, getattr(torch, options.dtype))

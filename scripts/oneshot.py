@@ -6,7 +6,7 @@
     scripts/oneshot.py --model smollm2 --columns 50% 2:4        perplexity of a language model
     scripts/oneshot.py --allocations                            ERK, OWL and others against uniform, at 70%
     scripts/oneshot.py --allocations sensitivity --methods ALPS
-    scripts/oneshot.py --report                                 docs/oneshot.md from all that was measured
+    scripts/oneshot.py --report                                 docs/results/oneshot.md from all that was measured
 
 Cells are kept in docs/results/oneshot.jsonl, each with its time, the peak memory of the process, how busy other
 processes were, the machine, the thread count and torch's version.
@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from posttraining.page import key, page, show, table
-from posttraining.rows import ALLOCATED_COLUMN, ALLOCATED_METHODS, ALLOCATIONS, COLUMNS, LINES, METHODS, allocated
-from posttraining.subjects import SUBJECTS, Subject
+from oneshot_tables.page import key, page, show, table
+from oneshot_tables.rows import ALLOCATED_COLUMN, ALLOCATED_METHODS, ALLOCATIONS, COLUMNS, LINES, METHODS, allocated
+from oneshot_tables.subjects import SUBJECTS, Subject
 from torch import Tensor, nn
 
 import sparsify
@@ -36,8 +36,8 @@ from sparsify.hardware.machine import machine_name
 from sparsify.hardware.timing import Watch
 from sparsify.pruning.sensitivity import measure_sensitivity
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
-OUT = DOCS / "results" / "oneshot.jsonl"
+RESULTS_FOLDER = Path(__file__).resolve().parent.parent / "docs" / "results"
+OUT = RESULTS_FOLDER / "oneshot.jsonl"
 #: Batches that the damage of each layer is measured on: each is run 216 times.
 N_SENSITIVITY = 4
 _CLEAR = Path("/proc/self/clear_refs")
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(argv)
     cells = read(options.out)
     if options.report:
-        (DOCS / "oneshot.md").write_text(page(cells))
+        (RESULTS_FOLDER / "oneshot.md").write_text(page(cells))
         return
     name, subject = options.model, SUBJECTS[options.model]
     if options.allocations is not None:
@@ -150,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--samples", type=int, help="to calibrate on; default: what the table is about")
     parser.add_argument("--again", action="store_true", help="measure cells again that are there")
-    parser.add_argument("--report", action="store_true", help="measure nothing; write docs/oneshot.md")
+    parser.add_argument("--report", action="store_true", help="measure nothing; write docs/results/oneshot.md")
     parser.add_argument("--out", type=Path, default=OUT, help="default: docs/results/oneshot.jsonl")
     return parser
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Train small models on Fashion-MNIST sparsely, in every way, and write docs/training.md from what came out.
+"""Train small models on Fashion-MNIST sparsely, in every way, and write docs/results/training.md from what came out.
 
     scripts/train.py table                                    every run of the table that is not in the results yet
     scripts/train.py row RigL --sparsity 0.95                 one row, three seeds
     scripts/train.py row "gradual magnitude" --model vit --sparsity 0.9
-    scripts/train.py report                                   docs/training.md and docs/training.svg
+    scripts/train.py report                                   docs/results/training.md and docs/results/training.svg
 
 Results are added to docs/results/training.jsonl, a line for each run, so that a table can be stopped and continued. The
 data is fetched by `scripts/assets.py fashion-mnist`. A run takes half a minute on one core that it has for itself.
@@ -23,8 +23,8 @@ from training.models import MODELS
 from training.rows import ROWS, SEEDS, SPARSITIES, TABLE
 from training.run import run
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
-RESULTS = DOCS / "results" / "training.jsonl"
+RESULTS_FOLDER = Path(__file__).resolve().parent.parent / "docs" / "results"
+RESULTS = RESULTS_FOLDER / "training.jsonl"
 
 Key = tuple[str, str, float, int]
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
         if options.command == "report":
-            page.write(results(options.results), DOCS)
+            page.write(results(options.results), RESULTS_FOLDER)
         else:
             torch.set_num_threads(options.threads)
             train(options)

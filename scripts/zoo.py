@@ -1,6 +1,6 @@
-"""Take every architecture of the zoo through the whole flow, and write docs/models.md from what came out.
+"""Take every architecture of the zoo through the whole flow, and write docs/results/models.md from what came out.
 
-    scripts/zoo.py                     all of them, to docs/models.md
+    scripts/zoo.py                     all of them, to docs/results/models.md
     scripts/zoo.py --only swin_t       some of them, printed
 
 tests/scripts/test_zoo.py goes through the same table, but for what takes a minute; here, what fails becomes a cell.
@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from architectures import FILES, models, page, why_missing
-from architectures.checks import CHECKS, Subject
-from architectures.model import Model
-from architectures.share import Share, share
+from zoo_models import FILES, models, page, why_missing
+from zoo_models.checks import CHECKS, Subject
+from zoo_models.model import Model
+from zoo_models.share import Share, share
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "results" / "models.md"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

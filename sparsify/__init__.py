@@ -16,6 +16,7 @@ from sparsify.errors import (
     PaddingWarning,
     RecipeError,
     RemovedLayerWarning,
+    SavedParametrizedWarning,
     ScheduleWarning,
 )
 from sparsify.inference.export import export
@@ -39,6 +40,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "RemovedLayerWarning",
+    "SavedParametrizedWarning",
     "Schedule",
     "ScheduleWarning",
     "SparseConv2d",

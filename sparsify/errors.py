@@ -25,5 +25,9 @@ class RemovedLayerWarning(UserWarning):
     """Layers lose all their weights without having been asked to. The message names them, and how to keep some."""
 
 
+class SavedParametrizedWarning(UserWarning):
+    """A checkpoint holds the state of a parametrization, which only a model with the same one can load."""
+
+
 class ScheduleWarning(UserWarning):
     """A training does not go as its recipe says: in pace, masks or gradients. The message says what to give or do."""

@@ -5,9 +5,9 @@ import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import minilm
 import torch
 from assets import AssetError, fetch
+from pretrained import minilm
 from torch import nn
 from tqdm import tqdm
 

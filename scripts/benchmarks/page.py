@@ -1,4 +1,4 @@
-"""docs/results.md: written from the files of a benchmark, nothing typed in."""
+"""docs/results/speed.md: written from the files of a benchmark, nothing typed in."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""docs/results.svg: speed against sparsity, a line per peer, from the rows of the layer benchmark."""
+"""docs/results/speed.svg: speed against sparsity, a line per peer, from the rows of the layer benchmark."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The tables of each benchmark, as rows of cells: for the terminal and for docs/results.md alike."""
+"""The tables of each benchmark, as rows of cells: for the terminal and for docs/results/speed.md alike."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,1 +1,1 @@
-"""The training experiments behind docs/training.md."""
+"""The training experiments behind docs/results/training.md."""

@@ -1,4 +1,4 @@
-"""docs/training.md and docs/training.svg, from the results of the runs."""
+"""docs/results/training.md and docs/results/training.svg, from the results of the runs."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ _TITLES = {
 }
 
 
-def write(results: Sequence[Result], docs: Path) -> None:
+def write(results: Sequence[Result], folder: Path) -> None:
     """Write the page and the picture."""
     text = [_INTRO.format(epochs=EPOCHS), "![Accuracy against sparsity](training.svg)\n"]
     for model, title in _TITLES.items():
@@ -36,8 +36,8 @@ def write(results: Sequence[Result], docs: Path) -> None:
         if cells:
             text += [title + "\n", *_table(cells), ""]
     text += ["## Recipes\n", *_recipes({str(result["row"]) for result in results}), ""]
-    (docs / "training.md").write_text("\n".join(text))
-    _draw(_cells(results, "mlp"), docs / "training.svg")
+    (folder / "training.md").write_text("\n".join(text))
+    _draw(_cells(results, "mlp"), folder / "training.svg")
 
 
 def _cells(results: Sequence[Result], model: str) -> Cells:

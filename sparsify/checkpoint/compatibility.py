@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsify.checkpoint.container import LayerEntry
+from sparsify.checkpoint.container import Header, LayerEntry
 from sparsify.checkpoint.shared_tensors import as_bytes
+from sparsify.checkpoint.state_names import Names
 from sparsify.conversion.converters.table import join, matrices
 from sparsify.conversion.module_surgery import own_mask
+from sparsify.conversion.writable import cannot_be_written
 from sparsify.errors import CheckpointError
 from sparsify.inference.form_selection import Choice
 from sparsify.kernels.csr import CSR
 from sparsify.layers import Masked, Packed
 
 
-def own_keys(model: nn.Module, layers: Mapping[str, LayerEntry]) -> set[str]:
-    """Return the state_dict keys that the entries of these layers stand for, under every name such a layer has.
+def own_keys(names: Names, layers: Mapping[str, LayerEntry]) -> set[str]:
+    """Return the state names that the entries of these layers stand for, under every name such a layer has.
 
     All other state is stored under its own name.
     """
-    entries = {id(model.get_submodule(name)): entry for name, entry in layers.items()}
+    entries = {id(names.modules[name]): entry for name, entry in layers.items()}
     return {
         join(name, key)
-        for name, module in model.named_modules(remove_duplicate=False)
+        for name, module in names.places.items()
         if id(module) in entries
         for key in _own_state(module, entries[id(module)])
     }
@@ -38,11 +41,10 @@ def _own_state(layer: nn.Module, entry: LayerEntry) -> tuple[str, ...]:
     return ("weight", "mask") if masked else ("weight",)
 
 
-def check_layers(model: nn.Module, layers: Mapping[str, LayerEntry]) -> None:
+def check_layers(names: Names, layers: Mapping[str, LayerEntry]) -> None:
     """Raise CheckpointError unless the model has a Linear of the same shape for every layer of the file."""
-    modules = dict(model.named_modules())
     for name, entry in layers.items():
-        module = modules.get(name)
+        module = names.modules.get(name)
         weight = None if module is None else matrices(module).get("")
         if weight is None:
             raise CheckpointError(
@@ -60,44 +62,70 @@ def check_layers(model: nn.Module, layers: Mapping[str, LayerEntry]) -> None:
             )
 
 
-def check_rest(
-    model: nn.Module, layers: Mapping[str, LayerEntry], weights: Mapping[str, CSR], tensors: Mapping[str, Tensor]
+def check_state_names(names: Names, header: Header, others: Collection[str]) -> None:
+    """Raise CheckpointError unless a file has the very state of the model beside its layers, judged by names.
+
+    others: the tensors of the file that are part of no layer's weight.
+    """
+    packed = {join(name, "weight") for name in header.layers}
+    given = {*others, *(alias for alias in header.aliases if alias not in packed)}
+    expected = _other_state(names, header.layers).keys()
+    missing, odd = sorted(expected - given), sorted(given - expected)
+    if missing or odd:
+        raise CheckpointError(
+            f"for another architecture: the file lacks {len(missing)} of the model's tensors {missing[:3]} "
+            f"and has {len(odd)} too many {odd[:3]}{_way_out(odd)}"
+        )
+
+
+def check_state(
+    names: Names, layers: Mapping[str, LayerEntry], weights: Mapping[str, CSR], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Raise CheckpointError unless the dtypes fit, and the remaining tensors are exactly the model's other state."""
+    """Raise CheckpointError unless shapes and dtypes fit, and every tensor has a place that can be written."""
     for name, csr in weights.items():
-        _check_dtype(name, csr.values, matrices(model.get_submodule(name))[""])
-    for prefix, module in model.named_modules():
+        _check_dtype(name, csr.values, matrices(names.modules[name])[""])
+    for prefix, module in names.places.items():
         for key in module._non_persistent_buffers_set:
             if (buffer := module._buffers.get(key)) is not None and buffer.is_meta:
                 raise CheckpointError(
                     f"{join(prefix, key)} is on the meta device and, being a non-persistent buffer, in no checkpoint; "
                     "build the model on the CPU"
                 )
-    own = own_keys(model, layers)
-    expected = {name: value for name, value in model.state_dict(keep_vars=True).items() if name not in own}
-    missing, odd = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
-    if missing or odd:
-        raise CheckpointError(
-            f"for another architecture: the file lacks {len(missing)} of the model's tensors {missing[:3]} "
-            f"and has {len(odd)} too many {odd[:3]}"
-        )
+    expected = {name: value for name, value in _other_state(names, layers).items() if isinstance(value, Tensor)}
     for name, value in expected.items():
-        if isinstance(value, Tensor):
-            if value.shape != tensors[name].shape:
-                raise CheckpointError(
-                    f"for another architecture: {name} is {tuple(tensors[name].shape)} in the file, "
-                    f"{tuple(value.shape)} in the model"
-                )
-            _check_dtype(name, tensors[name], value)
+        if value.shape != tensors[name].shape:
+            raise CheckpointError(
+                f"for another architecture: {name} is {tuple(tensors[name].shape)} in the file, "
+                f"{tuple(value.shape)} in the model"
+            )
+        _check_dtype(name, tensors[name], value)
     _check_ties(expected, tensors)
+    if reason := next(cannot_be_written(expected), None):
+        raise CheckpointError(reason)
 
 
-def check_choices(model: nn.Module, choices: Mapping[str, Choice]) -> None:
+def check_choices(names: Names, choices: Mapping[str, Choice]) -> None:
     """Raise CheckpointError if a choice of form is for something that is no layer of the model."""
-    modules = dict(model.named_modules())
     for name in choices:
-        if name not in modules or "" not in matrices(modules[name]):
+        if name not in names.modules or "" not in matrices(names.modules[name]):
             raise CheckpointError(f"the header has a choice for {name!r}, which is no linear layer of the model")
+
+
+def _other_state(names: Names, layers: Mapping[str, LayerEntry]) -> dict[str, Any]:
+    own = own_keys(names, layers)
+    return {name: value for name, value in names.state().items() if name not in own}
+
+
+def _way_out(odd: Collection[str]) -> str:
+    """Say what may have been saved, from names that only the file has."""
+    for name in odd:
+        if ".parametrizations." in f".{name}":
+            return "; save it after torch.nn.utils.parametrize.remove_parametrizations, or parametrize the model alike"
+        if name.endswith(("_orig", "_mask")):
+            return "; save it after torch.nn.utils.prune.remove"
+        if name == "n_averaged":
+            return "; it is of an AveragedModel: save its module"
+    return ""
 
 
 def _check_ties(state: Mapping[str, object], tensors: Mapping[str, Tensor]) -> None:

@@ -17,6 +17,7 @@ import pydantic_core
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from sparsify.checkpoint.tensor_file import DTYPES, TensorFile
 from sparsify.errors import CheckpointError
@@ -71,9 +72,9 @@ def write(
     places: dict[str, tuple[str, list[int], int]] = {}  # dtype, shape, bytes
     hashes, widths = {}, {}
     for name in tensors:
-        tensor = _plain(tensors[name])
-        if tensor.dtype not in DTYPES or name == "__metadata__":
-            raise ValueError(f"{name}: a file cannot hold {tensor.dtype} of this name")
+        if name == "__metadata__":
+            raise ValueError(f"{name}: a file cannot hold a tensor of this name; rename it")
+        tensor = _plain(check_storable(name, tensors[name]))
         places[name] = DTYPES[tensor.dtype], list(tensor.shape), tensor.nbytes
         hashes[name], widths[name] = _sha256(tensor), tensor.element_size()
     # Safetensors' own order: the widest first, so that each tensor lies at a multiple of its element's size.
@@ -85,6 +86,33 @@ def write(
         file.write(_safetensors_header({name: places[name] for name in order}, metadata))
         for name in order:
             file.write(_raw(_plain(tensors[name])))
+
+
+def check_storable(name: str, value: object) -> Tensor:
+    """Return a state if a file can hold it. Raises ValueError with the way out."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}: a checkpoint holds tensors only, got {type(value).__name__} (get_extra_state?)")
+    if is_lazy(value):
+        raise ValueError(f"{name}: it is not initialised yet; run one batch through the model first")
+    if type(value).__name__ == "DTensor":
+        raise ValueError(
+            f"{name}: it is a DTensor, sharded over processes; gather the model's state_dict "
+            "(torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True), load it into "
+            "a model that is not sharded, and save that"
+        )
+    if hasattr(value, "__tensor_flatten__"):  # quantized, nested and the like: a wrapper around other tensors
+        raise ValueError(f"{name}: a file cannot hold a {type(value).__name__}; turn it into a plain tensor first")
+    if value.is_meta:
+        raise ValueError(f"{name}: it is on the meta device and has no data; load the model's weights first")
+    if value.layout is not torch.strided or value.is_quantized:
+        raise ValueError(f"{name}: a file cannot hold {value.dtype} in {value.layout}; make it a dense tensor first")
+    if value.dtype not in DTYPES:
+        way_out = "keep torch.view_as_real of it" if value.is_complex() else "convert it"
+        raise ValueError(
+            f"{name}: a file cannot hold {value.dtype}; {way_out}, or register the buffer with persistent=False "
+            "if the model can build it"
+        )
+    return value
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Header, dict[str, Tensor]]:
@@ -153,7 +181,7 @@ def _safetensors_header(places: Mapping[str, tuple[str, list[int], int]], metada
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous()
+    return tensor.detach().cpu().contiguous().resolve_neg()
 
 
 def _sha256(tensor: Tensor) -> str:

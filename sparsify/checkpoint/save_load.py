@@ -5,20 +5,31 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsify.checkpoint import container
-from sparsify.checkpoint.compatibility import check_choices, check_layers, check_rest, own_keys
-from sparsify.checkpoint.container import LayerEntry
-from sparsify.checkpoint.shared_tensors import add_aliases, check_tied, held, packed_as, stored, tie_again
-from sparsify.checkpoint.weight_codec import pack_layer, part_names, take_weights
+from sparsify.checkpoint.compatibility import check_choices, check_layers, check_state, check_state_names, own_keys
+from sparsify.checkpoint.container import Header, LayerEntry
+from sparsify.checkpoint.plain_state import check_computed, make_plain, parametrized_besides
+from sparsify.checkpoint.shared_tensors import (
+    add_aliases,
+    check_aliases,
+    check_tied,
+    held,
+    packed_as,
+    stored,
+    tie_again,
+)
+from sparsify.checkpoint.state_names import Names
+from sparsify.checkpoint.weight_codec import check_weight, other_tensors, pack_layer, part_names, take_weights
 from sparsify.conversion.converters.functional import functional_kind
 from sparsify.conversion.converters.table import Kind, followers, join, kind_of, kinds, matrices
-from sparsify.conversion.module_surgery import Model, become, layers_of_type, replace
-from sparsify.errors import CheckpointError, MeasuredElsewhereWarning
+from sparsify.conversion.module_surgery import Model, become, replace
+from sparsify.conversion.transaction import Transaction
+from sparsify.errors import CheckpointError, MeasuredElsewhereWarning, SavedParametrizedWarning
 from sparsify.hardware.machine import machine_name
 from sparsify.inference.form_selection import Choice
 from sparsify.inference.fusion import fuse_activations
@@ -35,44 +46,54 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a converted or exported model to one safetensors file.
 
     The weight of each exported, masked and plain layer is stored as CSR, bitmask or dense, whichever is smallest,
-    all other state as it is. The file is written beside its place and moved there when complete: a crash leaves the old
-    one. Raises ValueError if the model holds state that is no tensor, or on the meta device.
+    all other state as it is, so that a model built anew can load it: the names of wrappers (nn.DataParallel,
+    torch.compile) are left out, and a tensor that torch.nn.utils.prune computes is stored as it is in use. The file is
+    written beside its place and moved there when complete: a crash leaves the old one.
+
+    Raises ValueError, with the way out, for state that is no tensor, or none with data that a file can hold (meta,
+    sharded, complex, sparse). Raises OSError for a place that cannot be written, or that is no ordinary file. A module
+    that is parametrized and no layer of ours is named in a SavedParametrizedWarning.
     """
+    names = Names(model)
+    state = _storable_state(names)
     layers: dict[str, LayerEntry] = {}
     tensors: dict[str, Tensor] = {}
-    state = model.state_dict(keep_vars=True)
     aliases: dict[str, str] = {}
     packed: dict[int, str] = {}
-    for name, module in _linear_layers(model).items():
+    for name, module in _linear_layers(names).items():
         refuse_flattened(name, module)
+        check_computed(name, module)
         entry, parts = pack_layer(module)
         if entry.module == "Linear" and entry.format == "dense":
             continue
         layers[name] = entry
-        first_of = packed.setdefault(id(held(module)), name)
+        first_of = name if (weight := held(module)) is None else packed.setdefault(id(weight), name)
         if first_of != name:
             aliases[join(name, "weight")] = join(first_of, "weight")
         else:
             tensors |= {join(name, "weight", part): tensor for part, tensor in parts.items()}
-    for name in own_keys(model, layers):
+    make_plain(state, names, layers)
+    for name in own_keys(names, layers):
         state.pop(name, None)
     first: dict[int, str] = {}
     for name, value in state.items():
-        if leader := packed_as(model, name, value, layers, packed):
+        if leader := packed_as(names, name, value, layers, packed):
             aliases[name] = join(leader, "weight")
-            continue
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{name}: a checkpoint holds tensors only, got {type(value).__name__} (get_extra_state?)")
-        if first.setdefault(id(value), name) != name:
+        elif first.setdefault(id(value), name) != name:
             aliases[name] = first[id(value)]
         elif name in tensors:
             raise ValueError(f"{name}: this name is also needed for a packed weight; rename the parameter")
         else:
             tensors[name] = value
-    for name, tensor in tensors.items():
-        if tensor.is_meta:
-            raise ValueError(f"{name}: it is on the meta device and has no data; load the model's weights first")
-    container.write(path, layers, aliases, _choices(model), tensors)
+    if besides := list(parametrized_besides(names, layers)):
+        shown = ", ".join(besides[:3]) + (f" and {len(besides) - 3} more" if len(besides) > 3 else "")
+        warnings.warn(
+            f"{shown}: parametrized, and stored so; the file loads only onto a model that is parametrized alike, or "
+            "fold that before saving, with torch.nn.utils.parametrize.remove_parametrizations or remove_weight_norm",
+            SavedParametrizedWarning,
+            stacklevel=2,
+        )
+    container.write(path, layers, aliases, _choices(names), tensors)
 
 
 def load(path: str | os.PathLike[str], model: Model) -> Model:
@@ -80,46 +101,38 @@ def load(path: str | os.PathLike[str], model: Model) -> Model:
 
     The saved sparse layers take the place of the model's Linears; all other tensors are copied into the model, or
     assigned where it is on the meta device. Raises CheckpointError, before the model is touched, if the file
-    is not a whole, unaltered checkpoint, or is one of another architecture.
+    is not a whole, unaltered checkpoint, or is one of another architecture. Whatever else raises, such as a hook of the
+    model's own, the model is as it was.
 
     >>> model = sparsify.prune(sparsify.convert(nn.Sequential(nn.Linear(8, 4))), 0.5)
     >>> save(sparsify.export(model, format="csr"), tmp_path / "model.safetensors")
     >>> load(tmp_path / "model.safetensors", nn.Sequential(nn.Linear(8, 4)))[0]
     CSRLinear(in_features=8, out_features=4, bias=True, sparsity=0.5)
     """
-    header, tensors = container.read(path)
-    with _laid_out_as(tensors, model):
+    header, tensors = Names(model).of_file(*container.read(path))
+    with torch.inference_mode(False), Transaction(model) as undo:
+        own = {id(tensor) for tensor in _tensors_of(model)}
         try:
-            # Before anything is unpacked: a bitmask of few bytes may claim to stand for a huge weight.
-            check_layers(model, header.layers)
-            weights = take_weights(stored(header), tensors)
-            add_aliases(header, tensors, weights)
-            check_rest(model, header.layers, weights, tensors)
-            check_choices(model, header.choices)
-            check_tied(model, header)
+            _lay_out_as(tensors, Names(model), undo)
+            names = Names(model)
+            weights = _checked(names, header, tensors)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
-    modules = dict(model.named_modules())
-    made = {}
-    for name, entry in header.layers.items():
-        made[modules[name]] = _make(entry, modules[name], weights[name], header.choices.get(name))
-    for name, kind in followers(model, set(made)).items():
-        made[modules[name]] = kind.to_sparse(modules[name])
-    replace(model, made)
-    tie_again(header, modules)
-    _fill(model, tensors)
-    fuse_activations(model)
-    for name, choice in header.choices.items():
-        modules[name].__dict__["choice"] = choice
-    here = machine_name(next((parameter.device for parameter in model.parameters()), None))
-    elsewhere = sorted({choice.machine for choice in header.choices.values() if choice.times_us} - {here})
-    if elsewhere:
-        warnings.warn(
-            f"{path}: its forms were chosen on another machine ({elsewhere[0]}), this is {here}; "
-            "they are right everywhere, but may not be the fastest here: sparsify.export(model) chooses anew",
-            MeasuredElsewhereWarning,
-            stacklevel=2,
-        )
+        _make_layers(names, header, weights)
+        undo.keep(tensor for tensor in _tensors_of(model) if id(tensor) in own)
+        _fill(model, names, tensors)
+        fuse_activations(model)
+        for name, choice in header.choices.items():
+            names.modules[name].__dict__["choice"] = choice
+        here = machine_name(next((parameter.device for parameter in model.parameters()), None))
+        elsewhere = sorted({choice.machine for choice in header.choices.values() if choice.times_us} - {here})
+        if elsewhere:
+            warnings.warn(
+                f"{path}: its forms were chosen on another machine ({elsewhere[0]}), this is {here}; "
+                "they are right everywhere, but may not be the fastest here: sparsify.export(model) chooses anew",
+                MeasuredElsewhereWarning,
+                stacklevel=2,
+            )
     return model
 
 
@@ -129,41 +142,84 @@ def inspect_file(path: str | os.PathLike[str]) -> Report:
     Everything is checked as in `load`. Raises CheckpointError.
     """
     header, tensors = container.read(path)
-    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
+    layers = stored(header)
     try:
-        weights = take_weights(stored(header), tensors)
-        add_aliases(header, tensors, weights)
+        check_aliases(header, other_tensors(layers, tensors))
+        found = {join(name, "weight"): check_weight(name, entry, tensors) for name, entry in layers.items()}
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     rows = []
     for name, entry in header.layers.items():
-        values = weights[name].values
+        key = join(name, "weight")
+        n_kept, itemsize = found[header.aliases.get(key, key)]
         n_weights = entry.out_features * entry.in_features
-        sparsity = 1 - values.numel() / n_weights if n_weights else 0.0
-        n_bytes = sum(sizes.get(key, 0) for key in part_names(name, entry))  # one that is tied takes none
-        rows.append(Row(name, entry.shape, sparsity, entry.format, n_bytes, n_weights * values.element_size()))
+        sparsity = 1 - n_kept / n_weights if n_weights else 0.0
+        n_bytes = sum(tensors[part].nbytes for part in part_names(name, entry)) if name in layers else 0
+        rows.append(Row(name, entry.shape, sparsity, entry.format, n_bytes, n_weights * itemsize))
     return Report(tuple(rows))
 
 
-@contextmanager
-def _laid_out_as(names: Iterable[str], model: nn.Module) -> Iterator[None]:
-    """Lay out the attentions that were so when tensors of these names were saved; if what follows fails, undo that."""
-    names, laid_out = tuple(names), []
-    for name, module in list(model.named_modules()):
-        kind = kind_of(module) or _functional_kind(module, name, names)
+def _storable_state(names: Names) -> dict[str, Any]:
+    """Return a model's state, all of which a file can hold. Raises ValueError."""
+    state = names.state()
+    for name, value in state.items():
+        container.check_storable(name, value)
+    return state
+
+
+def _checked(names: Names, header: Header, tensors: dict[str, Tensor]) -> dict[str, CSR]:
+    """Check everything about a file and a model; return the packed weights, whose parts are taken out of `tensors`.
+
+    Names and sizes come first: a file of few bytes may claim to stand for many large tensors.
+    """
+    layers = stored(header)
+    check_layers(names, header.layers)
+    others = other_tensors(layers, tensors)
+    check_aliases(header, others)
+    check_state_names(names, header, others)
+    weights = take_weights(layers, tensors)
+    add_aliases(header, tensors, weights)
+    check_state(names, header.layers, weights, tensors)
+    check_choices(names, header.choices)
+    check_tied(names, header)
+    return weights
+
+
+def _make_layers(names: Names, header: Header, weights: dict[str, CSR]) -> None:
+    """Let the model's Linears be the layers of the file; each packed weight is let go when its layer is made."""
+    made = {}
+    for name, entry in header.layers.items():
+        made[names.modules[name]] = _make(entry, names.modules[name], weights.pop(name), header.choices.get(name))
+    for name, kind in followers(names.model, set(made)).items():
+        module = names.model.get_submodule(name)
+        made[module] = kind.to_sparse(module)
+    replace(names.model, made)
+    tie_again(header, names.places)
+
+
+def _tensors_of(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+def _lay_out_as(keys: Iterable[str], names: Names, undo: Transaction) -> None:
+    """Lay out the attentions, and whatever holds layers, that were so when tensors of these names were saved."""
+    keys = tuple(keys)
+    for name, module in names.modules.items():
+        kind = kind_of(module) or _functional_kind(module, name, keys)
         if kind is None or isinstance(module, kind.sparse):
             continue
         new = tuple(f"{join(name, layer)}." for layer in kind.layers(module) if layer and layer not in module._modules)
-        if new and any(key.startswith(new) for key in names):
-            kind.check(module)
+        if new and any(key.startswith(new) for key in keys):
+            try:
+                kind.check(module)
+            except ValueError as error:
+                raise CheckpointError(
+                    f"for another architecture: the file has layers in {name or '(root)'}, and in the model {error}"
+                ) from None
+            if next(module.buffers(), None) is not None:  # masks of torch.nn.utils.prune: removed weights become zero
+                undo.keep(module.parameters())
             become(module, kind.to_sparse(module))
-            laid_out.append((module, kind))
-    try:
-        yield
-    except BaseException:
-        for module, kind in laid_out:
-            become(module, kind.to_dense(module))
-        raise
 
 
 def _functional_kind(module: nn.Module, prefix: str, names: Iterable[str]) -> Kind | None:
@@ -175,27 +231,28 @@ def _functional_kind(module: nn.Module, prefix: str, names: Iterable[str]) -> Ki
         return None
 
 
-def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+def _linear_layers(names: Names) -> dict[str, nn.Module]:
     """Return the layers whose weights are stored packed: ours, and dense ones that own their weight alone."""
     used: dict[int, int] = {}
-    for module in model.modules():
+    for module in names.modules.values():
         for parameter in module._parameters.values():
             used[id(parameter)] = used.get(id(parameter), 0) + 1
     return {
         name: module
-        for name, module in layers_of_type(model, nn.Module).items()
+        for name, module in names.modules.items()
         if isinstance(module, (Masked, Packed))
         or (
             any(type(module) is kind.dense and kind.layers(module) == ("",) for kind in kinds())
+            and module._parameters.get("weight") is not None
             and "" in matrices(module)
             and used.get(id(module._parameters.get("weight"))) == 1
         )
     }
 
 
-def _choices(model: nn.Module) -> dict[str, Choice]:
+def _choices(names: Names) -> dict[str, Choice]:
     """Return the choices that export made, by layer name."""
-    found = {name: module.__dict__.get("choice") for name, module in model.named_modules()}
+    found = {name: module.__dict__.get("choice") for name, module in names.modules.items()}
     return {name: choice for name, choice in found.items() if isinstance(choice, Choice)}
 
 
@@ -221,16 +278,16 @@ def _make(entry: LayerEntry, old: nn.Module, csr: CSR, choice: Choice | None) ->
     return sparse if entry.module == "SparseLinear" else kind.to_dense(sparse)
 
 
-def _fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def _fill(model: nn.Module, names: Names, tensors: Mapping[str, Tensor]) -> None:
     """Copy the tensors in; on the meta device assign them, and tie again what was tied."""
     tied: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for key, parameter in module._parameters.items():
             tied.setdefault(id(parameter), []).append((module, key))
-    places = {name: place for name, place in model.state_dict(keep_vars=True).items() if name in tensors}
+    places = {name: place for name, place in names.state().items() if name in tensors}
     on_meta = any(place.is_meta for place in places.values())
     state = {name: tensors[name] if place.is_meta else tensors[name].to(place.device) for name, place in places.items()}
-    model.load_state_dict(state, strict=False, assign=on_meta)
+    names.load(state, assign=on_meta)
     for (first, first_key), *others in tied.values():
         for module, key in others:
             module._parameters[key] = first._parameters[first_key]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from sparsify.checkpoint.container import Header, LayerEntry
+from sparsify.checkpoint.state_names import Names
 from sparsify.conversion.converters.table import join
 from sparsify.errors import CheckpointError
 from sparsify.kernels import FORMS
@@ -22,16 +23,16 @@ def held(module: nn.Module) -> Tensor | None:
 
 
 def packed_as(
-    model: nn.Module, name: str, value: object, layers: Mapping[str, LayerEntry], packed: Mapping[int, str]
+    names: Names, name: str, value: object, layers: Mapping[str, LayerEntry], packed: Mapping[int, str]
 ) -> str | None:
     """Return the layer whose packed weight says all of a state's tensor: a tied one, or the Embedding of an export."""
     if id(value) in packed:
         return packed[id(value)]
-    owner = dict(model.named_modules()).get(name.rpartition(".")[0])
+    owner = names.modules.get(name.rpartition(".")[0])
     if type(owner) is not nn.Embedding or value is not owner.weight:
         return None
     for layer, entry in layers.items():
-        module = model.get_submodule(layer)
+        module = names.modules[layer]
         if entry.module == "CSRLinear" and isinstance(module, Packed) and entry.shape == owner.weight.shape:
             dense = csr_to_dense(module.csr, module.shape)[0]
             if dense.dtype == owner.weight.dtype and torch.equal(as_bytes(dense), as_bytes(owner.weight.detach())):
@@ -44,29 +45,41 @@ def stored(header: Header) -> dict[str, LayerEntry]:
     return {name: entry for name, entry in header.layers.items() if join(name, "weight") not in header.aliases}
 
 
-def add_aliases(header: Header, tensors: dict[str, Tensor], weights: dict[str, CSR]) -> None:
-    """Give every tensor and every packed weight its other names too."""
-    layers = {join(name, "weight"): name for name in header.layers}
-    packed = {key: name for key, name in layers.items() if name in weights}
-    added: dict[str, Tensor] = {}
+def check_aliases(header: Header, others: Collection[str]) -> None:
+    """Raise CheckpointError unless every alias is a new name for a tensor, or for the packed weight of a layer.
+
+    others: the tensors of the file that are part of no layer's weight.
+    """
+    layers = {join(name, "weight"): entry for name, entry in header.layers.items()}
+    packed = {join(name, "weight"): entry for name, entry in stored(header).items()}
     for alias, name in header.aliases.items():
-        if alias in tensors or alias in packed or (name not in tensors and name not in packed):
+        if alias in others or alias in packed or (name not in others and name not in packed):
             raise CheckpointError(f"the header says {alias!r} is the same tensor as {name!r}, which cannot be")
-        if alias not in layers:
-            entry = header.layers[packed[name]] if name in packed else None
-            added[alias] = csr_to_dense(weights[packed[name]], entry.shape)[0] if entry else tensors[name]
-        elif name in packed and header.layers[layers[alias]] == header.layers[packed[name]]:
-            weights[layers[alias]] = weights[packed[name]]
-        else:
+        if alias in layers and layers[alias] != packed.get(name):
             raise CheckpointError(f"the header says {alias!r} is packed as {name!r} is, which cannot be")
-    tensors |= added
 
 
-def check_tied(model: nn.Module, header: Header) -> None:
+def add_aliases(header: Header, tensors: dict[str, Tensor], weights: dict[str, CSR]) -> None:
+    """Give every tensor and every packed weight its other names too; a packed one is unpacked once at most."""
+    layers = {join(name, "weight"): name for name in header.layers}
+    dense: dict[str, Tensor] = {}
+    for alias, name in header.aliases.items():
+        if alias in layers:
+            weights[layers[alias]] = weights[layers[name]]
+        elif name not in layers:
+            dense[alias] = tensors[name]
+        elif name in dense:
+            dense[alias] = dense[name]
+        else:
+            dense[alias] = dense[name] = csr_to_dense(weights[layers[name]], header.layers[layers[name]].shape)[0]
+    tensors |= {alias: dense[alias] for alias in header.aliases if alias not in layers}
+
+
+def check_tied(names: Names, header: Header) -> None:
     """Raise CheckpointError unless every module that uses another's mask in the file can do so in the model."""
     for name, leader in _tied_to_masked(header).items():
         try:
-            check_tieable(model.get_submodule(name))
+            check_tieable(names.places[name])
         except ValueError as error:
             raise CheckpointError(f"{name} is tied to {leader} in the file, but in the model {error}") from None
 

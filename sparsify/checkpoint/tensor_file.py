@@ -111,7 +111,8 @@ class TensorFile:
 
     def read(self, name: str) -> Tensor:
         """Read a tensor into memory of its own, on the CPU."""
-        tensor = torch.empty(self.shape(name), dtype=self.dtype(name), device="cpu")
+        with torch.inference_mode(False):  # what is read becomes part of models
+            tensor = torch.empty(self.shape(name), dtype=self.dtype(name), device="cpu")
         as_bytes = tensor.reshape(-1).view(torch.uint8)
         self._read_into(as_bytes.numpy().data, self._data_start + self._places[name].data_offsets[0])
         self.check_unchanged()

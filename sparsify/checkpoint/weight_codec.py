@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from sparsify.checkpoint.container import LayerEntry
 from sparsify.conversion.converters.table import join, matrices
+from sparsify.conversion.foreign_masks import pruned_by_torch
 from sparsify.errors import CheckpointError
 from sparsify.kernels.csr import (
     CSR,
     Bitmask,
     bitmask_bytes,
     bitmask_to_csr,
+    check_bitmask,
     check_csr,
     csr_bytes,
     csr_to_dense,
@@ -22,6 +25,7 @@ from sparsify.kernels.csr import (
     pack_bitmask,
 )
 from sparsify.layers import Masked, Packed
+from sparsify.layers.fsdp import whole
 
 #: The tensors that hold the weight of layer NAME: NAME.weight.PART, or NAME.weight itself for "dense".
 _PARTS: dict[str, tuple[str, ...]] = {"csr": CSR._fields, "bitmask": Bitmask._fields, "dense": ()}
@@ -34,7 +38,8 @@ def pack_layer(module: nn.Module) -> tuple[LayerEntry, dict[str, Tensor]]:
         weight, mask = csr_to_dense(module.csr, module.shape)
     elif isinstance(module, Masked):
         becomes = "SparseLinear"
-        weight, mask = module.weight_matrix, module.matrix(module.mask)
+        own = dict(pruned_by_torch(module)).get("weight", module.weight)
+        weight, mask = module.matrix(whole(own.detach())), module.matrix(module.mask)
     else:
         becomes = "Linear"
         weight = matrices(module)[""].detach()
@@ -60,6 +65,7 @@ def packed_bytes(shape: tuple[int, int], n_kept: int, itemsize: int) -> int:
 
 def unpack_layer(entry: LayerEntry, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return the weight and the mask, both (out_features, in_features), of a layer that was read packed."""
+    other_tensors({"": entry}, tensors)
     csr = take_weights({"": entry}, dict(tensors))[""]
     return csr_to_dense(csr, entry.shape)
 
@@ -68,15 +74,32 @@ def take_weights(layers: Mapping[str, LayerEntry], tensors: dict[str, Tensor]) -
     """Take the parts of every packed weight out of `tensors`, check them, and return them as CSR."""
     weights = {}
     for name, entry in layers.items():
-        parts = part_names(name, entry)
-        if missing := [key for key in parts if key not in tensors]:
-            raise CheckpointError(f"{name}: the tensor {missing[0]!r} is missing")
-        taken = [tensors.pop(key) for key in parts]
-        try:
-            weights[name] = _as_csr(entry, taken)
-        except ValueError as error:
-            raise CheckpointError(f"{name or '(root)'}: {error}") from None
+        parts = [tensors.pop(key) for key in part_names(name, entry)]
+        with _naming(name):
+            weights[name] = _as_csr(entry, parts)
     return weights
+
+
+def check_weight(name: str, entry: LayerEntry, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Check a packed weight as `take_weights` does, without unpacking anything.
+
+    Returns the number of kept weights, and the bytes of each.
+    """
+    parts = [tensors[key] for key in part_names(name, entry)]
+    with _naming(name):
+        _check_parts(entry, parts)
+    n_kept = parts[-1].numel() if entry.format != "dense" else int(_not_zero(parts[0]).sum())
+    return n_kept, parts[-1].element_size()
+
+
+def other_tensors(layers: Mapping[str, LayerEntry], tensors: Mapping[str, Tensor]) -> set[str]:
+    """Return the names of the tensors that are part of no weight. Raises CheckpointError if a part is missing."""
+    parts = set()
+    for name, entry in layers.items():
+        parts |= set(own := part_names(name, entry))
+        if missing := [key for key in own if key not in tensors]:
+            raise CheckpointError(f"{name}: the tensor {missing[0]!r} is missing")
+    return tensors.keys() - parts
 
 
 def part_names(name: str, entry: LayerEntry) -> list[str]:
@@ -84,17 +107,32 @@ def part_names(name: str, entry: LayerEntry) -> list[str]:
     return [join(name, "weight", part) for part in _PARTS[entry.format]] or [join(name, "weight")]
 
 
-def _as_csr(entry: LayerEntry, parts: list[Tensor]) -> CSR:
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Name the layer in whatever is wrong with its parts."""
+    try:
+        yield
+    except ValueError as error:
+        raise CheckpointError(f"{name or '(root)'}: {error}") from None
+
+
+def _check_parts(entry: LayerEntry, parts: list[Tensor]) -> None:
     if entry.format == "csr":
-        csr = CSR(*parts)
-        check_csr(csr, entry.shape)
-        return csr
-    if entry.format == "bitmask":
-        return bitmask_to_csr(Bitmask(*parts), entry.shape)
-    if parts[0].shape != entry.shape or not parts[0].is_floating_point():
+        check_csr(CSR(*parts), entry.shape)
+    elif entry.format == "bitmask":
+        check_bitmask(Bitmask(*parts), entry.shape)
+    elif parts[0].shape != entry.shape or not parts[0].is_floating_point():
         raise ValueError(
             f"a dense weight must be floating of shape {entry.shape}, got {parts[0].dtype} {tuple(parts[0].shape)}"
         )
+
+
+def _as_csr(entry: LayerEntry, parts: list[Tensor]) -> CSR:
+    if entry.format == "bitmask":
+        return bitmask_to_csr(Bitmask(*parts), entry.shape)
+    _check_parts(entry, parts)
+    if entry.format == "csr":
+        return CSR(*parts)
     return dense_to_csr(parts[0], _not_zero(parts[0]))
 
 

@@ -7,7 +7,7 @@ themselves (a fresh bias-free layer may hold some): `masks_from_zeros` is asked 
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -130,6 +130,19 @@ def adapters(model: nn.Module) -> set[nn.Module]:
     wrapped = [m for m in model.modules() if peft and isinstance(m, peft.BaseTunerLayer)]
     beside = [child for layer in wrapped for name, child in layer.named_children() if name != "base_layer"]
     return {module for child in beside for module in child.modules()}
+
+
+def pruned_by_torch(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name of each tensor of a module that torch.nn.utils.prune computes, and what it is now.
+
+    The attribute of that name is only as new as the last call of the module.
+    """
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, BasePruningMethod):
+            key = hook._tensor_name
+            original, mask = module._parameters.get(f"{key}_orig"), module._buffers.get(f"{key}_mask")
+            if original is not None and mask is not None:
+                yield key, original.detach() * mask.to(original.dtype)
 
 
 def remove_prune_hook(module: nn.Module, key: str = "weight") -> None:

@@ -52,13 +52,17 @@ class PrunerCallback(Callback):
         assert self.pruner is not None
         self.pruner.end_epoch()
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say if the target was missed."""
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say if the target was missed, after all callbacks: some have put average weights into the model."""
         try:
-            assert self.pruner is not None
-            self.pruner.finish()
+            if self.pruner is not None:
+                self.pruner.finish()
         except RuntimeError as error:
             warnings.warn(str(error), ScheduleWarning, stacklevel=2)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say the same of a checkpoint loaded after the training, such as ckpt_path="best"."""
+        self.on_fit_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the Pruner's state, for Lightning's checkpoint."""

@@ -18,6 +18,23 @@ from sparsify.training.pruner import Pruner
 _FILE = "pruner.pt"
 
 
+def _file(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}" / _FILE
+
+
+def _options(options: dict[str, Any], args: Any, state: Any) -> dict[str, Any]:
+    """Add the state beside the checkpoint that a run goes on from, unless the options have one."""
+    if not state.global_step or "state" in options:
+        return options
+    file = _file(args, state)
+    if not file.exists():
+        raise ValueError(
+            f"{file} is missing: the run ended while this checkpoint was written, or it lies in another folder; go on "
+            "from an earlier one, or give its content as PrunerCallback(recipe, state=torch.load(...))"
+        )
+    return {**options, "state": torch.load(file, weights_only=True)}
+
+
 class PrunerCallback(TrainerCallback):
     """Make a Pruner of the Trainer's converted model, step it, and save it with each checkpoint.
 
@@ -31,7 +48,6 @@ class PrunerCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
         """Begin, or go on from the checkpoint that the Trainer has loaded."""
-        saved = Path(args.output_dir) / f"checkpoint-{state.global_step}" / _FILE if state.global_step else None
         n_steps = math.ceil(len(parts["train_dataloader"]) / args.gradient_accumulation_steps)
         self.pruner = Pruner(
             parts["model"],
@@ -39,8 +55,7 @@ class PrunerCallback(TrainerCallback):
             optimizer=parts["optimizer"],
             steps_per_epoch=n_steps,
             total_steps=state.max_steps,
-            state=torch.load(saved, weights_only=True) if saved else None,
-            **self.options,
+            **_options(self.options, args, state),
         )
         if "tensorboard" in args.report_to and find_spec("tensorboard") and state.is_world_process_zero:
             from torch.utils.tensorboard import SummaryWriter
@@ -63,7 +78,10 @@ class PrunerCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
         """Save the Pruner's state beside the Trainer's."""
         if self.pruner is not None and state.is_world_process_zero:
-            torch.save(self.pruner.state_dict(), Path(args.output_dir) / f"checkpoint-{state.global_step}" / _FILE)
+            file = _file(args, state)
+            unfinished = file.with_suffix(".unfinished")
+            torch.save(self.pruner.state_dict(), unfinished)
+            unfinished.replace(file)  # whole or not there, whenever the run is killed
 
     def on_train_end(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
         """Say if the target was missed."""

@@ -15,6 +15,9 @@ from torch import Tensor
 
 MAX_INT32 = 2**31 - 1
 
+#: The number of set bits of every byte.
+_BITS_SET = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.uint8)
+
 
 class CSR(NamedTuple):
     """Compressed rows: row i holds values[crow[i]:crow[i+1]], in columns col[crow[i]:crow[i+1]], which rise."""
@@ -134,6 +137,7 @@ def pack_bitmask(weight: Tensor, mask: Tensor) -> Bitmask:
 
 def unpack_bitmask(packed: Bitmask, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Unpack into (weight, mask), both of the given shape. Raises ValueError if bits and values do not fit it."""
+    check_bitmask(packed, shape)
     mask = _bitmask_mask(packed, shape)
     weight = packed.values.new_zeros(shape)
     weight[mask] = packed.values
@@ -142,22 +146,31 @@ def unpack_bitmask(packed: Bitmask, shape: tuple[int, int]) -> tuple[Tensor, Ten
 
 def bitmask_to_csr(packed: Bitmask, shape: tuple[int, int]) -> CSR:
     """Pack in another way, without the dense weight in between. Raises ValueError if bits and values do not fit."""
+    check_bitmask(packed, shape)
     return _csr(_bitmask_mask(packed, shape), packed.values)
 
 
-def _bitmask_mask(packed: Bitmask, shape: tuple[int, int]) -> Tensor:
+def check_bitmask(packed: Bitmask, shape: tuple[int, int]) -> None:
+    """Raise ValueError, saying what is wrong, unless this is a well-formed bitmask weight of the given shape.
+
+    The mask, eight times as large as its bits, is not unpacked.
+    """
     bits, values = packed
     n = math.prod(shape)
     if bits.dtype != torch.uint8 or bits.shape != ((n + 7) // 8,):
         raise ValueError(
             f"a bitmask for {shape} must be uint8 of shape ({(n + 7) // 8},), got {bits.dtype} {tuple(bits.shape)}"
         )
-    all_bits = np.unpackbits(bits.cpu().numpy(), bitorder="little")
-    if all_bits[n:].any():
+    as_bytes = bits.cpu().numpy()
+    if n % 8 and as_bytes[-1] >> n % 8:
         raise ValueError("the padding bits of a bitmask must be 0")
-    n_kept = int(np.count_nonzero(all_bits))
+    n_kept = int(_BITS_SET[as_bytes].sum(dtype=np.int64))
     if not values.is_floating_point() or values.shape != (n_kept,):
         raise ValueError(
             f"the bitmask keeps {n_kept} weights, but there are {values.dtype} {tuple(values.shape)} values"
         )
-    return torch.from_numpy(all_bits.view(np.bool_))[:n].reshape(shape).to(values.device)
+
+
+def _bitmask_mask(packed: Bitmask, shape: tuple[int, int]) -> Tensor:
+    mask = np.unpackbits(packed.bits.cpu().numpy(), count=math.prod(shape), bitorder="little")
+    return torch.from_numpy(mask.view(np.bool_)).reshape(shape).to(packed.values.device)

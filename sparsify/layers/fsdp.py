@@ -51,13 +51,12 @@ def refuse_flattened(name: str, layer: nn.Module) -> None:
     """Raise ValueError if FSDP1 (FullyShardedDataParallel) has cut the weight of a layer into flat pieces."""
     if not isinstance(layer, (nn.Linear, nn.MultiheadAttention)) and "mask" not in layer._buffers:
         return
-    if isinstance(layer, nn.MultiheadAttention):
-        flat = layer.in_proj_weight is not None and layer.in_proj_weight.dim() == 1
-    else:
-        weight: Any = layer.weight
-        freed = "weight" not in layer._parameters and type(weight) is Tensor and weight.untyped_storage().size() == 0
-        flat = weight.dim() == 1 or (freed and weight.numel() > 0 and not weight.is_meta)
-    if flat:
+    key = "in_proj_weight" if isinstance(layer, nn.MultiheadAttention) else "weight"
+    weight = layer._parameters.get(key, vars(layer).get(key))  # read past a property, which may compute it
+    if not isinstance(weight, Tensor) or nn.parameter.is_lazy(weight):
+        return
+    freed = key not in layer._parameters and type(weight) is Tensor and weight.untyped_storage().size() == 0
+    if weight.dim() == 1 or (freed and weight.numel() and not weight.is_meta):
         raise ValueError(
             f"{name or '(root)'}: FSDP1 (FullyShardedDataParallel) has cut its weight into flat pieces, which no mask "
             "fits; train with FSDP2 (sparsify.convert, then torch.distributed.fsdp.fully_shard), or do this inside "

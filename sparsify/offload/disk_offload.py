@@ -86,9 +86,7 @@ class Weights:
         if not self.path.is_dir():
             raise FileNotFoundError(f"there is no weights file or folder {self.path}")
         index = self.path / "model.safetensors.index.json"
-        files = _indexed(index) if index.is_file() else sorted(self.path.glob("*.safetensors"))
-        if missing := [file.name for file in files if not file.is_file()]:
-            raise FileNotFoundError(f"{self.path}: the index names {missing[0]}, which is not there")
+        files = _indexed(index) if index.is_file() else sorted(filter(Path.is_file, self.path.glob("*.safetensors")))
         if not files:
             raise ValueError(
                 f"{self.path}: there is no .safetensors file in this folder, and other files do not stream"
@@ -104,7 +102,10 @@ def _indexed(index: Path) -> list[Path]:
         raise ValueError(f"{index}: not an index of weights (a JSON object with a weight_map to file names)") from None
     if odd := [name for name in named if not isinstance(name, str) or Path("x", name).parent != Path("x")]:
         raise ValueError(f"{index}: it names {odd[0]!r}, which is no name of a file beside it")
-    return [index.parent / name for name in named]
+    files = [index.parent / name for name in named]
+    if missing := [file.name for file in files if not os.path.isfile(file)]:
+        raise FileNotFoundError(f"{index}: it names {missing[0][:200]!r}, which is not there")
+    return files
 
 
 @contextlib.contextmanager

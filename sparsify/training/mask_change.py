@@ -16,22 +16,26 @@ from sparsify.training.optimizer_state import forget, remembered
 def change_masks(
     layers: Mapping[str, Masked],
     masks: Mapping[str, Tensor],
+    masked_are: Mapping[str, str],
     optimizer: torch.optim.Optimizer | None,
     undo: Transaction,
 ) -> None:
     """Give layers their masks (out, in); what the optimizer knows of weights that go or come back is forgotten.
 
-    The transaction gets what is about to be overwritten: only the values that change.
+    masked_are: what masked weights are from now on (recipe.Group.masked). Where they were zero until now, those that
+    come back begin there, whatever the optimizer has written to them; otherwise they have kept a value, and come back
+    with that. The transaction gets what is about to be overwritten: only the values that change.
     """
     for name, mask in masks.items():
         layer, new = layers[name], torch.empty_like(layers[name].mask)
         layer.matrix(new).copy_(mask)
+        at_zero, layer.masked_are = layer.masked_are == "zero", masked_are[name]
         if layer.masked_are == "zero":
-            _keep(undo, layer.weight.detach(), ~new, 0.0)
+            _keep(undo, layer.weight.detach(), ~(new & layer.mask) if at_zero else ~new, 0.0)
         moved = torch.zeros_like(new) if layer.masked_are == "trained" else ~new | (layer.mask != new)
         for tensor, beginning in remembered(optimizer, layer.weight):
             _keep(undo, tensor, moved, beginning)
-        layer.set_mask(mask, back_at_zero=False)  # what a schedule kept aside comes back as it was
+        layer.set_mask(mask, back_at_zero=at_zero)
         forget(optimizer, layer.weight, moved)
 
 

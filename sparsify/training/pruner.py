@@ -269,11 +269,13 @@ class Pruner:
         for number in due:
             masks |= self._next_masks(number)
         self._check_ranks(masks)
-        for number in due:
-            for name in self.groups[number]:
-                at_end = self.n_steps == max(self.updates[number])
-                self.layers[name].masked_are = "zero" if at_end else self.recipe.groups[number].masked
-        change_masks(self.layers, masks, self.optimizer, undo)
+        at_end = {number: self.n_steps == max(self.updates[number]) for number in due}
+        masked_are = {
+            name: "zero" if at_end[number] else self.recipe.groups[number].masked
+            for number in due
+            for name in self.groups[number]
+        }
+        change_masks(self.layers, masks, masked_are, self.optimizer, undo)
         if any(self.recipe.groups[number].rewind is not None for number in due):
             undo.keep((*self.model.parameters(), *self.model.buffers()))
             restore_state(self.model, self._start, self.optimizer)

@@ -17,9 +17,9 @@ for name in ("minilm", "lee"):
         )
 pytest.importorskip("transformers", reason="transformers is missing: pip install 'sparsify-torch[hf]'")
 
-import minilm  # noqa: E402
 import oneshot  # noqa: E402
-from posttraining.page import page  # noqa: E402
+from oneshot_tables.page import page  # noqa: E402
+from pretrained import minilm  # noqa: E402
 
 SENTENCES = ["The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium."]
 

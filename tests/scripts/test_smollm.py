@@ -18,7 +18,7 @@ for name in ("smollm2", "brown"):
 for package in ("transformers", "gguf"):
     pytest.importorskip(package, reason=f"{package} is missing: pip install 'sparsify-torch[test]'")
 
-import smollm  # noqa: E402
+from pretrained import smollm  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,15 @@
-"""The whole flow on every architecture of the zoo, in small: docs/models.md is the same table for a reader."""
+"""The whole flow on every architecture of the zoo, in small: docs/results/models.md is the same table for a reader."""
 
 import re
 from pathlib import Path
 
 import pytest
-from architectures import FILES, models, why_missing
-from architectures.checks import CHECKS, Subject
+from zoo_models import FILES, models, why_missing
+from zoo_models.checks import CHECKS, Subject
 
 HERE = [file for file in FILES if not why_missing(file)]
 NAMES = [(file, name) for file in HERE for name, model in models(file).items() if model.quick]
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "results" / "models.md"
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,5 +1,6 @@
 """The callbacks in real Trainers: the target is met, a run goes on where it stopped, TensorBoard can be read."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,53 @@ def test_transformers_trainer(tmp_path: Path) -> None:
         assert torch.equal(a, b), name
 
 
+def test_transformers_trainer_that_goes_back_to_its_best_checkpoint_says_so(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    from sparsify.integrations.transformers import PrunerCallback
+
+    x, y = examples()
+    data = [{"x": a, "labels": b} for a, b in zip(x, y, strict=True)]
+    seen = []
+
+    def trainer(output: str, callback: PrunerCallback):
+        arguments = transformers.TrainingArguments(
+            str(tmp_path / output),
+            num_train_epochs=EPOCHS,
+            per_device_train_batch_size=BATCH,
+            gradient_accumulation_steps=ACCUMULATE,
+            eval_strategy="epoch",
+            save_strategy="epoch",
+            load_best_model_at_end=True,
+            metric_for_best_model="epochs_left",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        return transformers.Trainer(
+            Wrapped(),
+            arguments,
+            train_dataset=data,
+            eval_dataset=data[:4],
+            compute_metrics=lambda _: seen.append(0) or {"epochs_left": -len(seen)},  # the first epoch is the best
+            callbacks=[callback],
+        )
+
+    callback = PrunerCallback(RECIPE)
+    with pytest.warns(sparsify.ScheduleWarning, match=r"the masks miss the target, net.0: 0\.\d+ instead of"):
+        trainer("first", callback).train()
+    assert callback.pruner is not None
+    assert callback.pruner.sparsity < 0.7
+
+    (tmp_path / "first" / "checkpoint-8" / "pruner.pt").rename(tmp_path / "kept.pt")
+    checkpoint = str(tmp_path / "first" / "checkpoint-8")
+    with pytest.raises(ValueError, match=r"checkpoint-8/pruner.pt is missing: the run ended while"):
+        trainer("first", PrunerCallback(RECIPE)).train(resume_from_checkpoint=checkpoint)
+    saved = torch.load(tmp_path / "kept.pt", weights_only=True)
+    with pytest.warns(sparsify.ScheduleWarning, match="the masks miss the target"):
+        trainer("second", PrunerCallback(RECIPE, state=saved)).train(resume_from_checkpoint=checkpoint)
+
+
 def test_lightning_trainer(tmp_path: Path) -> None:
     lightning = pytest.importorskip("lightning.pytorch")
     loggers = pytest.importorskip("lightning.pytorch.loggers")
@@ -155,6 +203,50 @@ def test_lightning_trainer(tmp_path: Path) -> None:
     resumed = fit("resumed", tmp_path / "first.ckpt")
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("averaging", ["WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging"])
+@pytest.mark.parametrize("first", [True, False])
+def test_lightning_averages_have_the_final_masks_or_a_word_is_said(averaging: str, first: bool, tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning.pytorch")
+    callbacks = pytest.importorskip("lightning.pytorch.callbacks")
+    from sparsify.integrations.lightning import PrunerCallback
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+
+        def training_step(self, batch, _):
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    options = {
+        "StochasticWeightAveraging": {"swa_lrs": 0.01, "swa_epoch_start": 1},
+        "WeightAveraging": {"use_buffers": False},  # torch's plain mean does not know bool buffers
+        "EMAWeightAveraging": {},
+    }
+    both = [getattr(callbacks, averaging)(**options[averaging]), PrunerCallback(RECIPE)]
+    trainer = lightning.Trainer(
+        max_epochs=EPOCHS,
+        accumulate_grad_batches=ACCUMULATE,
+        logger=False,
+        callbacks=both if first else both[::-1],
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        default_root_dir=tmp_path,
+    )
+    model = Module()
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*examples()), BATCH)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer.fit(model, data)
+    if not any("miss the target" in str(one.message) for one in said):
+        assert_pruned(model)
 
 
 @pytest.mark.parametrize("name", ["transformers", "lightning"])

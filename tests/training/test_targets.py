@@ -158,6 +158,18 @@ def test_a_schedule_that_falls_gives_weights_back():
         pruner.finish()
 
 
+def test_weights_come_back_at_zero_whatever_an_optimizer_has_made_of_them():
+    model = net()
+    pruner = sparsify.Pruner(model, recipe(sparsity=0.5, schedule={"kind": "steps", "points": [(1, 0.9), (2, 0.5)]}))
+    pruner.step()
+    old = model[0].mask
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)  # as momentum would that this Pruner does not know
+    pruner.step()
+    assert int((model[0].mask & ~old).sum()) > 50
+    assert torch.equal(model[0].weight != 0, model[0].mask & old)
+
+
 # Nothing to go by
 
 

@@ -10,8 +10,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from architectures.model import Model
 from sparsify.cli.model_inputs import Inputs
+from zoo_models.model import Model
 
 #: A small model, in the words that most configurations have.
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

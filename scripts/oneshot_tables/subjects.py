@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import minilm
+from pretrained import minilm
 from torch import Tensor, nn
 
 
@@ -40,19 +40,19 @@ def _minilm_judge(dense: nn.Module) -> Callable[[nn.Module], dict[str, Any]]:
 
 
 def _smollm_load() -> nn.Module:
-    import smollm  # needs gguf, which MiniLM does not
+    from pretrained import smollm  # needs gguf, which MiniLM does not
 
     return smollm.load_dense()
 
 
 def _smollm_batches(n: int) -> list[dict[str, Tensor]]:
-    import smollm
+    from pretrained import smollm
 
     return smollm.calibration(n)
 
 
 def _smollm_judge(dense: nn.Module) -> Callable[[nn.Module], dict[str, Any]]:
-    import smollm
+    from pretrained import smollm
 
     return lambda model: {"perplexity": smollm.perplexity(model)}
 

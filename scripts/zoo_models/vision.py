@@ -20,8 +20,8 @@ from torchvision.models import (
     vgg,
 )
 
-from architectures.model import Model
 from sparsify.cli.model_inputs import Inputs
+from zoo_models.model import Model
 
 #: Convolutions convert when asked for.
 POINTWISE = {"types": [nn.Linear, nn.Conv2d]}

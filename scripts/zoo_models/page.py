@@ -1,4 +1,4 @@
-"""docs/models.md: what came out, as a page."""
+"""docs/results/models.md: what came out, as a page."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from architectures.checks import CHECKS
-from architectures.share import Share
+from zoo_models.checks import CHECKS
+from zoo_models.share import Share
 
 FAILED = "FAILED"
 

@@ -1,11 +1,11 @@
-"""docs/oneshot.md, from the cells that were measured."""
+"""docs/results/oneshot.md, from the cells that were measured."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-from posttraining.rows import ALLOCATED_COLUMN, ALLOCATED_METHODS, ALLOCATIONS, COLUMNS, METHODS, allocated
-from posttraining.subjects import SUBJECTS
+from oneshot_tables.rows import ALLOCATED_COLUMN, ALLOCATED_METHODS, ALLOCATIONS, COLUMNS, METHODS, allocated
+from oneshot_tables.subjects import SUBJECTS
 from sparsify.hardware.timing import QUIET_CORES
 
 Cells = dict[str, Any]

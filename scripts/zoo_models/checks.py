@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import sparsify
-from architectures.model import Model
 from sparsify.cli.model_inputs import Inputs, run
 from sparsify.conversion.module_surgery import layers_of_type
 from sparsify.layers import Masked
+from zoo_models.model import Model
 
 SPARSITY = 0.8
 

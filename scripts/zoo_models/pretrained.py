@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache, partial
 
-import minilm
-import smollm
 import torch
+from pretrained import minilm, smollm
 from torch import nn
 
-from architectures.model import Model
+from zoo_models.model import Model
 
 minilm_dense = cache(minilm.load_dense)
 smollm_dense = cache(smollm.load_dense)

@@ -7,7 +7,7 @@ import importlib.util
 
 import assets
 
-from architectures.model import Model
+from zoo_models.model import Model
 
 #: The files here that hold models, and the packages that each needs.
 FILES = {
@@ -22,7 +22,7 @@ ASSETS = ("minilm", "smollm2")
 
 def models(file: str) -> dict[str, Model]:
     """Return the models of a file by name. Raises ImportError where one of its packages is missing."""
-    found: dict[str, Model] = importlib.import_module(f"architectures.{file}").MODELS
+    found: dict[str, Model] = importlib.import_module(f"zoo_models.{file}").MODELS
     return found
 
 

@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import sparsify
-from architectures.model import Model
 from sparsify.cli.model_inputs import run
 from sparsify.conversion.module_surgery import layers_of_type
 from sparsify.layers import Masked
+from zoo_models.model import Model
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from architectures.model import Model
+from zoo_models.model import Model
 
 MODELS = {
     "nn.Transformer": Model(

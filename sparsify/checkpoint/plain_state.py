@@ -1,0 +1,65 @@
+"""The state of a model as one built anew has it: a tensor that torch computes from others is plain again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from sparsify.checkpoint.container import LayerEntry
+from sparsify.checkpoint.state_names import Names
+from sparsify.conversion.converters.table import join
+from sparsify.conversion.foreign_masks import pruned_by_torch
+from sparsify.layers import Masked, Packed
+
+
+def make_plain(state: dict[str, Any], names: Names, layers: Mapping[str, LayerEntry]) -> None:
+    """Put what is in use in the place of what it is computed from: torch's pruning, parametrizations of `layers`.
+
+    A module of another kind that is parametrized keeps its state: a model that is built anew may be parametrized too.
+    """
+    computed: dict[int, dict[str, Tensor]] = {}  # by module, which may have several names
+    raw: tuple[str, ...] = ()
+    for name, module in names.places.items():
+        if id(module) not in computed:
+            computed[id(module)] = dict(pruned_by_torch(module))
+            if name in layers and parametrize.is_parametrized(module):
+                keys: Any = module.parametrizations
+                computed[id(module)] |= {key: getattr(module, key).detach() for key in keys}
+        for key, value in computed[id(module)].items():
+            raw += join(name, f"{key}_orig"), join(name, f"{key}_mask"), join(name, "parametrizations", f"{key}.")
+            state[join(name, key)] = value
+    for name in [name for name in state if name.startswith(raw)]:
+        del state[name]
+
+
+def check_computed(name: str, layer: nn.Module) -> None:
+    """Raise ValueError if the weight of a layer of ours is computed in a way that no file has a word for."""
+    hooks = [type(hook).__name__ for hook in layer._forward_pre_hooks.values() if _is_old_norm(hook)]
+    if isinstance(layer, Masked) and hooks:
+        raise ValueError(
+            f"{name or '(root)'}: its weight is computed by a hook ({hooks[0]}); fold that first, with "
+            "torch.nn.utils.remove_weight_norm(layer) or remove_spectral_norm(layer)"
+        )
+    if isinstance(layer, Packed) and parametrize.is_parametrized(layer):
+        raise ValueError(
+            f"{name or '(root)'}: it was exported and is parametrized; fold that first, with "
+            "torch.nn.utils.parametrize.remove_parametrizations(layer, ...)"
+        )
+
+
+def parametrized_besides(names: Names, layers: Mapping[str, LayerEntry]) -> Iterator[str]:
+    """Yield the modules, besides `layers`, that only a model with the same parametrization can load."""
+    for name, module in names.modules.items():
+        if name not in layers and (
+            parametrize.is_parametrized(module) or any(map(_is_old_norm, module._forward_pre_hooks.values()))
+        ):
+            yield name
+
+
+def _is_old_norm(hook: object) -> bool:
+    return isinstance(hook, (WeightNorm, SpectralNorm))
