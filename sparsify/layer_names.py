@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import nn
+
+from sparsify.regular_expression import compile_expression
 
 #: A glob over dotted names ("encoder.*.query"), "re:" and a regular expression for the whole name, or a module type:
 #: then every layer of that type, or inside a module of that type, is meant.
@@ -21,11 +22,8 @@ def matching(pattern: str, names: Collection[str]) -> list[str]:
     (['a.fc1'], ['a.fc1', 'a.fc2'])
     """
     if pattern.startswith("re:"):
-        try:
-            regex = re.compile(pattern[3:])
-        except re.error as error:
-            raise ValueError(f"{pattern!r} is no valid regular expression: {error}") from None
-        found = [name for name in names if regex.fullmatch(name)]
+        matches = compile_expression(pattern[3:])
+        found = [name for name in names if matches(name)]
     else:
         found = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
     if not found:

@@ -16,11 +16,15 @@ from sparsify.masking.methods.registry import needs
 from sparsify.masking.patterns import parse_pattern
 from sparsify.recipes.recipe import HOLD, Group, Recipe, assign_layers
 
+#: Updates that a plan works out; a schedule may have a million, and each one ranks the weights of a whole group.
+MAX_UPDATES = 1000
+
 
 @dataclass(frozen=True)
 class PlannedLayer:
     """One layer of a recipe: `targets` are (time, sparsity) in the unit of its schedule, the last being the final one.
 
+    Of more than MAX_UPDATES updates, `targets` has so many, evenly spread from the first to the last.
     `ranked` says that the layers of the group share one target, so that this layer's part, taken from the
     present weights (or, where calibration data decides, the target itself), may still move. `n_bytes` is the weight in
     the file, in its smallest format.
@@ -47,7 +51,7 @@ def plan(recipe: Recipe, model: nn.Module) -> list[PlannedLayer]:
     """
     planned = []
     for number, (group, weights) in enumerate(zip(recipe.groups, assign_layers(recipe, model), strict=True)):
-        times = group.schedule.update_times()
+        times = _spread(group.schedule.update_times())
         zeros = [_zeros(model, group, weights, time) for time in times]
         for name, weight in weights.items():
             shape, n_weights = (weight.shape[0], weight.shape[1]), weight.numel()
@@ -59,6 +63,13 @@ def plan(recipe: Recipe, model: nn.Module) -> list[PlannedLayer]:
                 PlannedLayer(name, number, shape, group.schedule.unit, targets, ranked, n_bytes, n_weights * itemsize)
             )
     return planned
+
+
+def _spread(times: tuple[float, ...]) -> tuple[float, ...]:
+    """Return all times, or MAX_UPDATES of them from the first to the last."""
+    if len(times) <= MAX_UPDATES:
+        return times
+    return tuple(times[i * (len(times) - 1) // (MAX_UPDATES - 1)] for i in range(MAX_UPDATES))
 
 
 def file_bytes(recipe: Recipe, model: nn.Module) -> int:

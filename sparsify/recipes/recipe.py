@@ -31,7 +31,7 @@ from sparsify.masking.schedules import Schedule
 from sparsify.pruning.oneshot import Order, follow, make_tasks
 from sparsify.pruning.prune import set_masks
 from sparsify.pruning.recover import LR, recover
-from sparsify.recipes.yaml_file import Value, YamlFile, nearest, read_yaml, substitute
+from sparsify.recipes.yaml_file import Value, YamlFile, nearest, read_yaml, substitute, walk
 
 _METHODS = (*METHODS, *TRAINED, *CALIBRATED, *SOLVERS)
 _ALLOCATIONS = (*ALLOCATIONS, *MEASURED_ALLOCATIONS)
@@ -219,7 +219,7 @@ class Recipe(BaseModel):
     version: Literal[1] = 1
     description: str = ""
     vars: dict[str, Any] = Field({}, description="values for ${name} elsewhere in the file")
-    groups: list[Group] = Field(min_length=1)
+    groups: list[Group] = Field(min_length=1, max_length=1000)
     recover: Recover | None = Field(None, description="a short distillation after the pruning; needs data")
 
 
@@ -242,7 +242,7 @@ def load_recipe(path: str | os.PathLike[str], **variables: Value) -> Recipe:
             )
     values: dict[str, Value] = {**declared, **variables}
     body: dict[str, Value] = {key: value for key, value in file.content.items() if key != "vars"}
-    used = _strings(body)
+    used = {value for value in walk(body) if isinstance(value, str)}
     for name in declared:
         if f"${{{name}}}" not in used:
             raise file.error(
@@ -460,22 +460,9 @@ def _order(group: Group) -> Order:
     )
 
 
-def _strings(content: Value) -> set[str]:
-    """Return every string in a recipe."""
-    found: set[str] = set()
-    todo = [content]
-    while todo:
-        value = todo.pop()
-        if isinstance(value, str):
-            found.add(value)
-        elif isinstance(value, (dict, list)):
-            todo += value.values() if isinstance(value, dict) else value
-    return found
-
-
 def _explain(file: YamlFile, error: ValidationError) -> RecipeError:
     """Turn pydantic's first finding into a sentence with file, line and key."""
-    first = error.errors()[0]
+    first = error.errors(include_url=False)[0]
     place = tuple(
         key
         for key in first["loc"]

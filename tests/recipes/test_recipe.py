@@ -1,7 +1,9 @@
 """Recipes: each mistake gives one RecipeError with file, line, key and nearest word; the files in recipes/ work."""
 
+import contextlib
 import math
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -188,9 +190,44 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
     "an integer of 5000 digits": (
         group("sparsity: 0.5", "method: random", "seed: " + "9" * 5000),
         "line 4",
-        "cannot read",
+        "cannot read a number of 5000 characters",
+    ),
+    "recover for ever": (group("sparsity: 0.5") + "recover: {seconds: .inf}", "recover.seconds", "finite number"),
+    "an infinite learning rate": (
+        group("sparsity: 0.5") + "recover: {steps: 1, lr: 1e999}",
+        "recover.lr",
+        "finite number",
+    ),
+    "an infinite decay": (group("sparsity: 0.5", "decay: .inf"), "groups.0.decay", "finite number"),
+    "a seed of 70 bits": (group("sparsity: 0.5", f"method: random\n    seed: {2**70}"), "groups.0.seed", "less than"),
+    "too many groups": ("groups:\n" + "  - {sparsity: 0.5}\n" * 1001, "line 1, groups", "at most 1000 items"),
+    "too many values": (group("sparsity: 0.5", "layers: [" + "a," * 60_000 + "]"), "line 3", "over 50000 values"),
+    "too many values through variables": (
+        group("sparsity: 0.5") + "  - ${g}\n" * 400 + "vars: {g: {layers: [" + "a," * 200 + "]}}",
+        "groups.247",
+        "over 50000 values, with its variables put in",
     ),
 }
+
+
+#: Each took minutes to read: regular expressions that go back, variables that each look at the whole recipe.
+SLOW = {
+    "40,000 digits": group("sparsity: " + "9" * 40_000),
+    "a million hexadecimal digits": group("sparsity: 0x" + "f" * 1_000_000),
+    "5,000 variables": group("sparsity: 0.5", "layers: [" + ", ".join(f"'${{a{i}}}'" for i in range(5000)) + "]")
+    + "vars:\n"
+    + "".join(f"  a{i}: x\n" for i in range(5000)),
+    "long unknown words": group("sparsity: 0.5", f"method: {'ab' * 100_000}"),
+}
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_no_recipe_takes_long_to_read(tmp_path: Path, name: str) -> None:
+    path = written(tmp_path, SLOW[name])
+    started = time.process_time()
+    with contextlib.suppress(RecipeError):
+        sparsify.load_recipe(path)
+    assert time.process_time() - started < 3
 
 
 @pytest.mark.parametrize("name", MISTAKES)
