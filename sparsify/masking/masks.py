@@ -65,7 +65,9 @@ def make_masks(
     Raises ValueError, naming the layer, for whatever cannot be done exactly.
     """
     parsed = parse_pattern(pattern)
-    n_rows = ranks.sum(torch.tensor([weight.shape[0] for weight in weights.values()], dtype=torch.int64)).tolist()
+    n_rows = ranks.sum(
+        torch.tensor([weight.shape[0] for weight in weights.values()], dtype=torch.int64, device="cpu")
+    ).tolist()
     shapes = {name: (n, int(weight.shape[1])) for (name, weight), n in zip(weights.items(), n_rows, strict=True)}
     n_zeros = n_removed_units(shapes, sparsity, parsed, allocation, max_sparsity)
     if n_zeros is None and allocation != "global":
@@ -184,9 +186,9 @@ def removed_together(
     units = {name: (unit_scores(scores[name], pattern), unit_any(masks[name], pattern)) for name in n_units}
     total = sum(n_units.values())
     n_keep = total - n_removed(sparsity, total)
-    n_kept = int(ranks.sum(torch.tensor([int(kept.sum()) for _, kept in units.values()]).sum()))
+    n_kept = int(ranks.sum(torch.tensor([int(kept.sum()) for _, kept in units.values()], device="cpu").sum()))
     chosen = keep_largest([prefer_kept(s, kept, n_keep, n_kept) for s, kept in units.values()], n_keep, ranks)
-    n_gone = ranks.sum(torch.tensor([int((~kept).sum()) for kept in chosen])).tolist()
+    n_gone = ranks.sum(torch.tensor([int((~kept).sum()) for kept in chosen], device="cpu")).tolist()
     return dict(zip(units, n_gone, strict=True))
 
 

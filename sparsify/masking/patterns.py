@@ -119,7 +119,7 @@ def choose_mask(
     units, kept = unit_scores(scores, pattern), unit_any(mask, pattern)
     if pattern.is_nm:
         return nm_mask(prefer_kept(units, kept, n_keep=0), pattern.keep, pattern.group)
-    n_units, n_kept = ranks.sum(torch.tensor([kept.numel(), int(kept.sum())])).tolist()
+    n_units, n_kept = ranks.sum(torch.tensor([kept.numel(), int(kept.sum())], device="cpu")).tolist()
     n_keep = n_units - n_removed
     if by_row:
         units = _rank_in_row(units.masked_fill(~kept, -math.inf))
@@ -171,7 +171,7 @@ def keep_largest(scores: Sequence[Tensor], n_keep: int, ranks: Ranks = ALONE) ->
     >>> [m.int().tolist() for m in keep_largest([torch.tensor([1.0, 5.0, 2.0]), torch.tensor([2.0, 2.0])], 3)]
     [[0, 1, 1], [1, 0]]
     """
-    total = int(ranks.sum(torch.tensor(sum(s.numel() for s in scores))))
+    total = int(ranks.sum(torch.tensor(sum(s.numel() for s in scores), device="cpu")))
     if not 0 <= n_keep <= total:
         raise ValueError(f"cannot keep {n_keep} of {total} scores")
     if n_keep in (0, total):
@@ -180,7 +180,7 @@ def keep_largest(scores: Sequence[Tensor], n_keep: int, ranks: Ranks = ALONE) ->
     keys = [_ordered_bits(s.double() if wide else s.float()) for s in scores]
     threshold, n_ties = _radix_select(keys, n_keep, 64 if wide else 32, ranks)
     # Ties in order: all of the first tensor's, whichever rank has them, before any of the second's.
-    ties = ranks.gather(torch.tensor([int((key == threshold).sum()) for key in keys])).T.flatten()
+    ties = ranks.gather(torch.tensor([int((key == threshold).sum()) for key in keys], device="cpu")).T.flatten()
     before = (ties.cumsum(0) - ties).reshape(len(keys), ranks.n)[:, ranks.rank].tolist()
     masks = []
     for key, n_before in zip(keys, before, strict=True):
@@ -202,7 +202,7 @@ def _radix_select(keys: Sequence[Tensor], n_keep: int, bits: int, ranks: Ranks) 
     digit_range = 1 << 16
     prefix = 0
     for shift in range(bits - 16, -1, -16):
-        counts = torch.zeros(digit_range, dtype=torch.int64)
+        counts = torch.zeros(digit_range, dtype=torch.int64, device="cpu")
         for key in keys:
             # The top digit is signed: moving it by half the range makes all digits count from 0.
             high, offset = key >> shift, digit_range // 2 if shift == bits - 16 else 0

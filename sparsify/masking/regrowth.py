@@ -50,4 +50,5 @@ def exchange(
 
 def random_growth(mask: Tensor, seed: int) -> Tensor:
     """Draw a growth for each weight, on the CPU: one seed gives one mask on every device."""
-    return torch.rand(mask.shape, generator=torch.Generator().manual_seed(seed)).to(mask.device)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(mask.shape, generator=generator, device="cpu", dtype=torch.float32).to(mask.device)

@@ -393,6 +393,41 @@ def test_a_state_that_does_not_fit_is_refused_whole(change, message):
     assert same(everything(model, optimizer, pruner), before)
 
 
+@pytest.mark.filterwarnings("ignore::sparsify.RemovedLayerWarning")
+@pytest.mark.parametrize(
+    "group",
+    [
+        {"allocation": "global"},
+        {"regrow": {"by": "gradient"}},
+        {"regrow": {"by": "random"}},
+        {"method": "movement", "masked": "frozen"},
+        {"method": "random", "seed": 1},
+        {"rewind": 0},
+    ],
+)
+def test_the_default_device_changes_nothing(group):
+    """Device meta stands for a GPU: a tensor made there by mistake has no data."""
+
+    def trained(device):
+        model = net()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        with device:
+            pruner = sparsify.Pruner(model, recipe(**group), optimizer=optimizer)
+        for step in range(9):
+            x, y = batch(step)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            with device:
+                pruner.step()
+        with device:
+            pruner.finish()
+            pruner.load_state_dict(pruner.state_dict())
+        return model.state_dict()
+
+    assert same(trained(torch.device("meta")), trained(torch.device("cpu")))
+
+
 def test_a_model_without_data_is_refused():
     with torch.device("meta"):
         model = sparsify.convert(nn.Sequential(nn.Linear(4, 4)))

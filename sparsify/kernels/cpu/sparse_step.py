@@ -64,7 +64,7 @@ class GradMemory:
     def take(self, shape: tuple[int, int]) -> Tensor:
         """Return a gradient (out, in) that is zero where nothing will be written."""
         if self.zeros is None or _n_users(self.zeros) > 1:  # accumulating, or somebody keeps it
-            self.zeros = torch.zeros(shape, device="cpu")
+            self.zeros = torch.zeros(shape, dtype=torch.float32, device="cpu")
         elif self.zeros._version != self.version:  # clipped, unscaled, or made noisy
             self.zeros.zero_()
         self.version = self.zeros._version
