@@ -103,7 +103,7 @@ class Shelf:
 
     def _read(self, place: _Filed) -> Tensor:
         assert self._file is not None
-        tensor = torch.empty(place.shape, dtype=place.dtype)
+        tensor = torch.empty(place.shape, dtype=place.dtype, device="cpu")
         self._file.seek(place.start)
         n_read = self._file.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data)
         if n_read != tensor.nbytes:

@@ -47,7 +47,7 @@ def same_everywhere(number: int) -> bool:
     """Say whether all processes give the same number."""
     if not _in_group():
         return True
-    numbers = torch.tensor([number, -number])
+    numbers = torch.tensor([number, -number], device="cpu")
     dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
     return numbers.tolist() == [number, -number]
 

@@ -27,7 +27,7 @@ from sparsify.checkpoint.state_names import Names
 from sparsify.checkpoint.weight_codec import check_weight, other_tensors, pack_layer, part_names, take_weights
 from sparsify.conversion.converters.functional import functional_kind
 from sparsify.conversion.converters.table import Kind, followers, join, kind_of, kinds, matrices
-from sparsify.conversion.module_surgery import Model, become, layers_of_type, replace
+from sparsify.conversion.module_surgery import Model, become, replace
 from sparsify.conversion.transaction import Transaction
 from sparsify.errors import CheckpointError, MeasuredElsewhereWarning, SavedParametrizedWarning
 from sparsify.hardware.machine import machine_name
@@ -36,7 +36,6 @@ from sparsify.inference.fusion import fuse_activations
 from sparsify.kernels import FORMS, form_for
 from sparsify.kernels.csr import CSR
 from sparsify.layers import Masked, Packed
-from sparsify.layers.copies import warn_stale
 from sparsify.layers.fsdp import refuse_flattened
 from sparsify.layers.functional_module import layer_name
 from sparsify.layers.inference_mode import making_tensors
@@ -59,7 +58,6 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     state = _storable_state(names)
     layers: dict[str, LayerEntry] = {}
     tensors: dict[str, Tensor] = {}
-    warn_stale(layers_of_type(model, Masked))
     aliases: dict[str, str] = {}
     packed: dict[int, str] = {}
     for name, module in _linear_layers(names).items():

@@ -73,7 +73,7 @@ def _text_batches(files: list[Path], texts: str, model: str, samples: int, token
     if not pieces:
         raise ValueError(f"--data: the texts have {len(ids)} tokens, less than one sample of {tokens}")
     chosen = _spread(pieces, samples, texts)
-    return [{"input_ids": torch.tensor(chosen[i : i + BATCH])} for i in range(0, len(chosen), BATCH)]
+    return [{"input_ids": torch.tensor(chosen[i : i + BATCH], device="cpu")} for i in range(0, len(chosen), BATCH)]
 
 
 def _picture_batches(files: list[Path]) -> Iterator[Tensor]:
@@ -88,7 +88,7 @@ def _read_picture(file: Path) -> Tensor:
     """Scale a picture, crop it and normalise it, (3, 224, 224)."""
     from PIL import Image
 
-    mean, spread = torch.tensor(_MEAN)[:, None, None], torch.tensor(_SPREAD)[:, None, None]
+    mean, spread = (torch.tensor(part, device="cpu")[:, None, None] for part in (_MEAN, _SPREAD))
     with blaming(f"--data {file}"), Image.open(file, formats=_DECODERS) as opened:
         width, height = opened.size
         scale = _IMAGE_SIZE / min(width, height)

@@ -72,9 +72,9 @@ def make_inputs(
         )
     generator = torch.Generator().manual_seed(0)
     if shape is not None:
-        return (torch.randn(batch, *shape, generator=generator),)
+        return (torch.randn(batch, *shape, generator=generator, device="cpu"),)
     assert seq is not None
-    ids = torch.randint(_vocabulary(model, spec), (batch, seq), generator=generator)
+    ids = torch.randint(_vocabulary(model, spec), (batch, seq), generator=generator, device="cpu")
     return {name: ids} if source == "hf" else (ids,)
 
 

@@ -29,7 +29,7 @@ _OF_LAYERED = frozenset({"in_proj", "q_proj", "k_proj", "v_proj", "out_proj", "i
 
 #: Attributes of our layers that are no user's, and that mean nothing on what the layer becomes.
 _OURS: dict[type[nn.Module], tuple[str, ...]] = {
-    Masked: ("masked_are", "watch", "steps", "origins", "n_set"),
+    Masked: ("masked_are", "watch", "steps"),
     Packed: ("in_features", "out_features", "n_kept", "wanted_form", "form", "activation", "masked_type"),
     Tied: ("leader",),
 }

@@ -94,7 +94,9 @@ class Chooser:
         kind = (type(layer), layer.shape, weight.dtype, weight.device, bias is None, sparsity, forms, shape, strides)
         if kind not in self._known:
             # A stride of 0 is an expanded tensor, which takes no values.
-            x = torch.empty(shape) if strides is None or 0 in strides else torch.empty_strided(shape, strides)
+            x = torch.empty(shape, device="cpu")
+            if strides is not None and 0 not in strides:
+                x = torch.empty_strided(shape, strides, device="cpu")
             x.normal_(generator=torch.Generator().manual_seed(0))  # the user's random numbers are not ours to draw
             candidates = _candidates(layer, forms)
             # Where a kernel runs, but no form is smaller than dense, there is nothing to compare.

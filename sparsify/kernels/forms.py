@@ -13,6 +13,7 @@ from torch import Tensor
 from sparsify.kernels import gpu
 from sparsify.kernels.cpu import library as native
 from sparsify.kernels.csr import CSR, check_csr, col_dtype
+from sparsify.kernels.trust import trust, trusted
 
 #: The names of the tensors that make up each form. The last one holds the values, and has the layer's dtype.
 FORMS: dict[str, tuple[str, ...]] = {
@@ -70,20 +71,56 @@ def pack(form: str, csr: CSR, shape: tuple[int, int]) -> tuple[Tensor, ...]:
     if form == "csr":
         return tuple(csr)
     if form in gpu.FORMS:
-        return gpu.pack(form, csr, shape)
-    return native.pack(form, csr.crow, csr.col, csr.values, shape)
+        index, values = gpu.pack(form, csr, shape)
+    else:
+        index, values = native.pack(form, csr.crow, csr.col, csr.values, shape)
+    trust(index, form, values.numel(), shape)
+    return index, values
+
+
+def usable_index(form: str, index: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Return the index of a packed form for a kernel to follow. Raises ValueError if it is none of this weight."""
+    return trusted(index, _check_index, form, values.numel(), shape)
+
+
+def usable_csr(csr: CSR, shape: tuple[int, int]) -> CSR:
+    """Return a CSR weight for code to follow. Raises ValueError if it is none of this shape."""
+    crow, col, values = csr
+    if values.is_meta or torch.compiler.is_compiling():  # a graph is made of shapes, not of contents
+        return csr
+
+    def check(index: Tensor, other: int, n_values: int, shape: tuple[int, int]) -> None:
+        check_csr(CSR(index, col, values) if other == id(col) else CSR(crow, index, values), shape)
+
+    for index, other in ((crow, col), (col, crow)):
+        trusted(index, check, id(other), values.numel(), shape)
+    return csr
 
 
 def unpack(form: str, parts: tuple[Tensor, ...], shape: tuple[int, int]) -> CSR:
-    """Turn a form back into CSR, on the device where its parts are."""
+    """Turn a form back into CSR, on the device where its parts are. Raises ValueError if they are none of this form."""
     if form == "csr":
-        return CSR(*parts)
+        return usable_csr(CSR(*parts), shape)
     index, packed = parts
+    if packed.is_meta:
+        raise ValueError(
+            f"the weight of an exported layer, in the form {form!r}, is on the meta device and has no data; "
+            "load it (load_state_dict, sparsify.load) before it is read"
+        )
+    index = usable_index(form, index, packed, shape)
     if form in gpu.FORMS:
         return gpu.unpack(form, index, packed, shape)
     crow, col, values = native.unpack(form, index, packed, shape)
     device = packed.device
     return CSR(crow.to(device), col.to(col_dtype(shape[1])).to(device), values.to(device))
+
+
+def _check_index(index: Tensor, form: str, n_values: int, shape: tuple[int, int]) -> None:
+    """Raise ValueError unless kernels can follow an index."""
+    if form in gpu.FORMS:
+        gpu.check(form, index, n_values, shape)
+    else:
+        native.check(form, index, n_values, shape)
 
 
 def _why_not(form: str, device: torch.device, dtype: torch.dtype) -> str:

@@ -14,14 +14,16 @@ from torch import Tensor
 
 from sparsify.kernels import reference
 from sparsify.kernels.cpu import library as native
-from sparsify.kernels.csr import CSR
+from sparsify.kernels.forms import unpack
 from sparsify.kernels.torch_ops import (
     _ACTIVATION_IDS,
     _ACTIVATION_NAMES,
     _activation_grad,
     _library,
+    check_devices,
     check_exporter,
     linear,
+    operands,
 )
 
 _PANEL = native.FORMS.index("panel")
@@ -42,7 +44,8 @@ def pointwise(
     """
     _check(x, parts[-1], bias, *shape)
     if form == "csr":
-        return reference.pointwise(x, CSR(*parts), bias, shape, activation)
+        check_devices(x, *parts, bias)
+        return reference.pointwise(x, unpack(form, parts, shape), bias, shape, activation)
     rows = x.permute(0, 2, 3, 1)
     if rows.is_contiguous() and (x.shape[2] * x.shape[3] == 1 or not x.is_contiguous()):
         return linear(rows, parts, form, shape, bias, activation).permute(0, 3, 1, 2)
@@ -72,6 +75,9 @@ _library.define(
 def _pointwise_packed(
     x: Tensor, index: Tensor, values: Tensor, bias: Tensor | None, out: int, inner: int, activation: int
 ) -> Tensor:
+    check_devices(x, index, values, bias)
+    _check(x, values, bias, out, inner)
+    index, values, bias = operands("panel", index, values, bias, (out, inner))
     return native.pointwise(x, index, values, bias, (out, inner), activation)
 
 
@@ -83,6 +89,7 @@ def _fake(
     x: Tensor, index: Tensor, values: Tensor, bias: Tensor | None, out: int, inner: int, activation: int
 ) -> Tensor:
     check_exporter()
+    check_devices(x, index, values, bias)
     return x.new_empty((x.shape[0], out, x.shape[2], x.shape[3]))
 
 

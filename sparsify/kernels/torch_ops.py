@@ -16,7 +16,7 @@ from torch import Tensor
 from sparsify.kernels import gpu, reference
 from sparsify.kernels.cpu import library as native
 from sparsify.kernels.csr import CSR
-from sparsify.kernels.forms import unpack
+from sparsify.kernels.forms import unpack, usable_csr, usable_index
 from sparsify.kernels.reference import ACTIVATIONS
 
 __all__ = ["ACTIVATIONS", "linear"]
@@ -87,6 +87,17 @@ def _check(x: Tensor, values: Tensor, bias: Tensor | None, out: int, inner: int,
     return end
 
 
+def check_devices(x: Tensor, *of_layer: Tensor | None) -> None:
+    """Raise RuntimeError, as torch does for a dense layer, unless all tensors are on one device."""
+    device = x.device
+    if not all(tensor is None or tensor.device == device for tensor in of_layer):
+        others = ", ".join(str(tensor.device) for tensor in of_layer if tensor is not None)
+        raise RuntimeError(
+            f"the input is on {device}, and the tensors of the exported layer are on {others}; move all to one device, "
+            "and load what is on the meta device (load_state_dict, sparsify.load)"
+        )
+
+
 def _linear_csr(
     x: Tensor,
     crow: Tensor,
@@ -100,7 +111,9 @@ def _linear_csr(
     end: int = -1,
 ) -> Tensor:
     rows = slice(first, _check(x, values, bias, out, inner, first, end))
-    return reference.linear(x, CSR(crow, col, values), bias, (out, inner), rows, _ACTIVATION_NAMES[activation])
+    check_devices(x, crow, col, values, bias)
+    csr = usable_csr(CSR(crow, col, values), (out, inner))
+    return reference.linear(x, csr, bias, (out, inner), rows, _ACTIVATION_NAMES[activation])
 
 
 def _linear_packed(
@@ -115,26 +128,41 @@ def _linear_packed(
     first: int = 0,
     end: int = -1,
 ) -> Tensor:
-    rows = first, _check(x, values, bias, out, inner, first, end)
+    rows, shape, name = (first, _check(x, values, bias, out, inner, first, end)), (out, inner), _FORM_NAMES[form]
+    if not (x.is_cpu and index.is_cpu and values.is_cpu and (bias is None or bias.is_cpu)):
+        check_devices(x, index, values, bias)
+    index, values, bias = operands(name, index, values, bias, shape)
     if form >= _N_NATIVE:
-        return gpu.linear(_FORM_NAMES[form], x, index, values, bias, (out, inner), activation, rows)
+        return gpu.linear(name, x, index, values, bias, shape, activation, rows)
     if not index.is_cpu:
-        raise RuntimeError(f"the form {_FORM_NAMES[form]!r} is packed for the CPU, but is on {index.device}")
-    return native.linear(native.FORMS[form], x, index, values, bias, (out, inner), activation, rows=rows)
+        raise RuntimeError(f"the form {name!r} is packed for the CPU, but is on {index.device}")
+    return native.linear(name, x, index, values, bias, shape, activation, rows=rows)
+
+
+def operands(
+    form: str, index: Tensor, values: Tensor, bias: Tensor | None, shape: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return index, values and bias for a kernel, which reads them from their first byte on without gaps."""
+    values = values if values.is_contiguous() else values.contiguous()
+    bias = bias if bias is None or bias.is_contiguous() else bias.contiguous()
+    return usable_index(form, index, values, shape), values, bias
 
 
 def _grad_input_csr(
     grad: Tensor, crow: Tensor, col: Tensor, values: Tensor, out: int, inner: int, first: int = 0, end: int = -1
 ) -> Tensor:
     rows = slice(first, out if end == -1 else end)
-    return reference.linear_grad_input(grad, CSR(crow, col, values), (out, inner), rows)
+    check_devices(grad, crow, col, values)
+    return reference.linear_grad_input(grad, usable_csr(CSR(crow, col, values), (out, inner)), (out, inner), rows)
 
 
 def _grad_input_packed(
     grad: Tensor, index: Tensor, values: Tensor, form: int, out: int, inner: int, first: int = 0, end: int = -1
 ) -> Tensor:
     name, shape = _FORM_NAMES[form], (out, inner)
+    check_devices(grad, index, values)
     if form >= _N_NATIVE:
+        index = usable_index(name, index, values, shape)
         with torch.autocast(grad.device.type, enabled=False):
             return grad @ gpu.dense(name, index, values, shape, (first, out if end == -1 else end))
     return _grad_input_csr(grad, *unpack(name, (index, values), shape), out, inner, first, end)
@@ -161,7 +189,9 @@ def _fake_linear(
     end: int = -1,
 ) -> Tensor:
     check_exporter()
-    values = third_part if isinstance(third_part, Tensor) else second_part
+    parts = [part for part in (first_part, second_part, third_part) if isinstance(part, Tensor)]
+    values = parts[-1]
+    check_devices(x, *parts, bias)
     return x.new_empty((*x.shape[:-1], _check(x, values, bias, out, inner, first, end) - first))
 
 
@@ -175,6 +205,7 @@ def _fake_grad_input(
     first: int = 0,
     end: int = -1,
 ) -> Tensor:
+    check_devices(grad, *(part for part in (first_part, second_part, third_part) if isinstance(part, Tensor)))
     return grad.new_empty((*grad.shape[:-1], inner))
 
 

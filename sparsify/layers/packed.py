@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sparsify.kernels import FORMS, form_for, pack, supports, unpack
 from sparsify.kernels.csr import CSR, check_csr, csr_to_dense, dense_to_csr
+from sparsify.layers.inference_mode import making_tensors
 from sparsify.layers.masked import Masked
 
 
@@ -120,6 +121,7 @@ class Packed(nn.Module):
         self.form = form
         for name, tensor in zip(FORMS[form], parts, strict=True):
             self.register_buffer(name, tensor)
+        self._leave_inference_mode()
 
     def _set_csr(self, csr: CSR) -> None:
         """Hold another set of kept weights, in the wanted form if it runs where the values are."""
@@ -127,11 +129,30 @@ class Packed(nn.Module):
         form = form_for(self.wanted_form, csr, self.shape)
         self._set_parts(form, pack(form, csr, self.shape))
 
+    def _leave_inference_mode(self) -> None:
+        """Hold plain tensors: torch does not count the changes of those made under torch.inference_mode()."""
+        with making_tensors():
+            for name in FORMS[self.form]:
+                tensor = self._buffers[name]
+                if tensor is not None and tensor.is_inference():
+                    self._buffers[name] = tensor.clone()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state of a copy or pickle."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._leave_inference_mode()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or convert as any module does, and change the form if that is needed, or possible again."""
-        dtype = self.parts[-1].dtype
+        old = self.parts[-1]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        values = self.parts[-1]
+        self._leave_inference_mode()
+        dtype, values = old.dtype, self.parts[-1]
+        if old.is_meta and not values.is_meta:
+            self.parts[0].fill_(
+                -1 if self.form == "csr" else 0
+            )  # memory without contents: it must not pass for a weight
+            return self
         settled = self.form == self.wanted_form and supports(self.form, values.device, values.dtype)
         # In "2:4" some of the values are bits that mean no number: in another dtype they mean nothing.
         stale = self.form == "2:4" and values.dtype != dtype

@@ -196,7 +196,7 @@ class Resident:
             entry, tensors = self.journal.read(name)
             if masked:
                 weight, mask = unpack_layer(entry, tensors)
-                parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype)
+                parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
                 module.matrix(parameter.data).copy_(weight)
                 module.mask = torch.ones_like(parameter, dtype=torch.bool, memory_format=torch.contiguous_format)
                 module.set_mask(mask)
@@ -325,4 +325,6 @@ def _return_memory() -> None:
 def _place(tensor: Tensor, dtype: torch.dtype | None = None, *, fill: float | bool = math.nan) -> Tensor:
     """Return a tensor of the same shape that takes no memory: all of it is one value."""
     dtype = dtype or tensor.dtype
-    return torch.full((), fill if dtype.is_floating_point else bool(fill), dtype=dtype).expand(tensor.shape)
+    return torch.full((), fill if dtype.is_floating_point else bool(fill), dtype=dtype, device="cpu").expand(
+        tensor.shape
+    )

@@ -193,7 +193,7 @@ def _shuffled(n: int, seed: int) -> Iterator[int]:
     """Draw every number below n once, in another order each time round."""
     generator = torch.Generator().manual_seed(seed)
     while True:
-        yield from torch.randperm(n, generator=generator).tolist()
+        yield from torch.randperm(n, generator=generator, device="cpu").tolist()
 
 
 def _check_budget(steps: int | None, seconds: float | None, lr: float) -> None:

@@ -170,7 +170,9 @@ def _damage(name: str, dense: Sequence[Tensor], outputs: Sequence[Tensor]) -> fl
     """Return the squared change of the outputs, relative to their variance."""
     changes = [(output - before).square().sum() for output, before in zip(outputs, dense, strict=True)]
     rows = torch.cat(list(dense))
-    damage = float(sum(changes, torch.zeros(()))) / float((rows - rows.mean(0)).square().sum().clamp_min(1e-30))
+    damage = float(sum(changes, torch.zeros((), device="cpu"))) / float(
+        (rows - rows.mean(0)).square().sum().clamp_min(1e-30)
+    )
     if not math.isfinite(damage):
         raise ValueError(f"{name or '(root)'}: pruned alone, it makes the model's output NaN or Inf")
     return damage

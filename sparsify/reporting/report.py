@@ -11,7 +11,6 @@ from sparsify.conversion.converters.table import join, kind_of, matrices
 from sparsify.conversion.module_surgery import layers_of_type
 from sparsify.inference.form_selection import Choice
 from sparsify.layers import Masked, Packed
-from sparsify.layers.copies import warn_stale
 from sparsify.pruning.oneshot import Fit
 
 #: Of the printed table; a column without any entry is left out.
@@ -93,7 +92,6 @@ def report(model: nn.Module) -> Report:
     >>> row.format, row.n_bytes, row.dense_bytes
     ('csr', 60, 128)
     """
-    warn_stale(layers_of_type(model, Masked))
     rows = []
     for name, layer in layers_of_type(model, nn.Module).items():
         choice = layer.__dict__.get("choice")

@@ -139,8 +139,9 @@ def pack(form: str, crow: Tensor, col: Tensor, values: Tensor, shape: tuple[int,
     Raises ValueError for anything that is not such a matrix.
     """
     functions, (out, in_) = _form_functions[form], shape
-    crow = crow.to(device="cpu", dtype=torch.int32).contiguous()
-    col = col.to(device="cpu", dtype=torch.int32).contiguous()
+    cpu = torch.device("cpu")  # said wherever a tensor is made: the default device may be another
+    crow = crow.to(device=cpu, dtype=torch.int32).contiguous()
+    col = col.to(device=cpu, dtype=torch.int32).contiguous()
     if crow.numel() != out + 1 or int(crow[-1]) != col.numel() or col.numel() != values.numel():
         raise ValueError(
             f"{tuple(crow.shape)} row pointers, the last {int(crow[-1]) if crow.numel() else None}, {col.numel()} "
@@ -148,8 +149,8 @@ def pack(form: str, crow: Tensor, col: Tensor, values: Tensor, shape: tuple[int,
         )
     csr = (out, in_, crow.data_ptr(), col.data_ptr())
     n_values = _checked(functions["n_values"](*csr))
-    index = torch.zeros(_checked(functions["index_bytes"](*csr)), dtype=torch.uint8)
-    order = torch.empty(n_values, dtype=torch.int64)
+    index = torch.zeros(_checked(functions["index_bytes"](*csr)), dtype=torch.uint8, device=cpu)
+    order = torch.empty(n_values, dtype=torch.int64, device=cpu)
     _checked(functions["pack"](*csr, index.data_ptr(), order.data_ptr()))
     padding = order < 0
     packed = values.detach().cpu()[order.clamp_(min=0)] if values.numel() else values.new_zeros(n_values)
@@ -158,6 +159,8 @@ def pack(form: str, crow: Tensor, col: Tensor, values: Tensor, shape: tuple[int,
 
 def check(form: str, index: Tensor, n_values: int, shape: tuple[int, int]) -> None:
     """Raise ValueError unless kernels can safely read this index, which may come from a stranger's file."""
+    if index.dtype != torch.uint8 or not index.is_cpu or not index.is_contiguous():
+        raise ValueError(_ERRORS[-2])
     status = _form_functions[form]["check"](*shape, index.data_ptr(), index.numel(), n_values)
     _checked(status)
 
@@ -165,10 +168,12 @@ def check(form: str, index: Tensor, n_values: int, shape: tuple[int, int]) -> No
 def unpack(form: str, index: Tensor, values: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
     """The inverse of pack: (crow int32, col int32, values), bit for bit. The index must have passed check."""
     functions, (out, in_) = _form_functions[form], shape
+    cpu = torch.device("cpu")
     index, values = index.cpu(), values.detach().cpu()
     nnz = functions["nnz"](index.data_ptr())
-    crow, col = torch.empty(out + 1, dtype=torch.int32), torch.empty(nnz, dtype=torch.int32)
-    order = torch.empty(values.numel(), dtype=torch.int64)
+    crow = torch.empty(out + 1, dtype=torch.int32, device=cpu)
+    col = torch.empty(nnz, dtype=torch.int32, device=cpu)
+    order = torch.empty(values.numel(), dtype=torch.int64, device=cpu)
     _checked(
         functions["unpack"](
             out, in_, index.data_ptr(), index.numel(), values.numel(), crow.data_ptr(), col.data_ptr(), order.data_ptr()

@@ -21,7 +21,7 @@ from sparsify.kernels.gpu import blocks, launch, narrow, tiles, two_four
 from sparsify.kernels.gpu.weight import Weight
 from sparsify.kernels.reference import ACTIVATIONS
 
-#: Each form's functions: pack, unpack, multiply, dense.
+#: Each form's functions: pack, check, unpack, multiply, dense.
 FORMS: dict[str, ModuleType] = {"tiles": tiles, "narrow": narrow, "blocks": blocks, "2:4": two_four}
 #: Of the forms that are not for every mask, what says whether one fits.
 _FITS: dict[str, Callable[[CSR, tuple[int, int]], bool]] = {"blocks": blocks.fits, "2:4": two_four.fits}
@@ -70,8 +70,15 @@ def pack(form: str, csr: CSR, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     return packed
 
 
+def check(form: str, index: Tensor, n_values: int, shape: tuple[int, int]) -> None:
+    """Raise ValueError unless kernels can follow this index. Waits for the device."""
+    if index.dtype != torch.uint8 or index.dim() != 1 or not index.is_contiguous():
+        raise ValueError("the packed index must be bytes, one after the other")
+    FORMS[form].check(index, n_values, shape)
+
+
 def unpack(form: str, index: Tensor, values: Tensor, shape: tuple[int, int]) -> CSR:
-    """Turn a form back into CSR, bit for bit, where it is."""
+    """Turn a form back into CSR, bit for bit, where it is. The index must have passed `check`."""
     csr: CSR = FORMS[form].unpack(index, values, shape)
     return csr
 
@@ -92,8 +99,6 @@ def linear(
     into memory that the caching allocator lends to one layer after the other, and multiplied dense. Nothing waits for
     the device.
     """
-    if x.device != values.device:
-        raise RuntimeError(f"the input is on {x.device}, but the layer's weight on {values.device}")
     weight, inner, leading = Weight(index, values, shape, rows), shape[1], x.shape[:-1]
     bias = bias if bias is None or weight.n_rows == shape[0] else bias[slice(*rows)]
     flat = x.reshape(leading.numel(), inner)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsify.kernels.csr import CSR, csr_to_dense, dense_to_csr
-from sparsify.kernels.gpu import launch
+from sparsify.kernels.gpu import launch, sections
 from sparsify.kernels.gpu.weight import Weight
 
 #: Sizes of a block, the best first.
@@ -39,6 +39,24 @@ def pack(csr: CSR, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     return lists.view(torch.uint8), weight[kept].reshape(-1)
 
 
+def check(index: Tensor, n_values: int, shape: tuple[int, int]) -> None:
+    """Raise ValueError unless the two lists fit one size of blocks, and columns rise within each row of blocks."""
+    size = _size_for(index.numel() // 4, n_values, shape[0])
+    if size is None or index.numel() % 4 or n_values % size**2 or shape[0] % size or shape[1] % size:
+        raise ValueError(f"no size of blocks fits {index.numel()} bytes and {n_values} values of a weight {shape}")
+    starts, columns = _lists(index, size, shape[0])
+    sections.check_rows(starts, columns.numel())
+    n_columns = shape[1] // size
+    if columns.numel() == 0:
+        return
+    if int(columns.min()) < 0 or int(columns.max()) >= n_columns:
+        raise ValueError(f"the columns of blocks must lie in [0, {n_columns})")
+    rows = torch.arange(starts.numel() - 1, device=index.device)
+    rows = torch.repeat_interleave(rows, starts.diff(), output_size=columns.numel())
+    if bool(((rows * n_columns + columns).diff() <= 0).any()):
+        raise ValueError("the columns of blocks do not rise within each row")
+
+
 def unpack(index: Tensor, values: Tensor, shape: tuple[int, int]) -> CSR:
     """Turn the form back into CSR."""
     whole = Weight(index, values, shape, (0, shape[0]))
@@ -63,9 +81,8 @@ def multiply(x: Tensor, weight: Weight, bias: Tensor | None, activation: int) ->
 def dense(weight: Weight) -> Tensor:
     """Expand to a dense weight."""
     (out, inner), (first, end), size = weight.shape, weight.rows, _size(weight)
-    lists = weight.index.view(torch.int32)
-    starts, columns = lists[: out // size + 1], lists[out // size + 1 :]
-    block_rows = torch.arange(out // size, device=lists.device)
+    starts, columns = _lists(weight.index, size, out)
+    block_rows = torch.arange(out // size, device=starts.device)
     row = torch.repeat_interleave(block_rows, starts.diff(), output_size=columns.numel())
     blocks = weight.values.new_zeros((out // size, inner // size, size, size))
     blocks[row, columns.to(torch.int64)] = weight.values.reshape(-1, size, size)
@@ -93,5 +110,17 @@ def _size_of(csr: CSR, shape: tuple[int, int]) -> int | None:
 
 def _size(weight: Weight) -> int:
     """Return the size: the longer the blocks, the shorter the lists, so only one can be right."""
-    n, n_values, out = weight.index.numel() // 4, weight.values.numel(), weight.shape[0]
-    return next(size for size in SIZES if out // size + 1 + n_values // size**2 == n)
+    size = _size_for(weight.index.numel() // 4, weight.values.numel(), weight.shape[0])
+    assert size is not None
+    return size
+
+
+def _size_for(n: int, n_values: int, out: int) -> int | None:
+    """Return the size of which both lists have n entries together."""
+    return next((size for size in SIZES if out // size + 1 + n_values // size**2 == n), None)
+
+
+def _lists(index: Tensor, size: int, out: int) -> tuple[Tensor, Tensor]:
+    """Return where each row of blocks begins, and the column of each block."""
+    lists = index.view(torch.int32)
+    return lists[: out // size + 1], lists[out // size + 1 :]

@@ -43,15 +43,32 @@ def pack(csr: CSR, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     return sections.join(csr.crow, starts, bytes_, shape), csr.values.detach().clone()
 
 
+def check(index: Tensor, n_values: int, shape: tuple[int, int]) -> None:
+    """Raise ValueError unless the columns that the index gives to so many values rise within each row."""
+    out, inner = shape
+    n_starts = n_windows(inner) + 1
+    n_bytes = sections.layout(shape, n_starts).rest_at + n_values
+    if index.numel() != n_bytes:
+        raise ValueError(
+            f"the index of a weight {shape} in the form 'narrow' with {n_values} values takes {n_bytes} bytes, "
+            f"got {index.numel()}"
+        )
+    crow, starts, _ = sections.split(index, shape, n_starts)
+    sections.check_rows(crow, n_values)
+    per_window = starts.diff(dim=1)
+    if bool((starts[:, 0] != 0).any() or (per_window < 0).any() or (starts[:, -1] != crow.diff()).any()):
+        raise ValueError("the starts of the windows in the form 'narrow' do not fit the rows")
+    columns = _columns(index, n_values, shape)
+    rows = torch.repeat_interleave(torch.arange(out, device=index.device), crow.diff(), output_size=n_values)
+    if bool((columns >= inner).any()) or bool(((rows * inner + columns).diff() <= 0).any()):
+        raise ValueError("the columns in the form 'narrow' do not rise within each row")
+
+
 def unpack(index: Tensor, values: Tensor, shape: tuple[int, int]) -> CSR:
     """Turn the form back into CSR."""
-    out, inner = shape
-    windows = n_windows(inner)
-    crow, starts, bytes_ = sections.split(index, shape, windows + 1)
-    window = torch.arange(windows, device=index.device).repeat(out)
-    windows_of = torch.repeat_interleave(window, starts.diff(dim=1).reshape(-1), output_size=values.numel())
-    columns = windows_of * WINDOW + bytes_.to(torch.int64)
-    return CSR(crow.clone(), columns.to(col_dtype(inner)), values.detach().clone())
+    crow, _, _ = sections.split(index, shape, n_windows(shape[1]) + 1)
+    columns = _columns(index, values.numel(), shape)
+    return CSR(crow.clone(), columns.to(col_dtype(shape[1])), values.detach().clone())
 
 
 def multiply(x: Tensor, weight: Weight, bias: Tensor | None, activation: int) -> Tensor | None:
@@ -76,6 +93,15 @@ def dense(weight: Weight) -> Tensor:
     kernel: Any = triton_narrow.dense[(weight.n_rows,)]
     kernel(weight.index, weight.values, y, weight.rows[0], weight.shape[1], *sizes, **options, **launch.FUSED)
     return y
+
+
+def _columns(index: Tensor, n_values: int, shape: tuple[int, int]) -> Tensor:
+    """Return the column of each value, int64."""
+    windows = n_windows(shape[1])
+    _, starts, bytes_ = sections.split(index, shape, windows + 1)
+    window = torch.arange(windows, device=index.device).repeat(shape[0])
+    windows_of = torch.repeat_interleave(window, starts.diff(dim=1).reshape(-1), output_size=n_values)
+    return windows_of * WINDOW + bytes_.to(torch.int64)
 
 
 def _tile(weight: Weight, tokens: int) -> tuple[tuple[int, int, int], dict[str, Any]]:

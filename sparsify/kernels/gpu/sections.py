@@ -58,5 +58,12 @@ def split(index: Tensor, shape: tuple[int, int], n_starts: int) -> tuple[Tensor,
     return crow, starts.to(torch.int64).reshape(out, n_starts), index[where.rest_at :]
 
 
+def check_rows(crow: Tensor, n_values: int) -> None:
+    """Raise ValueError unless row pointers rise from 0 to the number of values."""
+    wide = crow.to(torch.int64)
+    if int(wide[0]) != 0 or int(wide[-1]) != n_values or bool((wide.diff() < 0).any()):
+        raise ValueError(f"row pointers must rise from 0 to the number of values, {n_values}")
+
+
 def _aligned(n_bytes: int) -> int:
     return -(-n_bytes // ALIGNMENT) * ALIGNMENT

@@ -42,14 +42,26 @@ def n_groups(in_features: int) -> int:
 def pack(csr: CSR, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Pack a CSR weight: (index, values)."""
     out, inner = shape
-    groups = n_groups(inner)
-    kept = torch.zeros(out, groups * GROUP, dtype=torch.bool, device=csr.values.device)
+    kept = torch.zeros(out, n_groups(inner) * GROUP, dtype=torch.bool, device=csr.values.device)
     rows = torch.repeat_interleave(torch.arange(out, device=kept.device), csr.crow.diff(), output_size=csr.col.numel())
     kept[rows, csr.col.to(torch.int64)] = True
-    counts = kept.view(out, groups, GROUP).sum(2)
-    index = sections.join(csr.crow, counts.cumsum(1) - counts, bits.pack(kept), shape)
     # One value more: the kernels read on before they know that there is nothing.
-    return index, F.pad(csr.values.detach(), (0, 1))
+    return _index_of(kept, shape), F.pad(csr.values.detach(), (0, 1))
+
+
+def check(index: Tensor, n_values: int, shape: tuple[int, int]) -> None:
+    """Raise ValueError unless this is the index of its own bits, which keep one value less than there are."""
+    out, inner = shape
+    groups = n_groups(inner)
+    n_bytes = sections.layout(shape, groups).rest_at + out * groups * GROUP // 8
+    if index.numel() != n_bytes:
+        raise ValueError(
+            f"the index of a weight {shape} in the form 'tiles' takes {n_bytes} bytes, got {index.numel()}"
+        )
+    kept = bits.unpack(sections.split(index, shape, groups)[2]).view(out, groups * GROUP)
+    n_kept = int(kept.sum())
+    if bool(kept[:, inner:].any()) or n_kept != n_values - 1 or not torch.equal(_index_of(kept, shape), index):
+        raise ValueError(f"the index in the form 'tiles' does not fit its own bits and {n_values - 1} values")
 
 
 def unpack(index: Tensor, values: Tensor, shape: tuple[int, int]) -> CSR:
@@ -111,6 +123,13 @@ def _multiply_many(x: Tensor, weight: Weight, bias: Tensor | None, activation: i
         IS_SPLIT=splits > 1, IS_WIDENED=launch.is_widened(x), num_warps=4, num_stages=3,
     )  # fmt: skip
     return y if partial is None else launch.finish(partial, bias, activation, x.dtype)
+
+
+def _index_of(kept: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Make the index of a mask (out, columns of whole groups)."""
+    counts = kept.view(shape[0], n_groups(shape[1]), GROUP).sum(2)
+    crow = F.pad(kept.sum(1).cumsum(0), (1, 0))
+    return sections.join(crow, counts.cumsum(1) - counts, bits.pack(kept), shape)
 
 
 def _sizes(weight: Weight) -> tuple[tuple[int, int, int, int], bool]:

@@ -23,6 +23,9 @@ DTYPES = (torch.float16, torch.bfloat16)
 #: Rows, columns and tokens must be multiples of this; tokens are padded.
 MULTIPLE = 16
 
+#: Sixteenths of a weight that cuSPARSELt compresses it to: eight of values, one of metadata.
+SIXTEENTHS = 9
+
 _ACTIVATIONS = tuple(ACTIVATIONS.values())
 _torch: Any = torch  # the operators have a leading underscore, and no types
 
@@ -52,6 +55,15 @@ def pack(csr: CSR, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
             f"the form '2:4' needs a 2:4 mask of a shape in multiples of {MULTIPLE}, got {shape}; use 'tiles'"
         )
     return _pack(*csr_to_dense(csr, shape))
+
+
+def check(index: Tensor, n_values: int, shape: tuple[int, int]) -> None:
+    """Raise ValueError unless the bits are a 2:4 mask, and the values as many as cuSPARSELt makes of such a weight."""
+    n = shape[0] * shape[1]
+    if index.numel() != n // 8 or n_values * 16 != n * SIXTEENTHS:
+        raise ValueError(f"{index.numel()} bytes and {n_values} values are no weight {shape} in the form '2:4'")
+    if int(bits.unpack(index).reshape(-1, 4).sum(1).max()) > 2:
+        raise ValueError("the mask in the form '2:4' keeps more than two of four")
 
 
 def unpack(index: Tensor, values: Tensor, shape: tuple[int, int]) -> CSR:
