@@ -13,7 +13,7 @@ from sparsify.cli.layer_by_layer import conversion
 from sparsify.cli.options import data_of, model_of
 from sparsify.cli.printing import print_json
 from sparsify.conversion.convert import convert, sparse_layers
-from sparsify.masking.methods.registry import SOLVERS, resolve_method
+from sparsify.masking.methods.registry import needs
 from sparsify.masking.patterns import parse_pattern
 from sparsify.outputs import write_text
 from sparsify.pruning.sensitivity import Sensitivity, check_picture, check_sparsities, draw, measure_sensitivity
@@ -52,8 +52,8 @@ def _check_options(arguments: argparse.Namespace) -> None:
     if (arguments.target is None) != (arguments.recipe is None):
         raise ValueError("--target and --recipe go together: the budget, and the file to write")
     check_sparsities(arguments.sparsities, parse_pattern(arguments.pattern))
-    if arguments.method not in SOLVERS:
-        resolve_method(arguments.method)
+    if needs(arguments.method):
+        raise ValueError(f"method {arguments.method!r} looks at a training, and nothing is trained here")
     if arguments.recipe:
         check_output(arguments, "recipe")
     if arguments.picture:

@@ -71,6 +71,26 @@ def test_pictures(tmp_path: Path) -> None:
         load_data(str(tmp_path), "torchvision:resnet18")
 
 
+def test_pictures_that_are_none(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image", reason="pillow is missing: pip install pillow")
+    file = tmp_path / "a.png"
+
+    def read() -> None:
+        list(load_data(str(tmp_path), "torchvision:resnet18", samples=1))
+
+    for size in ((1, 48000), (70000, 1), (6000, 6000)):  # 256 x 12 million pixels when scaled; 36 million as they are
+        image.new("1", size).save(file)
+        with pytest.raises(ValueError, match=rf"a\.png: {size[0]}x{size[1]} pixels in [0-9,]+ bytes; .*leave it out"):
+            read()
+    file.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    with pytest.raises(OSError, match="cannot identify image file"):  # and no PostScript runs
+        read()
+    image.effect_noise((300, 300), 9).save(file)
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(OSError, match=r"--data .*a\.png: image file is truncated"):
+        read()
+
+
 def test_compress_on_the_data_of_a_function(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
