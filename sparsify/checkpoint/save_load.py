@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -111,7 +113,6 @@ def load(path: str | os.PathLike[str], model: Model) -> Model:
     """
     header, tensors = Names(model).of_file(*container.read(path))
     with torch.inference_mode(False), Transaction(model) as undo:
-        own = {id(tensor) for tensor in _tensors_of(model)}
         try:
             _lay_out_as(tensors, Names(model), undo)
             names = Names(model)
@@ -119,8 +120,7 @@ def load(path: str | os.PathLike[str], model: Model) -> Model:
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
         _make_layers(names, header, weights)
-        undo.keep(tensor for tensor in _tensors_of(model) if id(tensor) in own)
-        _fill(model, names, tensors)
+        _fill(names, tensors, undo)
         fuse_activations(model)
         for name, choice in header.choices.items():
             names.modules[name].__dict__["choice"] = choice
@@ -197,20 +197,15 @@ def _make_layers(names: Names, header: Header, weights: dict[str, CSR]) -> None:
     tie_again(header, names.places)
 
 
-def _tensors_of(model: nn.Module) -> Iterator[Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()
-
-
 def _lay_out_as(keys: Iterable[str], names: Names, undo: Transaction) -> None:
     """Lay out the attentions, and whatever holds layers, that were so when tensors of these names were saved."""
-    keys = tuple(keys)
+    ordered = sorted(keys)
     for name, module in names.modules.items():
-        kind = kind_of(module) or _functional_kind(module, name, keys)
+        kind = kind_of(module) or _functional_kind(module, name, ordered)
         if kind is None or isinstance(module, kind.sparse):
             continue
-        new = tuple(f"{join(name, layer)}." for layer in kind.layers(module) if layer and layer not in module._modules)
-        if new and any(key.startswith(new) for key in keys):
+        new = [join(name, layer) for layer in kind.layers(module) if layer and layer not in module._modules]
+        if _any_below(new, ordered):
             try:
                 kind.check(module)
             except ValueError as error:
@@ -222,13 +217,19 @@ def _lay_out_as(keys: Iterable[str], names: Names, undo: Transaction) -> None:
             become(module, kind.to_sparse(module))
 
 
-def _functional_kind(module: nn.Module, prefix: str, names: Iterable[str]) -> Kind | None:
+def _functional_kind(module: nn.Module, prefix: str, ordered: list[str]) -> Kind | None:
     """Return how a module is laid out whose Parameters are layers in the file."""
-    layers = tuple(f"{join(prefix, layer_name(name))}." for name in module._parameters)
+    layers = [join(prefix, layer_name(name)) for name in module._parameters]
     try:
-        return functional_kind(module) if layers and any(key.startswith(layers) for key in names) else None
+        return functional_kind(module) if _any_below(layers, ordered) else None
     except ValueError:
         return None
+
+
+def _any_below(layers: Iterable[str], ordered: list[str]) -> bool:
+    """Return whether any of the ordered names is one of a tensor below any of the layers."""
+    firsts = ((f"{layer}.", bisect.bisect_left(ordered, f"{layer}.")) for layer in layers)
+    return any(number < len(ordered) and ordered[number].startswith(prefix) for prefix, number in firsts)
 
 
 def _linear_layers(names: Names) -> dict[str, nn.Module]:
@@ -278,16 +279,31 @@ def _make(entry: LayerEntry, old: nn.Module, csr: CSR, choice: Choice | None) ->
     return sparse if entry.module == "SparseLinear" else kind.to_dense(sparse)
 
 
-def _fill(model: nn.Module, names: Names, tensors: Mapping[str, Tensor]) -> None:
+def _fill(names: Names, tensors: Mapping[str, Tensor], undo: Transaction) -> None:
     """Copy the tensors in; on the meta device assign them, and tie again what was tied."""
     tied: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
+    for module in names.model.modules():
         for key, parameter in module._parameters.items():
             tied.setdefault(id(parameter), []).append((module, key))
     places = {name: place for name, place in names.state().items() if name in tensors}
     on_meta = any(place.is_meta for place in places.values())
     state = {name: tensors[name] if place.is_meta else tensors[name].to(place.device) for name, place in places.items()}
+    if unknown := [module for module in names.model.modules() if _loads_its_own_way(module)]:
+        undo.keep(places.values())
+        undo.keep(buffer for module in unknown for buffer in module.buffers())
+    elif not on_meta:
+        n_uses = Counter(id(tensor) for tensor in state.values())  # of names that were tied in the file
+        for name, place in {id(place): (name, place) for name, place in places.items()}.values():
+            undo.exchange(place, state[name] if n_uses[id(state[name])] == 1 else state[name].clone())
+        state = {name: place.detach() for name, place in places.items()}
     names.load(state, assign=on_meta)
     for (first, first_key), *others in tied.values():
         for module, key in others:
             module._parameters[key] = first._parameters[first_key]
+
+
+def _loads_its_own_way(module: nn.Module) -> bool:
+    """Return whether other code than torch's and ours takes part when a module loads its state."""
+    methods = (module.load_state_dict, module._load_from_state_dict)
+    hooks = module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks
+    return bool(hooks) or any(method.__module__.split(".")[0] not in ("torch", "sparsify") for method in methods)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+_PART_BYTES = 2**24  # of a tensor whose contents are exchanged at a time
 _CONTAINERS = (dict, OrderedDict, list, set)  # of exactly these types: a user's own may do more than hold things
 
 
@@ -58,6 +59,17 @@ class Transaction:
         """Copy the contents of a tensor where `where`, a bool of its shape, is True: no others are about to change."""
         self._places.append((tensor, where, tensor.detach()[where]))
 
+    @torch.no_grad()
+    def exchange(self, tensor: Tensor, new: Tensor) -> None:
+        """Write `new` into a tensor, and keep what was there in the memory of `new`, where it takes no more room."""
+        n_parts = 1 if tensor.dim() == 0 else -(-tensor.nbytes // _PART_BYTES)
+        for part, its_new in zip(_rows(tensor.detach(), n_parts), _rows(new, n_parts), strict=True):
+            old = part.clone()
+            self._exchanged.append((part, old))  # at every moment something holds the old contents
+            part.copy_(its_new)
+            its_new.copy_(old)
+            self._exchanged[-1] = part, its_new
+
     def __enter__(self) -> Transaction:
         modules = {id(module): module for model in self._models for module in model.modules()}
         self._modules = [(module, type(module), _copied(module.__dict__)) for module in modules.values()]
@@ -69,6 +81,7 @@ class Transaction:
         }
         self._tensors = [_Tensor(tensor) for tensor in tensors.values()]
         self._contents: dict[int, tuple[Tensor, int]] = {}
+        self._exchanged: list[tuple[Tensor, Tensor]] = []
         self._places: list[tuple[Tensor, Tensor, Tensor]] = []
         return self
 
@@ -80,12 +93,14 @@ class Transaction:
                 module.__dict__.update({key: _restored(value, items) for key, (value, items) in attributes.items()})
             for noted in self._tensors:
                 noted.restore()
+            for tensor, contents in reversed(self._exchanged):  # two tensors may share memory
+                _write(tensor, contents)
             for tensor, number in self._contents.values():
                 _write(tensor, self._copies[number])
             with torch.no_grad():
                 for tensor, where, values in reversed(self._places):
                     tensor[where] = values
-        self._modules, self._tensors, self._contents, self._places = [], [], {}, []
+        self._modules, self._tensors, self._contents, self._exchanged, self._places = [], [], {}, [], []
 
 
 class _Tensor:
@@ -118,6 +133,11 @@ def _restored(value: Any, items: Any) -> Any:
         value.clear()
         value.extend(items) if isinstance(value, list) else value.update(items)
     return value
+
+
+def _rows(tensor: Tensor, n_parts: int) -> Sequence[Tensor]:
+    """Return views of a tensor that hold its rows, in so many parts or fewer."""
+    return tensor.chunk(n_parts) if n_parts > 1 else [tensor]
 
 
 def _has_contents(tensor: Tensor) -> bool:

@@ -167,16 +167,20 @@ def load_and_stop(path: Path, model: nn.Module, at: int) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore::sparsify.MeasuredElsewhereWarning")
-def test_a_load_that_is_interrupted_at_any_step(path: Path) -> None:
+@pytest.mark.parametrize("own", [True, False])
+def test_a_load_that_is_interrupted_at_any_step(path: Path, monkeypatch: pytest.MonkeyPatch, own: bool) -> None:
+    """With a module that loads in its own way, and with torch's alone."""
+    if not own:
+        monkeypatch.delattr(Loader, "_load_from_state_dict")
     model = Net()
     before = state(model)
-    step, at = 37, 0
+    step, at = 41, 0
     while load_and_stop(path, model, at):
         assert state(model) == before, at
         at += step
     assert at > 20 * step
     assert isinstance(model.first, sparsify.CSRLinear)
-    assert model.own.cache.tolist() == [7, 7]
+    assert model.own.cache.tolist() == ([7, 7] if own else [0, 0])
 
 
 @pytest.mark.filterwarnings("ignore::sparsify.MeasuredElsewhereWarning")

@@ -125,3 +125,26 @@ def test_tensors_that_cannot_be_written_are_no_obstacle() -> None:
     fail(model, odd, write)
     assert [buffer is tensor for buffer, tensor in zip(model._buffers.values(), odd, strict=True)] == [True] * 4
     assert made_inside.tolist() == [1, 1]
+
+
+def test_exchanged_contents_come_back() -> None:
+    shapes = [(), (0,), (5,), (3, 4), (5000, 1000)]  # the last in parts
+    tensors = [torch.ones(shape) for shape in shapes] + [torch.ones(4, 3).T]
+    whole = torch.ones(6)
+    views = [whole[:4], whole[2:]]  # which share memory
+    new = [torch.full_like(tensor, 2 + number) for number, tensor in enumerate([*tensors, *views])]
+
+    def exchange(undo: Transaction) -> None:
+        for tensor, other in zip([*tensors, *views], new, strict=True):
+            undo.exchange(tensor, other)
+        assert [tensor.unique().tolist() for tensor in tensors] == [[2], [], [4], [5], [6], [7]]
+        assert whole.tolist() == [8, 8, 9, 9, 9, 9]
+
+    def run() -> None:
+        with Transaction() as undo:
+            exchange(undo)
+            raise Stop
+
+    with pytest.raises(Stop):
+        run()
+    assert all(bool((tensor == 1).all()) for tensor in [*tensors, whole])
