@@ -23,7 +23,7 @@ import torch
 from benchmarks import cases, gpu, kernels, layers, load, models, page, picture, record, tables
 
 from sparsify.hardware.machine import machine_name
-from sparsify.hardware.timing import Watch, disturbance
+from sparsify.hardware.timing import LoadMeter, disturbance
 from sparsify.reporting.report import table
 
 RESULTS_FOLDER = Path(__file__).resolve().parent.parent / "docs" / "results"
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> None:
     if options.json and not options.json.resolve().parent.is_dir():
         raise FileNotFoundError(f"--json {options.json}: there is no folder {options.json.resolve().parent}")
     torch.set_num_threads(options.threads)
-    result, watch = record.describe(options.benchmark, argv), Watch()
+    result, watch = record.describe(options.benchmark, argv), LoadMeter()
     for peer, why in result["absent"].items():
         print(f"left out: {peer}: {why}", file=sys.stderr)
     if options.benchmark == "gpu":

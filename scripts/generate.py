@@ -23,7 +23,7 @@ from transformers import StaticCache
 
 import sparsify
 from sparsify.hardware.machine import machine_name
-from sparsify.hardware.timing import Watch, disturbance
+from sparsify.hardware.timing import LoadMeter, disturbance
 from sparsify.reporting.report import table
 
 PROMPT = "The most important thing about a garden is"
@@ -128,7 +128,7 @@ def main() -> None:
     options = parser.parse_args()
     from pretrained import smollm  # needs gguf
 
-    watch = Watch()
+    watch = LoadMeter()
     model = smollm.load_dense().to(options.device, getattr(torch, options.dtype))
     prompt = torch.tensor([smollm.load_tokenizer().encode(PROMPT).ids], device=options.device)
     rows = [["zeros", "", "weights, MB", "ms a token", "times dense", "text"]]

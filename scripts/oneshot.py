@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 import sparsify
 from sparsify.hardware.machine import machine_name
-from sparsify.hardware.timing import Watch
+from sparsify.hardware.timing import LoadMeter
 from sparsify.pruning.sensitivity import measure_sensitivity
 
 RESULTS_FOLDER = Path(__file__).resolve().parent.parent / "docs" / "results"
@@ -85,7 +85,7 @@ def read(file: Path) -> dict[str, Any]:
 def measure(subject: Subject, order: dict[str, Any], batches: list[dict[str, Tensor]], judge: Any) -> dict[str, Any]:
     """Prune a fresh model as ordered, or not at all, and judge it."""
     model = sparsify.convert(subject.load(), include=subject.layers)
-    order, watch = dict(order), Watch()
+    order, watch = dict(order), LoadMeter()
     recover_s = order.pop("recover_s", None)
     teacher = copy.deepcopy(model) if recover_s else None
     _reset_peak()

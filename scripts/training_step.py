@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import sparsify
 from sparsify.hardware.machine import machine_name
-from sparsify.layers.sparse_training import Choice
+from sparsify.layers.sparse_training import SparseBackward
 
 N_STEPS = 15
 
@@ -61,7 +61,7 @@ def _step(kind: str, options: argparse.Namespace, x: Tensor, y: Tensor, with_opt
     optimizer, pruner = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9), None
     if kind != "dense":
         recipe = sparsify.Recipe.model_validate({"groups": [{"sparsity": options.sparsity}]})
-        choice: Choice = "always" if kind == "sparse" else "never"
+        choice: SparseBackward = "always" if kind == "sparse" else "never"
         pruner = sparsify.Pruner(sparsify.convert(model), recipe, optimizer=optimizer, sparse_backward=choice)
 
     def step() -> float:

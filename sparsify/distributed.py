@@ -48,13 +48,13 @@ class Ranks:
         return self.sum(whole).bool()
 
 
-ALONE = Ranks()
+SINGLE = Ranks()
 
 
 def ranks_of(model: nn.Module) -> Ranks:
     """Return the processes that train a model: those of its DDP wrapper or FSDP2 mesh, else all that there are."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return ALONE
+        return SINGLE
     group = getattr(model, "process_group", None)
     for parameter in model.parameters():
         mesh: Any = getattr(parameter, "device_mesh", None)

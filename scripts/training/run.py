@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import sparsify
-from sparsify.layers import Masked
+from sparsify.layers import MaskedLayer
 from training.data import Examples, batches
 from training.models import MODELS
 from training.rows import EPOCHS, ROWS, SPARSITIES, Row
@@ -116,6 +116,6 @@ def _recipe(row: Row, sparsity: float, seed: int) -> sparsify.Recipe:
 
 def _counted(model: nn.Module) -> dict[str, Any]:
     """Count what the recipe prunes, and the fraction of it that is zero in the weights themselves."""
-    weights = [layer.masked_weight() for layer in model.modules() if isinstance(layer, Masked)]
+    weights = [layer.masked_weight() for layer in model.modules() if isinstance(layer, MaskedLayer)]
     n_weights = sum(weight.numel() for weight in weights)
     return {"weights": n_weights, "zeros": sum(int((weight == 0).sum()) for weight in weights) / n_weights}

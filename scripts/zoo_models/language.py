@@ -162,7 +162,7 @@ MODELS = {
         "MambaConfig",
         {"hidden_size": 32, "state_size": 8, "num_hidden_layers": 2, "time_step_rank": 4, **WORDS},
         _IDS,
-        reads_weights=True,
+        bypasses_its_layers=True,
         convert=SKIP,
     ),
 }

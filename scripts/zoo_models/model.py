@@ -34,4 +34,4 @@ class Model:
     quick: bool = True
     convert: Mapping[str, Any] = field(default_factory=dict)
     continuous: bool = True
-    reads_weights: bool = False
+    bypasses_its_layers: bool = False

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import flop_registry
 import sparsify
 from sparsify.cli.model_inputs import run
 from sparsify.conversion.module_surgery import layers_of_type
-from sparsify.layers import Masked
+from sparsify.layers import MaskedLayer
 from zoo_models.model import Model
 
 
@@ -48,7 +48,7 @@ def share(model: Model, **arguments: Any) -> Share:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", sparsify.LeftDenseWarning)
         sparsify.convert(full, **arguments)
-    weights = [layer.weight for layer in layers_of_type(full, Masked).values()]
+    weights = [layer.weight for layer in layers_of_type(full, MaskedLayer).values()]
     n_parameters = sum(parameter.numel() for parameter in full.parameters())
     return Share(
         n_parameters=n_parameters,

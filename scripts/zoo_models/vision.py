@@ -138,8 +138,8 @@ def _boxes() -> list[dict[str, Tensor]]:
 
 MODELS = {
     "vit_b_16": _model("vit_b_16", _vit, 32),
-    "swin_t": _model("swin_t", partial(_swin, 1), 32, reads_weights=True),
-    "swin_v2_t": _model("swin_v2_t", partial(_swin, 2), 32, reads_weights=True),
+    "swin_t": _model("swin_t", partial(_swin, 1), 32, bypasses_its_layers=True),
+    "swin_v2_t": _model("swin_v2_t", partial(_swin, 2), 32, bypasses_its_layers=True),
     "maxvit_t": _model("maxvit_t", _maxvit, 32, convert=POINTWISE),
     "convnext_tiny": _model("convnext_tiny", _convnext, 32),
     "efficientnet_b0": _model("efficientnet_b0", _efficientnet, 32, convert=POINTWISE),

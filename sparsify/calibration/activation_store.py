@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-class Budget:
+class MemoryBudget:
     """How many bytes of memory are left to the shelves that share it."""
 
     def __init__(self, n_bytes: int) -> None:
@@ -30,7 +30,7 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class _Filed:
+class _OnDisk:
     """A tensor in the file: where its bytes begin, in row-major order."""
 
     start: int
@@ -39,7 +39,7 @@ class _Filed:
     device: torch.device
 
 
-class Shelf:
+class SpillingTensorList:
     """A list of `n` tensors that keeps in memory what its budget has room for, and the others in a temporary file.
 
     None as budget keeps all of them. The file has no name, so that the system takes it back when the shelf is closed or
@@ -52,17 +52,17 @@ class Shelf:
     1 [0.0, 0.0]
     """
 
-    def __init__(self, n: int, budget: Budget | None = None) -> None:
+    def __init__(self, n: int, budget: MemoryBudget | None = None) -> None:
         self.budget = budget
-        self._places: list[Tensor | _Filed | None] = [None] * n
+        self._places: list[Tensor | _OnDisk | None] = [None] * n
         self._file = None if budget is None else tempfile.TemporaryFile(prefix="sparsify-")  # noqa: SIM115
-        self._rooms: dict[int, tuple[int, int]] = {}  # by index, first byte and size of what it has in the file
+        self._extents: dict[int, tuple[int, int]] = {}  # by index, first byte and size of what it has in the file
         self._n_filed = 0
 
     @property
     def n_on_disk(self) -> int:
         """How many of the tensors lie in the file."""
-        return sum(isinstance(place, _Filed) for place in self._places)
+        return sum(isinstance(place, _OnDisk) for place in self._places)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -71,7 +71,7 @@ class Shelf:
         place = self._places[index]
         if place is None:
             raise IndexError(f"nothing was put at {index} yet")
-        return self._read(place) if isinstance(place, _Filed) else place
+        return self._read(place) if isinstance(place, _OnDisk) else place
 
     def __setitem__(self, index: int, tensor: Tensor) -> None:
         self._forget(index)
@@ -90,18 +90,18 @@ class Shelf:
         if isinstance(old, Tensor) and self.budget is not None:
             self.budget.give_back(old.nbytes)
 
-    def _write(self, index: int, tensor: Tensor) -> _Filed:
+    def _write(self, index: int, tensor: Tensor) -> _OnDisk:
         assert self._file is not None
-        start, size = self._rooms.get(index, (0, -1))
+        start, size = self._extents.get(index, (0, -1))
         if tensor.nbytes > size:
             start = self._n_filed
-            self._rooms[index] = start, tensor.nbytes
+            self._extents[index] = start, tensor.nbytes
             self._n_filed += tensor.nbytes
         self._file.seek(start)
         self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return _Filed(start, tensor.shape, tensor.dtype, tensor.device)
+        return _OnDisk(start, tensor.shape, tensor.dtype, tensor.device)
 
-    def _read(self, place: _Filed) -> Tensor:
+    def _read(self, place: _OnDisk) -> Tensor:
         assert self._file is not None
         tensor = torch.empty(place.shape, dtype=place.dtype, device="cpu")
         self._file.seek(place.start)
@@ -110,7 +110,7 @@ class Shelf:
             raise OSError(f"a temporary file holds {n_read} bytes of a tensor of {tensor.nbytes}")
         return tensor.to(place.device)
 
-    def __enter__(self) -> Shelf:
+    def __enter__(self) -> SpillingTensorList:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

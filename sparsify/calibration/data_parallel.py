@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def process_group() -> Iterator[None]:
     """Meet the other processes that torchrun has started, if it has, until this one is done.
 
     They wait for each other as long as it takes, say, the first to evaluate a model: where one dies, torchrun ends all.
@@ -32,18 +32,18 @@ def together() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def is_first() -> bool:
+def is_rank_zero() -> bool:
     """Say whether this is the process that writes and prints."""
     return not _in_group() or dist.get_rank() == 0
 
 
-def wait_for_all() -> None:
+def barrier() -> None:
     """Go on when every process has come here."""
     if _in_group():
         dist.barrier()
 
 
-def same_everywhere(number: int) -> bool:
+def all_ranks_equal(number: int) -> bool:
     """Say whether all processes give the same number."""
     if not _in_group():
         return True
@@ -52,7 +52,7 @@ def same_everywhere(number: int) -> bool:
     return numbers.tolist() == [number, -number]
 
 
-def own_share(batches: Sequence[T]) -> list[T]:
+def local_batches(batches: Sequence[T]) -> list[T]:
     """Return every n-th batch, beginning with this process's number; all of them outside of a process group.
 
     Raises ValueError, in every process, if there are fewer batches than processes.
@@ -64,7 +64,7 @@ def own_share(batches: Sequence[T]) -> list[T]:
     return list(batches[dist.get_rank() :: dist.get_world_size()])
 
 
-def add_up(gram: Gram | None, error: ValueError | None = None) -> Gram:
+def all_reduce_gram(gram: Gram | None, error: ValueError | None = None) -> Gram:
     """Return the sum of all processes' Gram matrices, the same bits in each; outside of a process group, `gram`.
 
     A process that saw none of the inputs gives None, one that failed its error: then every process raises.

@@ -12,9 +12,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from sparsify.calibration.batches import read_example
-from sparsify.calibration.sequential import as_in_use
+from sparsify.calibration.sequential import eval_without_cache
 from sparsify.conversion.module_surgery import layers_of_type
-from sparsify.layers import Masked
+from sparsify.layers import MaskedLayer
 
 
 def layer_inputs(model: nn.Module, example: Any) -> dict[nn.Module, Tensor]:
@@ -37,11 +37,11 @@ def layer_inputs(model: nn.Module, example: Any) -> dict[nn.Module, Tensor]:
     def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         see(layer, next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)))
 
-    layers = layers_of_type(model, Masked).values()
+    layers = layers_of_type(model, MaskedLayer).values()
     batch = read_example(model, example)
     handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
     try:
-        with as_in_use(model), torch.no_grad(), _Reads({id(layer.weight): layer for layer in layers}, see):
+        with eval_without_cache(model), torch.no_grad(), _Reads({id(layer.weight): layer for layer in layers}, see):
             model(*batch.args, **batch.kwargs)
     except Exception as error:  # whatever the model's own code raises
         raise ValueError(f"the model does not run on the example: {type(error).__name__}: {error}") from error

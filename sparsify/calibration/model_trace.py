@@ -25,7 +25,7 @@ _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
 @dataclass(frozen=True)
-class Form:
+class BlockCall:
     """The arguments or the output of a block without the hidden state, the tensor that goes from block to block."""
 
     leaves: tuple[Any, ...]
@@ -36,13 +36,13 @@ class Form:
         """Put a hidden state where it belongs."""
         return tree_unflatten([*self.leaves[: self.place], hidden, *self.leaves[self.place :]], self.structure)
 
-    def equals(self, other: Form) -> bool:
+    def equals(self, other: BlockCall) -> bool:
         """Say whether two forms are the same, tensors bit for bit."""
         alike = (self.place, self.structure, len(self.leaves)) == (other.place, other.structure, len(other.leaves))
         return alike and all(_equal(*pair) for pair in zip(self.leaves, other.leaves, strict=True))
 
 
-def take_apart(tree: Any) -> tuple[Tensor, Form] | None:
+def split_hidden(tree: Any) -> tuple[Tensor, BlockCall] | None:
     """Return the first tensor of a tree, and the rest; None if there is none, or more than tensors and plain values.
 
     A cache, or another object that a block writes into, would be another one when the block runs again.
@@ -51,18 +51,18 @@ def take_apart(tree: Any) -> tuple[Tensor, Form] | None:
     place = next((i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)), None)
     if place is None or not all(isinstance(leaf, (Tensor, *_PLAIN)) for leaf in leaves):
         return None
-    return leaves[place], Form((*leaves[:place], *leaves[place + 1 :]), place, structure)
+    return leaves[place], BlockCall((*leaves[:place], *leaves[place + 1 :]), place, structure)
 
 
-def take_output(output: Any) -> tuple[Tensor, Form] | None:
+def split_output(output: Any) -> tuple[Tensor, BlockCall] | None:
     """Take apart what a block returned; None if it is more than one tensor, since the next block gets only one."""
-    found = take_apart(output)
+    found = split_hidden(output)
     return None if found is None or any(isinstance(leaf, Tensor) for leaf in found[1].leaves) else found
 
 
 def output_tensor(output: Any) -> Tensor:
     """Return the first tensor that a block or model returned. Raises ValueError if that is none, or one number."""
-    found = take_apart(output)
+    found = split_hidden(output)
     if found is None:
         raise ValueError(f"a block or model returned a {type(output).__name__} that begins with no tensor")
     if found[0].dim() == 0:
@@ -71,23 +71,23 @@ def output_tensor(output: Any) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Outline:
+class ModelTrace:
     """What was seen: groups of layers that share an input, in execution order; chains of blocks; the blocks' outputs.
 
-    `once` names the layers that ran once: a run that only wants their input can stop there.
+    `ran_once` names the layers that ran once: a run that only wants their input can stop there.
     """
 
     groups: tuple[tuple[str, ...], ...]
-    once: frozenset[str]
+    ran_once: frozenset[str]
     chains: tuple[tuple[str, ...], ...]
-    outputs: Mapping[str, Form]
+    outputs: Mapping[str, BlockCall]
 
     def chain_of(self, layer: str) -> tuple[str, ...] | None:
         """Return the chain that a layer is in."""
         return next((chain for chain in self.chains if block_of(layer, chain) is not None), None)
 
 
-class Recorder:
+class TraceRecorder:
     """Write down an Outline while the model runs. Of the tensors it sees it keeps only the latest ones."""
 
     def __init__(self, model: nn.Module, layers: Collection[str]) -> None:
@@ -96,7 +96,7 @@ class Recorder:
         self.n_calls = dict.fromkeys(layers, 0)
         self.unseen = dict.fromkeys(layers, NEVER_RAN)  # and why, until there is more to see than zeros
         self.groups: list[list[str]] = []
-        self.outputs: dict[str, list[Form | None]] = {}  # one entry per call; None where a call cannot be repeated
+        self.outputs: dict[str, list[BlockCall | None]] = {}  # one entry per call; None where a call cannot be repeated
         self.links: set[tuple[str, str]] = set()
         self._input: tuple[Tensor, int] | None = None  # what the last group got
         self._hidden: dict[int, tuple[str, Tensor]] = {}  # what the last block of each row returned
@@ -117,19 +117,19 @@ class Recorder:
             call()
         self._input, self._hidden = None, {}
 
-    def outline(self, *, chains: bool = True) -> Outline:
+    def trace(self, *, chains: bool = True) -> ModelTrace:
         """Put together what was seen; without `chains` the whole model counts as one block."""
         found: list[tuple[str, ...]] = []
         for row in self.rows if chains else []:  # a row comes before those inside its blocks
             if not any(block_of(row[0], chain) is not None for chain in found):
                 found += self._chains_of(row)
-        outline = Outline((), frozenset(), tuple(found), {})
+        trace = ModelTrace((), frozenset(), tuple(found), {})
         groups: list[list[str]] = []
         for group in self.groups:
             for i, name in enumerate(group):
                 repeated = self.n_calls[name] > 1 or self.n_calls[groups[-1][0] if groups else name] > 1
-                chain = outline.chain_of(name)
-                same = i > 0 and outline.chain_of(group[i - 1]) == chain
+                chain = trace.chain_of(name)
+                same = i > 0 and trace.chain_of(group[i - 1]) == chain
                 if same and chain is not None:
                     same = block_of(name, chain) == block_of(group[i - 1], chain)
                 if same and not repeated:
@@ -137,8 +137,8 @@ class Recorder:
                 else:
                     groups.append([name])
         outputs = {name: form for chain in found for name in chain if (form := self.outputs[name][0])}
-        once = frozenset(name for name, n in self.n_calls.items() if n == 1)
-        return Outline(tuple(map(tuple, groups)), once, tuple(found), outputs)
+        ran_once = frozenset(name for name, n in self.n_calls.items() if n == 1)
+        return ModelTrace(tuple(map(tuple, groups)), ran_once, tuple(found), outputs)
 
     def _see_layer(self, name: str) -> Callable[..., None]:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -165,13 +165,13 @@ class Recorder:
 
     def _see_block(self, row: int, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if (found := take_apart((args, kwargs))) is not None:
+            if (found := split_hidden((args, kwargs))) is not None:
                 self._versions[name] = found[0]._version
                 if row in self._hidden and self._hidden[row][1] is found[0]:
                     self.links.add((self._hidden[row][0], name))
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            given, returned = take_apart((args, kwargs)), take_output(output)
+            given, returned = split_hidden((args, kwargs)), split_output(output)
             wrote = given is None or given[0]._version != self._versions.get(name)  # into its own input
             self.outputs.setdefault(name, []).append(None if returned is None or wrote else returned[1])
             if returned is not None:

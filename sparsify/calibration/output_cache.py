@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparsify.calibration.activation_store import Budget
+from sparsify.calibration.activation_store import MemoryBudget
 
 _ROOM = 2**30  # bytes, where there is no budget
 
 
 @contextlib.contextmanager
-def stand_in(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def override_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Let a module compute something else for a while."""
     own = module.__dict__.get("forward")
     module.forward = forward
@@ -27,14 +27,14 @@ def stand_in(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
             module.forward = own
 
 
-class Finished:
+class OutputCache:
     """Layers that run once on each batch and will not change any more: what they compute is kept, and not done again.
 
     Outputs are kept while the budget has room (None: 1 GiB); the others are computed again each time, to the same bits.
     """
 
-    def __init__(self, model: nn.Module, budget: Budget | None) -> None:
-        self._model, self._budget = model, budget or Budget(_ROOM)
+    def __init__(self, model: nn.Module, budget: MemoryBudget | None) -> None:
+        self._model, self._budget = model, budget or MemoryBudget(_ROOM)
         self._outputs: dict[str, dict[int, Tensor]] = {}
 
     def add(self, names: Iterable[str]) -> None:
@@ -47,13 +47,13 @@ class Finished:
             self._budget.give_back(sum(output.nbytes for output in self._outputs.pop(name, {}).values()))
 
     @contextlib.contextmanager
-    def standing_in(self, number: int, *, last: bool = False) -> Iterator[None]:
+    def overriding_forwards(self, number: int, *, last: bool = False) -> Iterator[None]:
         """Let the layers hand out what they have computed for the `number`-th batch, and keep it unless it is last."""
         with contextlib.ExitStack() as stand_ins:
             for name, outputs in self._outputs.items():
                 module = self._model.get_submodule(name)
                 forward = self._kept(module.forward, outputs, number, last)
-                stand_ins.enter_context(stand_in(module, forward))
+                stand_ins.enter_context(override_forward(module, forward))
             yield
 
     def _kept(
@@ -69,7 +69,7 @@ class Finished:
 
         return forward
 
-    def __enter__(self) -> Finished:
+    def __enter__(self) -> OutputCache:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.calibration.batches import Batch, is_mask, naming_batch
-from sparsify.calibration.model_trace import first_tensor, take_apart
-from sparsify.layers import Masked
+from sparsify.calibration.model_trace import first_tensor, split_hidden
+from sparsify.layers import MaskedLayer
 
 #: ("input" of a layer or "output" of a module, its name).
 Place = tuple[str, str]
@@ -132,13 +132,13 @@ def _run(
     def before(name: str) -> Callable[..., None]:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             tensor = first_tensor(args, kwargs)
-            note(("input", name), module.rows(tensor) if isinstance(module, Masked) else tensor)
+            note(("input", name), module.rows(tensor) if isinstance(module, MaskedLayer) else tensor)
 
         return see
 
     def after(name: str) -> Callable[..., None]:
         def see(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if (taken := take_apart(output)) is not None and taken[0].dim() > 0:
+            if (taken := split_hidden(output)) is not None and taken[0].dim() > 0:
                 note(("output", name), taken[0])
 
         return see

@@ -15,12 +15,12 @@ from sparsify.conversion.converters.table import join, matrices
 from sparsify.conversion.module_surgery import own_mask
 from sparsify.conversion.writable import cannot_be_written
 from sparsify.errors import CheckpointError
-from sparsify.inference.form_selection import Choice
+from sparsify.inference.form_selection import FormChoice
 from sparsify.kernels.csr import CSR
-from sparsify.layers import Masked, Packed
+from sparsify.layers import MaskedLayer, PackedLayer
 
 
-def own_keys(names: Names, layers: Mapping[str, LayerEntry]) -> set[str]:
+def packed_state_keys(names: Names, layers: Mapping[str, LayerEntry]) -> set[str]:
     """Return the state names that the entries of these layers stand for, under every name such a layer has.
 
     All other state is stored under its own name.
@@ -35,9 +35,9 @@ def own_keys(names: Names, layers: Mapping[str, LayerEntry]) -> set[str]:
 
 
 def _own_state(layer: nn.Module, entry: LayerEntry) -> tuple[str, ...]:
-    if isinstance(layer, Packed):
+    if isinstance(layer, PackedLayer):
         return CSR._fields
-    masked = isinstance(layer, Masked) or (own_mask(layer) is not None and entry.module != "Linear")
+    masked = isinstance(layer, MaskedLayer) or (own_mask(layer) is not None and entry.module != "Linear")
     return ("weight", "mask") if masked else ("weight",)
 
 
@@ -104,7 +104,7 @@ def check_state(
         raise CheckpointError(reason)
 
 
-def check_choices(names: Names, choices: Mapping[str, Choice]) -> None:
+def check_choices(names: Names, choices: Mapping[str, FormChoice]) -> None:
     """Raise CheckpointError if a choice of form is for something that is no layer of the model."""
     for name in choices:
         if name not in names.modules or "" not in matrices(names.modules[name]):
@@ -112,7 +112,7 @@ def check_choices(names: Names, choices: Mapping[str, Choice]) -> None:
 
 
 def _other_state(names: Names, layers: Mapping[str, LayerEntry]) -> dict[str, Any]:
-    own = own_keys(names, layers)
+    own = packed_state_keys(names, layers)
     return {name: value for name, value in names.state().items() if name not in own}
 
 

@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 
 from sparsify.checkpoint.tensor_file import DTYPES, TensorFile
 from sparsify.errors import CheckpointError
-from sparsify.inference.form_selection import Choice
+from sparsify.inference.form_selection import FormChoice
 from sparsify.outputs import check_writable, new_file
 
 VERSION = 1
@@ -52,7 +52,7 @@ class Header(BaseModel):
     version: int
     layers: dict[str, LayerEntry]
     aliases: dict[str, str]
-    choices: dict[str, Choice] = {}
+    choices: dict[str, FormChoice] = {}
     tensors: dict[str, _Sha256]
 
 
@@ -60,7 +60,7 @@ def write(
     path: str | os.PathLike[str],
     layers: Mapping[str, LayerEntry],
     aliases: Mapping[str, str],
-    choices: Mapping[str, Choice],
+    choices: Mapping[str, FormChoice],
     tensors: Mapping[str, Tensor],
 ) -> None:
     """Write a file, complete or not at all: what stood at `path` stays until the new file is whole on disk.

@@ -14,7 +14,7 @@ from sparsify.checkpoint.container import LayerEntry
 from sparsify.checkpoint.state_names import Names
 from sparsify.conversion.converters.table import join
 from sparsify.conversion.foreign_masks import pruned_by_torch
-from sparsify.layers import Masked, Packed
+from sparsify.layers import MaskedLayer, PackedLayer
 
 
 def make_plain(state: dict[str, Any], names: Names, layers: Mapping[str, LayerEntry]) -> None:
@@ -40,12 +40,12 @@ def make_plain(state: dict[str, Any], names: Names, layers: Mapping[str, LayerEn
 def check_computed(name: str, layer: nn.Module) -> None:
     """Raise ValueError if the weight of a layer of ours is computed in a way that no file has a word for."""
     hooks = [type(hook).__name__ for hook in layer._forward_pre_hooks.values() if _is_old_norm(hook)]
-    if isinstance(layer, Masked) and hooks:
+    if isinstance(layer, MaskedLayer) and hooks:
         raise ValueError(
             f"{name or '(root)'}: its weight is computed by a hook ({hooks[0]}); fold that first, with "
             "torch.nn.utils.remove_weight_norm(layer) or remove_spectral_norm(layer)"
         )
-    if isinstance(layer, Packed) and parametrize.is_parametrized(layer):
+    if isinstance(layer, PackedLayer) and parametrize.is_parametrized(layer):
         raise ValueError(
             f"{name or '(root)'}: it was exported and is parametrized; fold that first, with "
             "torch.nn.utils.parametrize.remove_parametrizations(layer, ...)"

@@ -13,31 +13,37 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.checkpoint import container
-from sparsify.checkpoint.compatibility import check_choices, check_layers, check_state, check_state_names, own_keys
+from sparsify.checkpoint.compatibility import (
+    check_choices,
+    check_layers,
+    check_state,
+    check_state_names,
+    packed_state_keys,
+)
 from sparsify.checkpoint.container import Header, LayerEntry
 from sparsify.checkpoint.plain_state import check_computed, make_plain, parametrized_besides
 from sparsify.checkpoint.shared_tensors import (
-    add_aliases,
     check_aliases,
     check_tied,
-    held,
-    packed_as,
-    stored,
-    tie_again,
+    entries_with_tensors,
+    expand_shared,
+    find_packed_source,
+    identity_tensor,
+    restore_sharing,
 )
 from sparsify.checkpoint.state_names import Names
-from sparsify.checkpoint.weight_codec import check_weight, other_tensors, pack_layer, part_names, take_weights
+from sparsify.checkpoint.weight_codec import check_weight, decode_weights, encode_weight, other_tensors, part_names
 from sparsify.conversion.converters.functional import functional_kind
-from sparsify.conversion.converters.table import Kind, followers, join, kind_of, kinds, matrices
-from sparsify.conversion.module_surgery import Model, become, replace
+from sparsify.conversion.converters.table import Converter, converter_for, converters, dependent_modules, join, matrices
+from sparsify.conversion.module_surgery import Model, replace, replace_in_place
 from sparsify.conversion.transaction import Transaction
 from sparsify.errors import CheckpointError, MeasuredElsewhereWarning, SavedParametrizedWarning
 from sparsify.hardware.machine import machine_name
-from sparsify.inference.form_selection import Choice
+from sparsify.inference.form_selection import FormChoice
 from sparsify.inference.fusion import fuse_activations
 from sparsify.kernels import FORMS, form_for
 from sparsify.kernels.csr import CSR
-from sparsify.layers import Masked, Packed
+from sparsify.layers import MaskedLayer, PackedLayer
 from sparsify.layers.fsdp import refuse_flattened
 from sparsify.layers.functional_module import layer_name
 from sparsify.layers.inference_mode import making_tensors
@@ -65,22 +71,22 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     for name, module in _linear_layers(names).items():
         refuse_flattened(name, module)
         check_computed(name, module)
-        entry, parts = pack_layer(module)
+        entry, parts = encode_weight(module)
         if entry.module == "Linear" and entry.format == "dense":
             continue
         layers[name] = entry
-        first_of = name if (weight := held(module)) is None else packed.setdefault(id(weight), name)
+        first_of = name if (weight := identity_tensor(module)) is None else packed.setdefault(id(weight), name)
         if first_of != name:
             aliases[join(name, "weight")] = join(first_of, "weight")
         else:
             tensors |= {join(name, "weight", part): tensor for part, tensor in parts.items()}
     make_plain(state, names, layers)
-    for name in own_keys(names, layers):
+    for name in packed_state_keys(names, layers):
         state.pop(name, None)
     first: dict[int, str] = {}
     for name, value in state.items():
-        if leader := packed_as(names, name, value, layers, packed):
-            aliases[name] = join(leader, "weight")
+        if owner := find_packed_source(names, name, value, layers, packed):
+            aliases[name] = join(owner, "weight")
         elif first.setdefault(id(value), name) != name:
             aliases[name] = first[id(value)]
         elif name in tensors:
@@ -142,7 +148,7 @@ def inspect_file(path: str | os.PathLike[str]) -> Report:
     Everything is checked as in `load`. Raises CheckpointError.
     """
     header, tensors = container.read(path)
-    layers = stored(header)
+    layers = entries_with_tensors(header)
     try:
         check_aliases(header, other_tensors(layers, tensors))
         found = {join(name, "weight"): check_weight(name, entry, tensors) for name, entry in layers.items()}
@@ -172,13 +178,13 @@ def _checked(names: Names, header: Header, tensors: dict[str, Tensor]) -> dict[s
 
     Names and sizes come first: a file of few bytes may claim to stand for many large tensors.
     """
-    layers = stored(header)
+    layers = entries_with_tensors(header)
     check_layers(names, header.layers)
     others = other_tensors(layers, tensors)
     check_aliases(header, others)
     check_state_names(names, header, others)
-    weights = take_weights(layers, tensors)
-    add_aliases(header, tensors, weights)
+    weights = decode_weights(layers, tensors)
+    expand_shared(header, tensors, weights)
     check_state(names, header.layers, weights, tensors)
     check_choices(names, header.choices)
     check_tied(names, header)
@@ -190,34 +196,34 @@ def _make_layers(names: Names, header: Header, weights: dict[str, CSR]) -> None:
     made = {}
     for name, entry in header.layers.items():
         made[names.modules[name]] = _make(entry, names.modules[name], weights.pop(name), header.choices.get(name))
-    for name, kind in followers(names.model, set(made)).items():
+    for name, converter in dependent_modules(names.model, set(made)).items():
         module = names.model.get_submodule(name)
-        made[module] = kind.to_sparse(module)
+        made[module] = converter.to_sparse(module)
     replace(names.model, made)
-    tie_again(header, names.places)
+    restore_sharing(header, names.places)
 
 
 def _lay_out_as(keys: Iterable[str], names: Names, undo: Transaction) -> None:
     """Lay out the attentions, and whatever holds layers, that were so when tensors of these names were saved."""
     ordered = sorted(keys)
     for name, module in names.modules.items():
-        kind = kind_of(module) or _functional_kind(module, name, ordered)
-        if kind is None or isinstance(module, kind.sparse):
+        converter = converter_for(module) or _functional_kind(module, name, ordered)
+        if converter is None or isinstance(module, converter.sparse):
             continue
-        new = [join(name, layer) for layer in kind.layers(module) if layer and layer not in module._modules]
+        new = [join(name, layer) for layer in converter.layers(module) if layer and layer not in module._modules]
         if _any_below(new, ordered):
             try:
-                kind.check(module)
+                converter.check(module)
             except ValueError as error:
                 raise CheckpointError(
                     f"for another architecture: the file has layers in {name or '(root)'}, and in the model {error}"
                 ) from None
             if next(module.buffers(), None) is not None:  # masks of torch.nn.utils.prune: removed weights become zero
                 undo.keep(module.parameters())
-            become(module, kind.to_sparse(module))
+            replace_in_place(module, converter.to_sparse(module))
 
 
-def _functional_kind(module: nn.Module, prefix: str, ordered: list[str]) -> Kind | None:
+def _functional_kind(module: nn.Module, prefix: str, ordered: list[str]) -> Converter | None:
     """Return how a module is laid out whose Parameters are layers in the file."""
     layers = [join(prefix, layer_name(name)) for name in module._parameters]
     try:
@@ -241,9 +247,9 @@ def _linear_layers(names: Names) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in names.modules.items()
-        if isinstance(module, (Masked, Packed))
+        if isinstance(module, (MaskedLayer, PackedLayer))
         or (
-            any(type(module) is kind.dense and kind.layers(module) == ("",) for kind in kinds())
+            any(type(module) is converter.dense and converter.layers(module) == ("",) for converter in converters())
             and module._parameters.get("weight") is not None
             and "" in matrices(module)
             and used.get(id(module._parameters.get("weight"))) == 1
@@ -251,32 +257,34 @@ def _linear_layers(names: Names) -> dict[str, nn.Module]:
     }
 
 
-def _choices(names: Names) -> dict[str, Choice]:
+def _choices(names: Names) -> dict[str, FormChoice]:
     """Return the choices that export made, by layer name."""
     found = {name: module.__dict__.get("choice") for name, module in names.modules.items()}
-    return {name: choice for name, choice in found.items() if isinstance(choice, Choice)}
+    return {name: choice for name, choice in found.items() if isinstance(choice, FormChoice)}
 
 
 @making_tensors()
-def _make(entry: LayerEntry, old: nn.Module, csr: CSR, choice: Choice | None) -> nn.Module:
+def _make(entry: LayerEntry, old: nn.Module, csr: CSR, choice: FormChoice | None) -> nn.Module:
     """Build the saved layer around the old one's bias, on its device, in the form chosen when it was exported.
 
     Where that does not run, another stands in for it, until the layer is moved to where it does.
     """
-    kind, weight, bias = kind_of(old), matrices(old)[""], old._parameters.get("bias")
-    assert kind is not None
-    assert issubclass(kind.sparse, Masked)
+    converter, weight, bias = converter_for(old), matrices(old)[""], old._parameters.get("bias")
+    assert converter is not None
+    assert issubclass(converter.sparse, MaskedLayer)
     device = torch.device("cpu") if weight.is_meta else weight.device
     wanted = choice.form if choice and entry.module == "CSRLinear" and choice.form in FORMS else "csr"
     on_device = CSR(*(part.to(device) for part in csr))
     form = form_for(wanted, on_device, entry.shape)
-    layer = kind.packed(entry.in_features, entry.out_features, on_device, bias, form=form, masked_type=kind.sparse)
+    layer = converter.packed(
+        entry.in_features, entry.out_features, on_device, bias, form=form, masked_type=converter.sparse
+    )
     layer.wanted_form = wanted
     if entry.module == "CSRLinear":
         return layer
     sparse = layer.to_sparse()
     sparse.weight.requires_grad_(weight.requires_grad)
-    return sparse if entry.module == "SparseLinear" else kind.to_dense(sparse)
+    return sparse if entry.module == "SparseLinear" else converter.to_dense(sparse)
 
 
 def _fill(names: Names, tensors: Mapping[str, Tensor], undo: Transaction) -> None:
@@ -294,7 +302,7 @@ def _fill(names: Names, tensors: Mapping[str, Tensor], undo: Transaction) -> Non
     elif not on_meta:
         n_uses = Counter(id(tensor) for tensor in state.values())  # of names that were tied in the file
         for name, place in {id(place): (name, place) for name, place in places.items()}.values():
-            undo.exchange(place, state[name] if n_uses[id(state[name])] == 1 else state[name].clone())
+            undo.drop_and_grow(place, state[name] if n_uses[id(state[name])] == 1 else state[name].clone())
         state = {name: place.detach() for name, place in places.items()}
     names.load(state, assign=on_meta)
     for (first, first_key), *others in tied.values():

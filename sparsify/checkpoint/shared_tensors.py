@@ -13,16 +13,16 @@ from sparsify.conversion.converters.table import join
 from sparsify.errors import CheckpointError
 from sparsify.kernels import FORMS
 from sparsify.kernels.csr import CSR, csr_to_dense
-from sparsify.layers import Masked, Packed
+from sparsify.layers import MaskedLayer, PackedLayer
 from sparsify.layers.tied import check_tieable, tie
 
 
-def held(module: nn.Module) -> Tensor | None:
+def identity_tensor(module: nn.Module) -> Tensor | None:
     """Return the tensor by which layers that share a weight are known."""
-    return module.parts[-1] if isinstance(module, Packed) else module._parameters.get("weight")
+    return module.parts[-1] if isinstance(module, PackedLayer) else module._parameters.get("weight")
 
 
-def packed_as(
+def find_packed_source(
     names: Names, name: str, value: object, layers: Mapping[str, LayerEntry], packed: Mapping[int, str]
 ) -> str | None:
     """Return the layer whose packed weight says all of a state's tensor: a tied one, or the Embedding of an export."""
@@ -33,14 +33,14 @@ def packed_as(
         return None
     for layer, entry in layers.items():
         module = names.modules[layer]
-        if entry.module == "CSRLinear" and isinstance(module, Packed) and entry.shape == owner.weight.shape:
+        if entry.module == "CSRLinear" and isinstance(module, PackedLayer) and entry.shape == owner.weight.shape:
             dense = csr_to_dense(module.csr, module.shape)[0]
             if dense.dtype == owner.weight.dtype and torch.equal(as_bytes(dense), as_bytes(owner.weight.detach())):
                 return layer
     return None
 
 
-def stored(header: Header) -> dict[str, LayerEntry]:
+def entries_with_tensors(header: Header) -> dict[str, LayerEntry]:
     """Return the layers with tensors of their own; the others' weights are packed in those of another."""
     return {name: entry for name, entry in header.layers.items() if join(name, "weight") not in header.aliases}
 
@@ -51,7 +51,7 @@ def check_aliases(header: Header, others: Collection[str]) -> None:
     others: the tensors of the file that are part of no layer's weight.
     """
     layers = {join(name, "weight"): entry for name, entry in header.layers.items()}
-    packed = {join(name, "weight"): entry for name, entry in stored(header).items()}
+    packed = {join(name, "weight"): entry for name, entry in entries_with_tensors(header).items()}
     for alias, name in header.aliases.items():
         if alias in others or alias in packed or (name not in others and name not in packed):
             raise CheckpointError(f"the header says {alias!r} is the same tensor as {name!r}, which cannot be")
@@ -59,7 +59,7 @@ def check_aliases(header: Header, others: Collection[str]) -> None:
             raise CheckpointError(f"the header says {alias!r} is packed as {name!r} is, which cannot be")
 
 
-def add_aliases(header: Header, tensors: dict[str, Tensor], weights: dict[str, CSR]) -> None:
+def expand_shared(header: Header, tensors: dict[str, Tensor], weights: dict[str, CSR]) -> None:
     """Give every tensor and every packed weight its other names too; a packed one is unpacked once at most."""
     layers = {join(name, "weight"): name for name in header.layers}
     dense: dict[str, Tensor] = {}
@@ -77,23 +77,23 @@ def add_aliases(header: Header, tensors: dict[str, Tensor], weights: dict[str, C
 
 def check_tied(names: Names, header: Header) -> None:
     """Raise CheckpointError unless every module that uses another's mask in the file can do so in the model."""
-    for name, leader in _tied_to_masked(header).items():
+    for name, owner in _tied_to_masked(header).items():
         try:
             check_tieable(names.places[name])
         except ValueError as error:
-            raise CheckpointError(f"{name} is tied to {leader} in the file, but in the model {error}") from None
+            raise CheckpointError(f"{name} is tied to {owner} in the file, but in the model {error}") from None
 
 
-def tie_again(header: Header, modules: Mapping[str, nn.Module]) -> None:
+def restore_sharing(header: Header, modules: Mapping[str, nn.Module]) -> None:
     """Let modules share what they shared when the file was written: a masked layer's weight, or packed tensors."""
-    for name, leader in _tied_to_masked(header).items():
-        masked = modules[leader]
-        assert isinstance(masked, Masked)
+    for name, owner in _tied_to_masked(header).items():
+        masked = modules[owner]
+        assert isinstance(masked, MaskedLayer)
         modules[name]._parameters["weight"] = masked._parameters["weight"]
         tie(modules[name], masked)
     for alias, name in header.aliases.items():
         one, other = modules.get(alias.rpartition(".")[0]), modules.get(name.rpartition(".")[0])
-        if isinstance(one, Packed) and isinstance(other, Packed) and one.form == other.form:
+        if isinstance(one, PackedLayer) and isinstance(other, PackedLayer) and one.form == other.form:
             one._buffers |= {part: other._buffers[part] for part in FORMS[other.form]}
 
 

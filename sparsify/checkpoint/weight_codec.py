@@ -24,19 +24,19 @@ from sparsify.kernels.csr import (
     dense_to_csr,
     pack_bitmask,
 )
-from sparsify.layers import Masked, Packed
+from sparsify.layers import MaskedLayer, PackedLayer
 from sparsify.layers.fsdp import whole
 
 #: The tensors that hold the weight of layer NAME: NAME.weight.PART, or NAME.weight itself for "dense".
 _PARTS: dict[str, tuple[str, ...]] = {"csr": CSR._fields, "bitmask": Bitmask._fields, "dense": ()}
 
 
-def pack_layer(module: nn.Module) -> tuple[LayerEntry, dict[str, Tensor]]:
+def encode_weight(module: nn.Module) -> tuple[LayerEntry, dict[str, Tensor]]:
     """Choose the smallest format for a layer's weight, and pack it."""
-    if isinstance(module, Packed):
+    if isinstance(module, PackedLayer):
         becomes = "CSRLinear"
         weight, mask = csr_to_dense(module.csr, module.shape)
-    elif isinstance(module, Masked):
+    elif isinstance(module, MaskedLayer):
         becomes = "SparseLinear"
         own = dict(pruned_by_torch(module)).get("weight", module.weight)
         weight, mask = module.matrix(whole(own.detach())), module.matrix(module.mask)
@@ -63,14 +63,14 @@ def packed_bytes(shape: tuple[int, int], n_kept: int, itemsize: int) -> int:
     return min(csr_bytes(shape, n_kept, itemsize), bitmask_bytes(shape, n_kept, itemsize), n_dense)
 
 
-def unpack_layer(entry: LayerEntry, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+def decode_weight(entry: LayerEntry, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return the weight and the mask, both (out_features, in_features), of a layer that was read packed."""
     other_tensors({"": entry}, tensors)
-    csr = take_weights({"": entry}, dict(tensors))[""]
+    csr = decode_weights({"": entry}, dict(tensors))[""]
     return csr_to_dense(csr, entry.shape)
 
 
-def take_weights(layers: Mapping[str, LayerEntry], tensors: dict[str, Tensor]) -> dict[str, CSR]:
+def decode_weights(layers: Mapping[str, LayerEntry], tensors: dict[str, Tensor]) -> dict[str, CSR]:
     """Take the parts of every packed weight out of `tensors`, check them, and return them as CSR."""
     weights = {}
     for name, entry in layers.items():
@@ -81,7 +81,7 @@ def take_weights(layers: Mapping[str, LayerEntry], tensors: dict[str, Tensor]) -
 
 
 def check_weight(name: str, entry: LayerEntry, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Check a packed weight as `take_weights` does, without unpacking anything.
+    """Check a packed weight as `decode_weights` does, without unpacking anything.
 
     Returns the number of kept weights, and the bytes of each.
     """

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 import sparsify
-from sparsify.calibration.data_parallel import is_first, same_everywhere, together
+from sparsify.calibration.data_parallel import all_ranks_equal, is_rank_zero, process_group
 from sparsify.cli.files import check_output
 from sparsify.cli.layer_by_layer import (
     Compressed,
@@ -44,15 +44,15 @@ def compress(arguments: argparse.Namespace) -> None:
     data = data_of(arguments)
     with naming(arguments.recipe):
         check_applicable(recipe, has_data=data is not None)
-    with together():
+    with process_group():
         if data is not None:
             data = list(data)
-            if not same_everywhere(int(data_fingerprint(data)[:15], 16)):
+            if not all_ranks_equal(int(data_fingerprint(data)[:15], 16)):
                 raise ValueError("--data: not the same batches in every process; draw them with a fixed seed")
         out = Path(arguments.out)
         done = (_compress_layer_by_layer if by_layer else _compress_in_memory)(arguments, recipe, data, out)
     if done is not None:
-        _tell(arguments, out, *done)
+        _print_result(arguments, out, *done)
 
 
 def _check_options(arguments: argparse.Namespace) -> None:
@@ -71,8 +71,8 @@ def _check_options(arguments: argparse.Namespace) -> None:
 
 def _compress_in_memory(arguments: argparse.Namespace, recipe: Recipe, data: Any, out: Path) -> Compressed | None:
     """Compress a model in one go."""
-    quiet = arguments.json or not is_first()
-    evaluate = evaluation(arguments.eval) if arguments.eval and is_first() else None
+    quiet = arguments.json or not is_rank_zero()
+    evaluate = evaluation(arguments.eval) if arguments.eval and is_rank_zero() else None
     quality: dict[str, Qualities] = {}
     with tqdm(total=5, desc="build the model", bar_format="{desc:<28}{bar}| {n_fmt}/{total_fmt}", disable=quiet) as bar:
         model = model_of(arguments)
@@ -86,12 +86,12 @@ def _compress_in_memory(arguments: argparse.Namespace, recipe: Recipe, data: Any
         if data is not None:  # without, all of the work is the writing
             check_space(out.absolute().parent, file_bytes(recipe, model), f"--out {out}: ")
         _advance(bar, "prune")
-        if not is_first():  # which alone recovers
+        if not is_rank_zero():  # which alone recovers
             recipe = recipe.model_copy(update={"recover": None})
         with naming(arguments.recipe):
             cache_bytes = None if data is None else cache_of(arguments)
             sparsify.apply(model, recipe, data=data, cache_bytes=cache_bytes, progress=not quiet)
-        if not is_first():
+        if not is_rank_zero():
             return None
         _advance(bar, "export")
         fast = sparsify.export(model, format=arguments.format, tokens=arguments.tokens)
@@ -110,7 +110,7 @@ def _compress_layer_by_layer(arguments: argparse.Namespace, recipe: Recipe, data
         return compress_layer_by_layer(arguments, recipe, data, out, model)
 
 
-def _tell(arguments: argparse.Namespace, out: Path, report: Report, quality: dict[str, Qualities]) -> None:
+def _print_result(arguments: argparse.Namespace, out: Path, report: Report, quality: dict[str, Qualities]) -> None:
     """Print what became of the layers, and of the model's quality."""
     n_bytes = out.stat().st_size
     if arguments.json:

@@ -15,25 +15,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsify.calibration.data_parallel import is_first, wait_for_all
+from sparsify.calibration.data_parallel import barrier, is_rank_zero
 from sparsify.checkpoint.save_load import save
 from sparsify.cli.models import build_empty
 from sparsify.conversion.convert import convert
 from sparsify.inference.export import export
-from sparsify.offload.disk_offload import Weights, named_tensors
+from sparsify.offload.disk_offload import LazySafetensors, named_tensors
 from sparsify.offload.fingerprints import data_fingerprint, structure_fingerprint, tensors_fingerprint
 from sparsify.offload.journal import Journal, check_unused
 from sparsify.offload.streaming import (
     CACHE_BYTES,
     least_bytes,
+    offloaded,
     prune_from_disk,
     prune_resumably,
-    running_from_disk,
     write_from_disk,
 )
 from sparsify.outputs import check_space
 from sparsify.pruning.recover import recover
-from sparsify.recipes.recipe import Recipe, assign_layers, tasks_of
+from sparsify.recipes.recipe import Recipe, assign_layers, recipe_layer_specs
 from sparsify.reporting.report import Report, Row, report, table
 from sparsify.user_code import load_function
 
@@ -51,9 +51,9 @@ def compress_layer_by_layer(
     Returns None in all processes of torchrun but the first.
     """
     folder = out.with_name(out.name + ".partial")
-    if is_first():
+    if is_rank_zero():
         check_unused(folder, resume=arguments.resume)
-    evaluate = evaluation(arguments.eval) if arguments.eval and is_first() else None
+    evaluate = evaluation(arguments.eval) if arguments.eval and is_rank_zero() else None
     weights = None
     if model is None:
         model, weights = _on_disk(arguments, recipe)
@@ -64,23 +64,23 @@ def compress_layer_by_layer(
         model = convert(model, include=group.layers, exclude=group.exclude, **conversion(arguments))
     if weights is not None:
         weights.rename(dense, model)
-    tasks = tasks_of(recipe, model)
+    tasks = recipe_layer_specs(recipe, model)
     check_space(out.parent, least_bytes(model, weights, tasks, folder), "--out ")
     about["weights"] = tensors_fingerprint(named_tensors(model, weights))
     journal = Journal(folder, about)
     if journal.result is not None:
-        return _clean_up(journal, out) if is_first() else None
+        return _clean_up(journal, out) if is_rank_zero() else None
     quality: dict[str, Qualities] = {}
     if evaluate is not None:
         quality["dense"] = _evaluate(evaluate, model, weights, None)
-    teacher = copy.deepcopy(model) if recipe.recover is not None and is_first() else None
-    options: dict[str, Any] = {"cache_bytes": cache_of(arguments), "progress": not arguments.json and is_first()}
+    teacher = copy.deepcopy(model) if recipe.recover is not None and is_rank_zero() else None
+    options: dict[str, Any] = {"cache_bytes": cache_of(arguments), "progress": not arguments.json and is_rank_zero()}
     if weights is None:
         prune_resumably(model, tasks, data, journal, **options)
     else:
         prune_from_disk(model, weights, tasks, data, journal, **options)
-    wait_for_all()
-    if not is_first():
+    barrier()
+    if not is_rank_zero():
         return None
     if teacher is not None and recipe.recover is not None:
         recover(model, teacher, data, **recipe.recover.model_dump(), progress=not arguments.json)
@@ -98,14 +98,14 @@ def compress_layer_by_layer(
     return found, quality
 
 
-def _on_disk(arguments: argparse.Namespace, recipe: Recipe) -> tuple[nn.Module, Weights]:
+def _on_disk(arguments: argparse.Namespace, recipe: Recipe) -> tuple[nn.Module, LazySafetensors]:
     """Build a model whose weights stay on disk."""
     if recipe.recover is not None:
         raise ValueError("recover trains the whole model at once and cannot --stream; leave one of them out")
     model, folder = build_empty(arguments.model)
     if (source := arguments.weights or folder) is None:
         raise ValueError(f"--stream: give the weights of {arguments.model!r} with --weights FILE.safetensors")
-    return model, Weights(source)
+    return model, LazySafetensors(source)
 
 
 def _about(arguments: argparse.Namespace, recipe: Recipe, data: Sequence[Any], model: nn.Module) -> dict[str, Any]:
@@ -159,12 +159,15 @@ def cache_of(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(
-    evaluate: Callable[[nn.Module], Qualities], model: nn.Module, weights: Weights | None, journal: Journal | None
+    evaluate: Callable[[nn.Module], Qualities],
+    model: nn.Module,
+    weights: LazySafetensors | None,
+    journal: Journal | None,
 ) -> Qualities:
     """Evaluate a model, if need be with its weights on disk."""
     if weights is None:
         return evaluate(model)
-    with running_from_disk(model, weights, journal) as running:
+    with offloaded(model, weights, journal) as running:
         found = evaluate(running)
     if lost := [key for key, value in found.items() if math.isnan(value)]:
         raise ValueError(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from sparsify.checkpoint.dense_weights import check_weights, read_weights
-from sparsify.offload.disk_offload import without_memory
+from sparsify.offload.disk_offload import parameters_on_meta
 from sparsify.user_code import WAY_OUT, blaming, load_function
 
 
@@ -74,7 +74,7 @@ def _torchvision(name: str) -> nn.Module:
 def build_empty(spec: str) -> tuple[nn.Module, Path | None]:
     """Build a model without memory for its weights, and say where those of an hf:FOLDER lie; names as `build_model`."""
     source, _, name = spec.partition(":")
-    with without_memory():
+    with parameters_on_meta():
         if source != "hf":
             return build_model(spec), None
         config, kind = _hf_kind(name)

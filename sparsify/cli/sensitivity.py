@@ -13,10 +13,16 @@ from sparsify.cli.layer_by_layer import conversion
 from sparsify.cli.options import data_of, model_of
 from sparsify.cli.printing import print_json
 from sparsify.conversion.convert import convert, sparse_layers
-from sparsify.masking.methods.registry import needs
+from sparsify.masking.methods.registry import required_statistics
 from sparsify.masking.patterns import parse_pattern
 from sparsify.outputs import write_text
-from sparsify.pruning.sensitivity import Sensitivity, check_picture, check_sparsities, draw, measure_sensitivity
+from sparsify.pruning.sensitivity import (
+    Sensitivity,
+    check_picture,
+    check_sparsities,
+    measure_sensitivity,
+    plot_sensitivity,
+)
 from sparsify.reporting.report import table
 
 
@@ -38,9 +44,9 @@ def sensitivity(arguments: argparse.Namespace) -> None:
     targets = {}
     if arguments.target is not None:
         targets = measured.allocate(arguments.target, max_sparsity=arguments.max_sparsity)
-    _tell(arguments, measured, targets)  # first, so that a full disk loses no table
+    _print_result(arguments, measured, targets)  # first, so that a full disk loses no table
     if arguments.picture:
-        draw(measured, arguments.picture)
+        plot_sensitivity(measured, arguments.picture)
     if arguments.recipe:
         write_text(arguments.recipe, _recipe(arguments, targets), "--recipe ")
 
@@ -52,7 +58,7 @@ def _check_options(arguments: argparse.Namespace) -> None:
     if (arguments.target is None) != (arguments.recipe is None):
         raise ValueError("--target and --recipe go together: the budget, and the file to write")
     check_sparsities(arguments.sparsities, parse_pattern(arguments.pattern))
-    if needs(arguments.method):
+    if required_statistics(arguments.method):
         raise ValueError(f"method {arguments.method!r} looks at a training, and nothing is trained here")
     if arguments.recipe:
         check_output(arguments, "recipe")
@@ -74,7 +80,7 @@ def _check_budget(arguments: argparse.Namespace, model: nn.Module) -> None:
     unmeasured.allocate(arguments.target, max_sparsity=arguments.max_sparsity)
 
 
-def _tell(arguments: argparse.Namespace, measured: Sensitivity, targets: dict[str, float]) -> None:
+def _print_result(arguments: argparse.Namespace, measured: Sensitivity, targets: dict[str, float]) -> None:
     """Print the damage of each layer at each sparsity, and its target."""
     if arguments.json:
         print_json({"sparsities": measured.sparsities, "damage": dict(measured.damage), "targets": targets})

@@ -9,15 +9,23 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from sparsify.conversion.converters.functional import functional_kind
-from sparsify.conversion.converters.table import Kind, chosen_kinds, followers, join, kind_of, kinds, reads_weights
-from sparsify.conversion.foreign_masks import adapters, check_converted
-from sparsify.conversion.module_surgery import Model, become, layers_of_type
-from sparsify.conversion.tied_weights import settle_ties
+from sparsify.conversion.converters.table import (
+    Converter,
+    bypasses_its_layers,
+    converter_for,
+    converters,
+    dependent_modules,
+    join,
+    select_converters,
+)
+from sparsify.conversion.foreign_masks import check_converted, peft_adapters
+from sparsify.conversion.module_surgery import Model, layers_of_type, replace_in_place
+from sparsify.conversion.tied_weights import resolve_tied_weights
 from sparsify.conversion.transaction import Transaction
 from sparsify.errors import LeftDenseWarning
 from sparsify.inference.fusion import unfuse_activations
 from sparsify.layer_names import Selector, select
-from sparsify.layers import Masked, Packed, Tied
+from sparsify.layers import MaskedLayer, PackedLayer, Tied
 from sparsify.layers.fsdp import data_or_shape, refuse_flattened
 from sparsify.layers.functional_module import Functional
 from sparsify.layers.functional_module import undo as undo_layout
@@ -34,7 +42,7 @@ class Plan:
     shared: the modules that will use the weight and mask of another, and of which.
     """
 
-    swap: dict[str, Kind]
+    swap: dict[str, Converter]
     already: tuple[str, ...]
     left: dict[str, str]
     weights: dict[str, Tensor]
@@ -53,7 +61,7 @@ def convert(
     """Swap every nn.Linear of a model for a SparseLinear, in place, and return the model.
 
     Nothing is pruned yet: all outputs stay as they were, bit for bit, and so do Parameter objects, names, devices,
-    dtypes, flags and hooks. An nn.MultiheadAttention becomes a `LayeredAttention` first, which adds up in another
+    dtypes, flags and hooks. An nn.MultiheadAttention becomes a `UnfusedAttention` first, which adds up in another
     order: its outputs stay the same up to rounding. A Linear pruned by torch.nn.utils.prune or torch.ao.pruning keeps
     its mask. Layers are chosen by globs over their names, "re:" patterns, or module types; see
     `sparsify.layer_names.Selector`. `types` says which kinds of modules are
@@ -79,7 +87,7 @@ def convert(
     plan = plan_convert(model, include=include, exclude=exclude, types=types, tied=tied, functional=functional)
     if not plan.swap and not plan.already:
         reasons = "; ".join(f"{name or '(root)'}: {why}" for name, why in list(plan.left.items())[:3])
-        names = ", ".join(_name(kind.dense) for kind in chosen_kinds(types))
+        names = ", ".join(_name(converter.dense) for converter in select_converters(types))
         raise ValueError(f"the model has no layer that can be converted (of the types {names}). {reasons}".rstrip())
     if plan.left:  # said before any change: a program may turn warnings into errors
         warnings.warn(_notice(model, plan.left), LeftDenseWarning, stacklevel=2)
@@ -93,15 +101,15 @@ def _swap(model: nn.Module, plan: Plan, undo: Transaction) -> None:
     modules = dict(model.named_modules())
     for name in plan.swap:  # a mask of torch's zeroes the weight that it was laid over
         undo.keep(p for key, p in modules[name].named_parameters() if key.endswith(("_orig", ".original")))
-    for name, kind in plan.swap.items():
-        become(modules[name], kind.to_sparse(modules[name]))
+    for name, converter in plan.swap.items():
+        replace_in_place(modules[name], converter.to_sparse(modules[name]))
     for name in plan.weights:
         layer = model.get_submodule(name)
-        if not isinstance(layer, Masked) and (inner := kind_of(layer)):  # in a module that was only laid out
-            become(layer, inner.to_sparse(layer))
-    for name, leader in plan.shared.items():
-        masked = modules[leader]
-        assert isinstance(masked, Masked)
+        if not isinstance(layer, MaskedLayer) and (inner := converter_for(layer)):  # in a module that was only laid out
+            replace_in_place(layer, inner.to_sparse(layer))
+    for name, owner in plan.shared.items():
+        masked = modules[owner]
+        assert isinstance(masked, MaskedLayer)
         tie(modules[name], masked)
 
 
@@ -115,23 +123,23 @@ def plan_convert(
     functional: bool = False,
 ) -> Plan:
     """Say what `convert` would do with the same arguments, and raise what it would raise; the model is not touched."""
-    owners, left = _owners(model, chosen_kinds(types), functional)
+    owners, left = _owners(model, select_converters(types), functional)
     readers = {
         id(child): f"{type(owner).__name__} reads its weight directly"
         for owner in model.modules()
-        if reads_weights(owner)
+        if bypasses_its_layers(owner)
         for child in owner.children()
     }
-    swap: dict[str, Kind] = {}
+    swap: dict[str, Converter] = {}
     already: dict[str, Tensor] = {}
     weights: dict[str, Tensor] = {}
     for layer in select(model, {layer: module for layer, (_, module, _) in owners.items()}, include, exclude):
-        name, module, kind = owners[layer]
+        name, module, converter = owners[layer]
         refuse_flattened(name, module)
-        if isinstance(module, Masked):
+        if isinstance(module, MaskedLayer):
             already[layer] = module.matrix(data_or_shape(module.weight.detach()))
             continue
-        assert kind is not None
+        assert converter is not None
         if any(isinstance(p, nn.UninitializedParameter) for p in module.parameters()):
             raise ValueError(
                 f"{name or '(root)'}: it is not initialised yet; run one batch through the model first, "
@@ -141,22 +149,24 @@ def plan_convert(
             left[name] = readers[id(module)]
             continue
         try:
-            kind.check(module)
+            converter.check(module)
         except ValueError as error:
             left[name] = str(error)
             continue
-        swap[name] = kind
-        weights[layer] = kind.matrices(module)[layer.removeprefix(name).removeprefix(".")]
+        swap[name] = converter
+        weights[layer] = converter.matrices(module)[layer.removeprefix(name).removeprefix(".")]
     if include is not None and left and not swap and not already:
         name, why = next(iter(left.items()))
         raise ValueError(f"{name or '(root)'}: cannot be converted, {why}")
     modules = dict(model.named_modules())
-    masked = {name: list(modules[name].parameters(kind.sparse is not Functional)) for name, kind in swap.items()}
-    skipped, shared = settle_ties(model, masked, tied)
+    masked = {
+        name: list(modules[name].parameters(converter.sparse is not Functional)) for name, converter in swap.items()
+    }
+    skipped, shared = resolve_tied_weights(model, masked, tied)
     left |= skipped
-    swap = {name: kind for name, kind in swap.items() if name not in skipped and name not in shared}
+    swap = {name: converter for name, converter in swap.items() if name not in skipped and name not in shared}
     weights = {layer: weight for layer, weight in weights.items() if owners[layer][0] in swap}
-    swap = followers(model, {modules[name] for name in swap}) | swap
+    swap = dependent_modules(model, {modules[name] for name in swap}) | swap
     return Plan(swap, tuple(already), left, already | weights, shared)
 
 
@@ -169,7 +179,7 @@ def to_dense(model: Model) -> Model:
     >>> to_dense(convert(nn.Sequential(nn.Linear(4, 3))))[0]
     Linear(in_features=4, out_features=3, bias=True)
     """
-    layers = layers_of_type(model, Masked)
+    layers = layers_of_type(model, MaskedLayer)
     for name, masked in layers.items():
         try:
             check_converted(masked)
@@ -177,17 +187,17 @@ def to_dense(model: Model) -> Model:
             raise ValueError(f"{name or '(root)'}: {error}") from None
     with Transaction(model) as undo:
         undo.keep(masked.weight for masked in layers.values() if masked.hides_values())
-        for layer in layers_of_type(model, Packed).values():
+        for layer in layers_of_type(model, PackedLayer).values():
             with making_tensors():
-                become(layer, layer.to_sparse())
+                replace_in_place(layer, layer.to_sparse())
         unfuse_activations(model)
         for tied in layers_of_type(model, Tied).values():
             untie(tied)
-        for kind in kinds():
-            for module in layers_of_type(model, kind.sparse).values():
-                become(module, kind.to_dense(module))
+        for converter in converters():
+            for module in layers_of_type(model, converter.sparse).values():
+                replace_in_place(module, converter.to_dense(module))
         for laid_out in layers_of_type(model, Functional).values():
-            become(laid_out, undo_layout(laid_out))
+            replace_in_place(laid_out, undo_layout(laid_out))
         for module in model.modules():
             module.__dict__.pop("choice", None)  # of a form that the layer no longer has
     return model
@@ -218,9 +228,9 @@ def sparse_layers(
     model: nn.Module,
     include: Selector | Sequence[Selector] | None = None,
     exclude: Selector | Sequence[Selector] | None = None,
-) -> dict[str, Masked]:
+) -> dict[str, MaskedLayer]:
     """Return the chosen masked layers by name. Raises ValueError if the model has none."""
-    layers = layers_of_type(model, Masked)
+    layers = layers_of_type(model, MaskedLayer)
     if not layers:
         raise ValueError("the model has no SparseLinear; call sparsify.convert(model) first")
     chosen = {name: layers[name] for name in select(model, layers, include, exclude)}
@@ -230,29 +240,33 @@ def sparse_layers(
 
 
 def _owners(
-    model: nn.Module, chosen: Sequence[Kind], functional: bool
-) -> tuple[dict[str, tuple[str, nn.Module, Kind | None]], dict[str, str]]:
+    model: nn.Module, chosen: Sequence[Converter], functional: bool
+) -> tuple[dict[str, tuple[str, nn.Module, Converter | None]], dict[str, str]]:
     """Return every layer that is masked or may become so, by name: the module it is in, and that module's kind.
 
     And the modules whose own code cannot be read, with the reason.
     """
-    owners: dict[str, tuple[str, nn.Module, Kind | None]] = {}
+    owners: dict[str, tuple[str, nn.Module, Converter | None]] = {}
     unread: dict[str, str] = {}
-    beside = adapters(model)
+    beside = peft_adapters(model)
     for name, module in model.named_modules():
         if module in beside or isinstance(module, Tied):
             continue
-        if isinstance(module, Masked):
+        if isinstance(module, MaskedLayer):
             owners[name] = name, module, None
             continue
-        found = [kind for kind in chosen if isinstance(module, kind.dense) and not isinstance(module, kind.sparse)]
-        if functional and kind_of(module) is None and name not in owners:
+        found = [
+            converter
+            for converter in chosen
+            if isinstance(module, converter.dense) and not isinstance(module, converter.sparse)
+        ]
+        if functional and converter_for(module) is None and name not in owners:
             try:
-                found += [kind] if (kind := functional_kind(module)) else []
+                found += [converter] if (converter := functional_kind(module)) else []
             except ValueError as error:
                 unread[name] = str(error)
-        for kind in found if name not in owners else ():
-            owners |= {join(name, layer): (name, module, kind) for layer in kind.layers(module)}
+        for converter in found if name not in owners else ():
+            owners |= {join(name, layer): (name, module, converter) for layer in converter.layers(module)}
     return owners, unread
 
 

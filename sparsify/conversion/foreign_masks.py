@@ -1,6 +1,6 @@
 """What other tools left in a model: masks of torch.nn.utils.prune and torch.ao.pruning, adapters, packed weights.
 
-`convert` calls `masked_parts` on each layer, so models pruned by torch's own tools just convert. Zeros are no mask by
+`convert` calls `parameter_and_mask` on each layer, so models pruned by torch's own tools just convert. Zeros are no mask by
 themselves (a fresh bias-free layer may hold some): `masks_from_zeros` is asked for.
 """
 
@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 
 from sparsify.conversion.module_surgery import own_mask, plain_type, put_on
-from sparsify.layers import Masked
+from sparsify.layers import MaskedLayer
 from sparsify.layers.fsdp import is_sharded
 
 
@@ -27,7 +27,7 @@ class MaskedParts(NamedTuple):
     mask: Tensor | None
 
 
-def masked_parts(module: nn.Module, key: str = "weight") -> MaskedParts:
+def parameter_and_mask(module: nn.Module, key: str = "weight") -> MaskedParts:
     """Return the Parameter behind a weight of a module, and its mask if torch pruned it or its user keeps one.
 
     Raises ValueError, saying why, if the weight is computed in another way, or the bias is no Parameter either.
@@ -38,7 +38,7 @@ def masked_parts(module: nn.Module, key: str = "weight") -> MaskedParts:
         raise ValueError(_not_a_parameter(module, "bias"))
     weight = module._parameters.get(key)
     if weight is not None:
-        return MaskedParts(weight, None if isinstance(module, Masked) else _own_mask(module))
+        return MaskedParts(weight, None if isinstance(module, MaskedLayer) else _own_mask(module))
     original, mask = module._parameters.get(f"{key}_orig"), module._buffers.get(f"{key}_mask")
     if original is None or mask is None:
         raise ValueError(_not_a_parameter(module, key))
@@ -80,7 +80,7 @@ def check_names(module: nn.Module, dense: type[nn.Module], *becomes: type[nn.Mod
             raise ValueError(f"it has {kind} {name!r}, a name that {becomes[0].__name__} needs; rename that")
 
 
-def check_weight(weight: Tensor) -> None:
+def check_plain_parameter(weight: Tensor) -> None:
     """Raise ValueError, saying why, if a Parameter is not plain numbers: sharded, quantized, complex."""
     if is_sharded(weight):
         raise ValueError(
@@ -110,7 +110,7 @@ def check_converted(layer: nn.Module) -> None:
 
     So it is where torch parametrized, pruned or quantized the layer after convert. A sharded weight passes.
     """
-    weight, mask = masked_parts(layer)
+    weight, mask = parameter_and_mask(layer)
     if mask is not None:
         raise ValueError(
             "torch has put a mask of its own on its weight; make that permanent with "
@@ -121,10 +121,10 @@ def check_converted(layer: nn.Module) -> None:
             )
         )
     if not is_sharded(weight):
-        check_weight(weight)
+        check_plain_parameter(weight)
 
 
-def adapters(model: nn.Module) -> set[nn.Module]:
+def peft_adapters(model: nn.Module) -> set[nn.Module]:
     """Return the modules that peft put beside the layers it wraps: low-rank deltas, not to be pruned."""
     peft: Any = sys.modules.get("peft.tuners.tuners_utils")
     wrapped = [m for m in model.modules() if peft and isinstance(m, peft.BaseTunerLayer)]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sparsify.kernels import FORMS
-from sparsify.layers import LayeredAttention, Masked, Packed, Tied
+from sparsify.layers import MaskedLayer, PackedLayer, Tied, UnfusedAttention
 from sparsify.layers.inference_mode import writing_to
 from sparsify.layers.transposed import Transposed
 
@@ -29,8 +29,8 @@ _OF_LAYERED = frozenset({"in_proj", "q_proj", "k_proj", "v_proj", "out_proj", "i
 
 #: Attributes of our layers that are no user's, and that mean nothing on what the layer becomes.
 _OURS: dict[type[nn.Module], tuple[str, ...]] = {
-    Masked: ("masked_are", "watch", "steps"),
-    Packed: ("in_features", "out_features", "n_kept", "wanted_form", "form", "activation", "masked_type"),
+    MaskedLayer: ("masked_are", "watch", "steps"),
+    PackedLayer: ("in_features", "out_features", "n_kept", "wanted_form", "form", "activation", "masked_type"),
     Tied: ("leader",),
 }
 
@@ -43,7 +43,7 @@ def layers_of_type(model: nn.Module, kind: type[Layer]) -> dict[str, Layer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
 
 
-def become(module: nn.Module, new: nn.Module) -> None:
+def replace_in_place(module: nn.Module, new: nn.Module) -> None:
     """Let `module` be what `new` is, keeping its own hooks and whatever a user put on it: attributes, state, children.
 
     What `new` has under the same name counts.
@@ -63,8 +63,8 @@ def beside(module: nn.Module) -> dict[str, dict[str, Any]]:
     Empty for modules other than layers: what they become takes all over by itself.
     """
     own = _state_of(module)
-    kinds = ("_parameters", "_buffers", "_modules") if own else ()
-    return {kind: {key: value for key, value in module.__dict__[kind].items() if key not in own} for kind in kinds}
+    converters = ("_parameters", "_buffers", "_modules") if own else ()
+    return {kind: {key: value for key, value in module.__dict__[kind].items() if key not in own} for kind in converters}
 
 
 def own_mask(module: nn.Module) -> Tensor | None:
@@ -87,11 +87,11 @@ def plain_type(module: nn.Module) -> type[nn.Module]:
 def replace(model: Model, replacements: dict[nn.Module, nn.Module]) -> Model:
     """Turn modules of a model into others, in place, and return the model."""
     for old, new in replacements.items():
-        become(old, new)
+        replace_in_place(old, new)
     return model
 
 
-def copy_with(model: Model, replacements: dict[nn.Module, nn.Module]) -> Model:
+def copy_replacing(model: Model, replacements: dict[nn.Module, nn.Module]) -> Model:
     """Copy a model's structure, with some modules replaced; the memory of every other tensor is shared.
 
     The tensors themselves are new ones over that memory, so that converting the copy (`.half()`, `.to()`) leaves the
@@ -148,10 +148,10 @@ def _class_data(kind: type[nn.Module]) -> dict[str, Any]:
 def _state_of(module: nn.Module) -> frozenset[str]:
     """Return the names of the Parameters, buffers and children that make a layer what it is; empty if it is none."""
     if isinstance(module, nn.MultiheadAttention):
-        return _OF_LAYERED if isinstance(module, LayeredAttention) else _OF_ATTENTION
-    if isinstance(module, Packed):
+        return _OF_LAYERED if isinstance(module, UnfusedAttention) else _OF_ATTENTION
+    if isinstance(module, PackedLayer):
         return _OF_PACKED
-    if isinstance(module, Masked):
+    if isinstance(module, MaskedLayer):
         return _OF_DENSE | {"mask"}
     if isinstance(module, (nn.Linear, nn.Conv2d, Transposed)) or plain_type(module).__name__ == "Conv1D":
         return _OF_DENSE | ({"mask"} if own_mask(module) is not None else set())

@@ -13,7 +13,7 @@ from sparsify.layers.tied import check_tieable
 TIED = ("error", "skip", "share")
 
 
-class Place(NamedTuple):
+class ParameterRef(NamedTuple):
     """Where a module holds a Parameter, under which key."""
 
     module: str
@@ -24,7 +24,7 @@ class Place(NamedTuple):
         return f"{self.module}.{self.key}".lstrip(".")
 
 
-def settle_ties(
+def resolve_tied_weights(
     model: nn.Module, weights: Mapping[str, Collection[Tensor]], tied: str
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Say what becomes of modules whose `weights`, about to be masked, other modules use too.
@@ -55,13 +55,13 @@ def settle_ties(
     return skipped, shared
 
 
-def _check_shareable(model: nn.Module, name: str, place: Place) -> None:
+def _check_shareable(model: nn.Module, name: str, place: ParameterRef) -> None:
     """Raise ValueError if the module at a place cannot use the mask of the layer `name`."""
-    leader = model.get_submodule(name)
+    owner = model.get_submodule(name)
     try:
-        if place.parameter is not leader._parameters.get("weight") or place.key != "weight":
+        if place.parameter is not owner._parameters.get("weight") or place.key != "weight":
             raise ValueError("it is not the same Parameter `weight`, it only overlaps in memory")
-        if not isinstance(leader, nn.Linear):
+        if not isinstance(owner, nn.Linear):
             raise ValueError("only the mask of an nn.Linear can be shared")
         check_tieable(model.get_submodule(place.module))
     except ValueError as error:
@@ -71,13 +71,13 @@ def _check_shareable(model: nn.Module, name: str, place: Place) -> None:
         ) from None
 
 
-def _ties(model: nn.Module, weights: Mapping[str, Collection[Tensor]]) -> Iterator[tuple[str, list[Place]]]:
+def _ties(model: nn.Module, weights: Mapping[str, Collection[Tensor]]) -> Iterator[tuple[str, list[ParameterRef]]]:
     """Yield each of the named modules with a weight that has several places, and those places."""
-    places: dict[object, list[Place]] = {}
+    places: dict[object, list[ParameterRef]] = {}
     for module_name, module in model.named_modules():
         for key, parameter in module._parameters.items():
             if parameter is not None:
-                places.setdefault(_memory(parameter)[0], []).append(Place(module_name, key, parameter))
+                places.setdefault(_memory(parameter)[0], []).append(ParameterRef(module_name, key, parameter))
     for name, own in weights.items():
         for weight in own:
             used = [place for place in places[_memory(weight)[0]] if _overlap(weight, place.parameter)]

@@ -60,7 +60,7 @@ class Transaction:
         self._places.append((tensor, where, tensor.detach()[where]))
 
     @torch.no_grad()
-    def exchange(self, tensor: Tensor, new: Tensor) -> None:
+    def drop_and_grow(self, tensor: Tensor, new: Tensor) -> None:
         """Write `new` into a tensor, and keep what was there in the memory of `new`, where it takes no more room."""
         n_parts = 1 if tensor.dim() == 0 else -(-tensor.nbytes // _PART_BYTES)
         for part, its_new in zip(_rows(tensor.detach(), n_parts), _rows(new, n_parts), strict=True):

@@ -85,7 +85,7 @@ def measure(
     return {name: Timing.of(s) for name, s in samples.items()}
 
 
-class Watch:
+class LoadMeter:
     """Watches, from its creation on, how much of the machine other processes take."""
 
     def __init__(self) -> None:

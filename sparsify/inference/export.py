@@ -11,12 +11,12 @@ from tqdm import tqdm
 
 from sparsify.calibration.layer_inputs import layer_inputs
 from sparsify.conversion.foreign_masks import check_converted
-from sparsify.conversion.module_surgery import Model, copy_with, layers_of_type
-from sparsify.inference.form_selection import Choice, Chooser, exported_as
+from sparsify.conversion.module_surgery import Model, copy_replacing, layers_of_type
+from sparsify.inference.form_selection import FormChoice, FormSelector, exported_as
 from sparsify.inference.fusion import fuse_activations
 from sparsify.kernels import FORMS, PATTERNED, fits, supports
 from sparsify.kernels.csr import dense_to_csr
-from sparsify.layers import CSRLinear, Masked, Packed, Tied
+from sparsify.layers import CSRLinear, MaskedLayer, PackedLayer, Tied
 from sparsify.layers.fsdp import check_whole, refuse_flattened
 from sparsify.layers.tied import untie
 
@@ -63,8 +63,8 @@ def export(
     if format != "auto" and prefer != "speed":
         raise ValueError(f"prefer={prefer!r} has no effect with format {format!r}; only 'auto' chooses")
     if device is not None:
-        model = copy_with(model, {}).to(device)
-    layers = layers_of_type(model, Masked)
+        model = copy_replacing(model, {}).to(device)
+    layers = layers_of_type(model, MaskedLayer)
     if not layers:
         raise ValueError("the model has no SparseLinear to export; call sparsify.convert(model) and prune it first")
     for name, layer in layers.items():
@@ -87,16 +87,16 @@ def export(
             csr = dense_to_csr(layer.weight_matrix, layer.matrix(layer.mask))
             if not fits(format, csr, layer.shape):
                 raise ValueError(f"{name}: its mask does not fit the form {format!r}; use format='auto' or 'tiles'")
-    chooser = Chooser(128 if tokens is None else tokens, prefer)
+    chooser = FormSelector(128 if tokens is None else tokens, prefer)
     given = {} if example is None else layer_inputs(model, example)
     replacements: dict[nn.Module, nn.Module] = {}
     for layer in tqdm(layers.values(), desc="measuring layers", disable=not progress or format != "auto"):
-        choice = chooser.choose(layer, given.get(layer)) if format == "auto" else Choice(format, 0, {}, "")
+        choice = chooser.choose(layer, given.get(layer)) if format == "auto" else FormChoice(format, 0, {}, "")
         replacements[layer] = exported_as(layer, choice.form)
         replacements[layer].__dict__["choice"] = choice
     for tied in layers_of_type(model, Tied).values():
-        replacements[tied] = _export_tied(tied, replacements[tied.leader[0]])
-    return fuse_activations(copy_with(model, replacements))
+        replacements[tied] = _export_tied(tied, replacements[tied.owner[0]])
+    return fuse_activations(copy_replacing(model, replacements))
 
 
 def check_format(format: str, tokens: int | None = None, device: torch.device | None = None) -> None:
@@ -111,17 +111,17 @@ def check_format(format: str, tokens: int | None = None, device: torch.device | 
         raise ValueError(f"the form {format!r} does not run here; see 'sparsify doctor', or use format='csr'")
 
 
-def _export_tied(tied: Tied, leader: nn.Module) -> nn.Module:
+def _export_tied(tied: Tied, owner: nn.Module) -> nn.Module:
     """Let a tied layer hold the exported leader's own tensors, packed or dense; an Embedding needs them dense."""
-    if isinstance(leader, CSRLinear) and isinstance(tied, nn.Linear):
-        packed = copy.copy(leader)
+    if isinstance(owner, CSRLinear) and isinstance(tied, nn.Linear):
+        packed = copy.copy(owner)
         packed._parameters = {"bias": tied._parameters["bias"]}
-        packed._buffers = dict(leader._buffers)
+        packed._buffers = dict(owner._buffers)
         return packed
     plain = copy.copy(tied)
     untie(plain)
-    weight: Any = leader.weight
-    if isinstance(leader, Packed):
-        weight = nn.Parameter(tied.leader[0].masked_weight().detach(), requires_grad=tied.weight.requires_grad)
+    weight: Any = owner.weight
+    if isinstance(owner, PackedLayer):
+        weight = nn.Parameter(tied.owner[0].masked_weight().detach(), requires_grad=tied.weight.requires_grad)
     plain._parameters = {**plain._parameters, "weight": weight}
     return plain

@@ -10,13 +10,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from sparsify.conversion.converters.table import masked_as
+from sparsify.conversion.converters.table import converter_of_layer
 from sparsify.hardware import gpu_timing
 from sparsify.hardware.machine import machine_name
 from sparsify.hardware.timing import Call, measure
 from sparsify.kernels import FORMS, fits, supports
 from sparsify.kernels.csr import dense_to_csr
-from sparsify.layers import Masked, Packed
+from sparsify.layers import MaskedLayer, PackedLayer
 
 #: Rounds in which each candidate is timed once, and the time each gets in a round.
 N_ROUNDS, SAMPLE_S = 7, 2e-3
@@ -30,7 +30,7 @@ PREFERENCES = ("speed", "memory")
 
 
 @dataclass(frozen=True)
-class Choice:
+class FormChoice:
     """A form, "dense" among them, and why: the median microseconds of every candidate for `tokens` rows of input.
 
     No times: the form was asked for (0 tokens), or none that runs here is smaller than dense.
@@ -64,7 +64,7 @@ class Choice:
         return f"sparse is no faster for {self.tokens} tokens: {form} {dense / time_us:.2f}x dense"
 
 
-class Chooser:
+class FormSelector:
     """Measures layers one by one, each kind once.
 
     A kind is a type, shape, dtype, device, with or without bias, kept weights in percent, forms that fit, and an input.
@@ -76,10 +76,10 @@ class Chooser:
         if prefer not in PREFERENCES:
             raise ValueError(f"prefer={prefer!r} is none of: {', '.join(PREFERENCES)}")
         self.tokens, self.prefer = tokens, prefer
-        self._known: dict[object, Choice] = {}
+        self._known: dict[object, FormChoice] = {}
 
     @torch.inference_mode()
-    def choose(self, layer: Masked, given: Tensor | None = None) -> Choice:
+    def choose(self, layer: MaskedLayer, given: Tensor | None = None) -> FormChoice:
         """Return the form for a layer: see PREFERENCES.
 
         given: a tensor of the shape and layout of its input, on any device; else `tokens` rows of input.
@@ -91,8 +91,18 @@ class Chooser:
         csr = dense_to_csr(layer.weight_matrix, layer.matrix(layer.mask))
         here = [form for form in FORMS if form != "csr" and supports(form, weight.device, weight.dtype)]
         forms = tuple(form for form in here if fits(form, csr, layer.shape))
-        kind = (type(layer), layer.shape, weight.dtype, weight.device, bias is None, sparsity, forms, shape, strides)
-        if kind not in self._known:
+        converter = (
+            type(layer),
+            layer.shape,
+            weight.dtype,
+            weight.device,
+            bias is None,
+            sparsity,
+            forms,
+            shape,
+            strides,
+        )
+        if converter not in self._known:
             # A stride of 0 is an expanded tensor, which takes no values.
             x = torch.empty(shape, device="cpu")
             if strides is not None and 0 not in strides:
@@ -104,8 +114,8 @@ class Chooser:
             n_bytes = {form: _n_bytes(module) for form, module in candidates.items()}
             form = _best(times, n_bytes, self.prefer) if times else "dense"
             tokens = x.numel() // max(layer.shape[1], 1)
-            self._known[kind] = Choice(form, tokens, times, machine_name(weight.device))
-        return self._known[kind]
+            self._known[converter] = FormChoice(form, tokens, times, machine_name(weight.device))
+        return self._known[converter]
 
     def _measure(self, candidates: Mapping[str, nn.Module], x: Tensor) -> dict[str, float]:
         """Time what a layer may become, in turns, on an input: medians in us. A GPU finds no weight in its cache."""
@@ -120,7 +130,7 @@ class Chooser:
         return {form: timing.median_s * 1e6 for form, timing in timings.items()}
 
 
-def _candidates(layer: Masked, forms: Iterable[str]) -> dict[str, nn.Module]:
+def _candidates(layer: MaskedLayer, forms: Iterable[str]) -> dict[str, nn.Module]:
     """Make dense, and those of the forms that take less memory than dense."""
     packed = {form: exported_as(layer, form) for form in forms}
     return {
@@ -146,15 +156,15 @@ def _best(times: Mapping[str, float], n_bytes: Mapping[str, int], prefer: str) -
     return min(close, key=lambda form: (n_bytes.get(form, 0), times[form]))
 
 
-def exported_as(layer: Masked, form: str) -> nn.Module:
+def exported_as(layer: MaskedLayer, form: str) -> nn.Module:
     """Make what a masked layer is exported as in a form; "dense" is the layer it was, with zeros."""
-    kind = masked_as(layer)
+    converter = converter_of_layer(layer)
     if form != "dense":
-        return kind.packed.from_sparse(layer, form=form)
+        return converter.packed.from_sparse(layer, form=form)
     zeroed = copy.copy(layer)  # the layer itself may be in a schedule that brings its masked values back
     weight = nn.Parameter(layer.masked_weight().detach(), requires_grad=layer.weight.requires_grad)
     zeroed._parameters = {**layer._parameters, "weight": weight}
-    return kind.to_dense(zeroed)
+    return converter.to_dense(zeroed)
 
 
 def _call(module: nn.Module, x: Tensor) -> Call:
@@ -163,5 +173,5 @@ def _call(module: nn.Module, x: Tensor) -> Call:
 
 def _n_bytes(module: nn.Module) -> int:
     """Return what the weight takes in memory."""
-    tensors: Iterable[Tensor] = module.parts if isinstance(module, Packed) else [module.weight]  # type: ignore[list-item]
+    tensors: Iterable[Tensor] = module.parts if isinstance(module, PackedLayer) else [module.weight]  # type: ignore[list-item]
     return sum(tensor.nbytes for tensor in tensors)

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from sparsify.conversion.module_surgery import Model, replace
-from sparsify.layers import Packed
+from sparsify.layers import PackedLayer
 
 
 class FusedActivation(nn.Module):
@@ -33,7 +33,7 @@ class FusedActivation(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Return the input as it is, or activated if its layer did not do that."""
         layer = self.owner[0]._modules.get(self.layer_name)
-        applied = isinstance(layer, Packed) and layer.activation == self.name
+        applied = isinstance(layer, PackedLayer) and layer.activation == self.name
         return input if applied else self.activation(input)
 
     def extra_repr(self) -> str:
@@ -50,7 +50,7 @@ def fuse_activations(model: Model) -> Model:
     replacements: dict[nn.Module, nn.Module] = {}
     for owner in model.modules():
         free = {name: m for name, m in owner.named_children() if paths[id(m)] == 1 and not _has_hooks(m)}
-        layers = {name: m for name, m in free.items() if isinstance(m, Packed) and m.activation == "none"}
+        layers = {name: m for name, m in free.items() if isinstance(m, PackedLayer) and m.activation == "none"}
         activations = {name: known for name, m in free.items() if (known := activation_name(m))} if layers else {}
         if not activations:
             continue

@@ -1,14 +1,14 @@
 """The layers: those that train under a mask (Masked), and those that run what is left (Packed), of each kind.
 
-LayeredAttention and LayeredEncoder are torch's attention and its encoder, laid out so that they call such layers.
+UnfusedAttention and UnfusedEncoder are torch's attention and its encoder, laid out so that they call such layers.
 """
 
-from sparsify.layers.attention import LayeredAttention
+from sparsify.layers.attention import UnfusedAttention
 from sparsify.layers.csr_conv2d import CSRConv2d
 from sparsify.layers.csr_linear import CSRLinear
-from sparsify.layers.encoder import LayeredEncoder
-from sparsify.layers.masked import Masked
-from sparsify.layers.packed import Packed
+from sparsify.layers.encoder import UnfusedEncoder
+from sparsify.layers.masked import MaskedLayer
+from sparsify.layers.packed import PackedLayer
 from sparsify.layers.sparse_conv2d import SparseConv2d
 from sparsify.layers.sparse_linear import SparseLinear
 from sparsify.layers.tied import Tied
@@ -16,11 +16,11 @@ from sparsify.layers.tied import Tied
 __all__ = [
     "CSRConv2d",
     "CSRLinear",
-    "LayeredAttention",
-    "LayeredEncoder",
-    "Masked",
-    "Packed",
+    "MaskedLayer",
+    "PackedLayer",
     "SparseConv2d",
     "SparseLinear",
     "Tied",
+    "UnfusedAttention",
+    "UnfusedEncoder",
 ]

@@ -1,4 +1,4 @@
-"""LayeredAttention: torch's multi-head attention with a layer for each of its projections."""
+"""UnfusedAttention: torch's multi-head attention with a layer for each of its projections."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsify.layers.construct import bare_linear
+from sparsify.layers.construct import linear_from_parameters
 from sparsify.layers.csr_linear import CSRLinear
 from sparsify.layers.sparse_linear import SparseLinear
 
@@ -25,7 +25,7 @@ def _weight_of(layer: str) -> Any:
     return property(lambda self: self._modules[layer].weight if layer in self._modules else None)
 
 
-class LayeredAttention(nn.MultiheadAttention):
+class UnfusedAttention(nn.MultiheadAttention):
     """An nn.MultiheadAttention whose projections are layers, which can be pruned and exported like any other.
 
     `in_proj` (3 embed_dim, embed_dim) and `out_proj`; with a kdim or vdim of its own, `q_proj`, `k_proj` and `v_proj`
@@ -37,7 +37,7 @@ class LayeredAttention(nn.MultiheadAttention):
     takes there, work in any mode.
 
     >>> attention = nn.MultiheadAttention(8, 2, batch_first=True)
-    >>> layered, x = LayeredAttention(attention), torch.ones(1, 3, 8)
+    >>> layered, x = UnfusedAttention(attention), torch.ones(1, 3, 8)
     >>> torch.allclose(layered(x, x, x)[0], attention(x, x, x)[0])
     True
     """
@@ -53,12 +53,12 @@ class LayeredAttention(nn.MultiheadAttention):
         self._qkv_same_embed_dim = False  # what keeps an nn.TransformerEncoderLayer from its fused kernel
         bias = attention.in_proj_bias
         if attention._qkv_same_embed_dim:
-            self.in_proj = bare_linear(nn.Linear, attention.in_proj_weight, bias)
+            self.in_proj = linear_from_parameters(nn.Linear, attention.in_proj_weight, bias)
         else:
             for name in ("q_proj", "k_proj", "v_proj"):
-                self.add_module(name, bare_linear(nn.Linear, getattr(attention, f"{name}_weight"), None))
+                self.add_module(name, linear_from_parameters(nn.Linear, getattr(attention, f"{name}_weight"), None))
             self._parameters["in_proj_bias"] = bias
-        self.out_proj = bare_linear(nn.Linear, attention.out_proj.weight, attention.out_proj.bias)  # type: ignore[assignment]
+        self.out_proj = linear_from_parameters(nn.Linear, attention.out_proj.weight, attention.out_proj.bias)  # type: ignore[assignment]
         self.bias_k, self.bias_v = attention.bias_k, attention.bias_v
 
     def to_attention(self) -> nn.MultiheadAttention:
@@ -205,7 +205,7 @@ class LayeredAttention(nn.MultiheadAttention):
         n_queries, n_keys = ([len(row) for row in x.unbind()] for x in (query, key))
         key_padding = _beyond(n_keys, padded[id(key)])
         q, k, v = (padded[id(x)] for x in (query, key, value))
-        output, weights = LayeredAttention.forward(self, q, k, v, key_padding, need_weights, None, average)
+        output, weights = UnfusedAttention.forward(self, q, k, v, key_padding, need_weights, None, average)
         rows = [row[:n] for row, n in zip(output, n_queries, strict=True)]
         if weights is not None:
             query_padding = _beyond(n_queries, padded[id(query)])[:, :, None]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 Linear = TypeVar("Linear", bound=nn.Linear)
 
 
-def bare_linear(kind: type[Linear], weight: Tensor, bias: Tensor | None) -> Linear:
+def linear_from_parameters(kind: type[Linear], weight: Tensor, bias: Tensor | None) -> Linear:
     """Make a layer of this kind, nn.Linear or a subclass, that holds the very Parameters given.
 
     >>> weight = nn.Parameter(torch.zeros(3, 2))

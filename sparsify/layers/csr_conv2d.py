@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from sparsify.kernels import pointwise
-from sparsify.layers.masked import Masked
-from sparsify.layers.packed import Packed
+from sparsify.layers.masked import MaskedLayer
+from sparsify.layers.packed import PackedLayer
 from sparsify.layers.sparse_conv2d import SparseConv2d
 
 
-class CSRConv2d(Packed):
-    """A 1x1 convolution over a sparse weight (out_channels, in_channels); see `Packed` for how that is held.
+class CSRConv2d(PackedLayer):
+    """A 1x1 convolution over a sparse weight (out_channels, in_channels); see `PackedLayer` for how that is held.
 
     Images stay as they lie in memory, channels first or last. `weight` is the dense one, unpacked at each look.
 
@@ -20,7 +20,7 @@ class CSRConv2d(Packed):
     (8, torch.Size([2, 4, 5, 5]))
     """
 
-    masked_type: type[Masked] = SparseConv2d
+    masked_type: type[MaskedLayer] = SparseConv2d
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer to (n, in_channels, height, width), or to one image without n."""

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from sparsify.kernels import linear
-from sparsify.layers.masked import Masked
-from sparsify.layers.packed import Packed
+from sparsify.layers.masked import MaskedLayer
+from sparsify.layers.packed import PackedLayer
 from sparsify.layers.sparse_linear import SparseLinear
 from sparsify.layers.weight_view import WeightView
 
 
-class CSRLinear(Packed):
-    """A linear layer over a sparse weight; see `Packed` for how that is held.
+class CSRLinear(PackedLayer):
+    """A linear layer over a sparse weight; see `PackedLayer` for how that is held.
 
     Under autocast the layer computes in its own dtype and returns autocast's.
 
@@ -22,7 +22,7 @@ class CSRLinear(Packed):
     (8, torch.uint8, torch.Size([2, 4]))
     """
 
-    masked_type: type[Masked] = SparseLinear
+    masked_type: type[MaskedLayer] = SparseLinear
 
     def forward(self, input: Tensor, rows: tuple[int, int] = (0, -1)) -> Tensor:
         """Apply the layer to (..., in_features); returns (..., out_features), or the outputs rows[0] to rows[1] - 1."""

@@ -1,4 +1,4 @@
-"""LayeredEncoder: torch's transformer encoder without its fused inference kernel, which reads weights past masks."""
+"""UnfusedEncoder: torch's transformer encoder without its fused inference kernel, which reads weights past masks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 
-class LayeredEncoder(nn.TransformerEncoder):
+class UnfusedEncoder(nn.TransformerEncoder):
     """An nn.TransformerEncoder that calls its layers, in inference too, and gives what it would give otherwise.
 
     In inference nn.TransformerEncoder packs a padded batch into a nested tensor, which leaves zeros (after the final

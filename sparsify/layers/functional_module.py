@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparsify.layers.construct import bare_linear
+from sparsify.layers.construct import linear_from_parameters
 from sparsify.layers.csr_linear import CSRLinear
-from sparsify.layers.masked import Masked
+from sparsify.layers.masked import MaskedLayer
 from sparsify.layers.transposed import SparseTransposed, Transposed
 
 
@@ -46,7 +46,7 @@ def layer_name(name: str) -> str:
     return f"{name}_layer"
 
 
-def lay_out(module: nn.Module, transposed: Mapping[str, bool]) -> Functional:
+def unfuse(module: nn.Module, transposed: Mapping[str, bool]) -> Functional:
     """Make a module of the same code whose named Parameters are layers, dense still.
 
     `transposed` says of each whether it is stored (in_features, out_features).
@@ -58,7 +58,7 @@ def lay_out(module: nn.Module, transposed: Mapping[str, bool]) -> Functional:
     for name, is_transposed in transposed.items():
         weight = module._parameters[name]
         assert weight is not None
-        layer = Transposed(weight) if is_transposed else bare_linear(nn.Linear, weight, None)
+        layer = Transposed(weight) if is_transposed else linear_from_parameters(nn.Linear, weight, None)
         layers[layer_name(name)] = layer.train(module.training)
     made._modules = {**module._modules, **layers}
     return made
@@ -93,7 +93,7 @@ def _read(name: str, module: nn.Module) -> Tensor:
     """Return the weight of a layer of a laid out module, in the layout in which the module's code multiplies it."""
     layer = module._modules[layer_name(name)]
     assert layer is not None
-    if isinstance(layer, Masked):
+    if isinstance(layer, MaskedLayer):
         return layer.masked_weight()
     if isinstance(layer, CSRLinear):
         return layer.weight.t() if issubclass(layer.masked_type, SparseTransposed) else layer.weight

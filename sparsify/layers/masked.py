@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from sparsify.kernels.cpu import library as native
 from sparsify.layers.fsdp import shard_like, whole
 from sparsify.layers.inference_mode import making_tensors, writing_to
-from sparsify.layers.masked_weight import Watch, used_weight
-from sparsify.layers.sparse_training import SparseSteps
+from sparsify.layers.masked_weight import GradientAccumulator, masked_weight
+from sparsify.layers.sparse_training import SparseTrainingKernels
 from sparsify.masking.masks import make_masks
 from sparsify.masking.methods.registry import Method, resolve_method, takes_seed
 
 
-class Masked(nn.Module):
+class MaskedLayer(nn.Module):
     """The contract of a layer with a Parameter `weight` that is used as weight * mask. Mixed in before a layer's class.
 
     `mask` is a bool buffer of the weight's shape, True = kept. Masked weights are set to exactly zero whenever the mask
@@ -33,9 +33,9 @@ class Masked(nn.Module):
     mask: Tensor
     #: What a Pruner sets while training: what masked weights are (recipe.Group.masked), what backward adds up, and
     #: whether steps may touch kept weights only.
-    masked_are: str = "zero"
-    watch: Watch | None = None
-    steps: SparseSteps | None = None
+    masked_mode: str = "zero"
+    accumulator: GradientAccumulator | None = None
+    steps: SparseTrainingKernels | None = None
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """View a tensor of the weight's shape as (out_features, in_features): what is written there is written here."""
@@ -70,7 +70,9 @@ class Masked(nn.Module):
 
         Unlike a product, NaN and Inf in a masked weight come to nothing, and so do their gradients.
         """
-        return used_weight(self.weight, self.mask, straight=self.masked_are == "trained", watch=self.watch)
+        return masked_weight(
+            self.weight, self.mask, straight_through=self.masked_mode == "trained", accumulator=self.accumulator
+        )
 
     @property
     def sparsity(self) -> float:
@@ -117,7 +119,7 @@ class Masked(nn.Module):
 
         Those that a mask `before` this one removed are zeroed too.
         """
-        if self.masked_are == "zero":
+        if self.masked_mode == "zero":
             self.clear_masked(self.weight, before)
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass
-class Watch:
+class GradientAccumulator:
     """What a layer's backward adds up for a Pruner, masked weights included: tensors of the weight's shape, or None.
 
     gradient: the sum of the gradients of the weight as it is used. movement: the sum of -weight * gradient. uses: the
@@ -34,19 +34,21 @@ class Watch:
             self.movement.sub_(gradient * weight)
 
 
-def used_weight(weight: Tensor, mask: Tensor, *, straight: bool, watch: Watch | None) -> Tensor:
+def masked_weight(
+    weight: Tensor, mask: Tensor, *, straight_through: bool, accumulator: GradientAccumulator | None
+) -> Tensor:
     """Return weight * mask.
 
-    Unlike a product, NaN and Inf in a masked weight come to nothing, and so do their gradients. `straight` lets the
+    Unlike a product, NaN and Inf in a masked weight come to nothing, and so do their gradients. `straight_through` lets the
     gradient of the result through to masked weights too (the straight-through estimator, Bengio et al. 2013,
-    arXiv:1308.3432). `watch` sees the gradient of the result.
+    arXiv:1308.3432). `accumulator` sees the gradient of the result.
     """
-    used: Tensor = _StraightThrough.apply(weight, mask) if straight else torch.where(mask, weight, 0.0)
-    if watch is not None and watch.uses is not None:
-        watch.uses.append(used)
-    elif watch is not None and used.requires_grad:
+    used: Tensor = _StraightThrough.apply(weight, mask) if straight_through else torch.where(mask, weight, 0.0)
+    if accumulator is not None and accumulator.uses is not None:
+        accumulator.uses.append(used)
+    elif accumulator is not None and used.requires_grad:
         held = weight.detach()
-        used.register_hook(lambda gradient: watch.see(held, gradient.detach()))
+        used.register_hook(lambda gradient: accumulator.see(held, gradient.detach()))
     return used
 
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from sparsify.kernels import FORMS, form_for, pack, supports, unpack
 from sparsify.kernels.csr import CSR, check_csr, csr_to_dense, dense_to_csr
 from sparsify.layers.inference_mode import making_tensors
-from sparsify.layers.masked import Masked
+from sparsify.layers.masked import MaskedLayer
 
 
-class Packed(nn.Module):
+class PackedLayer(nn.Module):
     """The contract of a layer over a sparse weight (out_features, in_features), held in plain buffers in one form.
 
     In the form "csr": `crow` int32 (out_features + 1), `col` uint8, uint16 or int32 (n_kept), whichever is the
@@ -32,7 +32,7 @@ class Packed(nn.Module):
     """
 
     bias: nn.Parameter | None
-    masked_type: type[Masked]
+    masked_type: type[MaskedLayer]
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Packed(nn.Module):
         *,
         form: str = "csr",
         activation: str = "none",
-        masked_type: type[Masked] | None = None,
+        masked_type: type[MaskedLayer] | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
@@ -56,14 +56,14 @@ class Packed(nn.Module):
         self.register_parameter("bias", bias)
 
     @classmethod
-    def from_sparse(cls, layer: Masked, *, form: str = "csr") -> Self:
+    def from_sparse(cls, layer: MaskedLayer, *, form: str = "csr") -> Self:
         """Pack the kept weights of a masked layer (kept zeros included); the bias is shared."""
         csr = dense_to_csr(layer.weight_matrix, layer.matrix(layer.mask))
         out_features, in_features = layer.shape
         packed = cls(in_features, out_features, csr, layer._parameters.get("bias"), form=form, masked_type=type(layer))
         return packed.train(layer.training)
 
-    def to_sparse(self) -> Masked:
+    def to_sparse(self) -> MaskedLayer:
         """Unpack into a layer that can be trained again; the bias is shared, an activation left out."""
         weight, mask = csr_to_dense(self.csr, self.shape)
         return self.masked_type.from_matrix(weight, mask, self.bias).train(self.training)

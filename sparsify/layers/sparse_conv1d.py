@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from sparsify.layers.masked import Masked
+from sparsify.layers.masked import MaskedLayer
 
 _Layer = TypeVar("_Layer", bound=Conv1D)
 
 
-class SparseConv1D(Masked, Conv1D):  # type: ignore[misc]
-    """A transformers Conv1D (a Linear with a transposed weight) used as weight * mask; see `Masked`.
+class SparseConv1D(MaskedLayer, Conv1D):  # type: ignore[misc]
+    """A transformers Conv1D (a Linear with a transposed weight) used as weight * mask; see `MaskedLayer`.
 
     `weight` and `mask` keep the layout (in_features, out_features). It is a Conv1D, so code that asks for one finds
     one.

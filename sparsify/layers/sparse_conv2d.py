@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsify.layers.masked import Masked
+from sparsify.layers.masked import MaskedLayer
 from sparsify.masking.methods.registry import Method
 
 _Conv2d = TypeVar("_Conv2d", bound=nn.Conv2d)
@@ -21,10 +21,10 @@ _REST = {
 }
 
 
-class SparseConv2d(Masked, nn.Conv2d):
+class SparseConv2d(MaskedLayer, nn.Conv2d):
     """A 1x1 convolution with stride 1, without groups and padding, whose weight is used as weight * mask.
 
-    See `Masked` for what that means. `weight` and `mask` are (out_channels, in_channels, 1, 1). It is an nn.Conv2d, so
+    See `MaskedLayer` for what that means. `weight` and `mask` are (out_channels, in_channels, 1, 1). It is an nn.Conv2d, so
     code that asks for one finds one. The arguments after the channels are those of SparseLinear.
 
     >>> layer = SparseConv2d(8, 4, 0.75, seed=1)
@@ -58,7 +58,7 @@ class SparseConv2d(Masked, nn.Conv2d):
         """
         if odd := odd_setting(conv):
             raise ValueError(f"only pointwise convolutions can be SparseConv2d, this one has {odd}")
-        layer = bare_conv2d(cls, conv.weight, conv.bias)
+        layer = conv2d_from_parameters(cls, conv.weight, conv.bias)
         layer._keep_all()
         if mask is not None:
             layer.set_mask(mask)
@@ -67,12 +67,12 @@ class SparseConv2d(Masked, nn.Conv2d):
     @classmethod
     def from_matrix(cls, weight: Tensor, mask: Tensor, bias: nn.Parameter | None) -> Self:
         """Make a layer of a weight and a mask, (out_channels, in_channels); the bias is shared."""
-        return cls.from_conv2d(bare_conv2d(nn.Conv2d, nn.Parameter(weight[:, :, None, None]), bias), mask)
+        return cls.from_conv2d(conv2d_from_parameters(nn.Conv2d, nn.Parameter(weight[:, :, None, None]), bias), mask)
 
     def to_conv2d(self) -> nn.Conv2d:
         """Make a plain nn.Conv2d that shares the Parameters, with the masked weights set to zero."""
         self.clear_masked(self.weight)
-        return bare_conv2d(nn.Conv2d, self.weight, self.bias).train(self.training)
+        return conv2d_from_parameters(nn.Conv2d, self.weight, self.bias).train(self.training)
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """View a tensor of the weight's shape as (out_channels, in_channels)."""
@@ -106,7 +106,7 @@ def odd_setting(conv: nn.Conv2d) -> str:
     return ""
 
 
-def bare_conv2d(kind: type[_Conv2d], weight: Tensor, bias: Tensor | None) -> _Conv2d:
+def conv2d_from_parameters(kind: type[_Conv2d], weight: Tensor, bias: Tensor | None) -> _Conv2d:
     """Make a pointwise convolution of this kind that holds the very Parameters given; nothing is allocated or drawn."""
     layer = kind.__new__(kind)
     nn.Module.__init__(layer)

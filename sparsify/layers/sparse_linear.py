@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsify.kernels.cpu import sparse_step as training
-from sparsify.layers.construct import bare_linear
-from sparsify.layers.masked import Masked
+from sparsify.layers.construct import linear_from_parameters
+from sparsify.layers.masked import MaskedLayer
 from sparsify.masking.methods.registry import Method
 
 
-class SparseLinear(Masked, nn.Linear):
-    """A Linear whose weight is used as weight * mask; see `Masked` for what that means.
+class SparseLinear(MaskedLayer, nn.Linear):
+    """A Linear whose weight is used as weight * mask; see `MaskedLayer` for what that means.
 
     `weight` is a dense Parameter (out_features, in_features), `mask` a bool buffer of the same shape, True = kept. It
     is an nn.Linear, so code that asks for one finds one.
@@ -56,7 +56,7 @@ class SparseLinear(Masked, nn.Linear):
             raise ValueError("its weight is computed, not a Parameter; sparsify.convert takes over what can be")
         if mask is None and isinstance(linear, SparseLinear):
             mask = linear.mask
-        layer = bare_linear(cls, linear.weight, linear.bias)
+        layer = linear_from_parameters(cls, linear.weight, linear.bias)
         layer._keep_all()
         if mask is not None:
             layer.set_mask(mask)
@@ -65,12 +65,12 @@ class SparseLinear(Masked, nn.Linear):
     @classmethod
     def from_matrix(cls, weight: Tensor, mask: Tensor, bias: nn.Parameter | None) -> Self:
         """Make a layer of a weight and a mask, (out_features, in_features); the bias is shared."""
-        return cls.from_linear(bare_linear(nn.Linear, nn.Parameter(weight), bias), mask)
+        return cls.from_linear(linear_from_parameters(nn.Linear, nn.Parameter(weight), bias), mask)
 
     def to_linear(self) -> nn.Linear:
         """Make a plain nn.Linear that shares the Parameters, with the masked weights set to zero."""
         self.clear_masked(self.weight)
-        return bare_linear(nn.Linear, self.weight, self.bias).train(self.training)
+        return linear_from_parameters(nn.Linear, self.weight, self.bias).train(self.training)
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """Return a tensor of the weight's shape as it is."""
@@ -79,7 +79,10 @@ class SparseLinear(Masked, nn.Linear):
     def forward(self, input: Tensor, rows: tuple[int, int] | None = None) -> Tensor:
         """Apply the layer to (..., in_features); returns (..., out_features), or the outputs rows[0] to rows[1] - 1."""
         if rows is None:
-            if self.steps is not None and (index := self.steps.index_for(self, input)) is not None:
+            if (
+                self.training_kernels is not None
+                and (index := self.training_kernels.index_for(self, input)) is not None
+            ):
                 return training.linear(input, self.weight, self.bias, index)
             return F.linear(input, self.masked_weight(), self.bias)
         part = slice(*rows)

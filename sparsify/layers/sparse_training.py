@@ -14,14 +14,14 @@ from sparsify.kernels.cpu import library as native
 from sparsify.kernels.cpu import sparse_step as training
 from sparsify.kernels.cpu.sparse_step import StepIndex
 
-Choice = Literal["never", "auto", "always"]
+SparseBackward = Literal["never", "auto", "always"]
 
 #: Below this sparsity the dense way was faster wherever it was measured, so that it is not worth a try.
 TRY_FROM = 0.7
 N_TRIES = 3
 
 
-class SparseSteps:
+class SparseTrainingKernels:
     """The packed mask of one layer, and for which numbers of input rows it was measured to be faster than dense.
 
     A mask is packed and, unless `always`, measured once, at the first step after it has changed. Both ways give the
@@ -57,7 +57,7 @@ def _can(layer: Any, x: Tensor) -> bool:
         return False
     right = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors) and layer.weight.is_contiguous()
     trains = torch.is_grad_enabled() and layer.weight.requires_grad
-    plain = layer.masked_are != "trained" and layer.watch is None and not torch.is_autocast_enabled("cpu")
+    plain = layer.masked_mode != "trained" and layer.accumulator is None and not torch.is_autocast_enabled("cpu")
     traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or _is_transformed(tensors)
     return right and trains and plain and not traced and x.numel() > 0 and native.available()
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsify.layers.masked import Masked
+from sparsify.layers.masked import MaskedLayer
 
 
 class Tied(nn.Module):
@@ -19,12 +19,12 @@ class Tied(nn.Module):
 
     weight: Tensor
     #: In a tuple, where nn.Module does not take it for a child.
-    leader: tuple[Masked]
+    owner: tuple[MaskedLayer]
 
     @property
     def mask(self) -> Tensor:
         """The leader's mask, laid out as the weight."""
-        return self.leader[0].mask
+        return self.owner[0].mask
 
 
 class TiedLinear(Tied, nn.Linear):
@@ -57,11 +57,11 @@ def check_tieable(module: nn.Module) -> None:
         raise ValueError("its max_norm changes the weight as it is used")
 
 
-def tie(module: nn.Module, leader: Masked) -> None:
+def tie(module: nn.Module, owner: MaskedLayer) -> None:
     """Let a module that has the leader's weight use the leader's mask, in place."""
     check_tieable(module)
     module.__class__ = _TIED[type(module)]
-    module.__dict__["leader"] = (leader,)
+    module.__dict__["leader"] = (owner,)
 
 
 def untie(module: Tied) -> None:

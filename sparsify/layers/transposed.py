@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from sparsify.layers.masked import Masked
+from sparsify.layers.masked import MaskedLayer
 
 
 class Transposed(nn.Module):
@@ -24,8 +24,8 @@ class Transposed(nn.Module):
         return torch.matmul(input, self.weight)
 
 
-class SparseTransposed(Masked, Transposed):
-    """The same under a mask; see `Masked`."""
+class SparseTransposed(MaskedLayer, Transposed):
+    """The same under a mask; see `MaskedLayer`."""
 
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__(weight)

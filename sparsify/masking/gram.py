@@ -51,7 +51,7 @@ class Gram:
         return upper + upper.triu(1).T
 
 
-def damped(matrix: Tensor, share: float) -> Tensor:
+def add_damping(matrix: Tensor, share: float) -> Tensor:
     """Add a share of the mean of the diagonal to the diagonal, so that a Gram matrix can be inverted.
 
     A feature that is never active, or one that another repeats, makes a Gram matrix singular; damped, the method leaves

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsify.masking.gram import Gram, damped
-from sparsify.masking.methods.registry import BY_ROW, SOLVERS, Method, check_weight, refit, score
+from sparsify.masking.gram import Gram, add_damping
+from sparsify.masking.methods.registry import BY_ROW, SOLVERS, Method, check_finite, refit, score
 from sparsify.masking.patterns import Pattern, choose_mask
 
 DAMPING = 0.01
@@ -17,7 +17,7 @@ _BLOCK = 256  # columns of one product, so that half of a symmetric matrix is le
 
 
 @dataclass(frozen=True)
-class Task:
+class LayerSpec:
     """What a layer is to become: `n_removed` of its units removed by `method`, and the kept weights refitted or not.
 
     With `correct` the layer aims at the outputs of the dense model, and makes up for what those before it have lost.
@@ -35,9 +35,9 @@ class Task:
         return self.pattern.is_nm or 0 < self.n_removed < self.pattern.n_units(shape)
 
 
-def solve(name: str, weight: Tensor, mask: Tensor, task: Task, gram: Tensor) -> tuple[Tensor, Tensor]:
+def prune_layer(name: str, weight: Tensor, mask: Tensor, task: LayerSpec, gram: Tensor) -> tuple[Tensor, Tensor]:
     """Return a layer's new weight and mask, from the present ones (out, in) and its inputs' Gram matrix (in, in)."""
-    check_weight(name, weight)
+    check_finite(name, weight)
     weight = weight.detach().masked_fill(~mask, 0)
     if task.method in SOLVERS:
         assert isinstance(task.method, str)
@@ -49,7 +49,7 @@ def solve(name: str, weight: Tensor, mask: Tensor, task: Task, gram: Tensor) -> 
     return (refit(weight, mask, gram=gram) if task.refit else new), mask
 
 
-def aim(weight: Tensor, gram: Gram) -> Tensor:
+def weight_for_dense_outputs(weight: Tensor, gram: Gram) -> Tensor:
     """Return the weight that reproduces, on the inputs as they are now, what `weight` makes of the dense model's.
 
     Least squares, damped as in refit: W (C + aI) (G + aI)⁻¹ for the sums G of x xᵀ and C of d xᵀ over the present
@@ -60,7 +60,7 @@ def aim(weight: Tensor, gram: Gram) -> Tensor:
     if gram.cross is None:
         return weight
     matrix = gram.matrix
-    hessian = damped(matrix, DAMPING)
+    hessian = add_damping(matrix, DAMPING)
     wanted = weight.detach().to(hessian) @ (gram.cross + hessian - matrix)
     aimed: Tensor = torch.cholesky_solve(wanted.T, torch.linalg.cholesky(hessian)).T
     return aimed

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from sparsify.distributed import ALONE, Ranks
+from sparsify.distributed import SINGLE, Ranks
 from sparsify.errors import RemovedLayerWarning
 from sparsify.layer_names import matching
 from sparsify.masking.allocation import (
@@ -25,7 +25,7 @@ from sparsify.masking.allocation import (
     n_removed,
     uniform,
 )
-from sparsify.masking.methods.registry import Method, needs, resolve_method, score, takes_seed
+from sparsify.masking.methods.registry import Method, required_statistics, resolve_method, score, takes_seed
 from sparsify.masking.patterns import (
     Pattern,
     check_fits,
@@ -51,15 +51,15 @@ def make_masks(
     allocation: Allocation = "uniform",
     max_sparsity: float | None = None,
     seed: int | None = None,
-    evidence: Mapping[str, Mapping[str, Tensor]] | None = None,
-    ranks: Ranks = ALONE,
+    statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ranks: Ranks = SINGLE,
 ) -> dict[str, Tensor]:
     """Return a new bool mask (True = kept) for each weight (out, in); nothing given is changed.
 
     The target is absolute: `masks` are the present ones, and what they remove is removed first, so that within one
     pattern a higher target only takes away and a lower one only gives back (of weights that are all zero now, the
     first in order). The removed units number exactly round(sparsity x units), over each layer, or over all layers
-    together for the allocations "global" and "erk". `evidence` has, for each layer, what a method asks a training for
+    together for the allocations "global" and "erk". `statistics` has, for each layer, what a method asks a training for
     (methods.EVIDENCE). Of several `ranks`, each gives and gets its own rows of everything.
 
     Raises ValueError, naming the layer, for whatever cannot be done exactly.
@@ -72,19 +72,19 @@ def make_masks(
     n_zeros = n_removed_units(shapes, sparsity, parsed, allocation, max_sparsity)
     if n_zeros is None and allocation != "global":
         raise ValueError(f"allocation {allocation!r} needs calibration data: sparsify.prune(model, ..., data=...)")
-    if needs(method) and (sparsity == 0 if n_zeros is None else not any(n_zeros.values())):
+    if required_statistics(method) and (sparsity == 0 if n_zeros is None else not any(n_zeros.values())):
         return {name: torch.ones_like(mask) for name, mask in masks.items()}  # nothing has been seen yet, nor need be
-    shown = evidence or {}
+    shown = statistics or {}
     scores = {}
     for name, weight in weights.items():
         values = weight.detach().masked_fill(~masks[name], 0)
         if ranks.n > 1 and takes_seed(resolve_method(method)):  # the same draws as one process would make
             scores[name] = ranks.rows(score(name, values.new_zeros(()).expand(shapes[name]), method, seed))
         else:
-            scores[name] = score(name, values, method, seed, evidence=shown.get(name))
+            scores[name] = score(name, values, method, seed, statistics=shown.get(name))
     if n_zeros is None:
         units = {name: parsed.n_units(shape) for name, shape in shapes.items()}
-        together = functools.partial(removed_together, scores, masks, parsed, ranks=ranks)
+        together = functools.partial(allocate_globally, scores, masks, parsed, ranks=ranks)
         n_zeros = capped(together, units, check_target(sparsity), max_sparsity)
     return {name: choose_mask(scores[name], masks[name], parsed, n_zeros[name], ranks=ranks) for name in weights}
 
@@ -173,14 +173,14 @@ def is_empty(mask: Tensor) -> bool:
     return mask.numel() > 0 and not bool(mask.any())
 
 
-def removed_together(
+def allocate_globally(
     scores: Mapping[str, Tensor],
     masks: Mapping[str, Tensor],
     pattern: Pattern,
     n_units: Mapping[str, int],
     sparsity: float,
     *,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE,
 ) -> dict[str, int]:
     """Rank the units of the layers in `n_units` against each other, and return how many each of them loses."""
     units = {name: (unit_scores(scores[name], pattern), unit_any(masks[name], pattern)) for name in n_units}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsify.distributed import ALONE, Ranks
+from sparsify.distributed import SINGLE, Ranks
 
 KINDS = ("unstructured", "rows", "columns", 'N:M such as "2:4"', 'blocks such as "4x1" (rows x columns)')
 
@@ -102,7 +102,7 @@ def expand_units(kept: Tensor, pattern: Pattern, shape: Sequence[int]) -> Tensor
 
 
 def choose_mask(
-    scores: Tensor, mask: Tensor, pattern: Pattern, n_removed: int, *, by_row: bool = False, ranks: Ranks = ALONE
+    scores: Tensor, mask: Tensor, pattern: Pattern, n_removed: int, *, by_row: bool = False, ranks: Ranks = SINGLE
 ) -> Tensor:
     """Keep all but the `n_removed` lowest units of a layer, or of each group the N best.
 
@@ -161,7 +161,7 @@ def nm_mask(scores: Tensor, keep: int, group: int) -> Tensor:
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, best, True).reshape(scores.shape)
 
 
-def keep_largest(scores: Sequence[Tensor], n_keep: int, ranks: Ranks = ALONE) -> list[Tensor]:
+def keep_largest(scores: Sequence[Tensor], n_keep: int, ranks: Ranks = SINGLE) -> list[Tensor]:
     """Keep exactly the `n_keep` largest of all scores together; of equal ones the first in order stays.
 
     scores are floating tensors of any shapes and devices, free of NaN; returns a bool mask for each.

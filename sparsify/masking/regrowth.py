@@ -7,11 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from sparsify.distributed import ALONE, Ranks
+from sparsify.distributed import SINGLE, Ranks
 from sparsify.masking.patterns import Pattern, expand_units, keep_largest, unit_any, unit_scores
 
 
-def fraction_at(fraction: float, progress: float) -> float:
+def regrow_fraction(fraction: float, progress: float) -> float:
     """Return which fraction of the kept weights changes places, from `fraction` at progress 0 down to 0 at 1.
 
     >>> [round(fraction_at(0.3, progress), 3) for progress in (0, 0.5, 1)]
@@ -22,8 +22,8 @@ def fraction_at(fraction: float, progress: float) -> float:
     return fraction / 2 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
 
 
-def exchange(
-    mask: Tensor, scores: Tensor, growth: Tensor, fraction: float, pattern: Pattern, ranks: Ranks = ALONE
+def drop_and_grow(
+    mask: Tensor, scores: Tensor, growth: Tensor, fraction: float, pattern: Pattern, ranks: Ranks = SINGLE
 ) -> Tensor:
     """Drop round(fraction x kept units) of the lowest scores, and grow as many of the highest growth elsewhere.
 
@@ -48,7 +48,7 @@ def exchange(
     return expand_units(survivors | grown, pattern, mask.shape)
 
 
-def random_growth(mask: Tensor, seed: int) -> Tensor:
+def random_growth_scores(mask: Tensor, seed: int) -> Tensor:
     """Draw a growth for each weight, on the CPU: one seed gives one mask on every device."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(mask.shape, generator=generator, device="cpu", dtype=torch.float32).to(mask.device)

@@ -19,14 +19,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from sparsify.checkpoint.dense_weights import check_dtype, check_values
 from sparsify.checkpoint.tensor_file import TensorFile
-from sparsify.checkpoint.weight_codec import unpack_layer
-from sparsify.layers import Masked
+from sparsify.checkpoint.weight_codec import decode_weight
+from sparsify.layers import MaskedLayer
 from sparsify.offload.journal import Journal
 
 _READ_WHOLE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # they read the weights of their children
 
 
-class Weights:
+class LazySafetensors:
     """The tensors of a safetensors file, or of a folder of them with an index, read one at a time.
 
     All files are opened at once, and stay the same ones if others are put in their place. Raises ValueError for a
@@ -109,7 +109,7 @@ def _indexed(index: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def without_memory() -> Iterator[None]:
+def parameters_on_meta() -> Iterator[None]:
     """Build models without memory for their Parameters, which are on the meta device; buffers are real.
 
     Not `torch.device("meta")`: that would lose the values of buffers that are in no file, such as rotary frequencies.
@@ -133,10 +133,10 @@ def without_memory() -> Iterator[None]:
         hook.remove()
 
 
-class Resident:
+class DiskOffload:
     """Give a model on the meta device the weights it needs, while it needs them.
 
-    model: built `without_memory` and converted; after this call its Parameters and masks have a device, and no memory
+    model: built `parameters_on_meta` and converted; after this call its Parameters and masks have a device, and no memory
     but what is in use: at most `budget_bytes`, or what one module needs. Where a tensor is read before its module runs,
     NaN stand in its place. A layer that the journal holds, if there is one, comes from there, with its mask. `close`
     takes the hooks away.
@@ -144,7 +144,7 @@ class Resident:
     Raises ValueError if the file is not for this model.
     """
 
-    def __init__(self, model: nn.Module, weights: Weights, journal: Journal | None, budget_bytes: int) -> None:
+    def __init__(self, model: nn.Module, weights: LazySafetensors, journal: Journal | None, budget_bytes: int) -> None:
         self.model, self.weights, self.journal, self.budget_bytes = model, weights, journal, budget_bytes
         self.n_bytes, self.peak_bytes = 0, 0
         self._names = {id(module): name for name, module in model.named_modules()}
@@ -170,7 +170,7 @@ class Resident:
                 self._make_room(_n_bytes(one, key, parameter), keep)
                 self._load(one, key, parameter)
 
-    def write(self, name: str, layer: Masked) -> None:
+    def write(self, name: str, layer: MaskedLayer) -> None:
         """Keep a layer that is finished in the journal, which it is read from when it is needed again."""
         assert self.journal is not None
         self.journal.write(name, layer)
@@ -190,12 +190,12 @@ class Resident:
     @torch.no_grad()
     def _load(self, module: nn.Module, key: str, parameter: nn.Parameter) -> None:
         name = self._names[id(module)]
-        masked = isinstance(module, Masked) and key == "weight"
+        masked = isinstance(module, MaskedLayer) and key == "weight"
         n_bytes = _n_bytes(module, key, parameter)
-        if self.journal is not None and name in self.journal and isinstance(module, Masked):
+        if self.journal is not None and name in self.journal and isinstance(module, MaskedLayer):
             entry, tensors = self.journal.read(name)
             if masked:
-                weight, mask = unpack_layer(entry, tensors)
+                weight, mask = decode_weight(entry, tensors)
                 parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
                 module.matrix(parameter.data).copy_(weight)
                 module.mask = torch.ones_like(parameter, dtype=torch.bool, memory_format=torch.contiguous_format)
@@ -204,27 +204,27 @@ class Resident:
                 parameter.data = tensors[key]
         else:
             parameter.data = self.weights.read(self._keys[id(parameter)])
-            if isinstance(module, Masked) and masked:
+            if isinstance(module, MaskedLayer) and masked:
                 module.mask = torch.ones_like(parameter, dtype=torch.bool, memory_format=torch.contiguous_format)
         self.n_bytes += n_bytes
         self.peak_bytes = max(self.peak_bytes, self.n_bytes)
 
         def drop() -> int:
             parameter.data = _place(parameter)
-            if isinstance(module, Masked) and masked:
+            if isinstance(module, MaskedLayer) and masked:
                 module.mask = _place(module.mask, fill=True)
             return n_bytes
 
         self._in_use[id(parameter)] = drop
 
 
-def named_tensors(model: nn.Module, weights: Weights | None) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(model: nn.Module, weights: LazySafetensors | None) -> Iterator[tuple[str, Tensor]]:
     """Return what a converted model holds before it is pruned, one tensor at a time: Parameters and buffers, no masks.
 
-    weights: where the Parameters come from, of a model that was built `without_memory`.
+    weights: where the Parameters come from, of a model that was built `parameters_on_meta`.
     """
     keys = None if weights is None else _keys(model, weights)
-    masks = {id(module.mask) for module in model.modules() if isinstance(module, Masked)}
+    masks = {id(module.mask) for module in model.modules() if isinstance(module, MaskedLayer)}
     for name, parameter in model.named_parameters():
         yield name, parameter if weights is None or keys is None else weights.read(keys[id(parameter)])
     for name, buffer in model.named_buffers():
@@ -232,7 +232,7 @@ def named_tensors(model: nn.Module, weights: Weights | None) -> Iterator[tuple[s
             yield name, buffer if weights is None or name not in weights else weights.read(name)
 
 
-def parameter_bytes(model: nn.Module, weights: Weights | None) -> dict[int, int]:
+def parameter_bytes(model: nn.Module, weights: LazySafetensors | None) -> dict[int, int]:
     """Return the bytes of each Parameter, by its id; of one that stays on disk, as it is there."""
     if weights is None:
         return {id(parameter): parameter.nbytes for parameter in model.parameters()}
@@ -258,10 +258,10 @@ def _own(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 def _n_bytes(module: nn.Module, key: str, parameter: nn.Parameter) -> int:
     """Return what a Parameter takes, with its mask."""
     n = parameter.numel()
-    return n * parameter.element_size() + (n if isinstance(module, Masked) and key == "weight" else 0)
+    return n * parameter.element_size() + (n if isinstance(module, MaskedLayer) and key == "weight" else 0)
 
 
-def _keys(model: nn.Module, weights: Weights) -> dict[int, str]:
+def _keys(model: nn.Module, weights: LazySafetensors) -> dict[int, str]:
     """Say under which name each Parameter is in the file, whichever of its names that is."""
     keys: dict[int, str] = {}
     missing: dict[int, str] = {}
@@ -280,7 +280,7 @@ def _keys(model: nn.Module, weights: Weights) -> dict[int, str]:
     return keys
 
 
-def _check_fits(weights: Weights, name: str, tensor: Tensor) -> None:
+def _check_fits(weights: LazySafetensors, name: str, tensor: Tensor) -> None:
     """Raise ValueError if a tensor of the file cannot be what this one of the model holds."""
     if weights.shape(name) != tuple(tensor.shape):
         raise ValueError(
@@ -289,7 +289,7 @@ def _check_fits(weights: Weights, name: str, tensor: Tensor) -> None:
     check_dtype(weights.path, name, weights.dtype(name), tensor.dtype)
 
 
-def _make_places(model: nn.Module, weights: Weights, keys: dict[int, str]) -> dict[int, str]:
+def _make_places(model: nn.Module, weights: LazySafetensors, keys: dict[int, str]) -> dict[int, str]:
     """Turn meta Parameters and masks into tensors without memory on the CPU, and read the buffers.
 
     Returns the names in the file by the new Parameters.
@@ -302,7 +302,7 @@ def _make_places(model: nn.Module, weights: Weights, keys: dict[int, str]) -> di
                 dtype = weights.dtype(keys[id(parameter)])
                 made[id(parameter)] = nn.Parameter(_place(parameter, dtype), requires_grad=False)
             module._parameters[key] = made[id(parameter)]
-        if isinstance(module, Masked):
+        if isinstance(module, MaskedLayer):
             module.mask = _place(module.mask, fill=True)
         for key, buffer in module._buffers.items():
             full = f"{name}.{key}".lstrip(".")

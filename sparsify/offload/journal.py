@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsify.calibration.data_parallel import is_first, wait_for_all
+from sparsify.calibration.data_parallel import barrier, is_rank_zero
 from sparsify.checkpoint import container
 from sparsify.checkpoint.container import LayerEntry
 from sparsify.checkpoint.save_load import save
-from sparsify.checkpoint.weight_codec import unpack_layer
+from sparsify.checkpoint.weight_codec import decode_weight
 from sparsify.errors import CheckpointError
-from sparsify.layers import Masked
+from sparsify.layers import MaskedLayer
 from sparsify.outputs import is_temporary, write_text
-from sparsify.pruning.oneshot import Fit
+from sparsify.pruning.oneshot import LayerResult
 
 _LAYOUT = 2  # of the folder; one of another layout is of another run
 _ABOUT, _FINISHED = "run.json", "finished.jsonl"
@@ -69,31 +69,31 @@ class Journal:
         self._begun: dict[str, Any] | None = None
         self._fd, self._end = -1, 0  # of the list: open in the first process; the end of the last whole line
         self._unlock: Callable[[], object] = lambda: None
-        if is_first():
+        if is_rank_zero():
             self._begin()
-        wait_for_all()
+        barrier()
         if not (self.folder / _FINISHED).exists():
             raise ValueError(f"{self.folder}: not seen by this process; give a folder that all processes see")
         self._read_list()
         self._layers = {name: line for name, line in self._layers.items() if self._file(name).exists()}
-        if is_first():
+        if is_rank_zero():
             for name in self._layers:
                 self.read(name)
-        wait_for_all()
+        barrier()
 
     def __contains__(self, name: str) -> bool:
         return name in self._layers
 
-    def write(self, name: str, layer: Masked) -> None:
+    def write(self, name: str, layer: MaskedLayer) -> None:
         """Keep a finished layer. A crash leaves all of it, or nothing."""
-        if is_first():
+        if is_rank_zero():
             file = self._file(name)
             file.unlink(missing_ok=True)  # `save` would follow a link
             save(layer, file)
             fit = layer.__dict__.get("fit")
-            notes = (fit.error, fit.time_s) if isinstance(fit, Fit) else (None, None)
+            notes = (fit.error, fit.time_s) if isinstance(fit, LayerResult) else (None, None)
             self._append(dict(zip(_LAYER_KEYS, (name, _digest(container.read(file)[0]), *notes), strict=True)))
-        wait_for_all()  # whoever reads the layer next finds it
+        barrier()  # whoever reads the layer next finds it
         self._read_list()
 
     def read(self, name: str) -> tuple[LayerEntry, dict[str, Tensor]]:
@@ -113,18 +113,18 @@ class Journal:
     def fetch(self, module: nn.Module) -> None:
         """Do nothing: the model is in memory (see `resident` for one that is not)."""
 
-    def restore(self, name: str, layer: Masked) -> None:
+    def restore(self, name: str, layer: MaskedLayer) -> None:
         """Give a layer of a model in memory what it was when it was finished."""
-        weight, mask = unpack_layer(*self.read(name))
+        weight, mask = decode_weight(*self.read(name))
         with torch.no_grad():
             layer.matrix(layer.weight.detach()).copy_(weight)
         layer.set_mask(mask, back_at_zero=False)
         layer.__dict__["fit"] = self.fit(name)
 
-    def fit(self, name: str) -> Fit | None:
+    def fit(self, name: str) -> LayerResult | None:
         """Return how a finished layer came out."""
         line = self._layers[name]
-        return None if line["error"] is None else Fit(line["error"], line["time_s"])
+        return None if line["error"] is None else LayerResult(line["error"], line["time_s"])
 
     def conclude(self, result: Mapping[str, Any]) -> None:
         """Note that the run is over: from now on only `delete` is left to do, and a resumed run finds the result."""
@@ -181,7 +181,7 @@ class Journal:
     def _read_list(self) -> None:
         """Read what the list has more than when it was read last."""
         finished = self.folder / _FINISHED
-        if is_first():
+        if is_rank_zero():
             # Closing the file anywhere in a process that holds its lock would release that: POSIX wants it so.
             text = os.pread(self._fd, os.fstat(self._fd).st_size - self._end, self._end)
         else:

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from sparsify.checkpoint import container
 from sparsify.checkpoint.container import LayerEntry
-from sparsify.checkpoint.weight_codec import packed_bytes, unpack_layer
+from sparsify.checkpoint.weight_codec import decode_weight, packed_bytes
 from sparsify.conversion.convert import sparse_layers
 from sparsify.inference.export import check_format
-from sparsify.inference.form_selection import Choice, Chooser
+from sparsify.inference.form_selection import FormChoice, FormSelector
 from sparsify.kernels import FORMS
-from sparsify.masking.layer_solve import Task
-from sparsify.offload.disk_offload import Resident, Weights, largest_block_bytes, parameter_bytes
+from sparsify.masking.layer_solve import LayerSpec
+from sparsify.offload.disk_offload import DiskOffload, LazySafetensors, largest_block_bytes, parameter_bytes
 from sparsify.offload.journal import Journal
-from sparsify.pruning.oneshot import prune_on_data
+from sparsify.pruning.oneshot import prune_sequentially
 from sparsify.reporting.report import Report, Row
 
 #: How much of the data on its way through the model stays in memory, unless the caller says otherwise.
@@ -31,15 +31,15 @@ CACHE_BYTES = 10**9
 
 def prune_from_disk(
     model: nn.Module,
-    weights: Weights,
-    tasks: Mapping[str, Task],
+    weights: LazySafetensors,
+    tasks: Mapping[str, LayerSpec],
     data: Iterable[Any],
     journal: Journal,
     *,
     cache_bytes: int = CACHE_BYTES,
     progress: bool = False,
 ) -> None:
-    """Prune a model that was built `without_memory`, layer by layer into the journal; `write_from_disk` ends it.
+    """Prune a model that was built `parameters_on_meta`, layer by layer into the journal; `write_from_disk` ends it.
 
     model: converted; see `resident.without_memory`. tasks: for every masked layer (`oneshot.make_tasks`). In memory are
     one block of layers, what its largest layer needs to be solved, and `cache_bytes` of activations. Layers that are in
@@ -48,17 +48,17 @@ def prune_from_disk(
     if missing := [name for name in sparse_layers(model) if name not in tasks]:
         raise ValueError(f"{missing[0]}: there is no task for this layer; convert only what is to be pruned")
     todo = {name: task for name, task in tasks.items() if name not in journal}
-    resident = Resident(model, weights, journal, largest_block_bytes(model))
+    resident = DiskOffload(model, weights, journal, largest_block_bytes(model))
     try:
         if todo:
-            prune_on_data(model, todo, data, keeper=resident, cache_bytes=cache_bytes, progress=progress)
+            prune_sequentially(model, todo, data, keeper=resident, cache_bytes=cache_bytes, progress=progress)
     finally:
         resident.close()
 
 
 def write_from_disk(
     model: nn.Module,
-    weights: Weights,
+    weights: LazySafetensors,
     journal: Journal,
     out: str | os.PathLike[str],
     *,
@@ -70,22 +70,24 @@ def write_from_disk(
     format and tokens as in `export`. The model itself is of no use afterwards; `sparsify.load` reads the file.
     """
     check_format(format, tokens, torch.device("cpu"))
-    resident = Resident(model, weights, journal, largest_block_bytes(model))
+    resident = DiskOffload(model, weights, journal, largest_block_bytes(model))
     try:
-        chooser = Chooser(128 if tokens is None else tokens)
+        chooser = FormSelector(128 if tokens is None else tokens)
         choices = {}
         for name, layer in sparse_layers(model).items():
             resident.fetch(layer)
-            choices[name] = chooser.choose(layer) if format == "auto" else Choice(format, 0, {}, "")
+            choices[name] = chooser.choose(layer) if format == "auto" else FormChoice(format, 0, {}, "")
     finally:
         resident.close()
     return _write(model, weights, journal, choices, out)
 
 
-def least_bytes(model: nn.Module, weights: Weights | None, tasks: Mapping[str, Task], journal: Path) -> int:
+def least_bytes(
+    model: nn.Module, weights: LazySafetensors | None, tasks: Mapping[str, LayerSpec], journal: Path
+) -> int:
     """Return the least that the rest of a run writes: the layers that its journal does not hold yet, and the file.
 
-    weights: where the Parameters come from, of a model that was built `without_memory`. journal: its folder, which need
+    weights: where the Parameters come from, of a model that was built `parameters_on_meta`. journal: its folder, which need
     not exist.
     """
     sizes = parameter_bytes(model, weights)
@@ -101,12 +103,12 @@ def least_bytes(model: nn.Module, weights: Weights | None, tasks: Mapping[str, T
 
 
 @contextlib.contextmanager
-def running_from_disk(model: nn.Module, weights: Weights, journal: Journal | None = None) -> Iterator[nn.Module]:
-    """Let a model that was built `without_memory` run: as it is in the file, or with the journal's finished layers.
+def offloaded(model: nn.Module, weights: LazySafetensors, journal: Journal | None = None) -> Iterator[nn.Module]:
+    """Let a model that was built `parameters_on_meta` run: as it is in the file, or with the journal's finished layers.
 
     Each weight is there while its own module runs; whatever else reads it finds NaN.
     """
-    resident = Resident(model, weights, journal, largest_block_bytes(model))
+    resident = DiskOffload(model, weights, journal, largest_block_bytes(model))
     try:
         yield model
     finally:
@@ -115,7 +117,7 @@ def running_from_disk(model: nn.Module, weights: Weights, journal: Journal | Non
 
 def prune_resumably(
     model: nn.Module,
-    tasks: Mapping[str, Task],
+    tasks: Mapping[str, LayerSpec],
     data: Iterable[Any],
     journal: Journal,
     *,
@@ -128,11 +130,15 @@ def prune_resumably(
             journal.restore(name, layer)
     todo = {name: task for name, task in tasks.items() if name not in journal}
     if todo:
-        prune_on_data(model, todo, data, keeper=journal, cache_bytes=cache_bytes, progress=progress)
+        prune_sequentially(model, todo, data, keeper=journal, cache_bytes=cache_bytes, progress=progress)
 
 
 def _write(
-    model: nn.Module, weights: Weights, journal: Journal, choices: Mapping[str, Choice], out: str | os.PathLike[str]
+    model: nn.Module,
+    weights: LazySafetensors,
+    journal: Journal,
+    choices: Mapping[str, FormChoice],
+    out: str | os.PathLike[str],
 ) -> Report:
     """Put the journal's layers and the file's other tensors together, one at a time."""
     parts = _Parts(journal)
@@ -146,7 +152,7 @@ def _write(
         if (becomes, entry.format) != ("Linear", "dense"):
             entries[name] = entry.model_copy(update={"module": becomes})
         own = {key: tensor for key, tensor in packed.items() if key.startswith("weight")}
-        n_kept = int(unpack_layer(entry, packed)[1].sum())
+        n_kept = int(decode_weight(entry, packed)[1].sum())
         n_weights, itemsize = entry.out_features * entry.in_features, layer.weight.element_size()
         fit = journal.fit(name)
         rows.append(
@@ -179,7 +185,7 @@ def _write(
     return Report(tuple(rows))
 
 
-def _other(weights: Weights, model: nn.Module, name: str, value: Tensor) -> Tensor:
+def _other(weights: LazySafetensors, model: nn.Module, name: str, value: Tensor) -> Tensor:
     """Read a tensor that no layer's entry stands for: under any of its names in the file, or a buffer of the model."""
     names = [other for other, tensor in model.state_dict(keep_vars=True).items() if tensor is value]
     found = next((other for other in names if other in weights), None)

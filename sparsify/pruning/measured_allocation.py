@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.calibration.batches import Batch
-from sparsify.calibration.sequential import walk
-from sparsify.layers import Masked
+from sparsify.calibration.sequential import calibrate_groups
+from sparsify.layers import MaskedLayer
 from sparsify.masking.allocation import least_error, n_removed, owl
-from sparsify.masking.layer_solve import Task, output_error, solve
-from sparsify.masking.masks import removed_together
+from sparsify.masking.layer_solve import LayerSpec, output_error, prune_layer
+from sparsify.masking.masks import allocate_globally
 from sparsify.masking.methods.registry import SOLVERS, score
 
 Allocate = Callable[[Mapping[str, int], float], dict[str, int]]
@@ -30,7 +30,7 @@ _OUTLIER = 5  # times the mean of a layer's scores: the paper's M for language m
 _STEPS = (-0.2, -0.1, 0.0, 0.1, 0.2)  # sparsities around the target at which a layer's error is measured
 
 
-def by_score(layers: Mapping[str, Masked], sparsity: float, task: Task, show: Show) -> Allocate:
+def allocate_global(layers: Mapping[str, MaskedLayer], sparsity: float, task: LayerSpec, show: Show) -> Allocate:
     """Rank the scores of all layers together. Raises ValueError for a solver, which has none that compare."""
     if task.method in SOLVERS:
         raise ValueError(
@@ -44,10 +44,10 @@ def by_score(layers: Mapping[str, Masked], sparsity: float, task: Task, show: Sh
 
     show(look)
     masks = {name: layer.matrix(layer.mask) for name, layer in layers.items()}
-    return functools.partial(removed_together, scores, masks, task.pattern)
+    return functools.partial(allocate_globally, scores, masks, task.pattern)
 
 
-def by_outliers(layers: Mapping[str, Masked], sparsity: float, task: Task, show: Show) -> Allocate:
+def allocate_owl(layers: Mapping[str, MaskedLayer], sparsity: float, task: LayerSpec, show: Show) -> Allocate:
     """Let layers of blocks with more outliers among their Wanda scores keep more; see `owl`.
 
     As in the paper, the layers of a block have one share of outliers; a layer outside of a chain has its own.
@@ -65,7 +65,7 @@ def by_outliers(layers: Mapping[str, Masked], sparsity: float, task: Task, show:
     return lambda n_units, sparsity: owl(n_units, {name: share[place[name]] for name in n_units}, sparsity)
 
 
-def by_error(layers: Mapping[str, Masked], sparsity: float, task: Task, show: Show) -> Allocate:
+def allocate_by_error(layers: Mapping[str, MaskedLayer], sparsity: float, task: LayerSpec, show: Show) -> Allocate:
     """Measure each layer's squared relative output error at several sparsities, and remove where it costs least."""
     curves: dict[str, list[tuple[int, float]]] = {}
 
@@ -74,7 +74,7 @@ def by_error(layers: Mapping[str, Masked], sparsity: float, task: Task, show: Sh
         counts = {n_removed(min(max(sparsity + step, 0.0), 1.0), n_units) for step in _STEPS} - {0, n_units}
         points = [(0, 0.0)]
         for n in sorted(counts):
-            new, _ = solve(name, weight, mask, replace(task, n_removed=n), gram)
+            new, _ = prune_layer(name, weight, mask, replace(task, n_removed=n), gram)
             points.append((n, output_error(weight, new, gram) ** 2))
         curves[name] = [*points, (n_units, 1.0)]
 
@@ -87,14 +87,14 @@ def by_error(layers: Mapping[str, Masked], sparsity: float, task: Task, show: Sh
 
 
 #: By the name of the allocation.
-SHARES = {"global": by_score, "owl": by_outliers, "error": by_error}
+MEASURED = {"global": allocate_global, "owl": allocate_owl, "error": allocate_by_error}
 
 
 def show_layers(
-    model: nn.Module, layers: Mapping[str, Masked], batches: list[Batch], cache_bytes: int | None, look: Look
+    model: nn.Module, layers: Mapping[str, MaskedLayer], batches: list[Batch], cache_bytes: int | None, look: Look
 ) -> None:
     """Show each layer's weight, mask, inputs and block, with all layers as they are now."""
-    for stop in walk(model, list(layers), batches, cache_bytes=cache_bytes):
+    for stop in calibrate_groups(model, list(layers), batches, cache_bytes=cache_bytes):
         gram = stop.gram.matrix
         for name in stop.names:
             layer = layers[name]

@@ -11,10 +11,10 @@ from sparsify.conversion.convert import sparse_layers
 from sparsify.conversion.module_surgery import Model
 from sparsify.conversion.transaction import Transaction
 from sparsify.layer_names import Selector
-from sparsify.layers import Masked
+from sparsify.layers import MaskedLayer
 from sparsify.masking.masks import Allocation, is_empty, make_masks, warn_removed_whole
 from sparsify.masking.methods.registry import Method
-from sparsify.pruning.oneshot import Order, follow
+from sparsify.pruning.oneshot import PruningSpec, prune_with_specs
 
 
 def prune(
@@ -65,8 +65,8 @@ def prune(
     """
     layers = sparse_layers(model, include, exclude)
     if data is not None:
-        order = Order(sparsity, method, pattern, allocation, max_sparsity, refit, correct, seed)
-        follow(model, [(order, list(layers))], data, cache_bytes=cache_bytes, progress=progress)
+        order = PruningSpec(sparsity, method, pattern, allocation, max_sparsity, refit, correct, seed)
+        prune_with_specs(model, [(order, list(layers))], data, cache_bytes=cache_bytes, progress=progress)
         return model
     options = {"refit": refit, "correct": correct, "cache_bytes": cache_bytes, "progress": progress}
     for option, value in options.items():
@@ -87,7 +87,7 @@ def prune(
     return model
 
 
-def set_masks(model: nn.Module, masks: Mapping[Masked, Tensor]) -> None:
+def set_masks(model: nn.Module, masks: Mapping[MaskedLayer, Tensor]) -> None:
     """Let layers of a model use these masks, (out, in); an error leaves all of them as they were."""
     with Transaction(model) as undo:
         for layer, mask in masks.items():

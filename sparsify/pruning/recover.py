@@ -19,11 +19,11 @@ from tqdm import tqdm
 from sparsify.calibration.batches import Batch, input_rows, read_batches
 from sparsify.calibration.model_trace import NEVER_RAN, output_tensor
 from sparsify.calibration.padding import Padding, see_padding
-from sparsify.calibration.sequential import as_in_use, see_outline
+from sparsify.calibration.sequential import eval_without_cache, trace_model
 from sparsify.conversion.convert import sparse_layers
 from sparsify.conversion.module_surgery import Model
 from sparsify.conversion.transaction import Transaction
-from sparsify.layers import Masked
+from sparsify.layers import MaskedLayer
 from sparsify.masking.unseen import refuse_unseen
 
 LR = 3e-3
@@ -71,10 +71,15 @@ def recover(
     batches = read_batches(model, data)
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise ValueError("the model was made inside torch.inference_mode() and cannot be trained; make it outside")
-    with torch.inference_mode(False), Transaction(model, teacher) as undo, as_in_use(model), as_in_use(teacher):
-        outline, unseen = see_outline(model, layers, batches)
+    with (
+        torch.inference_mode(False),
+        Transaction(model, teacher) as undo,
+        eval_without_cache(model),
+        eval_without_cache(teacher),
+    ):
+        trace, unseen = trace_model(model, layers, batches)
         refuse_unseen({name: why for name, why in unseen.items() if why == NEVER_RAN}, "give data that reaches them")
-        places = [block for chain in outline.chains for block in chain] or [""]
+        places = [block for chain in trace.chains for block in chain] or [""]
         padding = see_padding(model, batches, [("output", place) for place in places])
         with _trained(model, list(layers.values())) as parameters:
             undo.keep(parameters)
@@ -171,7 +176,7 @@ def _outputs(model: nn.Module, places: Sequence[str], batch: Batch) -> dict[str,
 
 
 @contextlib.contextmanager
-def _trained(model: nn.Module, layers: Sequence[Masked]) -> Iterator[list[nn.Parameter]]:
+def _trained(model: nn.Module, layers: Sequence[MaskedLayer]) -> Iterator[list[nn.Parameter]]:
     """Let gradients reach what is tuned and nothing else."""
     weights = {id(layer.weight) for layer in layers}
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]

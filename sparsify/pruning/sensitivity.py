@@ -17,12 +17,12 @@ from tqdm import tqdm
 from sparsify.calibration.batches import Batch, input_rows, naming_batch, read_batches
 from sparsify.calibration.model_trace import output_tensor
 from sparsify.calibration.padding import Padding, see_padding
-from sparsify.calibration.sequential import as_in_use, walk
+from sparsify.calibration.sequential import calibrate_groups, eval_without_cache
 from sparsify.conversion.convert import sparse_layers
 from sparsify.conversion.transaction import Transaction
-from sparsify.layers import Masked
+from sparsify.layers import MaskedLayer
 from sparsify.masking.allocation import capped, check_sparsity, least_error, n_removed
-from sparsify.masking.layer_solve import Task, solve
+from sparsify.masking.layer_solve import LayerSpec, prune_layer
 from sparsify.masking.methods.registry import Method
 from sparsify.masking.patterns import Pattern, parse_pattern
 from sparsify.outputs import new_file
@@ -99,7 +99,7 @@ def measure_sensitivity(
     n_units = {name: parsed.n_units(layer.shape) for name, layer in layers.items()}
     batches = read_batches(model, data)
     found: dict[str, tuple[float, ...]] = {}
-    with Transaction(model), as_in_use(model), torch.inference_mode(False), torch.no_grad():
+    with Transaction(model), eval_without_cache(model), torch.inference_mode(False), torch.no_grad():
         padding = see_padding(model, batches, [("output", "")])
         dense = []
         for number, batch in enumerate(batches):
@@ -109,12 +109,12 @@ def measure_sensitivity(
                 raise ValueError(f"the model's output on batch {number} of the calibration data holds NaN or Inf")
         total = len(layers) * len(sparsities)
         with tqdm(total=total, desc="sensitivity", unit="run", disable=not progress) as bar:
-            for stop in walk(model, list(layers), batches):
+            for stop in calibrate_groups(model, list(layers), batches):
                 gram = stop.gram.matrix
                 for name in stop.names:
                     damages = []
                     for sparsity in sparsities:
-                        task = Task(method, parsed, n_removed(sparsity, n_units[name]), refit)
+                        task = LayerSpec(method, parsed, n_removed(sparsity, n_units[name]), refit)
                         with _pruned(name, layers[name], task, gram):
                             outputs = [_output(model, batch, padding) for batch in batches]
                         damages.append(_damage(name, dense, outputs))
@@ -135,7 +135,7 @@ def check_picture(path: str | os.PathLike[str]) -> None:
         raise ValueError(f"picture {path}: its name must end in one of: .{', .'.join(sorted(kinds))}")
 
 
-def draw(measured: Sensitivity, path: str | os.PathLike[str]) -> None:
+def plot_sensitivity(measured: Sensitivity, path: str | os.PathLike[str]) -> None:
     """Draw the damage of every layer at every sparsity into a picture, .png or .svg. Needs matplotlib."""
     check_picture(path)
     from matplotlib.figure import Figure
@@ -155,12 +155,12 @@ def draw(measured: Sensitivity, path: str | os.PathLike[str]) -> None:
 
 
 @contextlib.contextmanager
-def _pruned(name: str, layer: Masked, task: Task, gram: Tensor) -> Iterator[None]:
+def _pruned(name: str, layer: MaskedLayer, task: LayerSpec, gram: Tensor) -> Iterator[None]:
     """Prune one layer, and put it back."""
     with Transaction(layer) as undo:
         undo.keep([layer.weight])
         weight = layer.weight.detach().clone()
-        new, _ = solve(name, layer.weight_matrix.detach(), layer.matrix(layer.mask), task, gram)
+        new, _ = prune_layer(name, layer.weight_matrix.detach(), layer.matrix(layer.mask), task, gram)
         layer.matrix(layer.weight.detach()).copy_(new)
         yield
         layer.weight.copy_(weight)

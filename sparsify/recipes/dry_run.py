@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from sparsify.checkpoint.weight_codec import packed_bytes
 from sparsify.conversion.module_surgery import layers_of_type
-from sparsify.layers import Masked
+from sparsify.layers import MaskedLayer
 from sparsify.masking.allocation import MEASURED_ALLOCATIONS
 from sparsify.masking.masks import Allocation, layer_targets, make_masks, n_removed_units
-from sparsify.masking.methods.registry import needs
+from sparsify.masking.methods.registry import required_statistics
 from sparsify.masking.patterns import parse_pattern
 from sparsify.recipes.recipe import HOLD, Group, Recipe, assign_layers
 
@@ -75,7 +75,7 @@ def _spread(times: tuple[float, ...]) -> tuple[float, ...]:
 def file_bytes(recipe: Recipe, model: nn.Module) -> int:
     """Return the bytes that a pruned model will have in its file, without the header."""
     tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values() if isinstance(tensor, Tensor)}
-    masks = sum(layer.mask.nbytes for layer in layers_of_type(model, Masked).values())
+    masks = sum(layer.mask.nbytes for layer in layers_of_type(model, MaskedLayer).values())
     layers = plan(recipe, model)
     saved = sum(layer.dense_bytes - layer.n_bytes for layer in layers)
     return sum(tensor.nbytes for tensor in tensors.values()) - masks - saved
@@ -98,7 +98,7 @@ def _zeros(model: nn.Module, group: Group, weights: dict[str, Tensor], time: flo
     if group.needs_data and n_removed_units(shapes, sparsity, pattern, allocation, max_sparsity) is None:
         allocation, max_sparsity = "uniform", None
     if (removed := n_removed_units(shapes, sparsity, pattern, allocation, max_sparsity)) is None:
-        layers = layers_of_type(model, Masked)
+        layers = layers_of_type(model, MaskedLayer)
         present = {  # all True for a layer that is not converted yet
             name: layers[name].matrix(layers[name].mask)
             if name in layers
@@ -109,7 +109,9 @@ def _zeros(model: nn.Module, group: Group, weights: dict[str, Tensor], time: flo
             weights,
             sparsity,
             masks=present,
-            method="magnitude" if needs(group.method) else group.method,  # what training will show is not known yet
+            method="magnitude"
+            if required_statistics(group.method)
+            else group.method,  # what training will show is not known yet
             pattern=group.pattern,
             allocation=allocation,
             max_sparsity=max_sparsity,

@@ -19,21 +19,29 @@ from torch import Tensor, nn
 from sparsify.conversion.convert import plan_convert, sparse_layers
 from sparsify.conversion.module_surgery import Model
 from sparsify.conversion.transaction import Transaction
-from sparsify.distributed import ALONE, Ranks
+from sparsify.distributed import SINGLE, Ranks
 from sparsify.errors import RecipeError
 from sparsify.layers.fsdp import cut_by_rows, own_rows
 from sparsify.masking.allocation import ALLOCATIONS, MEASURED_ALLOCATIONS, check_sparsity
-from sparsify.masking.layer_solve import Task
+from sparsify.masking.layer_solve import LayerSpec
 from sparsify.masking.masks import Allocation, is_empty, layer_targets, make_masks, n_removed_units, warn_removed_whole
-from sparsify.masking.methods.registry import CALIBRATED, METHODS, SOLVERS, TRAINED, needs, needs_data, takes_seed
+from sparsify.masking.methods.registry import (
+    CALIBRATED,
+    METHODS,
+    SOLVERS,
+    TRAINING_METHODS,
+    needs_data,
+    required_statistics,
+    takes_seed,
+)
 from sparsify.masking.patterns import parse_pattern
 from sparsify.masking.schedules import Schedule
-from sparsify.pruning.oneshot import Order, follow, make_tasks
+from sparsify.pruning.oneshot import PruningSpec, layer_specs, prune_with_specs
 from sparsify.pruning.prune import set_masks
 from sparsify.pruning.recover import LR, recover
-from sparsify.recipes.yaml_file import Value, YamlFile, nearest, read_yaml, substitute, walk
+from sparsify.recipes.yaml_file import Value, YamlFile, calibrate_groups, nearest, read_yaml, substitute
 
-_METHODS = (*METHODS, *TRAINED, *CALIBRATED, *SOLVERS)
+_METHODS = (*METHODS, *TRAINING_METHODS, *CALIBRATED, *SOLVERS)
 _ALLOCATIONS = (*ALLOCATIONS, *MEASURED_ALLOCATIONS)
 _STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -190,8 +198,8 @@ class Group(BaseModel):
     def trains(self) -> bool:
         """Whether it takes a training, rather than one moment, to follow this group."""
         one_moment = self.schedule.kind == "one-shot" or len(self.schedule.update_times()) == 1
-        evidence = self.method != HOLD and needs(self.method)
-        return not one_moment or bool(evidence) or self.rewind is not None
+        statistics = self.method != HOLD and required_statistics(self.method)
+        return not one_moment or bool(statistics) or self.rewind is not None
 
 
 class Recover(BaseModel):
@@ -242,7 +250,7 @@ def load_recipe(path: str | os.PathLike[str], **variables: Value) -> Recipe:
             )
     values: dict[str, Value] = {**declared, **variables}
     body: dict[str, Value] = {key: value for key, value in file.content.items() if key != "vars"}
-    used = {value for value in walk(body) if isinstance(value, str)}
+    used = {value for value in calibrate_groups(body) if isinstance(value, str)}
     for name in declared:
         if f"${{{name}}}" not in used:
             raise file.error(
@@ -309,7 +317,7 @@ def apply(
             apply(model, plain, data=data, cache_bytes=cache_bytes, progress=progress)
             return recover(model, teacher, data, **recipe.recover.model_dump(), progress=progress)
     if data is not None:
-        follow(model, _orders(recipe, model), data, cache_bytes=cache_bytes, progress=progress)
+        prune_with_specs(model, _orders(recipe, model), data, cache_bytes=cache_bytes, progress=progress)
         return model
     if cache_bytes is not None:
         raise ValueError(f"cache_bytes={cache_bytes} has no effect without data; give data=...")
@@ -340,12 +348,12 @@ def check_applicable(recipe: Recipe, *, has_data: bool) -> None:
         raise ValueError("recover needs calibration data: sparsify.apply(..., data=...)")
 
 
-def tasks_of(recipe: Recipe, model: nn.Module) -> dict[str, Task]:
+def recipe_layer_specs(recipe: Recipe, model: nn.Module) -> dict[str, LayerSpec]:
     """Say what each layer of a converted model is to become, as far as shapes decide it; the model may be on meta.
 
     Raises ValueError for an allocation that is measured, a group that trains, and a layer that is to be held.
     """
-    tasks: dict[str, Task] = {}
+    tasks: dict[str, LayerSpec] = {}
     for number, group in enumerate(recipe.groups):
         if group.trains or group.method == HOLD:
             raise ValueError(
@@ -353,11 +361,11 @@ def tasks_of(recipe: Recipe, model: nn.Module) -> dict[str, Task]:
             )
     layers = sparse_layers(model)
     for order, names in _orders(recipe, model):
-        tasks |= make_tasks({name: layers[name].shape for name in names}, order)
+        tasks |= layer_specs({name: layers[name].shape for name in names}, order)
     return tasks
 
 
-def _orders(recipe: Recipe, model: nn.Module) -> list[tuple[Order, list[str]]]:
+def _orders(recipe: Recipe, model: nn.Module) -> list[tuple[PruningSpec, list[str]]]:
     groups = zip(recipe.groups, assign_layers(recipe, model), strict=True)
     return [(_order(group), list(weights)) for group, weights in groups if group.method != HOLD]
 
@@ -367,23 +375,23 @@ def group_masks(
     group: Group,
     names: list[str],
     time: float | None = None,
-    evidence: Mapping[str, Mapping[str, Tensor]] | None = None,
-    ranks: Ranks = ALONE,
+    statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ranks: Ranks = SINGLE,
 ) -> dict[str, Tensor]:
     """Return the masks (out, in) that a group's layers get at a time (None: at the end); nothing is changed.
 
-    `evidence` has, for each layer, what its training showed (methods.EVIDENCE). Several `ranks` share the ranking, each
+    `statistics` has, for each layer, what its training showed (methods.EVIDENCE). Several `ranks` share the ranking, each
     its rows, and get the same masks: whole weights of layers that FSDP2 has sharded are nowhere.
     """
     layers = sparse_layers(model)
     if missing := [name for name in names if name not in layers]:
         raise ValueError(f"{missing[0]}: not converted; call sparsify.convert(model) first")
     if not all(cut_by_rows(layers[name], parse_pattern(group.pattern), ranks) for name in names):
-        ranks = ALONE  # every rank ranks all of it
+        ranks = SINGLE  # every rank ranks all of it
     weights = {name: own_rows(layers[name], ranks) for name in names}
     _check_finite(weights, ranks)
     masks = {name: ranks.rows(layers[name].matrix(layers[name].mask)) for name in names}
-    shown = {n: {key: ranks.rows(value) for key, value in of.items()} for n, of in (evidence or {}).items()}
+    shown = {n: {key: ranks.rows(value) for key, value in of.items()} for n, of in (statistics or {}).items()}
     made = _group_rows(group, weights, masks, time, shown, ranks)
     return {name: ranks.join(mask, layers[name].shape[0]) for name, mask in made.items()}
 
@@ -405,7 +413,7 @@ def _group_rows(
     weights: dict[str, Tensor],
     masks: dict[str, Tensor],
     time: float | None,
-    evidence: Mapping[str, Mapping[str, Tensor]],
+    statistics: Mapping[str, Mapping[str, Tensor]],
     ranks: Ranks,
 ) -> dict[str, Tensor]:
     """Return this rank's rows of the masks."""
@@ -432,7 +440,7 @@ def _group_rows(
             allocation=allocation,
             max_sparsity=group.max_sparsity,
             seed=seed,
-            evidence=evidence,
+            statistics=statistics,
             ranks=ranks,
         )
 
@@ -447,8 +455,8 @@ def _group_rows(
     return masks_of(names, target(group.sparsity), group.allocation)
 
 
-def _order(group: Group) -> Order:
-    return Order(
+def _order(group: Group) -> PruningSpec:
+    return PruningSpec(
         group.sparsity,
         group.method,
         group.pattern,

@@ -17,7 +17,7 @@ import yaml
 from sparsify.errors import RecipeError
 
 Value = None | bool | int | float | str | list["Value"] | dict[str, "Value"]
-Place = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 50
@@ -49,9 +49,9 @@ class YamlFile:
 
     path: str
     content: Value
-    lines: Mapping[Place, int]
+    lines: Mapping[KeyPath, int]
 
-    def error(self, place: Place, message: str) -> RecipeError:
+    def error(self, place: KeyPath, message: str) -> RecipeError:
         """Make the error that names this file, the line and the key."""
         known = place
         while known not in self.lines:
@@ -90,7 +90,7 @@ def read_text(text: str, path: str) -> YamlFile:
         raise RecipeError(f"{path}, line {line}: no valid YAML: {error.problem}") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: no valid YAML: {error}") from None
-    lines: dict[Place, int] = {(): 1}
+    lines: dict[KeyPath, int] = {(): 1}
     content = None if node is None else _build(node, (), lines, path, yaml.SafeLoader(""))
     return YamlFile(path, content, lines)
 
@@ -115,10 +115,10 @@ def substitute(file: YamlFile, content: Value, variables: Mapping[str, Value]) -
 
     Raises RecipeError for an unknown one, and for more than MAX_VALUES values in the result.
     """
-    sizes = {name: sum(1 for _ in walk(value)) for name, value in variables.items()}
+    sizes = {name: sum(1 for _ in calibrate_groups(value)) for name, value in variables.items()}
     n_left = MAX_VALUES
 
-    def replace(value: Value, place: Place) -> Value:
+    def replace(value: Value, place: KeyPath) -> Value:
         nonlocal n_left
         n_left -= 1
         if isinstance(value, dict):
@@ -139,7 +139,7 @@ def substitute(file: YamlFile, content: Value, variables: Mapping[str, Value]) -
     return replace(content, ())
 
 
-def walk(content: Value) -> Iterator[Value]:
+def calibrate_groups(content: Value) -> Iterator[Value]:
     """Go through a value and all values in it.
 
     >>> list(walk({"a": [1, "b"]}))
@@ -175,7 +175,7 @@ def cut(text: str, n: int = _MAX_LETTERS) -> str:
     return text if len(text) <= n else f"{text[:n]}..."
 
 
-def _build(node: yaml.Node, place: Place, lines: dict[Place, int], path: str, loader: yaml.SafeLoader) -> Value:
+def _build(node: yaml.Node, place: KeyPath, lines: dict[KeyPath, int], path: str, loader: yaml.SafeLoader) -> Value:
     """Turn a node into plain values, noting lines."""
     if isinstance(node, yaml.MappingNode):
         result: dict[str, Value] = {}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsify.calibration.batches import read_example
-from sparsify.calibration.sequential import as_in_use
+from sparsify.calibration.sequential import eval_without_cache
 from sparsify.checkpoint.save_load import inspect_file
 from sparsify.conversion.convert import Plan, plan_convert
 from sparsify.conversion.converters.table import join
@@ -210,7 +210,7 @@ def _multiply_adds(model: nn.Module, example: Any) -> Counter[int]:
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # its fused operator would hide what it does
     try:
-        with as_in_use(model), _Counter(model.parameters()) as counter:
+        with eval_without_cache(model), _Counter(model.parameters()) as counter:
             model(*batch.args, **batch.kwargs)
     except Exception as error:  # whatever the model's own code raises
         raise ValueError(f"the model does not run on the example: {type(error).__name__}: {error}") from error

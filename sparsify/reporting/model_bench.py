@@ -19,9 +19,9 @@ from sparsify.conversion.convert import convert
 from sparsify.conversion.converters.table import matrices
 from sparsify.conversion.module_surgery import layers_of_type
 from sparsify.hardware.machine import machine_name
-from sparsify.hardware.timing import Timing, Watch, disturbance, measure
+from sparsify.hardware.timing import LoadMeter, Timing, disturbance, measure
 from sparsify.inference.export import export
-from sparsify.layers import Packed
+from sparsify.layers import PackedLayer
 from sparsify.pruning.prune import prune
 from sparsify.reporting.report import report, table
 
@@ -109,7 +109,7 @@ def bench(
 
     Raises ValueError if it runs no Linear on these inputs.
     """
-    watch = Watch()
+    watch = LoadMeter()
     tokens = typical_tokens(model, inputs)
     fast = sparse_copy(model, sparsity, tokens, tied=tied, functional=functional)
     times = measure({"dense": [lambda: run(model, inputs)], "sparse": [lambda: run(fast, inputs)]}, rounds=rounds)
@@ -171,7 +171,7 @@ def _timed(model: nn.Module) -> Iterator[tuple[dict[str, float], dict[str, int]]
     started: dict[str, float] = {}
     handles = []
     for name, layer in layers_of_type(model, nn.Module).items():
-        if not isinstance(layer, Packed) and "" not in matrices(layer):
+        if not isinstance(layer, PackedLayer) and "" not in matrices(layer):
             continue
 
         def before(_: nn.Module, arguments: tuple[Any, ...], name: str = name) -> None:

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
-from sparsify.conversion.converters.table import join, kind_of, matrices
+from sparsify.conversion.converters.table import converter_for, join, matrices
 from sparsify.conversion.module_surgery import layers_of_type
-from sparsify.inference.form_selection import Choice
-from sparsify.layers import Masked, Packed
-from sparsify.pruning.oneshot import Fit
+from sparsify.inference.form_selection import FormChoice
+from sparsify.layers import MaskedLayer, PackedLayer
+from sparsify.pruning.oneshot import LayerResult
 
 #: Of the printed table; a column without any entry is left out.
 _COLUMNS = ("layer", "shape", "sparsity", "format", "bytes", "of dense", "error", "time", "why")
@@ -95,24 +95,24 @@ def report(model: nn.Module) -> Report:
     rows = []
     for name, layer in layers_of_type(model, nn.Module).items():
         choice = layer.__dict__.get("choice")
-        measured = (choice.reason, dict(choice.times_us)) if isinstance(choice, Choice) else ("", {})
-        if isinstance(layer, Packed):
+        measured = (choice.reason, dict(choice.times_us)) if isinstance(choice, FormChoice) else ("", {})
+        if isinstance(layer, PackedLayer):
             if layer.activation != "none":
                 applies = f"applies {layer.activation}"
                 measured = (f"{measured[0]}; {applies}" if measured[0] else applies, measured[1])
             dense_bytes = layer.shape[0] * layer.shape[1] * layer.parts[-1].element_size()
             n_bytes = _n_bytes(*layer.parts)
             rows.append(Row(name, layer.shape, layer.sparsity, layer.form, n_bytes, dense_bytes, *measured))
-        kind = kind_of(layer)
-        unasked = kind is None or kind.unasked or isinstance(layer, Masked) or isinstance(choice, Choice)
-        for part, weight in matrices(layer).items() if unasked else ():
+        kind = converter_for(layer)
+        by_default = kind is None or kind.by_default or isinstance(layer, MaskedLayer) or isinstance(choice, FormChoice)
+        for part, weight in matrices(layer).items() if by_default else ():
             shape, n_bytes = (weight.shape[0], weight.shape[1]), _n_bytes(weight)
-            if isinstance(layer, Masked):
+            if isinstance(layer, MaskedLayer):
                 row = Row(name, shape, layer.sparsity, "masked", n_bytes + _n_bytes(layer.mask), n_bytes)
             else:
                 row = Row(join(name, part), shape, _zeros(weight.detach()), "dense", n_bytes, n_bytes, *measured)
             rows.append(row)
-        if isinstance(fit := layer.__dict__.get("fit"), Fit):
+        if isinstance(fit := layer.__dict__.get("fit"), LayerResult):
             rows[-1] = replace(rows[-1], error=fit.error, time_s=fit.time_s)
     return Report(tuple(rows))
 

@@ -7,38 +7,40 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 from torch import Tensor
 
-from sparsify.distributed import ALONE, Ranks
-from sparsify.layers import Masked
+from sparsify.distributed import SINGLE, Ranks
+from sparsify.layers import MaskedLayer
 from sparsify.layers.fsdp import is_sharded
-from sparsify.layers.masked_weight import Watch
+from sparsify.layers.masked_weight import GradientAccumulator
 from sparsify.masking.unseen import refuse_unseen
 
 Evidence = dict[str, dict[str, Tensor]]
 
 
-def watch(layer: Masked, *, gradient: bool, movement: bool) -> None:
+def accumulate_gradients(layer: MaskedLayer, *, gradient: bool, movement: bool) -> None:
     """Let the layer's backward passes add up what is asked for, from zero."""
 
     def zeros(wanted: bool) -> Tensor | None:
         return torch.zeros_like(layer.mask, dtype=layer.weight.dtype) if wanted else None
 
-    layer.watch = Watch(zeros(gradient), zeros(movement)) if gradient or movement else None
+    layer.accumulator = GradientAccumulator(zeros(gradient), zeros(movement)) if gradient or movement else None
 
 
 def from_loss(
-    layers: Mapping[str, Masked], loss: Callable[[], Tensor], *, curvature: bool, ranks: Ranks = ALONE
+    layers: Mapping[str, MaskedLayer], loss: Callable[[], Tensor], *, curvature: bool, ranks: Ranks = SINGLE
 ) -> Evidence:
     """Work out -weight * gradient for each layer from a loss, and the Hessian times the gradient if asked for.
 
     Of several `ranks` each gives the loss of its own examples, and gets the same result. The gradients that parameters
     hold are left alone. Raises ValueError, naming the layer, if the loss does not depend on its weight.
     """
-    before = {name: layer.watch for name, layer in layers.items()}
+    before = {name: layer.accumulator for name, layer in layers.items()}
     uses: dict[str, list[Tensor]] = {}
     for name, layer in layers.items():
         sharded = is_sharded(layer.weight)  # then a forward has the weight whole, and may have it more than once
         uses[name] = [] if sharded else [layer.weight]
-        layer.watch = Watch(uses=uses[name] if sharded else None)  # not None: no sparse step, which has no Hessian
+        layer.accumulator = GradientAccumulator(
+            uses=uses[name] if sharded else None
+        )  # not None: no sparse step, which has no Hessian
     try:
         with torch.enable_grad():
             value = loss()
@@ -54,15 +56,15 @@ def from_loss(
                     found[name]["curvature"] = ranks.mean(product.detach())
     finally:
         for name, layer in layers.items():
-            layer.watch = before[name]
+            layer.accumulator = before[name]
     return found
 
 
-def refuse_unknown(evidence: Evidence, names: Collection[str]) -> None:
+def refuse_unknown(statistics: Evidence, names: Collection[str]) -> None:
     """Raise ValueError, naming them, for layers that are to lose weights though all that is known of them is zero."""
     blind = {
         name: "no gradient has reached its weight"
-        for name, of in evidence.items()
+        for name, of in statistics.items()
         if name in names and not all(bool(value.any()) for value in of.values())
     }
     refuse_unseen(blind, "train them, frozen ones and those of unused branches too")

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from sparsify.conversion.transaction import Transaction
-from sparsify.layers import Masked
+from sparsify.layers import MaskedLayer
 from sparsify.layers.fsdp import local, shard_like
 from sparsify.training.optimizer_state import forget, remembered
 
 
 def change_masks(
-    layers: Mapping[str, Masked],
+    layers: Mapping[str, MaskedLayer],
     masks: Mapping[str, Tensor],
-    masked_are: Mapping[str, str],
+    masked_mode: Mapping[str, str],
     optimizer: torch.optim.Optimizer | None,
     undo: Transaction,
 ) -> None:
@@ -29,10 +29,10 @@ def change_masks(
     for name, mask in masks.items():
         layer, new = layers[name], torch.empty_like(layers[name].mask)
         layer.matrix(new).copy_(mask)
-        at_zero, layer.masked_are = layer.masked_are == "zero", masked_are[name]
-        if layer.masked_are == "zero":
+        at_zero, layer.masked_mode = layer.masked_mode == "zero", masked_mode[name]
+        if layer.masked_mode == "zero":
             _keep(undo, layer.weight.detach(), ~(new & layer.mask) if at_zero else ~new, 0.0)
-        moved = torch.zeros_like(new) if layer.masked_are == "trained" else ~new | (layer.mask != new)
+        moved = torch.zeros_like(new) if layer.masked_mode == "trained" else ~new | (layer.mask != new)
         for tensor, beginning in remembered(optimizer, layer.weight):
             _keep(undo, tensor, moved, beginning)
         layer.set_mask(mask, back_at_zero=at_zero)

@@ -7,20 +7,20 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from sparsify.distributed import ALONE, Ranks
+from sparsify.distributed import SINGLE, Ranks
 from sparsify.errors import ScheduleWarning
-from sparsify.layers import Masked
+from sparsify.layers import MaskedLayer
 from sparsify.layers.fsdp import cut_by_rows, own_rows
 from sparsify.masking.methods.registry import mix_seed, score
 from sparsify.masking.patterns import parse_pattern
-from sparsify.masking.regrowth import exchange, fraction_at, random_growth
+from sparsify.masking.regrowth import drop_and_grow, random_growth_scores, regrow_fraction
 from sparsify.masking.unseen import named
 from sparsify.recipes.recipe import Group
 
 
 def exchanged_masks(
     group: Group,
-    layers: Mapping[str, Masked],
+    layers: Mapping[str, MaskedLayer],
     masks: Mapping[str, Tensor],
     gradients: Mapping[str, Tensor],
     *,
@@ -37,7 +37,7 @@ def exchanged_masks(
     growth = {}
     for name, mask in masks.items():
         if group.regrow.by == "random":
-            growth[name] = random_growth(mask, mix_seed(group.seed or 0, f"{name} at {step}"))
+            growth[name] = random_growth_scores(mask, mix_seed(group.seed or 0, f"{name} at {step}"))
         elif name in gradients:
             growth[name] = layers[name].matrix(gradients[name]).abs()
     if blind := [name for name, values in growth.items() if values.numel() and not bool(values.any())]:
@@ -47,7 +47,7 @@ def exchanged_masks(
             ScheduleWarning,
             stacklevel=2,
         )
-    fraction = fraction_at(group.regrow.fraction, progress)
+    fraction = regrow_fraction(group.regrow.fraction, progress)
     return {
         name: mask
         if name not in growth or name in blind
@@ -57,10 +57,10 @@ def exchanged_masks(
 
 
 def _exchanged(
-    name: str, layer: Masked, mask: Tensor, growth: Tensor, fraction: float, group: Group, ranks: Ranks
+    name: str, layer: MaskedLayer, mask: Tensor, growth: Tensor, fraction: float, group: Group, ranks: Ranks
 ) -> Tensor:
     pattern = parse_pattern(group.pattern)
-    ranks = ranks if cut_by_rows(layer, pattern, ranks) else ALONE
+    ranks = ranks if cut_by_rows(layer, pattern, ranks) else SINGLE
     scores = score(name, own_rows(layer, ranks), group.method)
-    rows = exchange(ranks.rows(mask), scores, ranks.rows(growth), fraction, pattern, ranks)
+    rows = drop_and_grow(ranks.rows(mask), scores, ranks.rows(growth), fraction, pattern, ranks)
     return ranks.join(rows, mask.shape[0])

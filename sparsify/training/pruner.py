@@ -15,11 +15,11 @@ from sparsify.conversion.transaction import Transaction
 from sparsify.distributed import ranks_of
 from sparsify.errors import ScheduleWarning
 from sparsify.layers.fsdp import shard_like
-from sparsify.layers.sparse_training import Choice, SparseSteps
+from sparsify.layers.sparse_training import SparseBackward, SparseTrainingKernels
 from sparsify.masking.masks import is_empty, warn_removed_whole
-from sparsify.masking.methods.registry import needs
+from sparsify.masking.methods.registry import required_statistics
 from sparsify.recipes.recipe import HOLD, Group, Recipe, assign_layers, group_masks
-from sparsify.training.gradient_statistics import Evidence, from_loss, refuse_unknown, watch
+from sparsify.training.gradient_statistics import Evidence, accumulate_gradients, from_loss, refuse_unknown
 from sparsify.training.mask_change import change_masks
 from sparsify.training.mask_exchange import exchanged_masks
 from sparsify.training.optimizer_state import forget, learning_rate
@@ -73,7 +73,7 @@ class Pruner:
         loss: Callable[[], Tensor] | None = None,
         scaler: torch.amp.GradScaler | None = None,
         state: Mapping[str, Any] | None = None,
-        sparse_backward: Choice = "never",
+        sparse_backward: SparseBackward = "never",
     ) -> None:
         self.ranks = ranks_of(model)
         if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -100,8 +100,8 @@ class Pruner:
         self._rewind_step = rewind_step(recipe, steps_per_epoch)
         if optimizer is None and any(group.decay for group in recipe.groups):
             raise ValueError("'decay' of masked weights follows the learning rate; give the optimizer")
-        if sparse_backward not in get_args(Choice):
-            raise ValueError(f"sparse_backward {sparse_backward!r} is none of: {', '.join(get_args(Choice))}")
+        if sparse_backward not in get_args(SparseBackward):
+            raise ValueError(f"sparse_backward {sparse_backward!r} is none of: {', '.join(get_args(SparseBackward))}")
         self._movement: dict[str, Tensor] = {}
         self._gradient: dict[str, Tensor] = {}
         self._start: dict[str, Tensor] = {}
@@ -112,12 +112,12 @@ class Pruner:
                 check_beginning(number, group, self.layers, found)
         with self._all_or_nothing(changes_masks=True) as undo:
             for layer in self.layers.values():
-                layer.steps = None if sparse_backward == "never" else SparseSteps(sparse_backward == "always")
+                layer.steps = None if sparse_backward == "never" else SparseTrainingKernels(sparse_backward == "always")
             if state is not None:
                 self._go_on_from(state)
             else:
                 self._update(undo)
-            self._look_ahead()
+            self._request_statistics()
 
     @property
     def sparsity(self) -> float:
@@ -136,12 +136,12 @@ class Pruner:
         due = any(self.n_steps + 1 in updates for updates in self.updates)
         with self._all_or_nothing(changes_masks=due) as undo:
             self.n_steps += 1
-            self._gather()
+            self._collect_statistics()
             self._update(undo)
             for layer in self.layers.values():
                 layer.zero_masked()
             self._decay()
-            self._look_ahead()
+            self._request_statistics()
 
     def end_epoch(self) -> None:
         """Say that an epoch is over; a ScheduleWarning tells if it had another length than schedules in epochs assume.
@@ -196,7 +196,7 @@ class Pruner:
         """
         with self._all_or_nothing(changes_masks=True):
             self._go_on_from(state)
-            self._look_ahead()
+            self._request_statistics()
 
     def _go_on_from(self, state: Mapping[str, Any]) -> None:
         """Check a saved state, and take it over."""
@@ -244,7 +244,7 @@ class Pruner:
             return
         for name in changed:
             layer = self.layers[name]
-            if layer.masked_are != "trained":
+            if layer.masked_mode != "trained":
                 forget(self.optimizer, layer.weight, ~layer.mask)
         for number, found in enumerate(self._counts(self.n_steps)):
             check_step(number, self.n_steps, [one for one in found if changed & set(one.names)])
@@ -270,12 +270,12 @@ class Pruner:
             masks |= self._next_masks(number)
         self._check_ranks(masks)
         at_end = {number: self.n_steps == max(self.updates[number]) for number in due}
-        masked_are = {
+        masked_mode = {
             name: "zero" if at_end[number] else self.recipe.groups[number].masked
             for number in due
             for name in self.groups[number]
         }
-        change_masks(self.layers, masks, masked_are, self.optimizer, undo)
+        change_masks(self.layers, masks, masked_mode, self.optimizer, undo)
         if any(self.recipe.groups[number].rewind is not None for number in due):
             undo.keep((*self.model.parameters(), *self.model.buffers()))
             restore_state(self.model, self._start, self.optimizer)
@@ -320,7 +320,7 @@ class Pruner:
             name: group.decay * learning_rate(self.optimizer, self.layers[name].weight)
             for group, names in zip(self.recipe.groups, self.groups, strict=True)
             for name in names
-            if self.optimizer is not None and group.decay and self.layers[name].masked_are == "trained"
+            if self.optimizer is not None and group.decay and self.layers[name].masked_mode == "trained"
         }
         for name, rate in rates.items():
             layer = self.layers[name]
@@ -329,7 +329,7 @@ class Pruner:
 
     def _evidence(self, group: Group, names: list[str], time: float) -> Evidence:
         """Return what the group's method asks for, as far as it is known, as matrices (out, in)."""
-        asked = needs(group.method) if group.method != HOLD else set()
+        asked = required_statistics(group.method) if group.method != HOLD else set()
         layers = {name: self.layers[name] for name in names}
         if not asked:
             return {}
@@ -340,20 +340,20 @@ class Pruner:
         refuse_unknown(found, {name for one in counts(group, layers, time) if one.wanted for name in one.names})
         return {name: {key: layers[name].matrix(value) for key, value in of.items()} for name, of in found.items()}
 
-    def _gather(self) -> None:
+    def _collect_statistics(self) -> None:
         """Take over what the backward passes of this step added up."""
         for name, layer in self.layers.items():
-            if layer.watch is not None:
-                self._add(self._movement, name, layer.watch.movement)
-                self._add(self._gradient, name, layer.watch.gradient)
+            if layer.accumulator is not None:
+                self._accumulate(self._movement, name, layer.accumulator.movement)
+                self._accumulate(self._gradient, name, layer.accumulator.gradient)
 
-    def _add(self, sums: dict[str, Tensor], name: str, seen: Tensor | None) -> None:
+    def _accumulate(self, sums: dict[str, Tensor], name: str, seen: Tensor | None) -> None:
         """Add the mean over ranks of what one step showed; nothing where it overflowed, and AMP skipped the step."""
         seen = None if seen is None else self.ranks.mean(seen)
         if seen is not None and bool(torch.isfinite(seen).all()):
             sums[name] = (sums[name].to(seen.device) if name in sums else 0) + seen / self._scale
 
-    def _look_ahead(self) -> None:
+    def _request_statistics(self) -> None:
         """Ask the layers for what the next step has to show."""
         self._scale = self.scaler.get_scale() if self.scaler else 1.0
         for group, names, updates in zip(self.recipe.groups, self.groups, self.updates, strict=True):
@@ -363,11 +363,13 @@ class Pruner:
                 and group.regrow.by == "gradient"
                 and any(self.n_steps + ahead in updates for ahead in range(1, group.regrow.steps + 1))
             )
-            moves = group.method != HOLD and "movement" in needs(group.method)
+            moves = group.method != HOLD and "movement" in required_statistics(group.method)
             for name in names:
                 layer = self.layers[name]
-                layer.masked_are = group.masked if min(updates) <= self.n_steps < last else "zero"
-                watch(layer, gradient=gradient, movement=moves and self.loss is None and self.n_steps < last)
+                layer.masked_mode = group.masked if min(updates) <= self.n_steps < last else "zero"
+                accumulate_gradients(
+                    layer, gradient=gradient, movement=moves and self.loss is None and self.n_steps < last
+                )
 
 
 def fingerprint(mask: Tensor) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sparsify.errors import ScheduleWarning
-from sparsify.layers import Masked
+from sparsify.layers import MaskedLayer
 from sparsify.masking.allocation import n_removed
 from sparsify.masking.masks import layer_targets, n_removed_units
 from sparsify.masking.patterns import Pattern, parse_pattern, unit_any
@@ -27,7 +27,7 @@ class Count:
     total: int
 
 
-def counts(group: Group, layers: Mapping[str, Masked], time: float | None = None) -> list[Count]:
+def counts(group: Group, layers: Mapping[str, MaskedLayer], time: float | None = None) -> list[Count]:
     """Count what the masks of a group's layers remove, beside its target at a time (None: at the end).
 
     In the units of the pattern: of N:M, a weight beyond the M - N that its group of M has to lose does not count.
@@ -59,7 +59,7 @@ def counts(group: Group, layers: Mapping[str, Masked], time: float | None = None
     return [Count(tuple(layers), sum(found.values()), n_removed(target(group.sparsity), together), together)]
 
 
-def check_beginning(number: int, group: Group, layers: Mapping[str, Masked], found: Sequence[Count]) -> None:
+def check_beginning(number: int, group: Group, layers: Mapping[str, MaskedLayer], found: Sequence[Count]) -> None:
     """Warn of layers that come to a training with more than their final sparsity, which they keep.
 
     Raises ValueError where a mask of another pattern cannot become one of the group's without giving weights back.

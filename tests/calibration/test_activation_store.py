@@ -10,14 +10,14 @@ import pytest
 import torch
 
 import sparsify
-from sparsify.calibration.activation_store import Budget, Shelf
+from sparsify.calibration.activation_store import MemoryBudget, SpillingTensorList
 
 
 @pytest.mark.parametrize("budget", [None, 0, 100, 10**6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool])
 def test_what_is_put_in_comes_out(budget: int | None, dtype: torch.dtype) -> None:
     tensors = [torch.randn(3, n).to(dtype).T for n in (1, 5, 8)]
-    with Shelf(3, None if budget is None else Budget(budget)) as shelf:
+    with SpillingTensorList(3, None if budget is None else MemoryBudget(budget)) as shelf:
         for _ in range(2):  # put in again, it takes the place of what was there
             for i, tensor in enumerate(tensors):
                 shelf[i] = tensor
@@ -30,7 +30,7 @@ def test_what_is_put_in_comes_out(budget: int | None, dtype: torch.dtype) -> Non
 
 
 def test_what_is_put_in_again_takes_the_place_of_what_was_there() -> None:
-    with Shelf(2, Budget(0)) as shelf:
+    with SpillingTensorList(2, MemoryBudget(0)) as shelf:
         for n in (4, 2, 3, 5, 5):
             shelf[0], shelf[1] = torch.full((n,), float(n)), torch.full((n,), -float(n))
             assert (shelf[0].tolist(), shelf[1].tolist()) == ([n] * n, [-n] * n)
@@ -46,15 +46,15 @@ def test_nothing_stays_behind_even_where_the_process_is_killed(tmp_path: Path) -
     environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(sparsify.__file__).parents[1])}
     assert subprocess.run([sys.executable, "-c", program], env=environment, check=False).returncode == -signal.SIGKILL
     assert not list(tmp_path.iterdir())
-    with Shelf(1, Budget(0)) as shelf:
+    with SpillingTensorList(1, MemoryBudget(0)) as shelf:
         shelf[0] = torch.ones(4)
     with pytest.raises(IndexError, match="nothing was put at 0"):
         shelf[0]
 
 
 def test_shelves_share_a_budget() -> None:
-    budget = Budget(20)
-    with Shelf(2, budget) as one, Shelf(2, budget) as two:
+    budget = MemoryBudget(20)
+    with SpillingTensorList(2, budget) as one, SpillingTensorList(2, budget) as two:
         one[0], two[0], one[1] = torch.ones(3), torch.ones(2), torch.ones(2)
         assert (one.n_on_disk, two.n_on_disk, budget.left) == (1, 0, 0)
         one[0] = torch.ones(1)  # 8 bytes less
@@ -64,4 +64,4 @@ def test_shelves_share_a_budget() -> None:
         assert budget.left == 16
     assert budget.left == 20
     with pytest.raises(ValueError, match="a budget is a number of bytes, got -1"):
-        Budget(-1)
+        MemoryBudget(-1)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import sparsify
-from sparsify.calibration.data_parallel import add_up, own_share
+from sparsify.calibration.data_parallel import all_reduce_gram, local_batches
 from sparsify.cli import main
 from sparsify.masking.gram import Gram
 
@@ -157,10 +157,10 @@ def test_an_error_in_one_process_ends_both(ours: Path) -> None:
 
 def test_without_a_group_all_is_as_it_was() -> None:
     gram = Gram(2)
-    assert add_up(gram) is gram
-    assert own_share([1, 2]) == [1, 2]
+    assert all_reduce_gram(gram) is gram
+    assert local_batches([1, 2]) == [1, 2]
     with pytest.raises(ValueError, match="wrong"):
-        add_up(None, ValueError("wrong"))
+        all_reduce_gram(None, ValueError("wrong"))
 
 
 def test_the_error_names_layer_and_batch() -> None:

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import sparsify
 from sparsify.calibration.layer_inputs import layer_inputs
-from sparsify.inference.form_selection import Chooser
+from sparsify.inference.form_selection import FormSelector
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -72,7 +72,7 @@ def test_export_measures_each_layer_with_its_own_input(monkeypatch):
         measured.append((tuple(x.shape), x.stride()))
         return {"dense": 1.0}
 
-    monkeypatch.setattr(Chooser, "_measure", measure)
+    monkeypatch.setattr(FormSelector, "_measure", measure)
     model = sparsify.convert(
         nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(1), nn.Linear(140, 6), nn.Linear(6, 6)),
         types=[nn.Linear, nn.Conv2d],
@@ -88,7 +88,7 @@ def test_export_measures_each_layer_with_its_own_input(monkeypatch):
 
 
 def test_what_the_example_does_not_reach_is_measured_with_tokens(monkeypatch):
-    monkeypatch.setattr(Chooser, "_measure", lambda *_: {"dense": 1.0})
+    monkeypatch.setattr(FormSelector, "_measure", lambda *_: {"dense": 1.0})
     fast = sparsify.export(sparsify.convert(Reader()), example=torch.randn(3, 8), tokens=17)
     assert {name: m.choice.tokens for name, m in fast.named_children() if "choice" in m.__dict__} == {
         "twice": 6,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify import PaddingWarning, convert, prune
-from sparsify.calibration.sequential import walk
+from sparsify.calibration.sequential import calibrate_groups
 
 
 def mask_of(lengths: list[int], n: int) -> Tensor:
@@ -79,14 +79,15 @@ class Translator(nn.Module):
 
 def rows_seen(model: nn.Module, data: list[Any]) -> dict[str, int]:
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return {name: stop.gram.n_rows for stop in walk(model, layers, data) for name in stop.names}
+    return {name: stop.gram.n_rows for stop in calibrate_groups(model, layers, data) for name in stop.names}
 
 
 def same_grams(model: nn.Module, padded: list[Any], single: list[Any]) -> bool:
     """Return whether padded data and the same sequences one by one show every layer the same."""
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     one, two = (
-        {name: stop.gram for stop in walk(model, layers, data) for name in stop.names} for data in (padded, single)
+        {name: stop.gram for stop in calibrate_groups(model, layers, data) for name in stop.names}
+        for data in (padded, single)
     )
     for name in layers:
         assert one[name].n_rows == two[name].n_rows

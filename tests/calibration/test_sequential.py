@@ -11,8 +11,8 @@ from cases import weight
 from torch import Tensor, nn
 
 from sparsify.calibration.batches import read_batches
-from sparsify.calibration.model_trace import Recorder
-from sparsify.calibration.sequential import see_outline, walk
+from sparsify.calibration.model_trace import TraceRecorder
+from sparsify.calibration.sequential import calibrate_groups, trace_model
 from sparsify.masking.gram import Gram
 
 BATCHES = [weight((5, 8), seed=i) for i in range(3)]
@@ -153,7 +153,7 @@ def test_each_layer_is_seen_with_those_before_it_changed(kind: str) -> None:
     model = MODELS[kind]().eval()
     before = {name: layer.weight.detach().clone() for name, layer in linears(model).items()}
     seen: list[str] = []
-    for stop in walk(model, linears(model), [batch.clone() for batch in BATCHES]):
+    for stop in calibrate_groups(model, linears(model), [batch.clone() for batch in BATCHES]):
         for name in stop.names:
             rows = inputs_by_hook(model, name)
             torch.testing.assert_close(stop.gram.matrix, rows.T @ rows, rtol=1e-5, atol=1e-5)
@@ -167,10 +167,10 @@ def test_each_layer_is_seen_with_those_before_it_changed(kind: str) -> None:
 
 
 def test_execution_order_and_shared_inputs() -> None:
-    names = [stop.names for stop in walk(Stack(), linears(Stack()), BATCHES)]
+    names = [stop.names for stop in calibrate_groups(Stack(), linears(Stack()), BATCHES)]
     blocks = [[(f"blocks.{i}.left", f"blocks.{i}.right"), (f"blocks.{i}.out",)] for i in range(3)]
     assert names == [("first",), *blocks[0], *blocks[1], *blocks[2], ("last",)]
-    assert [stop.names for stop in walk(Twice(), linears(Twice()), BATCHES)][1:4] == [
+    assert [stop.names for stop in calibrate_groups(Twice(), linears(Twice()), BATCHES)][1:4] == [
         ("blocks.0.left",),  # it runs twice, so that its second input is not its neighbour's
         ("blocks.0.right",),
         ("blocks.0.out",),
@@ -189,13 +189,13 @@ def test_execution_order_and_shared_inputs() -> None:
 )
 def test_blocks_run_alone_only_where_that_is_right(kind: str, chains: list[tuple[str, ...]]) -> None:
     model = MODELS[kind]().eval()
-    assert list(see_outline(model, linears(model), read_batches(model, BATCHES))[0].chains) == chains
+    assert list(trace_model(model, linears(model), read_batches(model, BATCHES))[0].chains) == chains
 
 
 def test_a_chain_costs_a_run_for_each_group_of_a_block_and_no_more() -> None:
     model, runs = Stack(), []
     model.blocks[1].left.register_forward_hook(lambda *_: runs.append(1))
-    list(walk(model, linears(model), BATCHES))
+    list(calibrate_groups(model, linears(model), BATCHES))
     # Three runs of the model to see how it runs; then for each batch its second group and its output; the last layer
     # is reached with the chain standing still.
     assert len(runs) == 2 + 2 * len(BATCHES)
@@ -211,14 +211,14 @@ def test_a_layer_that_runs_on_some_batches_only() -> None:
             return self.experts[which](x)
 
     model = Experts()
-    stops = list(walk(model, linears(model), [(BATCHES[0], 0), (BATCHES[1], 2), (BATCHES[2], 1)]))
+    stops = list(calibrate_groups(model, linears(model), [(BATCHES[0], 0), (BATCHES[1], 2), (BATCHES[2], 1)]))
     assert [(stop.names, stop.gram.n_rows) for stop in stops] == [
         (("experts.0",), 5),
         (("experts.2",), 5),
         (("experts.1",), 5),
     ]
     with pytest.raises(ValueError, match=r"experts\.1: never ran .* exclude=\['experts\.1'\]"):
-        list(walk(model, linears(model), [(BATCHES[0], 0), (BATCHES[1], 2)]))
+        list(calibrate_groups(model, linears(model), [(BATCHES[0], 0), (BATCHES[1], 2)]))
 
 
 def test_flags_and_caches_are_put_back() -> None:
@@ -228,7 +228,7 @@ def test_flags_and_caches_are_put_back() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 8))
     model.config = Config()
     model[0].eval()
-    stops = walk(model, linears(model), BATCHES)
+    stops = calibrate_groups(model, linears(model), BATCHES)
     next(stops)
     assert not model.training
     assert not model.config.use_cache
@@ -244,7 +244,7 @@ def test_an_input_that_is_no_number(bad: float) -> None:
     batches[1][0, 0] = bad
     model = Stack()
     with pytest.raises(ValueError, match=r"first: its input in batch 1 .* NaN or Inf"):
-        list(walk(model, linears(model), batches))
+        list(calibrate_groups(model, linears(model), batches))
     assert not hooks_of(model)
     assert model.training
 
@@ -253,7 +253,7 @@ def test_data_of_every_kind() -> None:
     model = nn.Linear(8, 3)
     x = BATCHES[0]
     for data in ([x], [(x,)], [[x, torch.zeros(5)]], [{"input": x}], iter([x]), torch.utils.data.DataLoader(x, 2)):
-        (stop,) = walk(model, [""], data)
+        (stop,) = calibrate_groups(model, [""], data)
         torch.testing.assert_close(stop.gram.matrix.float(), x.T @ x)
 
 
@@ -269,7 +269,7 @@ def test_data_of_every_kind() -> None:
 )
 def test_data_that_cannot_be_used(data: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        list(walk(nn.Linear(8, 3), [""], data))
+        list(calibrate_groups(nn.Linear(8, 3), [""], data))
 
 
 def test_an_error_in_the_middle_of_the_data() -> None:
@@ -279,7 +279,7 @@ def test_an_error_in_the_middle_of_the_data() -> None:
 
     model = Stack()
     with pytest.raises(OSError, match="the disk is gone"):
-        list(walk(model, linears(model), broken()))
+        list(calibrate_groups(model, linears(model), broken()))
     assert model.training
 
 
@@ -306,11 +306,11 @@ def test_many_batches_lose_no_digits() -> None:
 
 def test_the_recorder_keeps_no_tensors() -> None:
     model = Stack()
-    recorder = Recorder(model, linears(model))
+    recorder = TraceRecorder(model, linears(model))
     recorder.run(lambda: model(BATCHES[0]))
     assert recorder._input is None
     assert not recorder._hidden
-    assert copy.deepcopy(recorder.outline()).groups == recorder.outline().groups
+    assert copy.deepcopy(recorder.trace()).groups == recorder.trace().groups
 
 
 class InPlace(Stack):
@@ -336,7 +336,7 @@ def test_finished_layers_run_once_and_the_walk_sees_the_same(
             n_runs += 1
 
         found = []
-        for stop in walk(model, linears(model), BATCHES, cache_bytes=cache_bytes):
+        for stop in calibrate_groups(model, linears(model), BATCHES, cache_bytes=cache_bytes):
             found.append(stop.gram.matrix)
             for name in stop.names:
                 model.get_submodule(name).weight.data *= 0.5

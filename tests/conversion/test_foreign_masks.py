@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sparsify import LeftDenseWarning, SparseLinear, convert, export, prune, to_dense
-from sparsify.conversion.foreign_masks import masked_parts
+from sparsify.conversion.foreign_masks import parameter_and_mask
 
 X = weight((3, 8), seed=7)
 
@@ -136,6 +136,6 @@ def test_a_second_parametrization_stays_dense() -> None:
 
 def test_masked_parts_of_a_plain_linear() -> None:
     linear = nn.Linear(3, 2)
-    parts = masked_parts(linear)
+    parts = parameter_and_mask(linear)
     assert parts.weight is linear.weight
     assert parts.mask is None

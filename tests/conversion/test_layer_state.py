@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import sparsify
 from sparsify import LeftDenseWarning, SparseLinear, convert, export, load, prune, save, to_dense
-from sparsify.conversion.module_surgery import become
-from sparsify.layers.masked import Masked
+from sparsify.conversion.module_surgery import replace_in_place
+from sparsify.layers.masked import MaskedLayer
 
 
 class Scaled(nn.Linear):
@@ -184,8 +184,8 @@ def stopping_at(n: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (module, "become"),
         (module, "tie"),
         (module, "untie"),
-        (Masked, "set_mask"),
-        (Masked, "clear_masked"),
+        (MaskedLayer, "set_mask"),
+        (MaskedLayer, "clear_masked"),
         (nn.Module, "register_parameter"),
         (nn.Module, "register_buffer"),
     ):
@@ -222,7 +222,7 @@ def test_a_step_that_raises_leaves_the_model_as_it_was(verb: str, monkeypatch: p
         model = Parts()
         if verb != "convert":
             prune(convert(model, tied="share"), 0.5)
-            model.fc.masked_are = "frozen"  # as in the middle of a schedule
+            model.fc.masked_mode = "frozen"  # as in the middle of a schedule
             with torch.no_grad():
                 model.fc.weight.fill_(1.0)
         if "export" in verb:
@@ -245,7 +245,7 @@ def test_a_step_that_raises_leaves_the_model_as_it_was(verb: str, monkeypatch: p
 
 def test_become_keeps_what_is_beside_a_layer_and_takes_what_is_new() -> None:
     layer = Scaled()
-    become(layer, SparseLinear(8, 8, 0.5, seed=1))
+    replace_in_place(layer, SparseLinear(8, 8, 0.5, seed=1))
     assert {name for name, _ in layer.named_buffers()} == {"mask", "scale", "scratch"}
     assert layer.factor == 2.0
     assert layer._non_persistent_buffers_set == {"scratch"}

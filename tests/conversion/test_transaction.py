@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsify
-from sparsify.conversion.module_surgery import become
+from sparsify.conversion.module_surgery import replace_in_place
 from sparsify.conversion.transaction import Transaction
 
 
@@ -38,7 +38,7 @@ CHANGES: dict[str, Callable[[nn.Sequential], object]] = {
     "contents": lambda m: [zero(t) for t in m.state_dict(keep_vars=True).values()],
     "contents past the version counter": lambda m: m[0].weight.data.fill_(7),
     "the class": lambda m: sparsify.convert(m),
-    "a layer is another": lambda m: become(m[0], nn.Conv2d(1, 1, 1)),
+    "a layer is another": lambda m: replace_in_place(m[0], nn.Conv2d(1, 1, 1)),
     "a child replaced": lambda m: m.__setitem__(1, nn.Identity()),
     "a child more": lambda m: m.append(nn.ReLU()),
     "a Parameter less": lambda m: setattr(m[0], "bias", None),
@@ -134,15 +134,15 @@ def test_exchanged_contents_come_back() -> None:
     views = [whole[:4], whole[2:]]  # which share memory
     new = [torch.full_like(tensor, 2 + number) for number, tensor in enumerate([*tensors, *views])]
 
-    def exchange(undo: Transaction) -> None:
+    def drop_and_grow(undo: Transaction) -> None:
         for tensor, other in zip([*tensors, *views], new, strict=True):
-            undo.exchange(tensor, other)
+            undo.drop_and_grow(tensor, other)
         assert [tensor.unique().tolist() for tensor in tensors] == [[2], [], [4], [5], [6], [7]]
         assert whole.tolist() == [8, 8, 9, 9, 9, 9]
 
     def run() -> None:
         with Transaction() as undo:
-            exchange(undo)
+            drop_and_grow(undo)
             raise Stop
 
     with pytest.raises(Stop):

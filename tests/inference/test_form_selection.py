@@ -8,7 +8,7 @@ import sparsify
 from sparsify.hardware import gpu_timing
 from sparsify.hardware.timing import measure
 from sparsify.inference import form_selection as choose
-from sparsify.inference.form_selection import MARGIN, Choice, Chooser
+from sparsify.inference.form_selection import MARGIN, FormChoice, FormSelector
 from sparsify.kernels.cpu import library as native
 
 
@@ -19,7 +19,7 @@ def pruned(sparsity=0.9, sizes=(256, 256), dtype=torch.float32):
 
 
 def fake_times(monkeypatch, **times):
-    monkeypatch.setattr(Chooser, "_measure", lambda *_: dict(times))
+    monkeypatch.setattr(FormSelector, "_measure", lambda *_: dict(times))
 
 
 @pytest.mark.parametrize(
@@ -44,18 +44,18 @@ def test_the_fastest_is_taken_and_dense_where_nothing_beats_it(monkeypatch, time
 
 def test_the_report_says_why():
     times = {"dense": 100.0, "panel": 50.0, "bitmask": 160.0}
-    assert Choice("panel", 64, times, "m").reason == "2.00x dense for 64 tokens (50 of 100 us)"
+    assert FormChoice("panel", 64, times, "m").reason == "2.00x dense for 64 tokens (50 of 100 us)"
     slow = {"dense": 100.0, "panel": 200.0, "bitmask": 125.0}
-    assert Choice("dense", 64, slow, "m").reason == "sparse is no faster for 64 tokens: bitmask 0.80x dense"
-    assert "sparsify doctor" in Choice("dense", 64, {"dense": 100.0}, "m").reason
-    assert Choice("csr", 0, {}, "").reason == "asked for"
+    assert FormChoice("dense", 64, slow, "m").reason == "sparse is no faster for 64 tokens: bitmask 0.80x dense"
+    assert "sparsify doctor" in FormChoice("dense", 64, {"dense": 100.0}, "m").reason
+    assert FormChoice("csr", 0, {}, "").reason == "asked for"
 
 
 @pytest.mark.skipif(not native.available(), reason="no native kernels")
 def test_a_real_measurement_times_every_form_and_each_kind_of_layer_once(monkeypatch):
     calls = []
-    original = Chooser._measure
-    monkeypatch.setattr(Chooser, "_measure", lambda *a: calls.append(1) or original(*a))
+    original = FormSelector._measure
+    monkeypatch.setattr(FormSelector, "_measure", lambda *a: calls.append(1) or original(*a))
     model = sparsify.convert(nn.Sequential(*(nn.Linear(96, 96) for _ in range(3)), nn.Linear(96, 96, bias=False)))
     rows = sparsify.report(sparsify.export(sparsify.prune(model, 0.9), tokens=16))
     assert len(calls) == 2
@@ -106,7 +106,7 @@ def test_measuring_draws_no_random_numbers_of_the_users(monkeypatch):
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
-    choose.Chooser(4).choose(sparsify.SparseLinear(8, 8, 0.0, device="meta").to_empty(device="cpu"))
+    choose.FormSelector(4).choose(sparsify.SparseLinear(8, 8, 0.0, device="meta").to_empty(device="cpu"))
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -117,7 +117,7 @@ def test_memory_is_part_of_the_choice():
     assert choose._best({**times, "bitmask": 52.0}, n_bytes, "speed") == "panel"
     assert choose._best(times, n_bytes, "memory") == "gather"
     assert choose._best({"dense": 1.0}, {"dense": 1000}, "memory") == "dense"
-    slower = Choice("gather", 64, times, "m")
+    slower = FormChoice("gather", 64, times, "m")
     assert slower.reason == "0.50x dense for 64 tokens (200 of 100 us), taken for its memory"
 
 
@@ -151,7 +151,7 @@ def test_on_a_gpu_copies_of_a_layer_take_turns(monkeypatch):
     monkeypatch.setattr(gpu_timing, "measure_replays", replays)
     candidates = choose._candidates(pruned()[0], ("panel",))
     with torch.inference_mode():
-        times = Chooser(4)._measure(candidates, torch.randn(4, 256).as_subclass(OnGPU))
+        times = FormSelector(4)._measure(candidates, torch.randn(4, 256).as_subclass(OnGPU))
     assert seen == {"dense": 3, "panel": 3}
     assert set(times) == set(seen)
 

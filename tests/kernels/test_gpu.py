@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 import sparsify
 from sparsify import CSRLinear, SparseLinear
-from sparsify.inference.form_selection import Chooser
+from sparsify.inference.form_selection import FormSelector
 from sparsify.kernels import form_for, gpu, pack, supports
 from sparsify.kernels.cpu import library as native
 from sparsify.kernels.csr import CSR, csr_to_dense, dense_to_csr
@@ -265,7 +265,7 @@ def test_two_layers_alike_but_for_their_pattern_are_measured_each(monkeypatch: p
     model = sparsify.convert(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)))
     sparsify.prune(model[0], 0.5, pattern="16x16")
     sparsify.prune(model[1], 0.5)
-    monkeypatch.setattr(Chooser, "_measure", lambda _, candidates, x: {form: 1 / len(form) for form in candidates})
+    monkeypatch.setattr(FormSelector, "_measure", lambda _, candidates, x: {form: 1 / len(form) for form in candidates})
     assert [row.format for row in sparsify.report(sparsify.export(model))] == ["blocks", "narrow"]
 
 

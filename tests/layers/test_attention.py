@@ -1,4 +1,4 @@
-"""LayeredAttention against nn.MultiheadAttention: every argument, outputs and gradients, in and out of convert."""
+"""UnfusedAttention against nn.MultiheadAttention: every argument, outputs and gradients, in and out of convert."""
 
 import copy
 import itertools
@@ -16,7 +16,7 @@ from torch.nn.utils import prune as torch_prune
 import sparsify
 from sparsify import CSRLinear, LeftDenseWarning, SparseLinear
 from sparsify.kernels import FORMS, supports
-from sparsify.layers import LayeredAttention
+from sparsify.layers import UnfusedAttention
 from sparsify.recipes.dry_run import plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -127,7 +127,7 @@ def test_every_argument(number: int) -> None:
     combinations = list(itertools.product(sharings, LAYOUTS, MASKS, WEIGHTS))
     for sharing, layout, kind, weights in combinations[number % 5 :: 5]:
         attention = build(**options, batch_first=layout == "batch first")
-        layered = LayeredAttention(attention)
+        layered = UnfusedAttention(attention)
         given, n_queries, n_keys = inputs(attention, sharing, layout)
         arguments = {**masks(kind, layout, n_queries, n_keys), **weights}
         found, wanted = (results(one, given, **arguments) for one in (layered, attention))
@@ -146,7 +146,7 @@ def test_no_less_exact_than_torch_in_float32(sharing: str, weights: dict[str, An
     query, key, value = (torch.randn(2, 33, 64) for _ in range(3))
     key = query if sharing in ("all", "query and key") else key
     value = key if sharing in ("all", "key and value") else value
-    found, wanted = (one(query, key, value, **weights)[0] for one in (LayeredAttention(attention), attention))
+    found, wanted = (one(query, key, value, **weights)[0] for one in (UnfusedAttention(attention), attention))
     exact = attention.double()(query.double(), key.double(), value.double(), **weights)[0]
     limit = 2 * (wanted - exact).abs().max() + 4 * torch.finfo(torch.float32).eps
     assert (found - exact).abs().max() <= limit
@@ -160,7 +160,7 @@ def test_torchs_fused_inference_gives_the_same(kind: str, weights: dict[str, Any
     arguments = {**masks(kind, "batch first", n_queries, n_keys), **weights}
     with torch.no_grad():
         for one, other in zip(
-            LayeredAttention(attention)(x, x, x, **arguments), attention(x, x, x, **arguments), strict=True
+            UnfusedAttention(attention)(x, x, x, **arguments), attention(x, x, x, **arguments), strict=True
         ):
             torch.testing.assert_close(one, other, rtol=TOLERANCE, atol=TOLERANCE)
 
@@ -169,7 +169,7 @@ def test_torchs_fused_inference_gives_the_same(kind: str, weights: dict[str, Any
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_dropout_draws_what_torch_draws(batch_first: bool, weights: dict[str, Any]) -> None:
     attention = build(dropout=0.5, batch_first=batch_first)
-    layered, x = LayeredAttention(attention), torch.randn(4, 4, EMBED, dtype=torch.float64)
+    layered, x = UnfusedAttention(attention), torch.randn(4, 4, EMBED, dtype=torch.float64)
     drawn = []
     for one in (layered, attention):
         torch.manual_seed(3)
@@ -213,7 +213,7 @@ def test_what_torch_refuses_is_refused(case: str) -> None:
     options, arguments = REFUSED[case]
     attention = build(batch_first=True, **options)
     raised = []
-    for one in (attention, LayeredAttention(attention)):
+    for one in (attention, UnfusedAttention(attention)):
         with pytest.raises((AssertionError, RuntimeError)) as error:
             one(**{"query": X, "key": X, "value": X, **arguments})
         raised.append(error.type)
@@ -227,7 +227,7 @@ nested_notice = pytest.mark.filterwarnings("ignore:The PyTorch API of nested ten
 def test_nested_inputs() -> None:
     """As torch's fused inference, the only place where it takes them; and elsewhere as each sequence alone."""
     attention = build(batch_first=True).eval()
-    layered = LayeredAttention(attention)
+    layered = UnfusedAttention(attention)
     rows = [X[0, :2].clone().requires_grad_(), X[1].clone().requires_grad_()]
     nested = torch.nested.as_nested_tensor(rows)
     with torch.no_grad():
@@ -255,13 +255,13 @@ def test_nested_inputs() -> None:
 @nested_notice
 def test_what_cannot_be_nested_is_said() -> None:
     nested = torch.nested.as_nested_tensor([X[0, :2], X[1]])
-    layered = LayeredAttention(build(batch_first=True))
+    layered = UnfusedAttention(build(batch_first=True))
     with pytest.raises(AssertionError, match="nested inputs need batch_first=True, and take no key_padding_mask"):
         layered(nested, nested, nested, key_padding_mask=NONE)
     with pytest.raises(AssertionError, match="must be nested tensors all three, or none"):
         layered(nested, X, X)
     with pytest.raises(AssertionError, match="nested inputs need batch_first=True"):
-        LayeredAttention(build())(nested, nested, nested)
+        UnfusedAttention(build())(nested, nested, nested)
 
 
 # In and out of convert.

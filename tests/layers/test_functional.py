@@ -61,7 +61,7 @@ def test_outputs_stay_bit_for_bit_and_the_code_stays_python(training: bool) -> N
         assert torch.equal(found, twin(X, shift=shift))
     assert {id(p) for p in model.parameters()} == parameters
     assert model.training == training
-    names = [name for name, m in model.named_modules() if isinstance(m, sparsify.layers.Masked)]
+    names = [name for name, m in model.named_modules() if isinstance(m, sparsify.layers.MaskedLayer)]
     assert sorted(names) == sorted(LAYERS)
     assert isinstance(model.get_submodule("up_layer"), SparseLinear)
     assert isinstance(model.get_submodule("right_layer"), SparseTransposed)
@@ -71,7 +71,7 @@ def test_outputs_stay_bit_for_bit_and_the_code_stays_python(training: bool) -> N
 
 def test_without_functional_only_modules_convert() -> None:
     model = convert(Multiplies())
-    assert [n for n, m in model.named_modules() if isinstance(m, sparsify.layers.Masked)] == ["last"]
+    assert [n for n, m in model.named_modules() if isinstance(m, sparsify.layers.MaskedLayer)] == ["last"]
 
 
 def test_pruned_it_computes_with_the_masked_weights_and_trains_the_rest() -> None:
@@ -132,7 +132,10 @@ def test_a_dense_state_dict_loads() -> None:
 
 def test_layers_are_chosen_by_name() -> None:
     model = convert(Multiplies(), functional=True, include=["up_layer", "right_layer"])
-    assert [n for n, m in model.named_modules() if isinstance(m, sparsify.layers.Masked)] == ["up_layer", "right_layer"]
+    assert [n for n, m in model.named_modules() if isinstance(m, sparsify.layers.MaskedLayer)] == [
+        "up_layer",
+        "right_layer",
+    ]
     prune(model, 0.5, pattern="1x4", include="right_layer")  # along its 12 inputs
     rows = model.get_submodule("right_layer").mask.t().reshape(6, 3, 4)
     assert (rows.all(-1) | ~rows.any(-1)).all()
@@ -153,7 +156,7 @@ def test_what_cannot_be_traced_is_named_and_stands_in_no_others_way() -> None:
     model = nn.ModuleDict({"branches": Branches()})
     with pytest.warns(LeftDenseWarning, match=r"branches \(its code cannot be traced by torch\.fx \(symbolically"):
         convert(model, functional=True)
-    names = [n for n, m in model.named_modules() if isinstance(m, sparsify.layers.Masked)]
+    names = [n for n, m in model.named_modules() if isinstance(m, sparsify.layers.MaskedLayer)]
     assert sorted(names) == sorted(f"branches.inner.{name}" for name in LAYERS)
 
 

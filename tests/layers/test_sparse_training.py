@@ -80,8 +80,8 @@ def losses(sparse_backward, *, each=lambda model: None, n_steps=25):
 def test_losses_masks_and_weights_of_a_training_are_the_same():
     """25 steps of a small net, whose errors of some eps grow by less than a factor of 2 a step where it is smooth."""
     (dense, a), (sparse, b) = losses("never"), losses("always")
-    assert b[0].steps is not None
-    assert b[0].steps.index is not None  # it was used
+    assert b[0].training_kernels is not None
+    assert b[0].training_kernels.index is not None  # it was used
     torch.testing.assert_close(sparse, dense, rtol=1e-4, atol=1e-5)
     for one, other in ((a[0], b[0]), (a[2], b[2])):
         assert torch.equal(one.mask, other.mask)
@@ -91,7 +91,7 @@ def test_losses_masks_and_weights_of_a_training_are_the_same():
 
 def test_the_memory_of_gradients_is_used_again_only_when_nobody_has_it():
     layer = net()[0]
-    layer.steps = sparse_steps.SparseSteps(always=True)
+    layer.training_kernels = sparse_steps.SparseTrainingKernels(always=True)
     x = torch.randn(4, 48)
 
     def gradient():
@@ -125,7 +125,7 @@ def test_the_faster_way_is_taken_and_measured_once_for_each_mask(monkeypatch):
         sparse_steps, "_is_faster", lambda *args: measured.append(args[1].shape[0]) or len(measured) != 2
     )
     layer = net()[0]
-    layer.steps = sparse_steps.SparseSteps(always=False)
+    layer.training_kernels = sparse_steps.SparseTrainingKernels(always=False)
     used = []
     monkeypatch.setattr(
         "sparsify.layers.sparse_linear.training.linear",
@@ -146,7 +146,7 @@ def test_the_faster_way_is_taken_and_measured_once_for_each_mask(monkeypatch):
 def always(model):
     """Let every layer take the sparse way."""
     for layer in (model[0], model[2]):
-        layer.steps = sparse_steps.SparseSteps(always=True)
+        layer.training_kernels = sparse_steps.SparseTrainingKernels(always=True)
     return model
 
 
@@ -218,7 +218,7 @@ def test_forward_derivatives_and_function_transforms(masked):
         yield from (value * taught.get(name, 1) for name, value in sorted(by_sample.items()))
 
     for layer in (model[0], model[2]):
-        layer.masked_are = masked
+        layer.masked_mode = masked
     for got, right in zip(found(model), found(dense), strict=True):
         assert torch.count_nonzero(right)
         torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-5)
@@ -233,7 +233,7 @@ def test_a_tracer_sees_the_dense_way():
 
 def test_gradients_of_torch_func_are_refused_to_a_pruner_that_looks_at_them():
     model, (x, _) = net(), batch(0)
-    sparsify.training.gradient_statistics.watch(model[0], gradient=False, movement=True)
+    sparsify.training.gradient_statistics.accumulate_gradients(model[0], gradient=False, movement=True)
     parameters = dict(model.named_parameters())
     with pytest.raises(RuntimeError, match=r"those of loss.backward\(\), not those of torch.func"):
         torch.func.grad(lambda values: torch.func.functional_call(model, values, (x,)).sum())(parameters)
@@ -242,7 +242,7 @@ def test_gradients_of_torch_func_are_refused_to_a_pruner_that_looks_at_them():
 @pytest.mark.parametrize("why", ["no grad", "autocast", "float64", "straight-through", "watched", "frozen"])
 def test_the_dense_way_is_taken_where_the_kernels_do_not_fit(why, monkeypatch):
     layer, x = net()[0], torch.randn(4, 48)
-    layer.steps = sparse_steps.SparseSteps(always=True)
+    layer.training_kernels = sparse_steps.SparseTrainingKernels(always=True)
     monkeypatch.setattr("sparsify.layers.sparse_linear.training.linear", lambda *args: pytest.fail("not here"))
     if why == "no grad":
         torch.no_grad()(layer)(x)
@@ -252,10 +252,10 @@ def test_the_dense_way_is_taken_where_the_kernels_do_not_fit(why, monkeypatch):
     elif why == "float64":
         layer.double()(x.double())
     elif why == "straight-through":
-        layer.masked_are = "trained"
+        layer.masked_mode = "trained"
         layer(x)
     elif why == "watched":
-        sparsify.training.gradient_statistics.watch(layer, gradient=True, movement=False)
+        sparsify.training.gradient_statistics.accumulate_gradients(layer, gradient=True, movement=False)
         layer(x).sum().backward()
     else:
         layer.weight.requires_grad_(False)

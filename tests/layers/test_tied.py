@@ -84,18 +84,18 @@ def test_share_is_one_mask_that_both_places_see(build: type[nn.Module], x: Tenso
     expected = model(x)
     convert(model, tied="share")
     assert torch.equal(model(x), expected)
-    assert sum(isinstance(m, sparsify.layers.Masked) for m in model.modules()) == (2 if build is LM else 1)
+    assert sum(isinstance(m, sparsify.layers.MaskedLayer) for m in model.modules()) == (2 if build is LM else 1)
     prune(model, 0.75)
-    leader = leader_of(model)
-    assert leader.sparsity == 0.75
+    owner = leader_of(model)
+    assert owner.sparsity == 0.75
     with torch.no_grad():
-        (dense.head if build is LM else dense.a).weight.copy_(leader.masked_weight())
+        (dense.head if build is LM else dense.a).weight.copy_(owner.masked_weight())
         if build is LM:
             dense.fc.weight.copy_(model.fc.masked_weight())
     assert torch.equal(model(x), dense(x))
     with torch.no_grad():
-        leader.weight.add_(1.0)  # whatever happens to masked weights, no place shows it
-        (dense.head if build is LM else dense.a).weight.add_(leader.mask)
+        owner.weight.add_(1.0)  # whatever happens to masked weights, no place shows it
+        (dense.head if build is LM else dense.a).weight.add_(owner.mask)
     assert torch.equal(model(x), dense(x))
     convert(model)  # again: nothing
     convert(model, tied="share")
@@ -105,18 +105,18 @@ def test_share_is_one_mask_that_both_places_see(build: type[nn.Module], x: Tenso
 @both
 def test_training_holds_the_mask_in_every_place(build: type[nn.Module], x: Tensor) -> None:
     model = prune(convert(build(), tied="share"), 0.5)
-    leader = leader_of(model)
-    before = leader.weight.detach().clone()
+    owner = leader_of(model)
+    before = owner.weight.detach().clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for _ in range(3):
         optimizer.zero_grad()
         model(x).square().sum().backward()
-        assert not leader.weight.grad[~leader.mask].any()
+        assert not owner.weight.grad[~owner.mask].any()
         optimizer.step()
-    assert not leader.weight[~leader.mask].any()
-    assert (leader.weight != before)[leader.mask].any()
-    leader.sparse_update(0.75)
-    assert model.get_submodule("embedding" if build is LM else "b").mask is leader.mask
+    assert not owner.weight[~owner.mask].any()
+    assert (owner.weight != before)[owner.mask].any()
+    owner.sparse_update(0.75)
+    assert model.get_submodule("embedding" if build is LM else "b").mask is owner.mask
 
 
 def test_gradients_are_those_of_the_masked_weight() -> None:

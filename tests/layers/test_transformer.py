@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import sparsify
 from sparsify import SparseLinear
-from sparsify.layers import LayeredAttention, LayeredEncoder
+from sparsify.layers import UnfusedAttention, UnfusedEncoder
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -167,7 +167,7 @@ def test_a_layer_whose_linears_alone_convert_reads_no_weight_past_its_mask(
         expected = layer(SOURCE)
         model = sparsify.convert(nn.Sequential(layer), exclude=exclude)
         assert_same(model(SOURCE), expected)
-        assert isinstance(layer.self_attn, LayeredAttention)
+        assert isinstance(layer.self_attn, UnfusedAttention)
         assert isinstance(layer.self_attn.in_proj, SparseLinear) == (exclude is None)
         expected = sparsify.prune(model, 0.5)(SOURCE)
         layer.linear1.weight[~layer.linear1.mask] = 7.0
@@ -239,7 +239,7 @@ def test_save_load_copy_and_compile(tmp_path: Path) -> None:
             expected = model(SOURCE, src_key_padding_mask=PADDED)
             sparsify.save(model, tmp_path / "model.safetensors")
             loaded = sparsify.load(tmp_path / "model.safetensors", encoder(norm=True, seed=1).eval())
-            assert isinstance(loaded, LayeredEncoder)
+            assert isinstance(loaded, UnfusedEncoder)
             assert torch.equal(loaded(SOURCE, src_key_padding_mask=PADDED), expected)
             assert torch.equal(copy.deepcopy(model)(SOURCE, src_key_padding_mask=PADDED), expected)
             compiled = torch.compile(model, fullgraph=True, backend="eager")

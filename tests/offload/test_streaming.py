@@ -18,12 +18,12 @@ import sparsify
 from sparsify.checkpoint.tensor_file import TensorFile
 from sparsify.conversion.convert import sparse_layers
 from sparsify.errors import CheckpointError
-from sparsify.layers import Masked
-from sparsify.masking.layer_solve import Task
-from sparsify.offload.disk_offload import Resident, Weights, largest_block_bytes, without_memory
+from sparsify.layers import MaskedLayer
+from sparsify.masking.layer_solve import LayerSpec
+from sparsify.offload.disk_offload import DiskOffload, LazySafetensors, largest_block_bytes, parameters_on_meta
 from sparsify.offload.journal import Journal
 from sparsify.offload.streaming import prune_from_disk, write_from_disk
-from sparsify.pruning.oneshot import Order, make_tasks
+from sparsify.pruning.oneshot import PruningSpec, layer_specs
 from sparsify.reporting.report import Report
 
 WIDTH, N_BLOCKS = 32, 6
@@ -86,21 +86,21 @@ def folder(tmp_path: Path) -> Path:
 
 
 def empty() -> nn.Module:
-    with without_memory():
+    with parameters_on_meta():
         model = Small().eval()
     return sparsify.convert(model, include="blocks.*")
 
 
-def tasks_for(model: nn.Module) -> dict[str, Task]:
+def tasks_for(model: nn.Module) -> dict[str, LayerSpec]:
     shapes = {name: layer.shape for name, layer in sparse_layers(model).items()}
-    return make_tasks(shapes, Order(0.5, "sparsegpt"))
+    return layer_specs(shapes, PruningSpec(0.5, "sparsegpt"))
 
 
 def from_disk(folder: Path, out: Path, **options: Any) -> Report:
     model = empty()
     journal = Journal(out.with_suffix(".partial"), {"sparsity": "0.5"})
-    prune_from_disk(model, Weights(folder), tasks_for(model), BATCHES, journal, **options)
-    return write_from_disk(model, Weights(folder), journal, out, format="csr")
+    prune_from_disk(model, LazySafetensors(folder), tasks_for(model), BATCHES, journal, **options)
+    return write_from_disk(model, LazySafetensors(folder), journal, out, format="csr")
 
 
 def test_the_file_is_that_of_the_model_in_memory(folder: Path, tmp_path: Path) -> None:
@@ -118,17 +118,17 @@ def test_the_file_is_that_of_the_model_in_memory(folder: Path, tmp_path: Path) -
 
 
 def test_only_a_block_is_in_memory(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Resident] = []
-    fetch = Resident.fetch
+    seen: list[DiskOffload] = []
+    fetch = DiskOffload.fetch
     held: list[int] = []
 
-    def watched(self: Resident, module: nn.Module) -> None:
+    def watched(self: DiskOffload, module: nn.Module) -> None:
         fetch(self, module)
         seen.append(self)
         tensors = [*self.model.parameters(), *(b for m in self.model.modules() for b in m.buffers(recurse=False))]
         held.append(sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()))
 
-    monkeypatch.setattr(Resident, "fetch", watched)
+    monkeypatch.setattr(DiskOffload, "fetch", watched)
     from_disk(folder, tmp_path / "out.safetensors")
     bound = largest_block_bytes(empty())
     whole = sum(p.numel() * p.element_size() for p in made().parameters())
@@ -147,7 +147,7 @@ def test_resumed_where_it_stopped_the_file_is_the_same(
     from_disk(folder, tmp_path / "whole.safetensors")
     write, written = Journal.write, list[str]()
 
-    def stopping(self: Journal, name: str, layer: Masked) -> None:
+    def stopping(self: Journal, name: str, layer: MaskedLayer) -> None:
         if len(written) == n_finished:
             raise Stopped
         written.append(name)
@@ -172,14 +172,14 @@ def test_what_is_not_this_models_file_is_refused(folder: Path, tmp_path: Path) -
     def refused(state: Mapping[str, Tensor], message: str) -> None:
         save_file(dict(state), tmp_path / "odd.safetensors")
         with pytest.raises(ValueError, match=message):
-            Resident(empty(), Weights(tmp_path / "odd.safetensors"), Journal(tmp_path / "run", {}), 0)
+            DiskOffload(empty(), LazySafetensors(tmp_path / "odd.safetensors"), Journal(tmp_path / "run", {}), 0)
 
     state = {name: tensor.clone() for name, tensor in made().state_dict().items() if name != "head.weight"}
     refused({**state, "more": torch.ones(1)}, "1 tensors are too many")
     refused({**state, "blocks.0.out.weight": torch.ones(2, 2)}, r"blocks.0.out.weight is \(2, 2\) in the file")
     refused({name: tensor for name, tensor in state.items() if name != "blocks.0.out.weight"}, "lacks 1")
     with pytest.raises(FileNotFoundError, match="there is no weights file"):
-        Weights(tmp_path / "nowhere")
+        LazySafetensors(tmp_path / "nowhere")
 
 
 def test_models_are_built_without_memory_in_one_thread_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +189,7 @@ def test_models_are_built_without_memory_in_one_thread_at_a_time(monkeypatch: py
         with ThreadPoolExecutor(1) as pool:
             return pool.submit(build).result()
 
-    first, second = without_memory(), without_memory()
+    first, second = parameters_on_meta(), parameters_on_meta()
     first.__enter__()
     assert nn.Linear(2, 2).weight.is_meta
     assert not in_a_thread(lambda: nn.Linear(2, 2)).weight.is_meta
@@ -199,13 +199,13 @@ def test_models_are_built_without_memory_in_one_thread_at_a_time(monkeypatch: py
     second.__exit__(None, None, None)
     assert not nn.Linear(2, 2).weight.is_meta
     assert nn.Module.register_parameter is register
-    with contextlib.suppress(Stopped), without_memory():
+    with contextlib.suppress(Stopped), parameters_on_meta():
         raise Stopped
     assert not nn.Linear(2, 2).weight.is_meta
 
 
 def test_a_parameter_of_two_places_is_one_without_memory_too() -> None:
-    with without_memory():
+    with parameters_on_meta():
         shared = nn.Parameter(torch.ones(2, 2), requires_grad=False)
         one, other = nn.Linear(2, 2), nn.Linear(2, 2)
         one.weight, other.weight = shared, shared
@@ -218,15 +218,15 @@ def test_a_parameter_of_two_places_is_one_without_memory_too() -> None:
 
 def test_a_tensor_in_two_files_is_refused(folder: Path) -> None:
     shutil.copy(folder / "model-1.safetensors", folder / "model-3.safetensors")
-    Weights(folder)  # the index does not name it
+    LazySafetensors(folder)  # the index does not name it
     (folder / "model.safetensors.index.json").unlink()
     with pytest.raises(ValueError, match=r"is in two files, .*model-1.safetensors and .*model-3.safetensors; take one"):
-        Weights(folder)
+        LazySafetensors(folder)
 
 
 def test_what_cannot_be_read_leaves_the_model_as_it_was(folder: Path) -> None:
     model = empty()
-    resident = Resident(model, Weights(folder), None, 10**9)
+    resident = DiskOffload(model, LazySafetensors(folder), None, 10**9)
     layer = model.blocks[0].left
     file = next(file for file in folder.glob("*.safetensors") if "blocks.0.left.weight" in TensorFile(file))
     os.truncate(file, 100)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import sparsify
 from sparsify import Recipe, SparseLinear, apply, convert, prune
-from sparsify.calibration.activation_store import Shelf
+from sparsify.calibration.activation_store import SpillingTensorList
 from sparsify.masking.allocation import ALLOCATIONS, MEASURED_ALLOCATIONS
 from sparsify.masking.gram import Gram
 from sparsify.masking.layer_solve import aim
@@ -158,8 +158,10 @@ def test_without_data(method: str) -> None:
 )
 def test_what_lies_on_disk_meanwhile_changes_nothing(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     filed: list[int] = []
-    write = Shelf._write
-    monkeypatch.setattr(Shelf, "_write", lambda self, i, tensor: (filed.append(i), write(self, i, tensor))[1])
+    write = SpillingTensorList._write
+    monkeypatch.setattr(
+        SpillingTensorList, "_write", lambda self, i, tensor: (filed.append(i), write(self, i, tensor))[1]
+    )
     batches = [X[:20], X[20:50], X[50:]]
     expected = prune(model(), 0.5, data=batches, **options)
     assert not filed

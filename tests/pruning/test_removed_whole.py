@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify import Recipe, RemovedLayerWarning, apply, convert, prune
-from sparsify.recipes.recipe import tasks_of
+from sparsify.recipes.recipe import recipe_layer_specs
 
 X = torch.randn(20, 16, generator=torch.Generator().manual_seed(0))
 SMALL = r"^2: all weights are removed, .*{} below 1, or leave such layers dense with exclude=\['2'\]$"
@@ -38,7 +38,7 @@ def recipe(**group: object) -> Recipe:
         (lambda: prune(model(), allocation={"0": 0.5, "2": 0.999}), "max_sparsity"),
         (lambda: apply(model(), recipe(sparsity=0.99)), "max_sparsity"),
         (lambda: apply(model(), recipe(sparsity=0.99), data=[X]), "max_sparsity"),
-        (lambda: tasks_of(recipe(sparsity=0.99), model()), "max_sparsity"),
+        (lambda: recipe_layer_specs(recipe(sparsity=0.99), model()), "max_sparsity"),
     ],
 )
 def test_it_is_said(run: Callable[[], object], cap: str) -> None:

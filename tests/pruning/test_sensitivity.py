@@ -10,7 +10,7 @@ from torch import nn
 
 import sparsify
 from sparsify.conversion.convert import sparse_layers
-from sparsify.pruning.sensitivity import Sensitivity, draw, measure_sensitivity
+from sparsify.pruning.sensitivity import Sensitivity, measure_sensitivity, plot_sensitivity
 
 DATA = [torch.randn(20, 12, generator=torch.Generator().manual_seed(i)) for i in range(2)]
 
@@ -68,5 +68,5 @@ def test_sparsities_that_do_not_rise_are_refused(model: nn.Module, sparsities: t
 def test_the_picture_is_drawn(tmp_path: Path, names: tuple[str, str]) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is missing: pip install matplotlib")
     damage = dict(zip(names, [(0.1, 0.2), (0.0, 0.3)], strict=True))
-    draw(Sensitivity((0.5, 0.9), damage, dict.fromkeys(names, 4)), tmp_path / "picture.png")
+    plot_sensitivity(Sensitivity((0.5, 0.9), damage, dict.fromkeys(names, 4)), tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")

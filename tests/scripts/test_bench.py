@@ -15,7 +15,7 @@ from torch import nn
 
 from sparsify.cli import main
 from sparsify.cli.model_inputs import check_inputs, make_inputs
-from sparsify.hardware.timing import Timing, Watch, disturbance, measure
+from sparsify.hardware.timing import LoadMeter, Timing, disturbance, measure
 from sparsify.kernels.cpu import library as native
 from sparsify.reporting.model_bench import bench, typical_tokens
 
@@ -80,7 +80,7 @@ def test_a_timing_is_the_median_between_quartiles():
 
 
 def test_a_disturbed_machine_is_called_so():
-    assert Watch().others_cores() >= 0
+    assert LoadMeter().others_cores() >= 0
     assert disturbance(0.1) == "other processes kept 0.1 cores busy meanwhile"
     assert disturbance(0.2).startswith("NOT TO BE RELIED ON")
 

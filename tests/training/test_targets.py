@@ -266,7 +266,7 @@ def everything(model, optimizer=None, pruner=None):
             "gradients": [p.grad for p in model.parameters()],
             "optimizer": None if optimizer is None else optimizer.state_dict(),
             "pruner": None if pruner is None else pruner.state_dict(),
-            "layers": [(layer.masked_are, layer.steps is None, vars(layer).get("watch")) for layer in layers],
+            "layers": [(layer.masked_mode, layer.steps is None, vars(layer).get("watch")) for layer in layers],
         }
     )
 

@@ -9,10 +9,10 @@ from cases import masks, weight
 from torch import nn
 
 import sparsify
-from sparsify.layers import Masked
-from sparsify.layers.masked_weight import used_weight
+from sparsify.layers import MaskedLayer
+from sparsify.layers.masked_weight import masked_weight
 from sparsify.masking.patterns import parse_pattern
-from sparsify.masking.regrowth import exchange
+from sparsify.masking.regrowth import drop_and_grow
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -30,7 +30,7 @@ def batch(step, size=8):
 
 
 def layers(model):
-    return [module for module in model.modules() if isinstance(module, Masked)]
+    return [module for module in model.modules() if isinstance(module, MaskedLayer)]
 
 
 def recipe(**group):
@@ -73,9 +73,9 @@ def largest(scores, n_keep):
 def test_straight_through_uses_kept_weights_and_teaches_all(name):
     w, mask = weight((5, 3)).requires_grad_(), masks((5, 3))[name]
     upstream = weight((5, 3), seed=1)
-    for straight, taught in ((True, torch.ones_like(mask)), (False, mask)):
+    for straight_through, taught in ((True, torch.ones_like(mask)), (False, mask)):
         w.grad = None
-        used = used_weight(w, mask, straight=straight, watch=None)
+        used = masked_weight(w, mask, straight_through=straight_through, accumulator=None)
         assert torch.equal(used, torch.where(mask, w, torch.zeros(())))
         used.backward(upstream)
         assert torch.equal(w.grad, upstream * taught)
@@ -89,7 +89,7 @@ def test_an_exchange_drops_the_weakest_and_grows_the_strongest(pattern, fraction
     kept = torch.arange(parsed.n_units(shape)).reshape(8 // rows, 6 // columns) % 2 == 0
     mask = kept.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
     scores, growth = weight(shape, seed=1).abs(), weight(shape, seed=2).abs()
-    new = exchange(mask, scores, growth, fraction, parsed)
+    new = drop_and_grow(mask, scores, growth, fraction, parsed)
 
     def units(tensor):
         return tensor.reshape(8 // rows, rows, 6 // columns, columns).sum((1, 3)).flatten().tolist()
@@ -125,7 +125,7 @@ def test_rigl_grows_where_gradients_are_largest_and_looks_only_before_updates(n_
     moved = 0
     for step in range(12):
         x, y = batch(step)
-        looked = [layer.watch is not None for layer in layers(model)]
+        looked = [layer.accumulator is not None for layer in layers(model)]
         assert looked == [step % 4 >= 4 - n_looks] * 2
         if looked[0]:
             sums = [a + b for a, b in zip(sums, used_gradients(model, x, y), strict=True)]
@@ -215,7 +215,7 @@ def test_movement_adds_up_weight_times_gradient_of_masked_weights_too():
     assert torch.count_nonzero(hidden)  # masked weights had values until the schedule ended
     assert came_back
     assert all(torch.count_nonzero(layer.weight[~layer.mask]) == 0 for layer in layers(model))
-    assert all(layer.watch is None for layer in layers(model))
+    assert all(layer.accumulator is None for layer in layers(model))
 
 
 def test_movement_does_not_depend_on_the_scale_of_the_loss():

@@ -1,4 +1,4 @@
-"""nn.MultiheadAttention becomes LayeredAttention, whose projections are layers; the encoder around it follows."""
+"""nn.MultiheadAttention becomes UnfusedAttention, whose projections are layers; the encoder around it follows."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Set
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from sparsify.conversion.converters.base import OF_LAYERS, Kind
+from sparsify.conversion.converters.base import OF_LAYERS, Converter
 from sparsify.conversion.foreign_masks import (
     check_forward,
     check_names,
     check_plain,
-    check_weight,
-    masked_parts,
+    check_plain_parameter,
+    parameter_and_mask,
     remove_prune_hook,
 )
-from sparsify.conversion.module_surgery import become, plain_type
-from sparsify.layers import CSRLinear, LayeredAttention, LayeredEncoder, SparseLinear
+from sparsify.conversion.module_surgery import plain_type, replace_in_place
+from sparsify.layers import CSRLinear, SparseLinear, UnfusedAttention, UnfusedEncoder
 
 
 def _in_projections(attention: nn.MultiheadAttention) -> tuple[str, ...]:
@@ -30,14 +30,14 @@ def _layers(attention: nn.MultiheadAttention) -> tuple[str, ...]:
 
 def _check(attention: nn.MultiheadAttention) -> None:
     check_plain(attention, nn.MultiheadAttention, "nn.MultiheadAttention")
-    check_names(attention, nn.MultiheadAttention, LayeredAttention, needs=("in_proj", "q_proj", "k_proj", "v_proj"))
+    check_names(attention, nn.MultiheadAttention, UnfusedAttention, needs=("in_proj", "q_proj", "k_proj", "v_proj"))
     out = attention.out_proj
     if plain_type(out) not in (nn.Linear, NonDynamicallyQuantizableLinear):
         raise ValueError(f"its out_proj is a {type(out).__name__} that may compute something else")
     try:
         check_forward(out)
         check_names(out, nn.Linear, SparseLinear, CSRLinear, needs=OF_LAYERS)
-        check_weight(masked_parts(out).weight)
+        check_plain_parameter(parameter_and_mask(out).weight)
     except ValueError as error:
         raise ValueError(f"its out_proj cannot: {error}") from None
     if "in_proj_bias_mask" in attention._buffers:
@@ -45,7 +45,7 @@ def _check(attention: nn.MultiheadAttention) -> None:
             "its bias is pruned too; make that permanent with torch.nn.utils.prune.remove(attention, 'in_proj_bias')"
         )
     for layer in _in_projections(attention):
-        check_weight(masked_parts(attention, f"{layer}_weight").weight)
+        check_plain_parameter(parameter_and_mask(attention, f"{layer}_weight").weight)
 
 
 def _matrices(attention: nn.MultiheadAttention) -> dict[str, Tensor]:
@@ -53,41 +53,41 @@ def _matrices(attention: nn.MultiheadAttention) -> dict[str, Tensor]:
     return {**found, "out_proj": attention.out_proj.weight}
 
 
-def _to_layered(attention: nn.MultiheadAttention) -> LayeredAttention:
+def _to_layered(attention: nn.MultiheadAttention) -> UnfusedAttention:
     """Lay an attention out: layers that torch pruned are masked, others still dense; out_proj is the same object."""
     masks = {}
     for holder, layer, key in (
         *((attention, layer, f"{layer}_weight") for layer in _in_projections(attention)),
         (attention.out_proj, "out_proj", "weight"),
     ):
-        holder._parameters[key], masks[layer] = masked_parts(holder, key)
+        holder._parameters[key], masks[layer] = parameter_and_mask(holder, key)
         remove_prune_hook(holder, key)
-    layered = LayeredAttention(attention)
+    layered = UnfusedAttention(attention)
     for layer, mask in masks.items():
         if mask is not None:
             layered.add_module(layer, SparseLinear.from_linear(getattr(layered, layer), mask))
-    become(attention.out_proj, layered.out_proj)
+    replace_in_place(attention.out_proj, layered.out_proj)
     layered.out_proj = attention.out_proj
     return layered
 
 
-def _to_attention(layered: LayeredAttention) -> nn.MultiheadAttention:
+def _to_attention(layered: UnfusedAttention) -> nn.MultiheadAttention:
     """Undo that; an attention with a layer by now that nn.MultiheadAttention cannot hold stays as it is."""
     if any(type(layered.get_submodule(layer)) is not nn.Linear for layer in layered.layers):
         return layered
     attention = layered.to_attention()
-    become(layered.out_proj, attention.out_proj)
+    replace_in_place(layered.out_proj, attention.out_proj)
     attention.out_proj = layered.out_proj
     return attention
 
 
-def _to_layered_encoder(encoder: nn.TransformerEncoder) -> LayeredEncoder:
-    layered = LayeredEncoder.__new__(LayeredEncoder)
+def _to_layered_encoder(encoder: nn.TransformerEncoder) -> UnfusedEncoder:
+    layered = UnfusedEncoder.__new__(UnfusedEncoder)
     layered.__dict__.update(encoder.__dict__)
     return layered
 
 
-def _to_encoder(layered: LayeredEncoder) -> nn.TransformerEncoder:
+def _to_encoder(layered: UnfusedEncoder) -> nn.TransformerEncoder:
     encoder = nn.TransformerEncoder.__new__(nn.TransformerEncoder)
     encoder.__dict__.update(layered.__dict__)
     return encoder
@@ -100,34 +100,34 @@ def _check_encoder(encoder: nn.TransformerEncoder) -> None:
         )
 
 
-ATTENTION = Kind(nn.MultiheadAttention, LayeredAttention, _check, _matrices, _to_layered, _to_attention, _layers)
+ATTENTION = Converter(nn.MultiheadAttention, UnfusedAttention, _check, _matrices, _to_layered, _to_attention, _layers)
 #: It has no weights of its own: it is never asked for, and follows what is in it.
-ENCODER = Kind(
+ENCODER = Converter(
     nn.TransformerEncoder,
-    LayeredEncoder,
+    UnfusedEncoder,
     _check_encoder,
     lambda _: {},
     _to_layered_encoder,
     _to_encoder,
     layers=lambda _: (),
-    unasked=False,
+    by_default=False,
 )
 
 
-def reads_weights(module: nn.Module) -> bool:
+def bypasses_its_layers(module: nn.Module) -> bool:
     """Say whether a module uses the weights of its Linears without calling them, and cannot be kept from it."""
     if isinstance(module, nn.TransformerEncoderLayer):
         return any(isinstance(m, nn.MultiheadAttention) and not _can_be_laid_out(m) for m in module.children())
-    return isinstance(module, nn.MultiheadAttention) and not isinstance(module, LayeredAttention)
+    return isinstance(module, nn.MultiheadAttention) and not isinstance(module, UnfusedAttention)
 
 
-def followers(model: nn.Module, changed: Set[nn.Module]) -> dict[str, Kind]:
+def dependent_modules(model: nn.Module, changed: Set[nn.Module]) -> dict[str, Converter]:
     """Return what else has to be laid out, by name, when the modules in `changed` are.
 
     Torch's encoder layers and encoders have a fused inference kernel that reads the weights of all that is in them. A
     laid out attention keeps a layer from it; an encoder does without.
     """
-    found: dict[str, Kind] = {}
+    found: dict[str, Converter] = {}
     for name, module in model.named_modules():
         if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)):
             if changed.isdisjoint(module.modules()):
@@ -142,7 +142,7 @@ def followers(model: nn.Module, changed: Set[nn.Module]) -> dict[str, Kind]:
 
 def _can_be_laid_out(attention: nn.MultiheadAttention) -> bool:
     try:
-        if not isinstance(attention, LayeredAttention):
+        if not isinstance(attention, UnfusedAttention):
             _check(attention)
     except ValueError:
         return False

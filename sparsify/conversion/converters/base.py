@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsify.kernels import FORMS
-from sparsify.layers import CSRLinear, Packed
+from sparsify.layers import CSRLinear, PackedLayer
 
 #: What instances of Masked and Packed layers have, beside the attributes of their classes.
 OF_LAYERS = frozenset(
@@ -22,7 +22,7 @@ _Of = Any
 
 
 @dataclass(frozen=True)
-class Kind:
+class Converter:
     """How modules of one type convert and come back. The functions change nothing outside the module they get.
 
     dense, sparse: the type convert looks for, and the one it becomes.
@@ -43,5 +43,5 @@ class Kind:
     to_sparse: Callable[[_Of], nn.Module]
     to_dense: Callable[[_Of], nn.Module]
     layers: Callable[[_Of], tuple[str, ...]] = lambda _: ("",)
-    packed: type[Packed] = CSRLinear
-    unasked: bool = True
+    packed: type[PackedLayer] = CSRLinear
+    by_default: bool = True

@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from sparsify.conversion.converters.base import OF_LAYERS, Kind
+from sparsify.conversion.converters.base import OF_LAYERS, Converter
 from sparsify.conversion.foreign_masks import (
     check_names,
     check_plain,
+    check_plain_parameter,
     check_shapes,
-    check_weight,
-    masked_parts,
+    parameter_and_mask,
     remove_prune_hook,
 )
 from sparsify.layers import CSRLinear
@@ -21,8 +21,8 @@ from sparsify.layers.sparse_conv1d import SparseConv1D
 def _check(layer: Conv1D) -> None:
     check_plain(layer, Conv1D, "Conv1D")
     check_names(layer, Conv1D, SparseConv1D, CSRLinear, needs=OF_LAYERS)
-    weight, _ = masked_parts(layer)
-    check_weight(weight)
+    weight, _ = parameter_and_mask(layer)
+    check_plain_parameter(weight)
     check_shapes(weight, layer.bias, 2, weight.shape[1])
 
 
@@ -31,7 +31,7 @@ def _matrices(layer: Conv1D) -> dict[str, Tensor]:
 
 
 def _to_sparse(layer: Conv1D) -> SparseConv1D:
-    weight, mask = masked_parts(layer)
+    weight, mask = parameter_and_mask(layer)
     remove_prune_hook(layer)
     made = SparseConv1D.from_conv1d(layer, weight)
     if mask is not None:
@@ -39,4 +39,4 @@ def _to_sparse(layer: Conv1D) -> SparseConv1D:
     return made
 
 
-CONV1D = Kind(Conv1D, SparseConv1D, _check, _matrices, _to_sparse, SparseConv1D.to_conv1d)
+CONV1D = Converter(Conv1D, SparseConv1D, _check, _matrices, _to_sparse, SparseConv1D.to_conv1d)

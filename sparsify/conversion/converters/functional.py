@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from sparsify.conversion.converters.base import Kind
-from sparsify.conversion.foreign_masks import check_weight
-from sparsify.layers.functional_module import Functional, lay_out, layer_name, undo
+from sparsify.conversion.converters.base import Converter
+from sparsify.conversion.foreign_masks import check_plain_parameter
+from sparsify.layers.functional_module import Functional, layer_name, undo, unfuse
 from sparsify.layers.transposed import SparseTransposed, Transposed
 
 _MULTIPLY = (torch.matmul, torch.mm, torch.addmm)
@@ -52,7 +52,7 @@ def multiplied(module: nn.Module) -> dict[str, bool]:
     return {name: found[name] for name in module._parameters if name in found}
 
 
-def functional_kind(module: nn.Module) -> Kind | None:
+def functional_kind(module: nn.Module) -> Converter | None:
     """Return how a module with multiplied Parameters converts, or None. Raises ValueError if it cannot be traced."""
     if isinstance(module, Functional) or not (transposed := multiplied(module)):
         return None
@@ -70,18 +70,18 @@ def functional_kind(module: nn.Module) -> Kind | None:
                 )
             weight = dense._parameters[name]
             assert weight is not None
-            check_weight(weight)
+            check_plain_parameter(weight)
 
-    return Kind(
-        type(module), Functional, check, matrices, lambda dense: lay_out(dense, transposed), undo, lambda _: layers
+    return Converter(
+        type(module), Functional, check, matrices, lambda dense: unfuse(dense, transposed), undo, lambda _: layers
     )
 
 
 #: What a Parameter multiplied as `x @ self.weight` becomes inside a module that was laid out.
-TRANSPOSED = Kind(
+TRANSPOSED = Converter(
     Transposed,
     SparseTransposed,
-    lambda layer: check_weight(layer.weight),
+    lambda layer: check_plain_parameter(layer.weight),
     lambda layer: {"": layer.weight.t()},
     lambda layer: SparseTransposed(layer.weight),
     SparseTransposed.to_transposed,

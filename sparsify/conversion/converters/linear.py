@@ -5,18 +5,18 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from sparsify.conversion.converters.base import OF_LAYERS, Kind
+from sparsify.conversion.converters.base import OF_LAYERS, Converter
 from sparsify.conversion.foreign_masks import (
     check_forward,
     check_names,
+    check_plain_parameter,
     check_shapes,
-    check_weight,
-    masked_parts,
+    parameter_and_mask,
     remove_prune_hook,
 )
 from sparsify.conversion.module_surgery import plain_type
 from sparsify.layers import CSRLinear, SparseLinear
-from sparsify.layers.construct import bare_linear
+from sparsify.layers.construct import linear_from_parameters
 
 #: What a subclass may define and still compute, and be used, as an nn.Linear is.
 _HARMLESS = {"__init__", "reset_parameters", "extra_repr", "__repr__"}
@@ -31,8 +31,8 @@ def _check(linear: nn.Linear) -> None:
         )
     check_forward(linear)
     check_names(linear, nn.Linear, SparseLinear, CSRLinear, needs=OF_LAYERS)
-    weight, _ = masked_parts(linear)
-    check_weight(weight)
+    weight, _ = parameter_and_mask(linear)
+    check_plain_parameter(weight)
     check_shapes(weight, linear.bias, 2, weight.shape[0])
 
 
@@ -50,9 +50,9 @@ def _matrices(linear: nn.Linear) -> dict[str, Tensor]:
 
 
 def _to_sparse(linear: nn.Linear) -> SparseLinear:
-    weight, mask = masked_parts(linear)
+    weight, mask = parameter_and_mask(linear)
     remove_prune_hook(linear)
-    return SparseLinear.from_linear(bare_linear(nn.Linear, weight, linear.bias), mask)
+    return SparseLinear.from_linear(linear_from_parameters(nn.Linear, weight, linear.bias), mask)
 
 
-LINEAR = Kind(nn.Linear, SparseLinear, _check, _matrices, _to_sparse, SparseLinear.to_linear)
+LINEAR = Converter(nn.Linear, SparseLinear, _check, _matrices, _to_sparse, SparseLinear.to_linear)

@@ -7,27 +7,27 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from sparsify.conversion.converters.attention import ATTENTION, ENCODER, followers, reads_weights
-from sparsify.conversion.converters.base import Kind
+from sparsify.conversion.converters.attention import ATTENTION, ENCODER, bypasses_its_layers, dependent_modules
+from sparsify.conversion.converters.base import Converter
 from sparsify.conversion.converters.conv2d import CONV2D
 from sparsify.conversion.converters.functional import TRANSPOSED
 from sparsify.conversion.converters.linear import LINEAR
-from sparsify.layers import Masked, Packed, Tied
+from sparsify.layers import MaskedLayer, PackedLayer, Tied
 
 __all__ = [
-    "Kind",
-    "chosen_kinds",
-    "followers",
+    "Converter",
+    "bypasses_its_layers",
+    "converter_for",
+    "converter_of_layer",
+    "converters",
+    "dependent_modules",
     "join",
-    "kind_of",
-    "kinds",
-    "masked_as",
     "matrices",
-    "reads_weights",
+    "select_converters",
 ]
 
 
-def kinds() -> tuple[Kind, ...]:
+def converters() -> tuple[Converter, ...]:
     """Return every kind that a model can hold in this process; one that holds layers of other kinds comes after them.
 
     Those of an optional package are among them once that is imported: no model holds one of its modules before.
@@ -40,12 +40,12 @@ def kinds() -> tuple[Kind, ...]:
     return (*found, ATTENTION, ENCODER)
 
 
-def chosen_kinds(types: type[nn.Module] | Sequence[type[nn.Module]] | None) -> tuple[Kind, ...]:
+def select_converters(types: type[nn.Module] | Sequence[type[nn.Module]] | None) -> tuple[Converter, ...]:
     """Return the kinds of these dense types; of None, those that convert takes unasked. Raises ValueError."""
     if types is None:
-        return tuple(kind for kind in kinds() if kind.unasked)
+        return tuple(converter for converter in converters() if converter.by_default)
     wanted = types if isinstance(types, Sequence) else (types,)
-    known = {kind.dense: kind for kind in kinds()}
+    known = {converter.dense: converter for converter in converters()}
     if odd := [one for one in wanted if one not in known]:
         names = ", ".join(one.__name__ for one in known)
         raise ValueError(f"types: {getattr(odd[0], '__name__', odd[0])} is none of the types that convert: {names}")
@@ -54,16 +54,16 @@ def chosen_kinds(types: type[nn.Module] | Sequence[type[nn.Module]] | None) -> t
     return tuple(known[one] for one in wanted)
 
 
-def kind_of(module: nn.Module) -> Kind | None:
+def converter_for(module: nn.Module) -> Converter | None:
     """Return the kind of a module, dense or converted, or None."""
-    found = [kind for kind in kinds() if isinstance(module, (kind.dense, kind.sparse))]
+    found = [converter for converter in converters() if isinstance(module, (converter.dense, converter.sparse))]
     return found[0] if found else None
 
 
-def masked_as(layer: Masked | Packed) -> Kind:
+def converter_of_layer(layer: MaskedLayer | PackedLayer) -> Converter:
     """Return the kind of a layer that is masked, or was before it was exported."""
-    masked_type = layer.masked_type if isinstance(layer, Packed) else type(layer)
-    return next(kind for kind in kinds() if issubclass(masked_type, kind.sparse))
+    masked_type = layer.masked_type if isinstance(layer, PackedLayer) else type(layer)
+    return next(converter for converter in converters() if issubclass(masked_type, converter.sparse))
 
 
 def matrices(module: nn.Module) -> dict[str, Tensor]:
@@ -71,10 +71,10 @@ def matrices(module: nn.Module) -> dict[str, Tensor]:
 
     Empty for a module of no kind.
     """
-    if isinstance(module, Masked):
+    if isinstance(module, MaskedLayer):
         return {"": module.weight_matrix}
-    kind = None if isinstance(module, Tied) else kind_of(module)
-    return {} if kind is None or isinstance(module, kind.sparse) else kind.matrices(module)
+    converter = None if isinstance(module, Tied) else converter_for(module)
+    return {} if converter is None or isinstance(module, converter.sparse) else converter.matrices(module)
 
 
 def join(*names: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsify.masking.gram import damped
+from sparsify.masking.gram import add_damping
 from sparsify.masking.methods.refit import refit
 from sparsify.masking.patterns import Pattern, choose_mask
 
@@ -25,7 +25,7 @@ def alps(weight: Tensor, mask: Tensor, n_removed: int, pattern: Pattern, *, gram
 
     Meng et al. 2024, arXiv:2406.07831.
     """
-    hessian = damped(gram, DAMPING)
+    hessian = add_damping(gram, DAMPING)
     scale = hessian.diagonal().sqrt()
     values, vectors = torch.linalg.eigh((hessian / scale / scale[:, None]).float())
     original = (weight.detach().to(hessian) * scale).float()

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsify.kernels.cpu import library as native
-from sparsify.masking.gram import damped
+from sparsify.masking.gram import add_damping
 
 DAMPING = 0.01
 _BATCH_BYTES = 32 * 2**20  # of the factors that are kept at once
@@ -26,7 +26,7 @@ def refit(weight: Tensor, mask: Tensor, *, gram: Tensor) -> Tensor:
 
     whichever has the smaller matrix to factorise. Rows with about as many kept weights are solved together.
     """
-    hessian = damped(gram, DAMPING)
+    hessian = add_damping(gram, DAMPING)
     original = weight.detach().to(hessian)
     few_kept = int(mask.sum()) * 2 <= mask.numel()
     chosen = mask if few_kept else ~mask

@@ -26,7 +26,18 @@ from sparsify.masking.methods.snip import snip
 from sparsify.masking.methods.sparsegpt import sparsegpt
 from sparsify.masking.methods.wanda import wanda
 
-__all__ = ["BY_ROW", "CALIBRATED", "EVIDENCE", "METHODS", "SOLVERS", "TRAINED", "Method", "Solver", "refit", "score"]
+__all__ = [
+    "BY_ROW",
+    "CALIBRATED",
+    "METHODS",
+    "SOLVERS",
+    "TRAINING_METHODS",
+    "TRAINING_STATISTICS",
+    "Method",
+    "Solver",
+    "refit",
+    "score",
+]
 
 Method = Callable[..., Tensor]
 Solver = Callable[..., tuple[Tensor, Tensor]]
@@ -37,8 +48,8 @@ METHODS: dict[str, Method] = {"magnitude": magnitude, "random": random}
 CALIBRATED: dict[str, Method] = {"wanda": wanda}
 
 #: Methods that need a training, and what they may ask it for, by the name of their keyword: of the weight's shape each.
-TRAINED: dict[str, Method] = {"movement": movement, "snip": snip, "grasp": grasp}
-EVIDENCE: dict[str, str] = {
+TRAINING_METHODS: dict[str, Method] = {"movement": movement, "snip": snip, "grasp": grasp}
+TRAINING_STATISTICS: dict[str, str] = {
     "movement": "the sum over all steps so far of -weight * gradient, masked weights included",
     "curvature": "the Hessian of the loss times its gradient",
 }
@@ -63,7 +74,7 @@ def resolve_method(method: str | Method) -> Method:
         raise ValueError(
             f"method {method!r} needs calibration data: sparsify.prune(model, ..., method={method!r}, data=...)"
         )
-    known = METHODS | CALIBRATED | TRAINED
+    known = METHODS | CALIBRATED | TRAINING_METHODS
     if method not in known:
         raise ValueError(f"method {method!r} is none of: {', '.join((*known, *SOLVERS))}; or pass your own function")
     return known[method]
@@ -74,11 +85,11 @@ def takes_seed(method: Method) -> bool:
     return _takes(method, "seed")
 
 
-def needs(method: str | Method) -> set[str]:
+def required_statistics(method: str | Method) -> set[str]:
     """Return which of EVIDENCE a method asks for."""
     if method in SOLVERS:
         return set()
-    return {key for key in EVIDENCE if _takes(resolve_method(method), key)}
+    return {key for key in TRAINING_STATISTICS if _takes(resolve_method(method), key)}
 
 
 def _takes(method: Method, parameter: str) -> bool:
@@ -94,7 +105,7 @@ def score(
     method: str | Method,
     seed: int | None = None,
     gram: Tensor | None = None,
-    evidence: Mapping[str, Tensor] | None = None,
+    statistics: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Score the weight (out, in) of the layer called `name`; gram (in, in) is for methods that look at data.
 
@@ -107,19 +118,19 @@ def score(
     chosen = resolve_method(method)
     label = method if isinstance(method, str) else getattr(method, "__name__", repr(method))
     where = f"{name}: " if name else ""
-    check_weight(name, weight)
+    check_finite(name, weight)
     options: dict[str, object] = {}
     if _takes(chosen, "gram"):
         if gram is None:
             raise ValueError(f"{where}method {label!r} needs calibration data: sparsify.prune(model, ..., data=...)")
         options["gram"] = gram
-    for key in sorted(needs(chosen)):
-        if key not in (evidence or {}):
+    for key in sorted(required_statistics(chosen)):
+        if key not in (statistics or {}):
             raise ValueError(
-                f"{where}method {label!r} needs {EVIDENCE[key]}; follow a recipe with sparsify.Pruner, after at least "
+                f"{where}method {label!r} needs {TRAINING_STATISTICS[key]}; follow a recipe with sparsify.Pruner, after at least "
                 "one step of training or with its argument 'loss'"
             )
-        options[key] = (evidence or {})[key]
+        options[key] = (statistics or {})[key]
     if takes_seed(chosen):
         options["seed"] = mix_seed(seed or 0, name)
     elif seed is not None:
@@ -135,7 +146,7 @@ def score(
     return scores
 
 
-def check_weight(name: str, weight: Tensor) -> None:
+def check_finite(name: str, weight: Tensor) -> None:
     """Raise ValueError, naming the layer, if a weight has no data or holds NaN or Inf."""
     where = f"{name}: " if name else ""
     if weight.is_meta:
