@@ -81,7 +81,7 @@ def _parameter(parameter: inspect.Parameter) -> str:
 def _text(thing: Any) -> str:
     """Return a docstring as Markdown, its examples as code."""
     blocks, code = [], False
-    for line in inspect.getdoc(thing).splitlines():
+    for line in (inspect.getdoc(thing) or "").splitlines():
         if line.startswith(">>>") and not code:
             blocks.append("```pycon")
             code = True

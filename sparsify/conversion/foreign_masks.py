@@ -1,7 +1,7 @@
-"""What other tools left in a model: masks of torch.nn.utils.prune and torch.ao.pruning, adapters, packed weights.
+"""Foreign masks: those of torch.nn.utils.prune and torch.ao.pruning; and adapters and packed weights of other tools.
 
-`convert` calls `parameter_and_mask` on each layer, so models pruned by torch's own tools just convert. Zeros are no mask by
-themselves (a fresh bias-free layer may hold some): `masks_from_zeros` is asked for.
+`convert` calls `parameter_and_mask` on each layer, so models pruned by torch's own tools just convert. Zeros are no
+mask by themselves (a fresh bias-free layer may hold some): `masks_from_zeros` is asked for.
 """
 
 from __future__ import annotations

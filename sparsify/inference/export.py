@@ -112,7 +112,7 @@ def check_format(format: str, tokens: int | None = None, device: torch.device | 
 
 
 def _export_tied(tied: Tied, owner: nn.Module) -> nn.Module:
-    """Let a tied layer hold the exported leader's own tensors, packed or dense; an Embedding needs them dense."""
+    """Let a tied layer hold the exported owner's own tensors, packed or dense; an Embedding needs them dense."""
     if isinstance(owner, CSRLinear) and isinstance(tied, nn.Linear):
         packed = copy.copy(owner)
         packed._parameters = {"bias": tied._parameters["bias"]}

@@ -35,7 +35,7 @@ class MaskedLayer(nn.Module):
     #: whether steps may touch kept weights only.
     masked_mode: str = "zero"
     accumulator: GradientAccumulator | None = None
-    steps: SparseTrainingKernels | None = None
+    training_kernels: SparseTrainingKernels | None = None
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """View a tensor of the weight's shape as (out_features, in_features): what is written there is written here."""

@@ -39,8 +39,8 @@ def masked_weight(
 ) -> Tensor:
     """Return weight * mask.
 
-    Unlike a product, NaN and Inf in a masked weight come to nothing, and so do their gradients. `straight_through` lets the
-    gradient of the result through to masked weights too (the straight-through estimator, Bengio et al. 2013,
+    Unlike a product, NaN and Inf in a masked weight come to nothing, and so do their gradients. `straight_through` lets
+    the gradient of the result through to masked weights too (the straight-through estimator, Bengio et al. 2013,
     arXiv:1308.3432). `accumulator` sees the gradient of the result.
     """
     used: Tensor = _StraightThrough.apply(weight, mask) if straight_through else torch.where(mask, weight, 0.0)

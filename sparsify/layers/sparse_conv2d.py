@@ -24,8 +24,8 @@ _REST = {
 class SparseConv2d(MaskedLayer, nn.Conv2d):
     """A 1x1 convolution with stride 1, without groups and padding, whose weight is used as weight * mask.
 
-    See `MaskedLayer` for what that means. `weight` and `mask` are (out_channels, in_channels, 1, 1). It is an nn.Conv2d, so
-    code that asks for one finds one. The arguments after the channels are those of SparseLinear.
+    See `MaskedLayer` for what that means. `weight` and `mask` are (out_channels, in_channels, 1, 1). It is an
+    nn.Conv2d, so code that asks for one finds one. The arguments after the channels are those of SparseLinear.
 
     >>> layer = SparseConv2d(8, 4, 0.75, seed=1)
     >>> layer.sparsity, layer(torch.ones(2, 8, 5, 5)).shape

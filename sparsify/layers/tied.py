@@ -12,9 +12,9 @@ from sparsify.layers.masked import MaskedLayer
 
 
 class Tied(nn.Module):
-    """A module whose Parameter `weight` is also that of a masked layer, its leader; only the leader has a mask.
+    """A module whose Parameter `weight` is also that of a masked layer, its owner; only the owner has a mask.
 
-    So its gradient of a masked weight is exactly zero too, and it sees what the leader sees after any optimizer step.
+    So its gradient of a masked weight is exactly zero too, and it sees what the owner sees after any optimizer step.
     """
 
     weight: Tensor
@@ -23,7 +23,7 @@ class Tied(nn.Module):
 
     @property
     def mask(self) -> Tensor:
-        """The leader's mask, laid out as the weight."""
+        """The owner's mask, laid out as the weight."""
         return self.owner[0].mask
 
 
@@ -58,14 +58,14 @@ def check_tieable(module: nn.Module) -> None:
 
 
 def tie(module: nn.Module, owner: MaskedLayer) -> None:
-    """Let a module that has the leader's weight use the leader's mask, in place."""
+    """Let a module that has the owner's weight use the owner's mask, in place."""
     check_tieable(module)
     module.__class__ = _TIED[type(module)]
-    module.__dict__["leader"] = (owner,)
+    module.__dict__["owner"] = (owner,)
 
 
 def untie(module: Tied) -> None:
     """Let a module be what it was before it was tied, in place; the Parameter stays shared."""
     plain: Any = next(plain for plain, tied in _TIED.items() if type(module) is tied)
     module.__class__ = plain
-    del module.__dict__["leader"]
+    del module.__dict__["owner"]

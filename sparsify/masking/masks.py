@@ -60,7 +60,7 @@ def make_masks(
     pattern a higher target only takes away and a lower one only gives back (of weights that are all zero now, the
     first in order). The removed units number exactly round(sparsity x units), over each layer, or over all layers
     together for the allocations "global" and "erk". `statistics` has, for each layer, what a method asks a training for
-    (methods.EVIDENCE). Of several `ranks`, each gives and gets its own rows of everything.
+    (methods.registry.TRAINING_STATISTICS). Of several `ranks`, each gives and gets its own rows of everything.
 
     Raises ValueError, naming the layer, for whatever cannot be done exactly.
     """

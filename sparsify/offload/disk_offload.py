@@ -136,10 +136,10 @@ def parameters_on_meta() -> Iterator[None]:
 class DiskOffload:
     """Give a model on the meta device the weights it needs, while it needs them.
 
-    model: built `parameters_on_meta` and converted; after this call its Parameters and masks have a device, and no memory
-    but what is in use: at most `budget_bytes`, or what one module needs. Where a tensor is read before its module runs,
-    NaN stand in its place. A layer that the journal holds, if there is one, comes from there, with its mask. `close`
-    takes the hooks away.
+    model: built `parameters_on_meta` and converted; after this call its Parameters and masks have a device, and no
+    memory but what is in use: at most `budget_bytes`, or what one module needs. Where a tensor is read before its
+    module runs, NaN stand in its place. A layer that the journal holds, if there is one, comes from
+    there, with its mask. `close` takes the hooks away.
 
     Raises ValueError if the file is not for this model.
     """

@@ -87,8 +87,8 @@ def least_bytes(
 ) -> int:
     """Return the least that the rest of a run writes: the layers that its journal does not hold yet, and the file.
 
-    weights: where the Parameters come from, of a model that was built `parameters_on_meta`. journal: its folder, which need
-    not exist.
+    weights: where the Parameters come from, of a model that was built `parameters_on_meta`. journal: its folder,
+    which need not exist.
     """
     sizes = parameter_bytes(model, weights)
     layers = sparse_layers(model)

@@ -110,9 +110,9 @@ def prune_sequentially(
 ) -> None:
     """Give every layer its task, in place and in execution order, so that each sees what those before it have become.
 
-    Each layer then has its `LayerResult` as an attribute `fit`. An error leaves all layers as they were; with a `keeper`, those
-    that are finished are kept there instead, and so they stay. cache_bytes: how much of the data on its way through the
-    model stays in memory; the rest, and what the layers were, goes to a file (None: all of it stays).
+    Each layer then has its `LayerResult` as an attribute `fit`. An error leaves all layers as they were; with a
+    `keeper`, those that are finished are kept there instead, and so they stay. cache_bytes: how much of the data on its
+    way through the model stays in memory; the rest, and what the layers were, goes to a file (None: all of it stays).
     """
     layers = {name: layer for name, layer in sparse_layers(model).items() if name in tasks}
     choosing = [name for name, layer in layers.items() if tasks[name].chooses(layer.shape)]

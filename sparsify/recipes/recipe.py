@@ -380,8 +380,8 @@ def group_masks(
 ) -> dict[str, Tensor]:
     """Return the masks (out, in) that a group's layers get at a time (None: at the end); nothing is changed.
 
-    `statistics` has, for each layer, what its training showed (methods.EVIDENCE). Several `ranks` share the ranking, each
-    its rows, and get the same masks: whole weights of layers that FSDP2 has sharded are nowhere.
+    `statistics` has, for each layer, what its training showed (registry.TRAINING_STATISTICS). Several `ranks` share
+    the ranking, each its rows, and get the same masks: whole weights of layers that FSDP2 has sharded are nowhere.
     """
     layers = sparse_layers(model)
     if missing := [name for name in names if name not in layers]:

@@ -22,7 +22,7 @@ def change_masks(
 ) -> None:
     """Give layers their masks (out, in); what the optimizer knows of weights that go or come back is forgotten.
 
-    masked_are: what masked weights are from now on (recipe.Group.masked). Where they were zero until now, those that
+    masked_mode: what masked weights are from now on (recipe.Group.masked). Where they were zero until now, those that
     come back begin there, whatever the optimizer has written to them; otherwise they have kept a value, and come back
     with that. The transaction gets what is about to be overwritten: only the values that change.
     """

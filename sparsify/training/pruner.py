@@ -112,7 +112,9 @@ class Pruner:
                 check_beginning(number, group, self.layers, found)
         with self._all_or_nothing(changes_masks=True) as undo:
             for layer in self.layers.values():
-                layer.steps = None if sparse_backward == "never" else SparseTrainingKernels(sparse_backward == "always")
+                layer.training_kernels = (
+                    None if sparse_backward == "never" else SparseTrainingKernels(sparse_backward == "always")
+                )
             if state is not None:
                 self._go_on_from(state)
             else:

@@ -124,7 +124,7 @@ def flat() -> nn.Linear:
         (with_own("mask", torch.zeros(4, 8)), "it has a buffer 'mask' that its weight does not follow"),
         (with_own("mask", torch.full((4, 8), 0.5)), "its mask holds other values than 0 and 1"),
         (with_own("values", torch.ones(3)), "it has a buffer 'values', a name that"),
-        (with_own("steps", 10), "it has an attribute 'steps', a name that"),
+        (with_own("training_kernels", 10), "it has an attribute 'training_kernels', a name that"),
         (with_own("activation", nn.ReLU()), "it has a child 'activation', a name that"),
         (with_own("form", nn.Parameter(torch.ones(1))), "it has a Parameter 'form', a name that"),
         (lambda: with_bias_as("buffer"), "its bias is a buffer, not a Parameter"),
@@ -181,7 +181,7 @@ def stopping_at(n: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     module = sys.modules["sparsify.conversion.convert"]  # the name in the package is the function
     for owner, name in (
-        (module, "become"),
+        (module, "replace_in_place"),
         (module, "tie"),
         (module, "untie"),
         (MaskedLayer, "set_mask"),

@@ -113,7 +113,7 @@ def test_leaving_in_the_middle_of_a_schedule(masked: str) -> None:
     to_dense(model)
     assert torch.equal(model(X), expected)
     assert int((model[0].weight == 0).sum()) > 30
-    assert not {"masked_are", "watch", "steps"} & set(model[0].__dict__)
+    assert not {"masked_mode", "accumulator", "training_kernels"} & set(model[0].__dict__)
     assert_zero(prune(convert(model), 0.9), 0.9)
 
 

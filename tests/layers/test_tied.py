@@ -51,7 +51,7 @@ def weights(model: nn.Module) -> set[int]:
     return {id(p) for name, p in model.named_parameters(remove_duplicate=False) if not name.startswith("fc")}
 
 
-def leader_of(model: nn.Module) -> SparseLinear:
+def owner_of(model: nn.Module) -> SparseLinear:
     layer = model.head if isinstance(model, LM) else model.a
     assert isinstance(layer, SparseLinear)
     return layer
@@ -86,7 +86,7 @@ def test_share_is_one_mask_that_both_places_see(build: type[nn.Module], x: Tenso
     assert torch.equal(model(x), expected)
     assert sum(isinstance(m, sparsify.layers.MaskedLayer) for m in model.modules()) == (2 if build is LM else 1)
     prune(model, 0.75)
-    owner = leader_of(model)
+    owner = owner_of(model)
     assert owner.sparsity == 0.75
     with torch.no_grad():
         (dense.head if build is LM else dense.a).weight.copy_(owner.masked_weight())
@@ -105,7 +105,7 @@ def test_share_is_one_mask_that_both_places_see(build: type[nn.Module], x: Tenso
 @both
 def test_training_holds_the_mask_in_every_place(build: type[nn.Module], x: Tensor) -> None:
     model = prune(convert(build(), tied="share"), 0.5)
-    owner = leader_of(model)
+    owner = owner_of(model)
     before = owner.weight.detach().clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for _ in range(3):
@@ -142,7 +142,7 @@ def test_export_save_and_load(tmp_path: Path, build: type[nn.Module], x: Tensor,
     if format == "csr" and build is Twins:
         assert isinstance(fast.b, CSRLinear)
         assert fast.b.values is fast.a.values
-    assert isinstance(leader_of(model), SparseLinear)  # the model stays as it was
+    assert isinstance(owner_of(model), SparseLinear)  # the model stays as it was
     save(fast, tmp_path / "fast.safetensors")
     if format == "csr":  # stored once
         stored = load_file(tmp_path / "fast.safetensors")

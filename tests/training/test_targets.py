@@ -266,7 +266,9 @@ def everything(model, optimizer=None, pruner=None):
             "gradients": [p.grad for p in model.parameters()],
             "optimizer": None if optimizer is None else optimizer.state_dict(),
             "pruner": None if pruner is None else pruner.state_dict(),
-            "layers": [(layer.masked_mode, layer.steps is None, vars(layer).get("watch")) for layer in layers],
+            "layers": [
+                (layer.masked_mode, layer.training_kernels is None, vars(layer).get("accumulator")) for layer in layers
+            ],
         }
     )
 
@@ -372,7 +374,7 @@ def test_a_bad_second_group_leaves_the_first_as_it_was():
         with pytest.raises(ValueError, match="2: the weight holds NaN"):
             act(model, sparsify.Recipe(groups=groups))
         assert model[0].mask.all()
-        assert model[0].steps is None
+        assert model[0].training_kernels is None
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 
 A method is a function `(weight) -> scores`, larger = more worth keeping; or `(weight, *, seed)` if it draws random
 numbers; or `(weight, *, gram)` if it looks at calibration data, whose Gram matrix (in, in) it is then given; or with a
-keyword of EVIDENCE if it goes by what a training shows. Scores are a floating tensor of the weight's shape. To use your
-own, pass the function itself: `prune(model, 0.5, method=mine)`.
+keyword of TRAINING_STATISTICS if it goes by what a training shows. Scores are a floating tensor of the weight's
+shape. To use your own, pass the function itself: `prune(model, 0.5, method=mine)`.
 
 A solver chooses the mask and changes the kept weights in one go; it always needs data.
 """
@@ -86,7 +86,7 @@ def takes_seed(method: Method) -> bool:
 
 
 def required_statistics(method: str | Method) -> set[str]:
-    """Return which of EVIDENCE a method asks for."""
+    """Return which of TRAINING_STATISTICS a method asks for."""
     if method in SOLVERS:
         return set()
     return {key for key in TRAINING_STATISTICS if _takes(resolve_method(method), key)}
@@ -109,7 +109,7 @@ def score(
 ) -> Tensor:
     """Score the weight (out, in) of the layer called `name`; gram (in, in) is for methods that look at data.
 
-    evidence is for those that go by what a training shows (EVIDENCE).
+    statistics is for those that go by what a training shows (TRAINING_STATISTICS).
 
     A seed is mixed with the name, so that layers of one shape do not get one mask. Raises ValueError if a seed is given
     to a method that draws nothing, if data or evidence is missing, if the weight or a score is not finite, or if the
@@ -127,8 +127,8 @@ def score(
     for key in sorted(required_statistics(chosen)):
         if key not in (statistics or {}):
             raise ValueError(
-                f"{where}method {label!r} needs {TRAINING_STATISTICS[key]}; follow a recipe with sparsify.Pruner, after at least "
-                "one step of training or with its argument 'loss'"
+                f"{where}method {label!r} needs {TRAINING_STATISTICS[key]}; follow a recipe with sparsify.Pruner, "
+                "after at least one step of training or with its argument 'loss'"
             )
         options[key] = (statistics or {})[key]
     if takes_seed(chosen):
