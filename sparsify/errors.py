@@ -2,7 +2,13 @@
 
 
 class CheckpointError(ValueError):
-    """A file that is no valid checkpoint, or not one for the given model. The message says what is wrong and where."""
+    """A file that is no valid checkpoint, or not one for the given model. The message says what is wrong and where.
+
+    The middle of a message is left out where names in the file make it longer than a screen.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message if len(message) <= 1000 else f"{message[:600]} ... {message[-300:]}")
 
 
 class RecipeError(ValueError):

@@ -728,6 +728,14 @@ def test_a_small_file_of_large_weights_is_not_unpacked(good: bytes, tmp_path: Pa
         assert growth(call) < 20e6
 
 
+@pytest.mark.parametrize("key", ["layers", "aliases", "choices", "tensors"])
+def test_names_of_any_length_make_no_long_message(good: bytes, reader: Reader, key: str) -> None:
+    file = File(good)
+    value = {"aliases": "csr.bias", "tensors": "0" * 64}.get(key, {})
+    file.header[key] |= {f"{number}{'x' * 100_000}": value for number in range(4)}
+    assert reader.try_load(file.bytes(), key) is not None
+
+
 def test_many_names_of_a_layer_of_the_models_own_shape_are_not_unpacked(tmp_path: Path) -> None:
     path = tmp_path / "aliases"
     sparsify.save(sparsify.prune(sparsify.convert(nn.Sequential(nn.Linear(1024, 1024, bias=False))), 1.0), path)
