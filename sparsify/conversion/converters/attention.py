@@ -30,7 +30,6 @@ def _layers(attention: nn.MultiheadAttention) -> tuple[str, ...]:
 
 def _check(attention: nn.MultiheadAttention) -> None:
     check_plain(attention, nn.MultiheadAttention, "nn.MultiheadAttention")
-    check_names(attention, nn.MultiheadAttention, UnfusedAttention, needs=("in_proj", "q_proj", "k_proj", "v_proj"))
     out = attention.out_proj
     if plain_type(out) not in (nn.Linear, NonDynamicallyQuantizableLinear):
         raise ValueError(f"its out_proj is a {type(out).__name__} that may compute something else")
@@ -46,6 +45,7 @@ def _check(attention: nn.MultiheadAttention) -> None:
         )
     for layer in _in_projections(attention):
         check_plain_parameter(parameter_and_mask(attention, f"{layer}_weight").weight)
+    check_names(attention, nn.MultiheadAttention, UnfusedAttention, needs=("in_proj", "q_proj", "k_proj", "v_proj"))
 
 
 def _matrices(attention: nn.MultiheadAttention) -> dict[str, Tensor]:
