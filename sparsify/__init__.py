@@ -18,6 +18,7 @@ from sparsify.errors import (
     RemovedLayerWarning,
     SavedParametrizedWarning,
     ScheduleWarning,
+    StaleMaskWarning,
 )
 from sparsify.inference.export import export
 from sparsify.layers import CSRConv2d, CSRLinear, SparseConv2d, SparseLinear
@@ -45,6 +46,7 @@ __all__ = [
     "ScheduleWarning",
     "SparseConv2d",
     "SparseLinear",
+    "StaleMaskWarning",
     "apply",
     "convert",
     "export",

@@ -37,3 +37,7 @@ class SavedParametrizedWarning(UserWarning):
 
 class ScheduleWarning(UserWarning):
     """A training does not go as its recipe says: in pace, masks or gradients. The message says what to give or do."""
+
+
+class StaleMaskWarning(UserWarning):
+    """A layer keeps more weights than it should, as in an average of weights. The message says the way out."""

@@ -35,7 +35,7 @@ from sparsify.checkpoint.state_names import Names
 from sparsify.checkpoint.weight_codec import check_weight, decode_weights, encode_weight, other_tensors, part_names
 from sparsify.conversion.converters.functional import functional_kind
 from sparsify.conversion.converters.table import Converter, converter_for, converters, dependent_modules, join, matrices
-from sparsify.conversion.module_surgery import Model, replace, replace_in_place
+from sparsify.conversion.module_surgery import Model, layers_of_type, replace, replace_in_place
 from sparsify.conversion.transaction import Transaction
 from sparsify.errors import CheckpointError, MeasuredElsewhereWarning, SavedParametrizedWarning
 from sparsify.hardware.machine import machine_name
@@ -44,6 +44,7 @@ from sparsify.inference.fusion import fuse_activations
 from sparsify.kernels import FORMS, form_for
 from sparsify.kernels.csr import CSR
 from sparsify.layers import MaskedLayer, PackedLayer
+from sparsify.layers.copies import warn_stale
 from sparsify.layers.fsdp import refuse_flattened
 from sparsify.layers.functional_module import layer_name
 from sparsify.layers.inference_mode import making_tensors
@@ -66,6 +67,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     state = _storable_state(names)
     layers: dict[str, LayerEntry] = {}
     tensors: dict[str, Tensor] = {}
+    warn_stale(layers_of_type(model, MaskedLayer))
     aliases: dict[str, str] = {}
     packed: dict[int, str] = {}
     for name, module in _linear_layers(names).items():

@@ -26,6 +26,7 @@ from sparsify.errors import LeftDenseWarning
 from sparsify.inference.fusion import unfuse_activations
 from sparsify.layer_names import Selector, select
 from sparsify.layers import MaskedLayer, PackedLayer, Tied
+from sparsify.layers.copies import warn_stale
 from sparsify.layers.fsdp import data_or_shape, refuse_flattened
 from sparsify.layers.functional_module import Functional
 from sparsify.layers.functional_module import undo as undo_layout
@@ -185,6 +186,7 @@ def to_dense(model: Model) -> Model:
             check_converted(masked)
         except ValueError as error:
             raise ValueError(f"{name or '(root)'}: {error}") from None
+    warn_stale(layers)
     with Transaction(model) as undo:
         undo.keep(masked.weight for masked in layers.values() if masked.hides_values())
         for layer in layers_of_type(model, PackedLayer).values():

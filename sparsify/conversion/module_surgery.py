@@ -29,7 +29,7 @@ _OF_LAYERED = frozenset({"in_proj", "q_proj", "k_proj", "v_proj", "out_proj", "i
 
 #: Attributes of our layers that are no user's, and that mean nothing on what the layer becomes.
 _OURS: dict[type[nn.Module], tuple[str, ...]] = {
-    MaskedLayer: ("masked_mode", "accumulator", "training_kernels"),
+    MaskedLayer: ("masked_mode", "accumulator", "training_kernels", "origins", "n_set"),
     PackedLayer: ("in_features", "out_features", "n_kept", "wanted_form", "form", "activation", "masked_type"),
     Tied: ("owner",),
 }

@@ -17,6 +17,7 @@ from sparsify.inference.fusion import fuse_activations
 from sparsify.kernels import FORMS, PATTERNED, fits, supports
 from sparsify.kernels.csr import dense_to_csr
 from sparsify.layers import CSRLinear, MaskedLayer, PackedLayer, Tied
+from sparsify.layers.copies import warn_stale
 from sparsify.layers.fsdp import check_whole, refuse_flattened
 from sparsify.layers.tied import untie
 
@@ -71,9 +72,9 @@ def export(
         refuse_flattened(name, layer)
         try:
             check_converted(layer)
-            check_whole(layer.weight)
         except ValueError as error:
             raise ValueError(f"{name or '(root)'}: {error}") from None
+        check_whole(f"{name}.weight".lstrip("."), layer.weight)
         if layer.weight.is_meta:
             raise ValueError(
                 f"{name}: the weight is on the meta device and has no data; load the model's weights first"
@@ -87,6 +88,7 @@ def export(
             csr = dense_to_csr(layer.weight_matrix, layer.matrix(layer.mask))
             if not fits(format, csr, layer.shape):
                 raise ValueError(f"{name}: its mask does not fit the form {format!r}; use format='auto' or 'tiles'")
+    warn_stale(layers)
     chooser = FormSelector(128 if tokens is None else tokens, prefer)
     given = {} if example is None else layer_inputs(model, example)
     replacements: dict[nn.Module, nn.Module] = {}

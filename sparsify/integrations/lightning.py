@@ -6,17 +6,33 @@ import math
 import warnings
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim.swa_utils import AveragedModel
 
 from sparsify.errors import ScheduleWarning
+from sparsify.layers import MaskedLayer
 from sparsify.recipes.recipe import Recipe
 from sparsify.training.pruner import Pruner
+
+
+def share_masks(trainer: Trainer, pruner: Pruner) -> None:
+    """Give a Pruner's masks to the averages that callbacks of Lightning keep: an average of masks keeps everything."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        average = getattr(callback, "_average_model", None)
+        average = average.module if isinstance(average, AveragedModel) else average
+        if isinstance(average, torch.nn.Module):
+            for name, layer in pruner.layers.items():
+                twin = average.get_submodule(name)
+                if isinstance(twin, MaskedLayer) and not torch.equal(twin.mask, layer.mask.to(twin.mask.device)):
+                    twin.set_mask(layer.matrix(layer.mask))
 
 
 class PrunerCallback(Callback):
     """Make a Pruner of a LightningModule whose layers are converted, step it, and save it with each checkpoint.
 
-    For one optimizer; `options` go to the Pruner. Sparsity goes to the loggers (TensorBoard) and the progress bar.
+    For one optimizer; `options` go to the Pruner. Sparsity goes to the loggers and the progress bar, the masks to
+    averages that other callbacks keep.
     """
 
     def __init__(self, recipe: Recipe, **options: Any) -> None:
@@ -44,12 +60,14 @@ class PrunerCallback(Callback):
         if trainer.global_step > self._n_steps:
             self._n_steps = trainer.global_step
             self.pruner.step()
+            share_masks(trainer, self.pruner)
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             pl_module.log("sparsity", self.pruner.sparsity, prog_bar=True)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the pace."""
         assert self.pruner is not None
+        share_masks(trainer, self.pruner)
         self.pruner.end_epoch()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -60,9 +78,7 @@ class PrunerCallback(Callback):
         except RuntimeError as error:
             warnings.warn(str(error), ScheduleWarning, stacklevel=2)
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say the same of a checkpoint loaded after the training, such as ckpt_path="best"."""
-        self.on_fit_end(trainer, pl_module)
+    on_test_start = on_fit_end  # the same of a checkpoint loaded after the training, such as ckpt_path="best"
 
     def state_dict(self) -> dict[str, Any]:
         """Return the Pruner's state, for Lightning's checkpoint."""

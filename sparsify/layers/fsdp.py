@@ -17,12 +17,12 @@ def whole(tensor: Tensor) -> Tensor:
     return sharded.full_tensor() if is_sharded(tensor) else tensor
 
 
-def check_whole(weight: Tensor) -> None:
-    """Raise ValueError, saying what to do, if a weight is sharded."""
-    if is_sharded(weight):
+def check_whole(name: str, value: Any) -> None:
+    """Raise ValueError, saying what to do, if a Parameter of this name is sharded."""
+    if is_sharded(value):
         raise ValueError(
-            "its weight is a DTensor; gather the model's state_dict (torch.distributed.checkpoint.state_dict), load "
-            "it into a converted model that is not sharded, and use that"
+            f"{name}: it is sharded, a DTensor; gather the model's state_dict (with "
+            "torch.distributed.checkpoint.state_dict), load it into a converted model that is not sharded"
         )
 
 
@@ -64,7 +64,7 @@ def refuse_flattened(name: str, layer: nn.Module) -> None:
         )
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Any) -> bool:
     """Know a DTensor by its name: importing torch.distributed.tensor is slow."""
     return type(tensor).__name__ == "DTensor"
 

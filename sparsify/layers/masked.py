@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.kernels.cpu import library as native
+from sparsify.layers.copies import Origin, bits_of, origins_after, origins_of_copy
 from sparsify.layers.fsdp import shard_like, whole
 from sparsify.layers.inference_mode import making_tensors, writing_to
 from sparsify.layers.masked_weight import GradientAccumulator, masked_weight
@@ -36,6 +38,10 @@ class MaskedLayer(nn.Module):
     masked_mode: str = "zero"
     accumulator: GradientAccumulator | None = None
     training_kernels: SparseTrainingKernels | None = None
+    #: What shows that a mask stayed behind: the layers that this one was copied from, until it gets a mask of its own,
+    #: and how many weights its mask kept when it was set.
+    origins: tuple[Origin, ...] = ()
+    n_set: int | None = None
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """View a tensor of the weight's shape as (out_features, in_features): what is written there is written here."""
@@ -112,6 +118,7 @@ class MaskedLayer(nn.Module):
             new = torch.empty_like(before, device=self.weight.device)
             self.matrix(new).copy_(mask)
         self.mask = new
+        self._settle()
         self.zero_masked(before if back_at_zero else None)
 
     def zero_masked(self, before: Tensor | None = None) -> None:
@@ -158,10 +165,28 @@ class MaskedLayer(nn.Module):
         with making_tensors():
             self.register_buffer("mask", torch.ones_like(self.weight, dtype=torch.bool, requires_grad=False))
 
+    def _settle(self) -> None:
+        """Take the present mask for the one that is meant."""
+        self.origins = ()
+        self.n_set = None if self.mask.is_meta else int(self.mask.sum())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Copy, and remember of what."""
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        made.__dict__.update(copy.deepcopy({key: v for key, v in self.__dict__.items() if key != "origins"}, memo))
+        made.origins = origins_of_copy(self)
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what only counts in this process."""
+        return {key: value for key, value in self.__dict__.items() if key != "origins"}
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or convert as any module does; the mask stays bool, and is all True where it had no data before."""
-        was_meta = self.mask.is_meta
+        was_meta, bits = self.mask.is_meta, bits_of(self.weight) if self.origins else None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.origins = origins_after(self.origins, bits, self.weight)
         with making_tensors():
             if was_meta and not self.mask.is_meta:
                 self.mask = torch.ones_like(self.mask, dtype=torch.bool)
@@ -181,6 +206,8 @@ class MaskedLayer(nn.Module):
             return
         before = None if has_weight or mask is None else self.mask.clone()
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if mask is not None:
+            self._settle()
         if before is not None and not self.weight.is_meta:
             self.zero_masked(before)
         elif prefix + "mask" in missing_keys and has_weight:

@@ -31,17 +31,21 @@ class Gram:
 
         Raises ValueError if one of the rows holds NaN or Inf.
         """
-        rows = rows.detach()
+        rows, dtype = rows.detach(), rows.dtype
         rows = rows if rows.dtype == torch.float64 else rows.float()
         for start in range(0, rows.shape[1], _BLOCK):
             left = rows[:, start : start + _BLOCK]
             product = left.T @ rows[:, start:]
             if not torch.isfinite(product.diagonal()).all():  # a square is finite only where its row's values are
-                raise ValueError("holds NaN or Inf, or values whose squares overflow")
+                hint = ": float16 ends at 65504; calibrate in float32 or bfloat16" if dtype == torch.float16 else ""
+                raise ValueError(f"holds NaN or Inf, or values whose squares overflow{hint}")
             self.sum[start : start + _BLOCK, start:] += product
         if dense is not None:
             self.cross = torch.zeros_like(self.sum) if self.cross is None else self.cross
-            self.cross += dense.to(rows).T @ rows
+            product = dense.to(rows).T @ rows
+            if not torch.isfinite(product).all():
+                raise ValueError("held NaN or Inf in the dense model")
+            self.cross += product
         self.n_rows += rows.shape[0]
 
     @property

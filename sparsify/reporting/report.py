@@ -11,6 +11,7 @@ from sparsify.conversion.converters.table import converter_for, join, matrices
 from sparsify.conversion.module_surgery import layers_of_type
 from sparsify.inference.form_selection import FormChoice
 from sparsify.layers import MaskedLayer, PackedLayer
+from sparsify.layers.copies import warn_stale
 from sparsify.pruning.oneshot import LayerResult
 
 #: Of the printed table; a column without any entry is left out.
@@ -92,6 +93,7 @@ def report(model: nn.Module) -> Report:
     >>> row.format, row.n_bytes, row.dense_bytes
     ('csr', 60, 128)
     """
+    warn_stale(layers_of_type(model, MaskedLayer))
     rows = []
     for name, layer in layers_of_type(model, nn.Module).items():
         choice = layer.__dict__.get("choice")

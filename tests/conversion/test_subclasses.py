@@ -262,7 +262,7 @@ def test_fully_shard_after_convert_trains_as_without_it() -> None:
         assert torch.equal(layer.mask, other.mask)
         assert layer.sparsity == 0.75
         assert not weight[~layer.mask].any()
-    with pytest.raises(ValueError, match=r"0: its weight is a DTensor; gather the model's state_dict"):
+    with pytest.raises(ValueError, match=r"0.weight: it is sharded, a DTensor; gather the model's state_dict"):
         export(model)
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 

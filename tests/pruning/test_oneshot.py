@@ -231,6 +231,14 @@ def test_activations_that_overflow_leave_the_model_as_it_was() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
+def test_activations_that_overflow_in_half_precision_say_so() -> None:
+    net = model().half()
+    with torch.no_grad():
+        net[0].weight.fill_(6e4)
+    with pytest.raises(ValueError, match=r"^2: its input in batch 0 .* float16 ends at 65504; calibrate in float32"):
+        prune(net, 0.5, method="wanda", data=[X.half().abs()])
+
+
 @pytest.mark.parametrize("method", [*METHODS, *NEED_DATA])
 def test_refit_never_raises_the_error(method: str) -> None:
     plain = prune(model(), 0.5, method=method, data=[X])

@@ -130,9 +130,17 @@ def test_what_cannot_be_is_an_error(pair: tuple[nn.Module, nn.Module]) -> None:
     model, teacher = pair
     with pytest.raises(ValueError, match="needs a budget"):
         recover(model, teacher, DATA)
-    with pytest.raises(ValueError, match="must be positive, got 0"):
+    with pytest.raises(ValueError, match="must be positive and finite, got 0"):
         recover(model, teacher, DATA, steps=0)
     with pytest.raises(ValueError, match="shares Parameters"):
         recover(model, model, DATA, steps=1)
     with pytest.raises(ValueError, match="data is empty"):
         recover(model, teacher, [], steps=1)
+
+
+def test_a_teacher_that_overflows_is_named_instead_of_the_learning_rate(pair: tuple[nn.Module, nn.Module]) -> None:
+    model, teacher = pair
+    with torch.no_grad():
+        teacher.get_parameter("blocks.1.down.bias").fill_(torch.inf)
+    with pytest.raises(ValueError, match=r"^blocks\.1: the teacher's output on the calibration data holds NaN or Inf"):
+        recover(model, teacher, DATA, steps=1)

@@ -70,3 +70,15 @@ def test_the_picture_is_drawn(tmp_path: Path, names: tuple[str, str]) -> None:
     damage = dict(zip(names, [(0.1, 0.2), (0.0, 0.3)], strict=True))
     plot_sensitivity(Sensitivity((0.5, 0.9), damage, dict.fromkeys(names, 4)), tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_outputs_that_are_no_numbers(model: nn.Module) -> None:
+    with pytest.raises(ValueError, match="output on batch 1 of the calibration data holds NaN or Inf"):
+        measure_sensitivity(model, [DATA[0], DATA[1] * torch.nan], sparsities=(0.5,))
+
+    def grows(weight: torch.Tensor) -> torch.Tensor:
+        model[4].bias.data.fill_(torch.inf)
+        return weight
+
+    with pytest.raises(ValueError, match=r"^0: pruned alone, it makes the model's output NaN or Inf"):
+        measure_sensitivity(model, DATA, sparsities=(0.5,), method=grows)

@@ -1,0 +1,78 @@
+"""Masks that stayed behind: in copies whose weights went on, averages of a model's weights, or written over in place.
+
+An average of weights is a deep copy of the model into which a training loop writes. Such loops know nothing of masks:
+they leave the copy's as it was, or make floats of it, so that everything counts as kept.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from sparsify.errors import StaleMaskWarning
+
+
+class Origin(NamedTuple):
+    """The layer that another was copied from: its buffers, where its mask is, and the copy's weight at that time.
+
+    bits: the sum of the weight's bits; None for a weight that has changed since.
+    """
+
+    buffers: dict[str, Tensor | None]
+    bits: int | None
+
+
+def origins_of_copy(layer: Any) -> tuple[Origin, ...]:
+    """Return the origins of a copy that is made of a masked layer now."""
+    bits = bits_of(layer.weight)
+    return () if bits is None else (*layer.origins, Origin(layer._buffers, bits))
+
+
+def origins_after(origins: tuple[Origin, ...], before: int | None, weight: Tensor) -> tuple[Origin, ...]:
+    """Return origins for a weight that was moved or cast, which counts as no change, from one of bits `before`."""
+    now = bits_of(weight)
+    return tuple(Origin(buffers, now if bits == before else None) for buffers, bits in origins)
+
+
+def bits_of(weight: Tensor) -> int | None:
+    """Return the sum of a weight's bits, by which a change is noticed; None if it cannot be read."""
+    if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta or _get_current_dispatch_mode() is not None:
+        return None
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
+    return int(weight.detach().view(integers).sum())
+
+
+def stale(layer: Any) -> str:
+    """Say in what way a layer's mask stayed behind; "" if nothing shows that it did."""
+    mask = layer.mask
+    if mask.is_meta:
+        return ""
+    for buffers, bits in layer.origins:
+        latest = buffers.get("mask")
+        if latest is None or latest.is_meta or bits == bits_of(layer.weight):
+            continue
+        if n_more := int((mask & ~latest.to(mask.device)).sum()):
+            return f"its weight was written since it was copied, and it keeps {n_more:,} weights that its original lost"
+    if not layer.origins and layer.n_set is not None and (n_more := int(mask.sum()) - layer.n_set) > 0:
+        return f"its mask was written over in place, and keeps {n_more:,} weights more than it was set to keep"
+    return ""
+
+
+def warn_stale(layers: Mapping[str, Any]) -> None:
+    """Name the layers whose masks stayed behind in one StaleMaskWarning, with the way out."""
+    found = {name: why for name, layer in layers.items() if (why := stale(layer))}
+    if found:
+        name, why = next(iter(found.items()))
+        more = f" (and {len(found) - 1} more layers)" if len(found) > 1 else ""
+        warnings.warn(
+            f"{name or '(root)'}: {why}{more}. An average of weights needs the masks of the model that it is of: "
+            "average.load_state_dict({key: value for key, value in model.state_dict().items() "
+            "if value.dtype == torch.bool}, strict=False); a mask that is meant so is set with layer.set_mask",
+            StaleMaskWarning,
+            stacklevel=3,
+        )
