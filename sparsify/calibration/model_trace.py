@@ -148,11 +148,11 @@ class TraceRecorder:
                 self._weigh(name, tensor)
             if self.n_calls[name] > 1:
                 return
-            if self._input is not None and self._input[0] is tensor and self._input[1] == tensor._version:
+            if self._input is not None and self._input[0] is tensor and self._input[1] == _version(tensor):
                 self.groups[-1].append(name)
             else:
                 self.groups.append([name])
-            self._input = tensor, tensor._version
+            self._input = tensor, _version(tensor)
 
         return before
 
@@ -166,13 +166,13 @@ class TraceRecorder:
     def _see_block(self, row: int, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if (found := split_hidden((args, kwargs))) is not None:
-                self._versions[name] = found[0]._version
+                self._versions[name] = _version(found[0])
                 if row in self._hidden and self._hidden[row][1] is found[0]:
                     self.links.add((self._hidden[row][0], name))
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             given, returned = split_hidden((args, kwargs)), split_output(output)
-            wrote = given is None or given[0]._version != self._versions.get(name)  # into its own input
+            wrote = given is None or _version(given[0]) != self._versions.get(name)  # into its own input
             self.outputs.setdefault(name, []).append(None if returned is None or wrote else returned[1])
             if returned is not None:
                 self._hidden[row] = name, returned[0]
@@ -217,3 +217,8 @@ def _equal(one: Any, two: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(two, Tensor):
         return one is two or torch.equal(one, two)
     return type(one) is type(two) and bool(one == two)
+
+
+def _version(tensor: Tensor) -> int:
+    """Return how often a tensor was written; one made in inference mode does not count."""
+    return 0 if tensor.is_inference() else tensor._version

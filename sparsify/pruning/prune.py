@@ -13,7 +13,7 @@ from sparsify.conversion.transaction import Transaction
 from sparsify.layer_names import Selector
 from sparsify.layers import MaskedLayer
 from sparsify.masking.masks import Allocation, is_empty, make_masks, warn_removed_whole
-from sparsify.masking.methods.registry import Method
+from sparsify.masking.methods.registry import Method, check_memory
 from sparsify.pruning.oneshot import PruningSpec, prune_with_specs
 
 
@@ -64,6 +64,8 @@ def prune(
     0.75
     """
     layers = sparse_layers(model, include, exclude)
+    for name, layer in layers.items():
+        check_memory(name, layer.weight)
     if data is not None:
         order = PruningSpec(sparsity, method, pattern, allocation, max_sparsity, refit, correct, seed)
         prune_with_specs(model, [(order, list(layers))], data, cache_bytes=cache_bytes, progress=progress)

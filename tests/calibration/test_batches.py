@@ -103,3 +103,17 @@ def test_batches_made_in_inference_mode(method: str) -> None:
         assert not read_batches(model, (X.clone() for _ in range(2)))[0].args[0].is_inference()
     prune(other, 0.5, method=method, data=[X])
     assert torch.equal(model.b.mask, other.b.mask)
+
+
+def test_a_model_made_in_inference_mode_whose_parameter_is_an_input() -> None:
+    class Query(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.a, self.b = nn.Parameter(torch.randn(3, 8)), nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(self.query) + self.b(x).mean(0)
+
+    with torch.inference_mode():
+        model = Query()
+    assert prune(convert(model), 0.5, method="wanda", data=[X]).a.sparsity == 0.5

@@ -347,7 +347,7 @@ def test_finished_layers_run_once_and_the_walk_sees_the_same(
         return found, n_runs
 
     kept, n_runs = walked()
-    monkeypatch.setattr("sparsify.calibration.output_cache.Budget.take", lambda *_: False)
+    monkeypatch.setattr("sparsify.calibration.output_cache.MemoryBudget.take", lambda *_: False)
     again, n_all = walked()
     assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
     if cache_bytes is None or cache_bytes == 10**6:

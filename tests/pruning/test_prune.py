@@ -166,3 +166,13 @@ def test_the_whole_flow() -> None:
     net = prune(model(), 0.75)
     fast = sparsify.export(net, format="csr")
     torch.testing.assert_close(fast(X), net(X))
+
+
+@pytest.mark.parametrize("data", [None, [X]])
+def test_a_weight_whose_entries_share_memory_is_refused(data: list[Tensor] | None) -> None:
+    net = model()
+    net[2].weight = nn.Parameter(torch.ones(4, 1).expand(4, 12))
+    before = state(net)
+    with pytest.raises(ValueError, match=r"^2: entries of the weight share memory .* of its own"):
+        prune(net, 0.5, data=data)
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())

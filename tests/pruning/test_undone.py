@@ -17,6 +17,8 @@ from sparsify.pruning.sensitivity import measure_sensitivity
 PACKAGE = str(Path(sparsify.__file__).parent)
 #: Files whose functions put things back: one that fails itself cannot.
 PUTTING_BACK = (str(Path(PACKAGE) / "conversion" / "transaction.py"),)
+#: The end of a generator, and files closed when all is done.
+NO_STEPS = ("<genexpr>", "__exit__", "close", "_forget", "give_back")
 X = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
 MASK = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
 
@@ -94,7 +96,7 @@ class At:
     def __call__(self, frame: FrameType, event: str, argument: object) -> None:
         file = frame.f_code.co_filename
         inside = file.startswith(PACKAGE) and file not in PUTTING_BACK
-        if event != "call" or self.where or not inside or frame.f_code.co_name == "<genexpr>":  # whose end is no step
+        if event != "call" or self.where or not inside or frame.f_code.co_name in NO_STEPS:
             return
         self.n_seen += 1
         if self.n_seen == self.n:

@@ -158,6 +158,16 @@ def check_finite(name: str, weight: Tensor) -> None:
         )
 
 
+def check_memory(name: str, weight: Tensor) -> None:
+    """Raise ValueError, naming the layer, if entries of a weight share memory, so that none can be set alone."""
+    if any(stride == 0 and size > 1 for size, stride in zip(weight.shape, weight.stride(), strict=True)):
+        where = f"{name}: " if name else ""
+        raise ValueError(
+            f"{where}entries of the weight share memory (it is an expanded tensor), so that none can be removed alone; "
+            "give the layer a weight of its own: nn.Parameter(weight.detach().clone())"
+        )
+
+
 def mix_seed(seed: int, name: str) -> int:
     """Derive one seed per layer (FNV-1a over the name): the same in every process and on every machine."""
     mixed = (0xCBF29CE484222325 ^ seed) % 2**64
