@@ -94,7 +94,7 @@ def _compress_in_memory(arguments: argparse.Namespace, recipe: Recipe, data: Any
         if not is_rank_zero():
             return None
         _advance(bar, "export")
-        fast = sparsify.export(model, format=arguments.format, tokens=arguments.tokens)
+        fast = sparsify.export(model, format=arguments.format, tokens=arguments.tokens, copy=False)
         _advance(bar, f"save {out.name}")
         sparsify.save(fast, out)
         if evaluate:

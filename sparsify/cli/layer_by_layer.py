@@ -86,7 +86,7 @@ def compress_layer_by_layer(
         recover(model, teacher, data, **recipe.recover.model_dump(), progress=not arguments.json)
     sizes = {"format": arguments.format, "tokens": arguments.tokens}
     if weights is None:
-        model = export(model, **sizes)
+        model = export(model, copy=False, **sizes)
         save(model, out)
         found = report(model)
     else:

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from sparsify.kernels import FORMS
 from sparsify.layers import MaskedLayer, PackedLayer, Tied, UnfusedAttention
-from sparsify.layers.inference_mode import writing_to
+from sparsify.layers.inference_mode import making_tensors, writing_to
 from sparsify.layers.transposed import Transposed
 
 #: State by which a dense layer holds its weight and bias: plain, parametrized, or pruned by torch.
@@ -91,22 +91,22 @@ def replace(model: Model, replacements: dict[nn.Module, nn.Module]) -> Model:
     return model
 
 
-def copy_replacing(model: Model, replacements: dict[nn.Module, nn.Module]) -> Model:
-    """Copy a model's structure, with some modules replaced; the memory of every other tensor is shared.
+def copy_replacing(model: Model, replacements: dict[nn.Module, nn.Module], *, share_memory: bool) -> Model:
+    """Copy a model, with some modules replaced; every other tensor is a copy, or a new tensor over the same memory.
 
-    The tensors themselves are new ones over that memory, so that converting the copy (`.half()`, `.to()`) leaves the
-    original alone. A replacement takes over the hooks and attributes of the module it stands for. Raises ValueError if
-    a module cannot be copied.
+    Either way converting the copy (`.half()`, `.to()`) leaves the original alone. A replacement gets copies of the
+    hooks and attributes of the module it stands for. Raises ValueError if a module cannot be copied.
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
         for value in (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()):
             if isinstance(value, Tensor) and id(value) not in memo:
-                memo[id(value)] = _alias(value)
+                memo[id(value)] = _alias(value) if share_memory else _copy(value)
     memo |= {id(old): new for old, new in replacements.items()}
     try:
         for old, new in replacements.items():
-            new.__dict__.update({**_extra(old), **new.__dict__, **_own_state(old)})
+            own, state = copy.deepcopy((_extra(old), _own_state(old)), memo)
+            new.__dict__.update({**own, **new.__dict__, **state})
             for key, parameter in new._parameters.items():
                 new._parameters[key] = memo.get(id(parameter), parameter)
             for key, put in beside(old).items():
@@ -123,6 +123,17 @@ def _alias(tensor: Tensor) -> Tensor:
         with writing_to(tensor):
             return nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
     return tensor.detach() if type(tensor) is Tensor else tensor
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """Return a copy that can be trained; of a class that is not torch's own, the tensor itself."""
+    if type(tensor) not in (nn.Parameter, Tensor):
+        return tensor
+    stretched = [n > 1 and stride == 0 for n, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+    with making_tensors():
+        once = tensor.detach()[tuple(slice(1) if is_stretched else slice(None) for is_stretched in stretched)]
+        copied = once.clone().expand(tensor.shape)  # what was expanded takes no more memory than before
+        return nn.Parameter(copied, tensor.requires_grad) if type(tensor) is nn.Parameter else copied
 
 
 def _extra(module: nn.Module) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+from copy import copy as shallow_copy
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from sparsify.kernels.csr import dense_to_csr
 from sparsify.layers import CSRLinear, MaskedLayer, PackedLayer, Tied
 from sparsify.layers.copies import warn_stale
 from sparsify.layers.fsdp import check_whole, refuse_flattened
+from sparsify.layers.inference_mode import making_tensors
 from sparsify.layers.tied import untie
 
 FORMATS = ("auto", "dense", *FORMS)
@@ -33,11 +34,14 @@ def export(
     prefer: str = "speed",
     device: torch.device | str | None = None,
     progress: bool = False,
+    copy: bool = True,
 ) -> Model:
     """Return a copy for inference in which each masked layer is a CSRLinear, or the dense layer it was.
 
-    The model itself stays as it was, and the copy shares the memory of every tensor that does not change. Outputs
-    equal the masked model's. An activation that a layer's output goes to, and nowhere else, is applied by the layer.
+    The model itself stays as it was, and whatever becomes of it later does not reach the copy: they share no memory,
+    and no hooks. copy=False lets both share the memory of all that is not packed (biases, norms, embeddings, layers
+    without a mask), for a model that is neither trained nor loaded any more. Outputs equal the masked model's. An
+    activation that a layer's output goes to, and nowhere else, is applied by the layer.
 
     format: "auto" measures each layer here and takes the fastest form, dense where no sparse one is faster: no layer is
     left slower than dense. Or the form for all layers: "csr" (runs anywhere, on the reference kernel), "panel" (many
@@ -64,7 +68,7 @@ def export(
     if format != "auto" and prefer != "speed":
         raise ValueError(f"prefer={prefer!r} has no effect with format {format!r}; only 'auto' chooses")
     if device is not None:
-        model = copy_replacing(model, {}).to(device)
+        model = copy_replacing(model, {}, share_memory=True).to(device)
     layers = layers_of_type(model, MaskedLayer)
     if not layers:
         raise ValueError("the model has no SparseLinear to export; call sparsify.convert(model) and prune it first")
@@ -90,15 +94,16 @@ def export(
                 raise ValueError(f"{name}: its mask does not fit the form {format!r}; use format='auto' or 'tiles'")
     warn_stale(layers)
     chooser = FormSelector(128 if tokens is None else tokens, prefer)
-    given = {} if example is None else layer_inputs(model, example)
-    replacements: dict[nn.Module, nn.Module] = {}
-    for layer in tqdm(layers.values(), desc="measuring layers", disable=not progress or format != "auto"):
-        choice = chooser.choose(layer, given.get(layer)) if format == "auto" else FormChoice(format, 0, {}, "")
-        replacements[layer] = exported_as(layer, choice.form)
-        replacements[layer].__dict__["choice"] = choice
-    for tied in layers_of_type(model, Tied).values():
-        replacements[tied] = _export_tied(tied, replacements[tied.owner[0]])
-    return fuse_activations(copy_replacing(model, replacements))
+    with making_tensors():
+        given = {} if example is None else layer_inputs(model, example)
+        replacements: dict[nn.Module, nn.Module] = {}
+        for layer in tqdm(layers.values(), desc="measuring layers", disable=not progress or format != "auto"):
+            choice = chooser.choose(layer, given.get(layer)) if format == "auto" else FormChoice(format, 0, {}, "")
+            replacements[layer] = exported_as(layer, choice.form)
+            replacements[layer].__dict__["choice"] = choice
+        for tied in layers_of_type(model, Tied).values():
+            replacements[tied] = _export_tied(tied, replacements[tied.owner[0]])
+        return fuse_activations(copy_replacing(model, replacements, share_memory=not copy))
 
 
 def check_format(format: str, tokens: int | None = None, device: torch.device | None = None) -> None:
@@ -116,11 +121,11 @@ def check_format(format: str, tokens: int | None = None, device: torch.device | 
 def _export_tied(tied: Tied, owner: nn.Module) -> nn.Module:
     """Let a tied layer hold the exported owner's own tensors, packed or dense; an Embedding needs them dense."""
     if isinstance(owner, CSRLinear) and isinstance(tied, nn.Linear):
-        packed = copy.copy(owner)
+        packed = shallow_copy(owner)
         packed._parameters = {"bias": tied._parameters["bias"]}
         packed._buffers = dict(owner._buffers)
         return packed
-    plain = copy.copy(tied)
+    plain = shallow_copy(tied)
     untie(plain)
     weight: Any = owner.weight
     if isinstance(owner, PackedLayer):

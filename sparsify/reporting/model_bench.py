@@ -90,7 +90,7 @@ class ModelBench:
 
 def sparse_copy(model: nn.Module, sparsity: float, tokens: int, **conversion: Any) -> nn.Module:
     """Prune a copy of a model by magnitude, the same in each layer, and export it for `tokens` rows of input."""
-    return export(prune(convert(copy.deepcopy(model), **conversion), sparsity), tokens=tokens)
+    return export(prune(convert(copy.deepcopy(model), **conversion), sparsity), tokens=tokens, copy=False)
 
 
 @torch.inference_mode()

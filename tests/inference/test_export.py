@@ -1,6 +1,7 @@
 """export: what it packs, what it shares, what it leaves alone, what it refuses. And report, which lists it."""
 
 import copy
+import types
 from collections.abc import Callable
 
 import pytest
@@ -66,12 +67,12 @@ def test_auto_never_takes_more_memory_than_dense() -> None:
         assert all(row.n_bytes <= row.dense_bytes for row in rows)
 
 
-def test_the_model_stays_as_it_was_and_the_rest_is_shared() -> None:
+def test_the_model_stays_as_it_was_and_the_rest_is_shared_if_asked() -> None:
     model = masked().train()
-    types = {name: type(module) for name, module in model.named_modules()}
+    kinds = {name: type(module) for name, module in model.named_modules()}
     state = {name: (id(t), t.clone()) for name, t in model.state_dict(keep_vars=True).items()}
-    fast = sparsify.export(model, format="csr")
-    assert {name: type(module) for name, module in model.named_modules()} == types
+    fast = sparsify.export(model, format="csr", copy=False)
+    assert {name: type(module) for name, module in model.named_modules()} == kinds
     for name, tensor in model.state_dict(keep_vars=True).items():
         assert id(tensor) == state[name][0]
         assert torch.equal(tensor, state[name][1])
@@ -87,9 +88,120 @@ def test_the_model_stays_as_it_was_and_the_rest_is_shared() -> None:
     assert model.training
 
 
+def memory_of(model: nn.Module) -> set[int]:
+    tensors = [t for module in model.modules() for t in (*module._parameters.values(), *module._buffers.values())]
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor is not None}
+
+
+@pytest.mark.parametrize("format", ["auto", "csr", "dense"])
+def test_the_export_owes_nothing_to_the_models_memory(format: str) -> None:
+    model, x = masked(), torch.randn(4, 12)
+    model.register_buffer("wide", torch.zeros(1).expand(1000))
+    fast = sparsify.export(model, format=format)
+    assert not memory_of(fast) & memory_of(model)
+    assert fast.wide.untyped_storage().nbytes() == 4
+    assert all(p.requires_grad for p in fast.parameters())
+    wanted = fast(x)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), model.scale, model.body[1].running_mean):
+            tensor.add_(1)
+    assert torch.equal(fast(x), wanted)
+
+
+@pytest.mark.parametrize("format", ["csr", "dense"])
+def test_the_export_shares_no_dictionary_with_the_model(format: str) -> None:
+    """What is registered on one later, a hook of calibration for one, does not run in the other."""
+    model, x = masked(), torch.randn(4, 12)
+    model.body[0].notes = {"seen": 0}
+    fast = sparsify.export(model, format=format)
+    pairs = [(module, fast.get_submodule(name)) for name, module in model.named_modules()]
+    shared = {id(value) for one, _ in pairs for value in vars(one).values() if isinstance(value, (dict, list, set))}
+    assert not shared & {id(value) for _, other in pairs for value in vars(other).values()}
+    ran: list[str] = []
+    for module in (model, *model.body, model.head):
+        module.register_forward_pre_hook(lambda *_: ran.append("forward pre-hook"))
+        module.register_forward_hook(lambda *_: ran.append("forward hook"))
+        module.register_full_backward_hook(lambda *_: ran.append("backward hook"))
+        module.register_state_dict_pre_hook(lambda *_: ran.append("state_dict pre-hook"))
+        module.register_load_state_dict_post_hook(lambda *_: ran.append("load hook"))
+    fast(x.requires_grad_()).sum().backward()
+    fast.load_state_dict(fast.state_dict())
+    assert not ran
+
+
+class Counting(nn.Sequential):
+    """A block that counts what its first layer was called with, by a hook that is a method of its own."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self.n_calls = 0
+        self[0].register_forward_pre_hook(self.count)
+
+    def count(self, *_: object) -> None:
+        self.n_calls += 1
+
+
+def test_a_hook_that_is_a_method_is_that_of_the_copy() -> None:
+    model = sparsify.prune(sparsify.convert(Counting(nn.Linear(8, 4), nn.Tanh())), 0.5)
+    fast = sparsify.export(model, format="csr")
+    fast(torch.randn(1, 8))
+    assert (model.n_calls, fast.n_calls) == (0, 1)
+
+
+def look(model: nn.Module) -> dict[str, object]:
+    """Return what each module is, and how many hooks it has."""
+    return {
+        name: (type(m), m.training, [len(v) for key, v in vars(m).items() if "_hooks" in key and isinstance(v, dict)])
+        for name, m in model.named_modules()
+    }
+
+
+def raising(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("place", ["body.1", "body.3", "head"])
+def test_a_failure_leaves_the_model_as_it_was(place: str) -> None:
+    model = masked().train()
+    model.config = types.SimpleNamespace(use_cache=True)
+    hook = model.get_submodule(place).register_forward_hook(raising)
+    before = look(model)
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(KeyboardInterrupt):
+        sparsify.export(model, example=torch.randn(4, 12))
+    assert look(model) == before
+    assert model.config.use_cache
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    hook.remove()
+
+
+@pytest.mark.parametrize("format", ["csr", "dense", "auto"])
+def test_made_and_called_under_inference_mode(format: str) -> None:
+    with torch.inference_mode():
+        born = masked()
+    model, x = masked(), torch.randn(4, 12)
+    with torch.inference_mode():
+        exports = [sparsify.export(m, format=format, copy=own) for m in (model, born) for own in (True, False)]
+        inside = [fast(x) for fast in exports]
+        copies = [copy.deepcopy(fast) for fast in exports[:1]]
+        copies[0].load_state_dict(exports[1].state_dict())
+        moved = copy.deepcopy(exports[0]).double().float()
+    for fast, found in zip(exports, inside, strict=True):
+        torch.testing.assert_close(found.clone(), model(x).detach())
+        with torch.no_grad():
+            torch.testing.assert_close(fast(x), model(x))
+    with torch.no_grad():  # torch's own modules were copied inside
+        assert torch.equal(moved(x), exports[0](x))
+        assert torch.equal(copies[0](x), exports[1](x))
+    for fast in (exports[0], exports[2]):
+        fast(x.clone().requires_grad_()).sum().backward()
+        assert fast.head.weight is not None
+        assert fast.body[0].bias.grad is not None
+
+
 def test_converting_the_export_leaves_the_model_alone() -> None:
     model = masked()
-    sparsify.export(model, format="csr").half()
+    sparsify.export(model, format="csr", copy=False).half()
     assert {tensor.dtype for tensor in model.parameters()} == {torch.float32}
     assert model.body[1].running_mean.dtype == model.head.weight.dtype == torch.float32
 
