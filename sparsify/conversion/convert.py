@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from sparsify.conversion.converters.table import (
     select_converters,
 )
 from sparsify.conversion.foreign_masks import check_converted, peft_adapters
+from sparsify.conversion.left_dense import notice, uncovered
 from sparsify.conversion.module_surgery import Model, layers_of_type, replace_in_place
 from sparsify.conversion.tied_weights import resolve_tied_weights
 from sparsify.conversion.transaction import Transaction
@@ -32,6 +33,7 @@ from sparsify.layers.functional_module import Functional
 from sparsify.layers.functional_module import undo as undo_layout
 from sparsify.layers.inference_mode import making_tensors
 from sparsify.layers.tied import tie, untie
+from sparsify.layers.transposed import Transposed
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,9 @@ def convert(
     x @ self.weight and their like, found with torch.fx; what cannot be traced is named. Such a Parameter becomes a
     layer with its name and "_layer", the code stays as it is, and a dense state_dict still loads.
 
-    Layers that cannot be swapped stay dense, and one LeftDenseWarning names them and their share of the parameters.
+    Layers that cannot be swapped stay dense, and one LeftDenseWarning names them and their share of the parameters. It
+    also names weights that are in no layer of a kind that converts (recurrent layers, convolutions, experts, einsum),
+    if these are the majority and neither `types` nor `include` says what to take.
     Raises ValueError, before anything is changed, for a selector that matches nothing, for a weight shared with another
     module, and if there is nothing to convert.
 
@@ -88,10 +92,13 @@ def convert(
     plan = plan_convert(model, include=include, exclude=exclude, types=types, tied=tied, functional=functional)
     if not plan.swap and not plan.already:
         reasons = "; ".join(f"{name or '(root)'}: {why}" for name, why in list(plan.left.items())[:3])
-        names = ", ".join(_name(converter.dense) for converter in select_converters(types))
+        public = [converter.dense for converter in select_converters(types) if converter.dense is not Transposed]
+        names = ", ".join(map(_name, public))
         raise ValueError(f"the model has no layer that can be converted (of the types {names}). {reasons}".rstrip())
-    if plan.left:  # said before any change: a program may turn warnings into errors
-        warnings.warn(_notice(model, plan.left), LeftDenseWarning, stacklevel=2)
+    says_what = types is not None or include not in (None, "*", ["*"])
+    rest = () if says_what else uncovered(model, plan.weights.values(), plan.left)
+    if said := notice(model, plan.left, rest, functional):  # before any change: warnings may be errors
+        warnings.warn(said, LeftDenseWarning, stacklevel=2)
     with Transaction(model) as undo:
         _swap(model, plan, undo)
     return model
@@ -274,20 +281,3 @@ def _owners(
 
 def _name(dense: type[nn.Module]) -> str:
     return f"nn.{dense.__name__}" if dense.__module__.startswith("torch.nn") else dense.__name__
-
-
-def _notice(model: nn.Module, left: dict[str, str]) -> str:
-    """Say what stays dense and how much of the model that is."""
-    modules = dict(model.named_modules())
-    dense = {modules[name] for name in left}
-    share = _n_parameters(dense) / max(_n_parameters({model}), 1)
-    names = [f"{name or '(root)'} ({why})" for name, why in left.items()]
-    shown = "; ".join(names[:3]) + (f"; and {len(names) - 3} more" if len(names) > 3 else "")
-    count = "1 layer stays" if len(left) == 1 else f"{len(left)} layers stay"
-    return f"{count} dense, {share:.1%} of the parameters: {shown}"
-
-
-def _n_parameters(modules: Iterable[nn.Module]) -> int:
-    """Count the parameters of modules, each once, and none where a lazy one has no shape yet."""
-    parameters = {p for module in modules for p in module.parameters()}
-    return sum(p.numel() for p in parameters if not isinstance(p, nn.UninitializedParameter))

@@ -97,10 +97,7 @@ def check_plain_parameter(weight: Tensor) -> None:
 def check_shapes(weight: Tensor, bias: Tensor | None, n_dims: int, n_outputs: int) -> None:
     """Raise ValueError, saying why, if a weight and a bias do not have the shapes that their layer needs."""
     if weight.ndim != n_dims:
-        raise ValueError(
-            f"its weight has the shape {tuple(weight.shape)}, where {n_dims} dimensions are needed; if the model is "
-            "wrapped in FullyShardedDataParallel, convert it before"
-        )
+        raise ValueError(f"its weight has the shape {tuple(weight.shape)}, where {n_dims} dimensions are needed")
     if bias is not None and bias.shape != (n_outputs,):
         raise ValueError(f"its bias has the shape {tuple(bias.shape)}, where {(n_outputs,)} is needed")
 

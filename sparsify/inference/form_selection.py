@@ -31,10 +31,7 @@ PREFERENCES = ("speed", "memory")
 
 @dataclass(frozen=True)
 class FormChoice:
-    """A form, "dense" among them, and why: the median microseconds of every candidate for `tokens` rows of input.
-
-    No times: the form was asked for (0 tokens), or none that runs here is smaller than dense.
-    """
+    """A form, "dense" among them, and why: the median microseconds of every candidate for `tokens` rows of input."""
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # in a file, an unknown key is an error
 
@@ -47,11 +44,11 @@ class FormChoice:
     def reason(self) -> str:
         """Say in a few words why this form was chosen.
 
-        >>> Choice("panel", 64, {"dense": 300.0, "panel": 60.0}, "a machine").reason
+        >>> FormChoice("panel", 64, {"dense": 300.0, "panel": 60.0}, "a machine").reason
         '5.00x dense for 64 tokens (60 of 300 us)'
         """
         if not self.times_us:
-            return "no sparse form is smaller than dense at this sparsity" if self.tokens else "asked for"
+            return "asked for"
         dense = self.times_us["dense"]
         others = [(t, form) for form, t in self.times_us.items() if form != "dense"]
         if self.form != "dense":
@@ -62,6 +59,14 @@ class FormChoice:
             return "no sparse kernel runs here; see sparsify doctor"
         time_us, form = min(others)
         return f"sparse is no faster for {self.tokens} tokens: {form} {dense / time_us:.2f}x dense"
+
+
+def why_chosen(choice: FormChoice, weight: Tensor) -> str:
+    """Say in a few words why a layer with this weight got its form here."""
+    alone = set(choice.times_us) == {"dense"}
+    if alone and any(form != "csr" and supports(form, weight.device, weight.dtype) for form in FORMS):
+        return "no sparse form is smaller than dense at this sparsity"
+    return choice.reason
 
 
 class FormSelector:
@@ -109,10 +114,9 @@ class FormSelector:
                 x = torch.empty_strided(shape, strides, device="cpu")
             x.normal_(generator=torch.Generator().manual_seed(0))  # the user's random numbers are not ours to draw
             candidates = _candidates(layer, forms)
-            # Where a kernel runs, but no form is smaller than dense, there is nothing to compare.
-            times = {} if here and len(candidates) == 1 else self._measure(candidates, x.to(weight))
+            times = self._measure(candidates, x.to(weight))
             n_bytes = {form: _n_bytes(module) for form, module in candidates.items()}
-            form = _best(times, n_bytes, self.prefer) if times else "dense"
+            form = _best(times, n_bytes, self.prefer)
             tokens = x.numel() // max(layer.shape[1], 1)
             self._known[converter] = FormChoice(form, tokens, times, machine_name(weight.device))
         return self._known[converter]

@@ -17,7 +17,7 @@ from sparsify.checkpoint.container import LayerEntry
 from sparsify.checkpoint.weight_codec import decode_weight, packed_bytes
 from sparsify.conversion.convert import sparse_layers
 from sparsify.inference.export import check_format
-from sparsify.inference.form_selection import FormChoice, FormSelector
+from sparsify.inference.form_selection import FormChoice, FormSelector, why_chosen
 from sparsify.kernels import FORMS
 from sparsify.masking.layer_solve import LayerSpec
 from sparsify.offload.disk_offload import DiskOffload, LazySafetensors, largest_block_bytes, parameter_bytes
@@ -163,7 +163,7 @@ def _write(
                 entry.format,
                 sum(tensor.nbytes for tensor in own.values()),
                 n_weights * itemsize,
-                choices[name].reason,
+                why_chosen(choices[name], layer.weight),
                 dict(choices[name].times_us),
                 *((fit.error, fit.time_s) if fit else ()),
             )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sparsify.conversion.converters.table import converter_for, join, matrices
 from sparsify.conversion.module_surgery import layers_of_type
-from sparsify.inference.form_selection import FormChoice
+from sparsify.inference.form_selection import FormChoice, why_chosen
 from sparsify.layers import MaskedLayer, PackedLayer
 from sparsify.layers.copies import warn_stale
 from sparsify.pruning.oneshot import LayerResult
@@ -41,9 +41,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Report(Sequence[Row]):
-    """The rows of all layers; `str()` of it is a table for people."""
+    """The rows of all layers; `str()` of it is a table for people.
+
+    n_parameters: of the whole model, dense; 0 where there is no model. `str()` says if the rows hold less than half.
+    """
 
     rows: tuple[Row, ...]
+    n_parameters: int = 0
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -82,7 +86,12 @@ class Report(Sequence[Row]):
             columns["time"].append("" if row.time_s is None else f"{row.time_s:.2f} s")
             columns["why"].append(row.reason)
         shown = {name: cells for name, cells in columns.items() if any(cells)}
-        return table([tuple(shown), *zip(*shown.values(), strict=True)])
+        text = table([tuple(shown), *zip(*shown.values(), strict=True)])
+        n_weights = self.total.shape[1]
+        if 2 * n_weights >= self.n_parameters:
+            return text
+        share = f"{n_weights / self.n_parameters:.1%} of the model's {self.n_parameters:,} parameters"
+        return f"{text}\n\nThese layers hold {share}; the rest is dense."
 
 
 def report(model: nn.Module) -> Report:
@@ -97,7 +106,7 @@ def report(model: nn.Module) -> Report:
     rows = []
     for name, layer in layers_of_type(model, nn.Module).items():
         choice = layer.__dict__.get("choice")
-        measured = (choice.reason, dict(choice.times_us)) if isinstance(choice, FormChoice) else ("", {})
+        measured = (_why(choice, layer), dict(choice.times_us)) if isinstance(choice, FormChoice) else ("", {})
         if isinstance(layer, PackedLayer):
             if layer.activation != "none":
                 applies = f"applies {layer.activation}"
@@ -116,7 +125,7 @@ def report(model: nn.Module) -> Report:
             rows.append(row)
         if isinstance(fit := layer.__dict__.get("fit"), LayerResult):
             rows[-1] = replace(rows[-1], error=fit.error, time_s=fit.time_s)
-    return Report(tuple(rows))
+    return Report(tuple(rows), _n_parameters(model))
 
 
 def table(lines: Sequence[Sequence[str]]) -> str:
@@ -135,6 +144,17 @@ def table(lines: Sequence[Sequence[str]]) -> str:
         for line in lines
     ]
     return "\n".join([text[0], "-" * max(map(len, text)), *text[1:]])
+
+
+def _why(choice: FormChoice, layer: nn.Module) -> str:
+    weight = layer._parameters.get("weight")
+    return choice.reason if weight is None else why_chosen(choice, weight)
+
+
+def _n_parameters(model: nn.Module) -> int:
+    """Count the parameters that a model has, or had before its layers were packed."""
+    n_packed = sum(layer.shape[0] * layer.shape[1] for layer in layers_of_type(model, PackedLayer).values())
+    return n_packed + sum(p.numel() for p in model.parameters() if not isinstance(p, nn.UninitializedParameter))
 
 
 def _zeros(weight: Tensor) -> float:

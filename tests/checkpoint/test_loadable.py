@@ -15,6 +15,9 @@ import sparsify
 from sparsify import CheckpointError
 from sparsify.checkpoint import container
 
+#: In the small model here, the modules that do not convert have most of the weights.
+pytestmark = pytest.mark.filterwarnings("ignore:most weights stay dense:sparsify.LeftDenseWarning")
+
 X = torch.linspace(-1, 1, 24).reshape(3, 8)
 
 

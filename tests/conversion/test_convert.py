@@ -450,7 +450,7 @@ def test_torchvision_models_stay_bit_identical(name: str) -> None:
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         expected = model(x)
-        convert(model)
+        convert(model, types=nn.Linear)  # of some it is the smaller part
         assert torch.equal(model(x), expected)
     assert any(isinstance(module, SparseLinear) for module in model.modules())
     assert not any(type(module) is nn.Linear for module in model.modules())

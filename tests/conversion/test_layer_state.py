@@ -111,9 +111,9 @@ def with_bias_as(kind: str) -> nn.Linear:
     return layer
 
 
-def flat() -> nn.Linear:
+def stacked() -> nn.Linear:
     layer = nn.Linear(8, 4)
-    layer.weight = nn.Parameter(layer.weight.detach().flatten())
+    layer.weight = nn.Parameter(layer.weight.detach()[None])
     return layer
 
 
@@ -129,7 +129,7 @@ def flat() -> nn.Linear:
         (with_own("form", nn.Parameter(torch.ones(1))), "it has a Parameter 'form', a name that"),
         (lambda: with_bias_as("buffer"), "its bias is a buffer, not a Parameter"),
         (lambda: with_bias_as("row"), r"its bias has the shape \(1, 4\)"),
-        (flat, r"its weight has the shape \(32,\), where 2 dimensions are needed; if the model is wrapped in Fully"),
+        (stacked, r"its weight has the shape \(1, 4, 8\), where 2 dimensions are needed"),
     ],
 )
 def test_what_a_masked_layer_could_not_hold_leaves_the_layer_dense_and_named(

@@ -51,7 +51,11 @@ def test_convert_keeps_the_parameters_and_every_bit_of_the_outputs():
 
 def test_convolutions_stay_dense_unless_asked_for():
     model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(4, 2))
-    sparsify.convert(model)
+    with pytest.warns(
+        sparsify.LeftDenseWarning,
+        match=r"53\.3% .*: 0 \(Conv2d\); types=\[.*, torch\.nn\.Conv2d\] takes",
+    ):
+        sparsify.convert(model)
     assert type(model[0]) is nn.Conv2d
     assert [row.name for row in sparsify.report(model)] == ["2"]
     sparsify.convert(model, types=[nn.Linear, nn.Conv2d])

@@ -70,7 +70,8 @@ def test_outputs_stay_bit_for_bit_and_the_code_stays_python(training: bool) -> N
 
 
 def test_without_functional_only_modules_convert() -> None:
-    model = convert(Multiplies())
+    with pytest.warns(sparsify.LeftDenseWarning, match=r"\(root\) \(Multiplies\); functional=True takes Parameters"):
+        model = convert(Multiplies())
     assert [n for n, m in model.named_modules() if isinstance(m, sparsify.layers.MaskedLayer)] == ["last"]
 
 

@@ -47,7 +47,7 @@ def select_converters(types: type[nn.Module] | Sequence[type[nn.Module]] | None)
     wanted = types if isinstance(types, Sequence) else (types,)
     known = {converter.dense: converter for converter in converters()}
     if odd := [one for one in wanted if one not in known]:
-        names = ", ".join(one.__name__ for one in known)
+        names = ", ".join(one.__name__ for one in known if one is not TRANSPOSED.dense)
         raise ValueError(f"types: {getattr(odd[0], '__name__', odd[0])} is none of the types that convert: {names}")
     if not wanted:
         raise ValueError("types is empty; leave it out for all types")

@@ -1,0 +1,103 @@
+"""The notice of what stays dense: layers that cannot convert, and weights that are in no layer of a kind that does."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+
+from torch import Tensor, nn
+
+from sparsify.conversion.converters.table import converter_for
+from sparsify.conversion.foreign_masks import peft_adapters
+from sparsify.conversion.module_surgery import plain_type
+from sparsify.layers import MaskedLayer, PackedLayer, Tied
+
+#: Tables of rows that are looked up, and never multiplied: nobody expects them to be pruned.
+_TABLES = (nn.Embedding, nn.EmbeddingBag)
+
+
+def notice(model: nn.Module, left: Mapping[str, str], uncovered: Collection[str], functional: bool) -> str:
+    """Return what stays dense and how much of the model that is; "" if there is nothing to say.
+
+    left: layers that cannot convert, and why. uncovered: modules with weights of no kind that converts.
+    """
+    modules, total = dict(model.named_modules()), max(_n_parameters(model.parameters()), 1)
+    said = []
+    if left:
+        share = _n_parameters(p for name in left for p in modules[name].parameters()) / total
+        names = [f"{name or '(root)'} ({why})" for name, why in left.items()]
+        count = "1 layer stays" if len(left) == 1 else f"{len(left)} layers stay"
+        said.append(f"{count} dense, {share:.1%} of the parameters: {_first(names)}")
+    if uncovered:
+        share = _n_parameters(p for name in uncovered for p in _weights(modules[name])) / total
+        by_size = sorted(uncovered, key=lambda name: -_n_parameters(_weights(modules[name])))
+        names = [_called(name, modules) for name in by_size]
+        said.append(
+            f"most weights stay dense, {share:.1%} of the parameters, as no layer that converts has them: "
+            + f"{_first(names)}{_hint([modules[name] for name in uncovered], functional)}"
+        )
+    return ". ".join(said)
+
+
+def uncovered(model: nn.Module, taken: Iterable[Tensor], left: Iterable[str]) -> tuple[str, ...]:
+    """Return the modules with weights that no kind covers, by name, if those weights are the model's majority.
+
+    A weight is a Parameter of two or more dimensions, outside of embeddings and adapters. Majority: more weights than
+    in all layers of the kinds that convert by default, whether they were chosen or not, and in those `taken` or `left`.
+    """
+    modules = dict(model.named_modules())
+    known = {_memory(weight) for weight in taken}
+    known |= {_memory(p) for name in left for p in modules[name].parameters()}
+    beside = peft_adapters(model)
+    for module in modules.values():
+        converter = converter_for(module)
+        ours = isinstance(module, (MaskedLayer, PackedLayer, Tied, *_TABLES)) or module in beside
+        if ours or (converter is not None and converter.by_default):
+            known |= {_memory(p) for p in module.parameters()}
+    found = {
+        name: rest
+        for name, module in modules.items()
+        if (rest := [p for p in _weights(module) if _memory(p) not in known])
+    }
+    tables = {_memory(p) for module in modules.values() if isinstance(module, _TABLES) for p in module.parameters()}
+    weights = (p for module in modules.values() for p in _weights(module))
+    n_known = _n_parameters(p for p in weights if _memory(p) in known - tables)
+    n_known += sum(module.shape[0] * module.shape[1] for module in modules.values() if isinstance(module, PackedLayer))
+    n_found = _n_parameters(p for rest in found.values() for p in rest)
+    return tuple(found) if n_found > n_known else ()
+
+
+def _weights(module: nn.Module) -> list[nn.Parameter]:
+    """Return a module's own Parameters of two or more dimensions."""
+    own = (p for p in module._parameters.values() if p is not None and not isinstance(p, nn.UninitializedParameter))
+    return [p for p in own if p.ndim >= 2]
+
+
+def _called(name: str, modules: Mapping[str, nn.Module]) -> str:
+    """Return a module's name and type; of what torch put below a parametrized one, those of that module."""
+    owner = name.partition(".parametrizations")[0]
+    return f"{owner or '(root)'} ({plain_type(modules[owner]).__name__})"
+
+
+def _hint(modules: Collection[nn.Module], functional: bool) -> str:
+    """Return which options would take some of these modules."""
+    hints = []
+    if any(isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) for module in modules):
+        hints.append("types=[torch.nn.Linear, torch.nn.Conv2d] takes 1x1 convolutions")
+    own = [module for module in modules if not type(module).__module__.startswith("torch.nn")]
+    if not functional and any(p.ndim == 2 for module in own for p in _weights(module)):
+        hints.append("functional=True takes Parameters that a module's own code multiplies")
+    return "".join(f"; {hint}" for hint in hints) + "; with types= convert takes this as meant"
+
+
+def _first(names: list[str]) -> str:
+    return "; ".join(names[:3]) + (f"; and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _memory(tensor: Tensor) -> int:
+    """Return by what the memory behind a tensor is known, on any device."""
+    return int(tensor.untyped_storage()._cdata) if type(tensor) in (Tensor, nn.Parameter) else id(tensor)
+
+
+def _n_parameters(parameters: Iterable[Tensor]) -> int:
+    """Count parameters, each once, and none where a lazy one has no shape yet."""
+    return sum(p.numel() for p in set(parameters) if not isinstance(p, nn.UninitializedParameter))
