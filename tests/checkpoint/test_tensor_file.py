@@ -17,7 +17,7 @@ import sparsify
 from sparsify import CheckpointError
 from sparsify.checkpoint import container
 from sparsify.checkpoint.tensor_file import DTYPES, TensorFile, open_unchanged
-from sparsify.offload.disk_offload import Weights
+from sparsify.offload.disk_offload import LazySafetensors
 
 
 def tensors(value: float = 1.0) -> dict[str, torch.Tensor]:
@@ -89,10 +89,10 @@ def test_a_file_that_is_replaced_is_still_the_old_one(path: Path, change: Callab
 
 
 def test_weights_that_stream_are_those_that_were_opened(path: Path) -> None:
-    weights = Weights(path)
+    weights = LazySafetensors(path)
     replace(path)
     assert {float(weights.read(name).mean()) for name in "abc"} == {1.0}
-    weights = Weights(path)
+    weights = LazySafetensors(path)
     cut(path)
     with pytest.raises(ValueError, match="another program changed it"):
         weights.read("c")
@@ -101,25 +101,25 @@ def test_weights_that_stream_are_those_that_were_opened(path: Path) -> None:
 def test_a_folder_saved_anew_while_it_is_opened_is_no_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in "ab":
         safetensors.torch.save_file({name: torch.ones(2)}, tmp_path / f"{name}.safetensors")
-    Weights(tmp_path)
+    LazySafetensors(tmp_path)
     check = TensorFile._check_places
     monkeypatch.setattr(TensorFile, "_check_places", lambda self: (check(self), replace(Path(self.path))))
     with pytest.raises(ValueError, match="another program replaced it"):
-        Weights(tmp_path)
+        LazySafetensors(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../a.safetensors", "/etc/passwd", "sub/a", "", ".", 3, None])
 def test_an_index_names_files_beside_it(path: Path, name: object) -> None:
     (path.parent / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(ValueError, match="which is no name of a file beside it"):
-        Weights(path.parent)
+        LazySafetensors(path.parent)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": []}}', "[" * 100_000])
 def test_an_index_that_is_none_is_named(path: Path, text: str) -> None:
     (path.parent / "model.safetensors.index.json").write_text(text)
     with pytest.raises(ValueError, match=r"index\.json: not an index of weights"):
-        Weights(path.parent)
+        LazySafetensors(path.parent)
 
 
 def test_a_checkpoint_cut_or_saved_anew_at_any_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from sparsify import Recipe, SparseLinear, apply, convert, prune
 from sparsify.calibration.activation_store import SpillingTensorList
 from sparsify.masking.allocation import ALLOCATIONS, MEASURED_ALLOCATIONS
 from sparsify.masking.gram import Gram
-from sparsify.masking.layer_solve import aim
+from sparsify.masking.layer_solve import weight_for_dense_outputs
 from sparsify.masking.methods.registry import CALIBRATED, METHODS, SOLVERS
 from sparsify.masking.methods.wanda import wanda
 from sparsify.recipes.dry_run import plan
@@ -339,7 +339,7 @@ def test_aim_is_least_squares() -> None:
     gram.add(x[20:], dense[20:])
     root = (0.01 * gram.matrix.diagonal().mean()).sqrt() * torch.eye(6, dtype=torch.float64)
     inputs, outputs = torch.cat([x, root]), torch.cat([dense @ w.T, root @ w.T])
-    torch.testing.assert_close(aim(w, gram), torch.linalg.lstsq(inputs, outputs).solution.T)
+    torch.testing.assert_close(weight_for_dense_outputs(w, gram), torch.linalg.lstsq(inputs, outputs).solution.T)
 
 
 def test_correcting_needs_weights_that_change() -> None:
