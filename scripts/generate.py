@@ -72,7 +72,7 @@ class Generator:
         self._choose(self.token)
 
     def _choose(self, ids: Tensor) -> None:
-        logits = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True).logits
+        logits = self.model(input_ids=ids, cache=self.cache, use_cache=True).logits
         self.token.copy_(logits[:, -1:].argmax(-1))
 
     def _wait(self) -> None:

@@ -3,7 +3,12 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
+import pytest
+
 from sparsify.kernels.cpu import library as native
+
+#: For tests that ask for a native form by name, or measure which form wins.
+needs_native = pytest.mark.skipif(not native.available(), reason=f"no native kernels: {native.why_missing()}")
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tested_kernels import needs_native
 from torch import nn
 
 import sparsify
@@ -51,7 +52,7 @@ def test_the_report_says_why():
     assert FormChoice("csr", 0, {}, "").reason == "asked for"
 
 
-@pytest.mark.skipif(not native.available(), reason="no native kernels")
+@needs_native
 def test_a_real_measurement_times_every_form_and_each_kind_of_layer_once(monkeypatch):
     calls = []
     original = FormSelector._measure
@@ -75,6 +76,7 @@ def test_where_no_native_kernel_runs_the_layer_stays_dense_and_says_so():
     assert torch.equal(fast(x), pruned(sizes=(16, 16), dtype=torch.float64)(x))
 
 
+@needs_native
 def test_a_layer_that_nobody_pruned_stays_dense_for_its_own_reason():
     rows = list(sparsify.report(sparsify.export(sparsify.convert(nn.Sequential(nn.Linear(16, 16))))))
     assert [(row.format, row.reason) for row in rows] == [
@@ -121,7 +123,7 @@ def test_memory_is_part_of_the_choice():
     assert slower.reason == "0.50x dense for 64 tokens (200 of 100 us), taken for its memory"
 
 
-@pytest.mark.skipif(not native.available(), reason="no native kernels")
+@needs_native
 def test_prefer_memory_takes_the_smallest_that_was_measured():
     model = pruned(0.7)
     rows = sparsify.report(sparsify.export(model, tokens=4, prefer="memory"))
@@ -136,7 +138,7 @@ class OnGPU(torch.Tensor):
     is_cuda = True
 
 
-@pytest.mark.skipif(not native.available(), reason="no native kernels")
+@needs_native
 def test_on_a_gpu_copies_of_a_layer_take_turns(monkeypatch):
     """So that none finds its weight in the cache; here with a stand-in for the device."""
     seen = {}

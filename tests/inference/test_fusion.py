@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from tested_kernels import needs_native
 from torch import nn
 from torch.nn import functional as F
 
@@ -40,7 +41,7 @@ def fused_in(model):
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-@pytest.mark.parametrize("form", ["csr", "panel"])
+@pytest.mark.parametrize("form", ["csr", pytest.param("panel", marks=needs_native)])
 def test_the_layer_applies_what_follows_it(name, form):
     model = masked(mlp(ACTIVATIONS[name]))
     fast = sparsify.export(model, format=form)

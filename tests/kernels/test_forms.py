@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from tested_kernels import needs_native
 from torch import nn
 
 import sparsify
@@ -15,7 +16,7 @@ from sparsify.kernels.cpu import library as native
 from sparsify.kernels.csr import CSR, dense_to_csr
 from sparsify.kernels.torch_ops import FORM_IDS
 
-pytestmark = pytest.mark.skipif(not native.available(), reason=f"no native kernels: {native.why_missing()}")
+pytestmark = needs_native
 
 #: Those whose kernels run on this CPU: of the forms for GPUs none, or all where TRITON_INTERPRET=1 (test_gpu.py).
 HERE = [form for form in FORMS if supports(form, torch.device("cpu"), torch.float32)]

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import SHAPES, masks, weight
+from tested_kernels import needs_native
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -54,6 +55,7 @@ def version(package: str) -> tuple[int, ...]:
 
 
 @NEEDS_TRITON
+@needs_native
 def test_under_the_interpreter() -> None:
     """The kernels with all dtypes and activations, and the life of a layer in a form for GPUs: all take one path."""
     if version("triton") < (3, 7) and version("numpy") >= (2, 4):
@@ -269,7 +271,7 @@ def test_two_layers_alike_but_for_their_pattern_are_measured_each(monkeypatch: p
     assert [row.format for row in sparsify.report(sparsify.export(model))] == ["blocks", "narrow"]
 
 
-@pytest.mark.skipif(not native.available(), reason="no native kernels")
+@needs_native
 @pytest.mark.parametrize(("sparsity", "form"), [(0.5, "tiles"), (0.9, "narrow")])
 def test_a_layer_that_moves_to_a_gpu_and_back_changes_its_form_and_no_bit(sparsity: float, form: str) -> None:
     layer = CSRLinear.from_sparse(SparseLinear(70, 30, sparsity, seed=0), form="bitmask")
@@ -291,7 +293,7 @@ def test_a_layer_that_moves_to_a_gpu_and_back_changes_its_form_and_no_bit(sparsi
     assert_same_bits(layer.csr, before)
 
 
-@pytest.mark.skipif(not native.available(), reason="no native kernels")
+@needs_native
 def test_blocks_become_tiles_for_a_mask_that_has_none_and_blocks_again(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_a_gpu(monkeypatch)
     shape = (128, 192)
@@ -311,7 +313,7 @@ def test_blocks_become_tiles_for_a_mask_that_has_none_and_blocks_again(monkeypat
         sparsify.export(model, format="blocks")
 
 
-@pytest.mark.skipif(not native.available(), reason="no native kernels")
+@needs_native
 def test_what_was_packed_on_a_gpu_is_saved_and_loaded_on_the_cpu(tmp_path: Path) -> None:
     model = sparsify.prune(sparsify.convert(torch.nn.Sequential(torch.nn.Linear(70, 30))), 0.8)
     with pytest.MonkeyPatch.context() as patched:

@@ -4,16 +4,15 @@ import copy
 
 import pytest
 import torch
+from tested_kernels import needs_native
 from torch import nn
 from torch.nn import functional as F
 
 import sparsify
 from sparsify import CSRConv2d, LeftDenseWarning, SparseConv2d
 from sparsify.kernels import FORMS, PATTERNED, pointwise, supports
-from sparsify.kernels.cpu import library as native
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-needs_native = pytest.mark.skipif(not native.available(), reason=f"no native kernels: {native.why_missing()}")
 
 RUNNING = [form for form in FORMS if form not in PATTERNED and supports(form, torch.device("cpu"), torch.float32)]
 

@@ -4,18 +4,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import SHAPES, masks, weight
+from tested_kernels import needs_native
 from torch import nn
 from torch.autograd import forward_ad
 
 import sparsify
-from sparsify.kernels.cpu import library as native
 from sparsify.kernels.cpu import sparse_step as training
 from sparsify.kernels.cpu.sparse_step import StepIndex
 from sparsify.layers import sparse_training as sparse_steps
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.skipif(not native.available(), reason=f"no native kernels: {native.why_missing()}"),
+    needs_native,
 ]
 EPS = 2.0**-24
 JIT_WARNS = pytest.mark.filterwarnings("ignore:`torch.jit")  # torch's own forward-mode derivatives use it

@@ -11,6 +11,7 @@ pytest.importorskip("tokenizers", reason="tokenizers is missing: pip install 'sp
 import bench as script
 from benchmarks import bars, gpu, kernels, layers, load, models, page, peers, record, tables, weights
 from benchmarks.cases import GRIDS, Grid
+from tested_kernels import needs_native
 from torch import nn
 
 from sparsify.cli import main
@@ -18,9 +19,6 @@ from sparsify.cli.model_inputs import check_inputs, make_inputs
 from sparsify.hardware.timing import LoadMeter, Timing, disturbance, measure
 from sparsify.kernels.cpu import library as native
 from sparsify.reporting.model_bench import bench, typical_tokens
-
-needs_native = pytest.mark.skipif(not native.available(), reason=f"no native kernels: {native.why_missing()}")
-
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
