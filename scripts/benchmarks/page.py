@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from prose import filled
+
 from benchmarks.tables import Record, losses, spread, tables
 from sparsify.hardware.timing import disturbance
 
@@ -46,19 +48,21 @@ def _section(record: Record) -> str:
     lines = [
         f"## {TITLES[record['benchmark']]}",
         f"    {record['command']}\n",
-        f"{record['date']}. {machine['name']}; {machine['cores']} cores, "
-        f"{machine['last_level_cache_bytes'] >> 20} MiB last-level cache. "
-        f"{', '.join(f'{k} {v}' for k, v in record['versions'].items())}.",
+        filled(
+            f"{record['date']}. {machine['name']}; {machine['cores']} cores, "
+            f"{machine['last_level_cache_bytes'] >> 20} MiB last-level cache. "
+            f"{', '.join(f'{k} {v}' for k, v in record['versions'].items())}."
+        ),
         f"{disturbance(machine['others_cores'])}.",
         f"Spread: {spread(record)}.",
-        *(f"Not measured: {peer} ({why})." for peer, why in record["absent"].items()),
+        *(filled(f"Not measured: {peer} ({why}).") for peer, why in record["absent"].items()),
         "",
     ]
     for title, table in tables(record).items():
         lines += [f"### {title}", *_markdown(table), ""]
     if record["benchmark"] == "layers":
         lost = losses(record)
-        lines += ["### Where sparse loses", *(f"- {line}" for line in lost or ["nowhere in these cells"]), ""]
+        lines += ["### Where sparse loses", *(filled(f"- {line}") for line in lost or ["nowhere in these cells"]), ""]
     return "\n".join(lines)
 
 

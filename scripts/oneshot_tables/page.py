@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
+from prose import filled
+
 from oneshot_tables.rows import ALLOCATED_COLUMN, ALLOCATED_METHODS, ALLOCATIONS, COLUMNS, METHODS, allocated
 from oneshot_tables.subjects import SUBJECTS
 from sparsify.hardware.timing import QUIET_CORES
@@ -31,9 +33,10 @@ def page(cells: Cells) -> str:
         mine = {k: cell for k, cell in cells.items() if k.startswith(f"{name} | ")}
         if not mine:
             continue
-        text += [f"## {subject.title}", f"    scripts/oneshot.py --model {name}\n", _dense(cells, name), ""]
+        text += [f"## {subject.title}", f"    scripts/oneshot.py --model {name}\n"]
+        text += [filled(f"Calibrated on {subject.calibrated_on}."), "", _dense(cells, name), ""]
         for figure, meaning in subject.figures.items():
-            text += [f"{meaning}.\n", *table(mine, name, METHODS, partial(show, figure=figure)), ""]
+            text += [filled(f"{meaning}.") + "\n", *table(mine, name, METHODS, partial(show, figure=figure)), ""]
         if any(_time(cell) for cell in mine.values()):
             text += ["Seconds.\n", *table(mine, name, METHODS, _time), ""]
         # What was measured under another budget does not belong into one table.
@@ -41,7 +44,7 @@ def page(cells: Cells) -> str:
         text += ["Peak memory, GB.\n", *table(peaks, name, METHODS, partial(show, figure="peak_gb")), ""]
         text += _allocations(mine, name)
     machines = sorted({f"{cell['machine']}, torch {cell['torch']}" for cell in cells.values()})
-    return "\n".join([*text, "Machine: " + "; ".join(machines) + ".", ""])
+    return "\n".join([*text, filled("Machine: " + "; ".join(machines) + "."), ""])
 
 
 def table(

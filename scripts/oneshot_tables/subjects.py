@@ -13,6 +13,7 @@ class Subject:
     """A model and its quality. `batches` takes a number of samples, `n_samples` if not said otherwise."""
 
     title: str
+    calibrated_on: str
     layers: list[str]
     n_samples: int
     load: Callable[[], nn.Module]
@@ -59,8 +60,8 @@ def _smollm_judge(dense: nn.Module) -> Callable[[nn.Module], dict[str, Any]]:
 
 SUBJECTS = {
     "minilm": Subject(
-        "MiniLM-L6: the 36 Linears of the encoder, calibrated on 300 background documents of the Lee collection, of "
-        "256 tokens at most, without padding",
+        "MiniLM-L6: the 36 Linears of the encoder",
+        "300 background documents of the Lee collection, of 256 tokens at most, without padding",
         minilm.ENCODER_LAYERS,
         minilm.N_BACKGROUND,
         minilm.load_dense,
@@ -72,8 +73,8 @@ SUBJECTS = {
         },
     ),
     "smollm2": Subject(
-        "SmolLM2-135M: the 210 Linears of the blocks, calibrated on 64 x 384 tokens of the Brown corpus, of which at "
-        "most 128 MiB stay in memory on their way through the model",
+        "SmolLM2-135M: the 210 Linears of the blocks",
+        "64 x 384 tokens of the Brown corpus; at most 128 MiB of them stay in memory on their way through the model",
         ["model.layers.*"],
         64,
         _smollm_load,

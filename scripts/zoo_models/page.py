@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+from prose import filled
+
 from zoo_models.checks import CHECKS
 from zoo_models.share import Share
 
@@ -23,12 +25,13 @@ class Row:
 
 def page(rows: Mapping[str, Row]) -> str:
     """Write the page."""
-    means = "\n".join(f"- *{name}*: {' '.join((check.__doc__ or '').split())}" for name, check in CHECKS.items())
+    means = "\n".join(filled(f"- *{name}*: {check.__doc__}") for name, check in CHECKS.items())
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "torchvision", "transformers"))
     return f"""# Models
 
 What sparsify does with {len(rows)} models, each as it comes: nothing in the library knows their names.
-Written by `scripts/zoo.py` with {versions}; `tests/scripts/test_zoo.py` goes through the same list.
+Written by `scripts/zoo.py` with {versions};
+`tests/scripts/test_zoo.py` goes through the same list.
 
 ## How much becomes sparse
 
@@ -86,7 +89,7 @@ def outcomes(rows: Mapping[str, Row]) -> str:
 def notes(rows: Mapping[str, Row]) -> str:
     """Say at length what the table has no room for."""
     found = [(name, check, text) for name, row in rows.items() for check, text in row.outcomes.items()]
-    return "".join(f"- {name}, {check}: {text}\n" for name, check, text in found if _cell(text) != text)
+    return "".join(filled(f"- {name}, {check}: {text}") + "\n" for name, check, text in found if _cell(text) != text)
 
 
 def _cell(outcome: str) -> str:

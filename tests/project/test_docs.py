@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import get_args
 
+import assets
 import numpy as np
 import pytest
 import safetensors
@@ -22,9 +23,15 @@ from sparsify.recipes.recipe import Group, Recipe
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_readme_example_runs(tmp_path, monkeypatch, capsys):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def python_blocks(page):
+    """Return the blocks of Python in a page; a page without any is an error."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert blocks
+    return blocks
+
+
+def test_the_readme_example_runs(tmp_path, monkeypatch, capsys):
+    blocks = python_blocks("README.md")
     monkeypatch.chdir(tmp_path)
     for block in blocks:
         names = {}
@@ -33,6 +40,22 @@ def test_the_readme_example_runs(tmp_path, monkeypatch, capsys):
         x = torch.randn(3, 256)
         torch.testing.assert_close(names["fast"](x), names["model"](x))
     assert "total" in capsys.readouterr().out
+
+
+def test_the_guide_runs(tmp_path, monkeypatch, capsys):
+    """Its blocks build on each other, so they share their names."""
+    for package in ("minilm", "lee"):
+        if assets.missing_files(package):
+            pytest.skip(f".assets/{package} is missing; run scripts/assets.py {package}")
+    pytest.importorskip("transformers", reason="transformers is missing: pip install 'sparsify-torch[hf]'")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for block in python_blocks("docs/guide.md"):
+        exec(block, names)
+    assert names["by_wanda"] > names["by_magnitude"]
+    assert names["pruner"].sparsity == pytest.approx(0.9, abs=0.01)
+    assert (tmp_path / "small.safetensors").exists()
+    assert "50%: magnitude" in capsys.readouterr().out
 
 
 def read_with_the_page_alone(path):
