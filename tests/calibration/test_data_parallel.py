@@ -61,7 +61,7 @@ import ours
 import sparsify, torch
 from sparsify.offload import journal
 from sparsify.cli import main
-from sparsify.calibration.data_parallel import together
+from sparsify.calibration.data_parallel import process_group
 
 class Stopped(BaseException): pass
 
@@ -71,7 +71,7 @@ def stop(self, name, layer):
         raise Stopped
 
 write = journal.Journal.write
-with together():
+with process_group():
     for name, options in json.loads(sys.argv[1]).items():
         if name == "resumed":
             journal.Journal.write = stop
