@@ -1,4 +1,4 @@
-"""What convert says of weights that no kind covers: if they are most of the model, and nobody said what to take."""
+"""Weights of no kind are named by convert if they are most of the model and no option has chosen layers."""
 
 import warnings
 
