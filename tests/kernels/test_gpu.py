@@ -1,4 +1,4 @@
-"""The runtime for GPUs, as far as it shows without one: packing, memory, Triton's interpreter and its compiler."""
+"""Kernels for GPUs without a GPU: Triton's interpreter and compiler, and the devices that are refused."""
 
 import contextlib
 import importlib.metadata
@@ -14,25 +14,20 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from cases import SHAPES, masks, weight
+from cases import weight
+from gpu_weights import NEEDS_TRITON, blocks, compress
+from launches import seen
 from tested_kernels import needs_native
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import sparsify
-from sparsify import CSRLinear, SparseLinear
-from sparsify.inference.form_selection import FormSelector
-from sparsify.kernels import form_for, gpu, pack, supports
-from sparsify.kernels.cpu import library as native
-from sparsify.kernels.csr import CSR, csr_to_dense, dense_to_csr
-from sparsify.kernels.gpu import two_four
+from sparsify.kernels import gpu, pack, supports
+from sparsify.kernels.csr import CSR, dense_to_csr
 from sparsify.masking.patterns import nm_mask
 
-TESTS = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
 def interpreted(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -43,7 +38,7 @@ def interpreted(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command,
         env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=TESTS.parent,
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
@@ -68,148 +63,6 @@ def test_under_the_interpreter() -> None:
     assert int(passed[1]) >= 30, ran.stdout[-500:]
 
 
-@pytest.mark.parametrize("form", ["tiles", "narrow"])
-@pytest.mark.parametrize("shape", [*SHAPES, (3, 0), (0, 3), (2, 65600)])
-def test_packing_and_unpacking_is_exact(form: str, shape: tuple[int, int]) -> None:
-    dense = weight(shape)
-    dense.view(-1)[::5] = -0.0
-    dense.view(-1)[::7] = torch.nan
-    tried = 0
-    for mask in masks(shape).values() if 0 not in shape else [torch.ones(shape, dtype=torch.bool)]:
-        csr = dense_to_csr(dense, mask)
-        back = gpu.unpack(form, *gpu.pack(form, csr, shape), shape)
-        for one, other in zip(csr, back, strict=True):
-            assert one.dtype == other.dtype
-            assert torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
-        tried += 1
-    assert tried
-
-
-@pytest.mark.parametrize(("sparsity", "form", "share"), [(0.5, "tiles", 0.65), (0.9, "narrow", 0.25)])
-@pytest.mark.parametrize("shape", [(512, 1024), (64, 11008), (100, 4100)])
-def test_a_weight_takes_little_of_dense_bfloat16(
-    sparsity: float, form: str, share: float, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In the smallest form, which prefer="memory" takes, and in the one that a layer gets when it is moved to a GPU."""
-    pretend_a_gpu(monkeypatch)
-    mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) >= sparsity
-    csr = dense_to_csr(weight(shape, torch.bfloat16), mask)
-    sizes = {form: sum(part.nbytes for part in gpu.pack(form, csr, shape)) for form in ("tiles", "narrow")}
-    assert min(sizes.values()) <= share * 2 * mask.numel()
-    assert form_for("panel", csr, shape) == form
-    assert sizes[form] <= share * 2 * mask.numel()
-
-
-def blocks(size: int, shape: tuple[int, int] = (128, 192)) -> CSR:
-    """A weight that keeps a third of its blocks; NaN and -0.0 are among the values."""
-    generator = torch.Generator().manual_seed(size)
-    mask = torch.rand(shape[0] // size, shape[1] // size, generator=generator) < 0.3
-    mask[0] = False  # an empty row, where there are several
-    mask[-1, 0] = True
-    dense = weight(shape)
-    dense[-size, :3] = torch.tensor([torch.nan, -0.0, 0.0])
-    return dense_to_csr(dense, mask.repeat_interleave(size, 0).repeat_interleave(size, 1))
-
-
-def assert_same_bits(one: CSR, other: CSR) -> None:
-    for a, b in zip(one, other, strict=True):
-        assert a.dtype == b.dtype
-        assert torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-
-
-@pytest.mark.parametrize("size", [16, 32, 64])
-def test_blocks_are_found_and_come_back_exactly(size: int) -> None:
-    csr = blocks(size)
-    assert gpu.fits("blocks", csr, (128, 192))
-    index, values = gpu.pack("blocks", csr, (128, 192))
-    assert_same_bits(gpu.unpack("blocks", index, values, (128, 192)), csr)
-    assert index.nbytes == 4 * (128 // size + 1 + values.numel() // size**2)
-    expanded = gpu.dense("blocks", index, values, (128, 192), (5, 77))
-    torch.testing.assert_close(expanded, csr_to_dense(csr, (128, 192))[0][5:77], equal_nan=True)
-
-
-def test_a_mask_that_is_not_whole_blocks_is_refused() -> None:
-    mask = masks((64, 48))["half"]
-    csr = dense_to_csr(weight((64, 48)), mask)
-    assert not gpu.fits("blocks", csr, (64, 48))
-    with pytest.raises(ValueError, match="needs whole blocks of one of the sizes"):
-        gpu.pack("blocks", csr, (64, 48))
-    assert not gpu.fits("blocks", dense_to_csr(weight((5, 3)), masks((5, 3))["all"]), (5, 3))
-
-
-def compress(dense: torch.Tensor, alone: int) -> torch.Tensor:
-    """What cuSPARSELt's compression does, as far as it is documented; `alone` is where it puts a value on its own."""
-    groups = dense.reshape(-1, 4)
-    places = torch.zeros(len(groups), 2, dtype=dense.dtype)
-    for place, group in zip(places, groups, strict=True):
-        kept = group[group.view(torch.int16) != 0]
-        if len(kept) == 2:
-            place[:] = kept
-        elif len(kept) == 1:
-            place[alone] = kept[0]
-    values = places.reshape(len(dense), -1)
-    metadata = torch.full((len(dense), dense.shape[1] // 16), 0x1234, dtype=torch.int16).view(dense.dtype)
-    return torch.cat([values.reshape(-1), metadata.reshape(-1)]).reshape(len(dense), -1)
-
-
-@pytest.mark.parametrize("alone", [0, 1])
-def test_two_of_four_come_back_exactly_and_are_multiplied_padded(alone: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's operators need a GPU: here stand-ins say what they are documented to do."""
-    shape = (32, 48)
-    dense = weight(shape, torch.bfloat16)
-    mask = nm_mask(dense.abs().float(), 2, 4)
-    mask[3, :4] = False  # a group that keeps none, one that keeps one
-    mask[4, :4] = torch.tensor([False, False, True, False])
-    csr = dense_to_csr(dense, mask)
-    asked = []
-
-    def multiply(values: torch.Tensor, x: torch.Tensor, bias: torch.Tensor, transpose_result: bool) -> torch.Tensor:
-        asked.append(tuple(x.shape))
-        assert transpose_result
-        return F.linear(x.t(), dense * mask, bias)
-
-    monkeypatch.setattr(torch, "_cslt_compress", lambda weight: compress(weight, alone))
-    monkeypatch.setattr(torch, "_cslt_sparse_mm", multiply)
-    assert gpu.fits("2:4", csr, shape)
-    index, values = gpu.pack("2:4", csr, shape)
-    assert_same_bits(gpu.unpack("2:4", index, values, shape), csr)
-    assert index.nbytes + values.nbytes <= 0.65 * dense.nbytes
-    x, bias = weight((2, 5, 48), torch.bfloat16), weight((1, 32), torch.bfloat16)[0]
-    expected = F.relu(F.linear(x, dense * mask, bias))
-    torch.testing.assert_close(gpu.linear("2:4", x, index, values, bias, shape, 1, (0, 32)), expected)
-    torch.testing.assert_close(gpu.linear("2:4", x, index, values, bias, shape, 1, (3, 9)), expected[..., 3:9])
-    assert asked == [(48, 16)]
-
-    kept_zero = torch.where(torch.arange(48) == int(mask[0].nonzero()[0]), 0.0, dense.float()).bfloat16()
-    # A kept zero is lost where the compression moves the value beside it: then the form does not fit.
-    assert gpu.fits("2:4", dense_to_csr(kept_zero, mask), shape) == (alone == 1)
-    minus_zero = torch.where(kept_zero == 0, -0.0, kept_zero)
-    monkeypatch.setattr(torch, "_cslt_compress", lambda weight: compress(weight + 0.0, alone))  # the sign is lost
-    assert not gpu.fits("2:4", dense_to_csr(minus_zero, mask), shape)
-    assert not gpu.fits("2:4", dense_to_csr(dense, torch.ones_like(mask)), shape)
-    with pytest.raises(ValueError, match="needs a 2:4 mask of a shape in multiples of 16"):
-        gpu.pack("2:4", dense_to_csr(dense[:5], mask[:5]), (5, 48))
-
-
-def pretend_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU has the kernels of a GPU from now on, and no others."""
-    monkeypatch.setattr(native, "why_missing", lambda: "this is a GPU")
-    monkeypatch.setattr(gpu, "why_missing", lambda _: "")
-
-
-def test_two_of_four_are_compressed_anew_in_another_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What they are compressed to is not all numbers: converted it would be garbage."""
-    pretend_a_gpu(monkeypatch)
-    monkeypatch.setattr(two_four, "why_missing", lambda _: "")
-    monkeypatch.setattr(torch, "_cslt_compress", lambda weight: compress(weight, 0))
-    dense = weight((32, 48), torch.float16)
-    csr = dense_to_csr(dense, nm_mask(dense.abs().float(), 2, 4))
-    layer = CSRLinear(48, 32, csr, form="2:4")
-    assert layer.bfloat16().form == "2:4"
-    expected = gpu.pack("2:4", CSR(csr.crow, csr.col, csr.values.bfloat16()), (32, 48))
-    assert all(torch.equal(one, other) for one, other in zip(layer.parts, expected, strict=True))
-
-
 class Stays(TorchDispatchMode):
     """Lets no operator give a result on another device; those that need a value fail on tensors without data."""
 
@@ -230,9 +83,6 @@ class Stays(TorchDispatchMode):
 @pytest.mark.parametrize("form", gpu.FORMS)
 def test_a_product_waits_for_nothing_and_runs_where_its_tensors_are(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the second of two devices, without data, and with launches that do nothing."""
-    sys.path.insert(0, str(TESTS / "gpu"))
-    from launches import seen
-
     device, shape, current = torch.device("cuda", 1), (64, 1088), []
 
     @contextlib.contextmanager
@@ -260,75 +110,6 @@ def test_a_product_waits_for_nothing_and_runs_where_its_tensors_are(form: str, m
         assert stays.n_seen > 10
     assert set(where) == ({device} if form != "2:4" else set())
     assert not current
-
-
-def test_two_layers_alike_but_for_their_pattern_are_measured_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend_a_gpu(monkeypatch)
-    model = sparsify.convert(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)))
-    sparsify.prune(model[0], 0.5, pattern="16x16")
-    sparsify.prune(model[1], 0.5)
-    monkeypatch.setattr(FormSelector, "_measure", lambda _, candidates, x: {form: 1 / len(form) for form in candidates})
-    assert [row.format for row in sparsify.report(sparsify.export(model))] == ["blocks", "narrow"]
-
-
-@needs_native
-@pytest.mark.parametrize(("sparsity", "form"), [(0.5, "tiles"), (0.9, "narrow")])
-def test_a_layer_that_moves_to_a_gpu_and_back_changes_its_form_and_no_bit(sparsity: float, form: str) -> None:
-    layer = CSRLinear.from_sparse(SparseLinear(70, 30, sparsity, seed=0), form="bitmask")
-    before = layer.csr
-    with pytest.MonkeyPatch.context() as patched:
-        pretend_a_gpu(patched)
-        layer._apply(lambda tensor: tensor.clone())
-        assert (layer.form, set(layer._buffers)) == (form, {"index", "values"})
-        assert_same_bits(layer.csr, before)
-        state = layer.state_dict()
-        assert set(state) == {"bias", "crow", "col", "values"}
-        assert layer.bfloat16().form == form
-        assert layer.double().form == "csr"
-        layer.float()
-        layer.load_state_dict(state)
-        assert layer.form == form
-    layer._apply(lambda tensor: tensor.clone())
-    assert layer.form == "bitmask"
-    assert_same_bits(layer.csr, before)
-
-
-@needs_native
-def test_blocks_become_tiles_for_a_mask_that_has_none_and_blocks_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend_a_gpu(monkeypatch)
-    shape = (128, 192)
-    layer = CSRLinear(192, 128, blocks(32), form="blocks")
-    state, other = (
-        layer.state_dict(),
-        CSRLinear.from_sparse(SparseLinear(192, 128, 0.5, bias=False, seed=0), form="csr"),
-    )
-    layer.load_state_dict(other.state_dict())
-    assert layer.form == "tiles"
-    assert_same_bits(layer.csr, other.csr)
-    layer.load_state_dict(state)
-    assert layer.form == "blocks"
-    assert_same_bits(layer.csr, blocks(32, shape))
-    model = sparsify.prune(sparsify.convert(torch.nn.Sequential(torch.nn.Linear(192, 128))), 0.5)
-    with pytest.raises(ValueError, match="0: its mask does not fit the form 'blocks'"):
-        sparsify.export(model, format="blocks")
-
-
-@needs_native
-def test_what_was_packed_on_a_gpu_is_saved_and_loaded_on_the_cpu(tmp_path: Path) -> None:
-    model = sparsify.prune(sparsify.convert(torch.nn.Sequential(torch.nn.Linear(70, 30))), 0.8)
-    with pytest.MonkeyPatch.context() as patched:
-        pretend_a_gpu(patched)
-        there = sparsify.export(model, format="narrow")
-        sparsify.save(there, tmp_path / "model.safetensors")
-    here = sparsify.load(tmp_path / "model.safetensors", torch.nn.Sequential(torch.nn.Linear(70, 30)))
-    assert here[0].form == "panel"
-    assert_same_bits(here[0].csr, there[0].csr)
-    assert torch.equal(here(torch.ones(2, 70)), sparsify.export(model, format="panel")(torch.ones(2, 70)))
-    with pytest.MonkeyPatch.context() as patched:
-        pretend_a_gpu(patched)
-        here._apply(lambda tensor: tensor.clone())
-        assert here[0].form == "narrow"  # the choice, not the stand-in: that would be "tiles" here
-        assert_same_bits(here[0].csr, there[0].csr)
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter is asked for")
@@ -365,9 +146,6 @@ def test_a_device_without_kernels_is_refused_with_its_reason(monkeypatch: pytest
 
 def launches_of(dtype: torch.dtype) -> list[Any]:
     """Every launch there is, made with the sizes of real layers but never run."""
-    sys.path.insert(0, str(TESTS / "gpu"))
-    from launches import seen
-
     shape = (64, 4096)
     found = []
     with seen(run=False) as launches:
