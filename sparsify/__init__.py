@@ -1,10 +1,12 @@
 """Prune a PyTorch model, export it to sparse layers, save it small, run it fast.
 
-model = sparsify.convert(model)                      # every nn.Linear -> SparseLinear, outputs unchanged
-sparsify.prune(model, 0.9)                           # masks; or sparsify.apply(model, recipe), or a Pruner while
-training fast = sparsify.export(model)                        # SparseLinear -> CSRLinear
-sparsify.save(fast, "model.safetensors")
-fast = sparsify.load("model.safetensors", MyModel()) # onto a fresh dense model
+>>> model = sparsify.convert(nn.Sequential(nn.Linear(64, 10)))  # each nn.Linear becomes a SparseLinear
+>>> model = sparsify.prune(model, 0.9)  # or sparsify.apply(model, recipe), or a Pruner while training
+>>> sparsify.save(sparsify.export(model, format="csr"), tmp_path / "model.safetensors")
+>>> sparsify.load(tmp_path / "model.safetensors", nn.Sequential(nn.Linear(64, 10)))  # onto a new dense model
+Sequential(
+  (0): CSRLinear(in_features=64, out_features=10, bias=True, sparsity=0.9)
+)
 """
 
 from sparsify.checkpoint.save_load import load, save

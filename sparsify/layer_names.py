@@ -1,18 +1,26 @@
-"""Which layers a user means: globs, `re:` patterns and types, with an error for whatever matches nothing."""
+"""Choice of layers by globs, `re:` patterns and types, with an error for a selector without a match."""
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
+import math
+import re
+import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
+import regex
 from torch import nn
-
-from sparsify.regular_expression import compile_expression
 
 #: A glob over dotted names ("encoder.*.query"), "re:" and a regular expression for the whole name, or a module type:
 #: then every layer of that type, or inside a module of that type, is meant.
 Selector = str | type[nn.Module]
+
+#: Processor time of one regular expression for all names together.
+MAX_MATCH_S = 1.0
+
+#: Letters of one regular expression, with each repetition that it must have written out, as `regex` compiles it.
+MAX_LETTERS = 50_000
 
 
 def matching(pattern: str, names: Collection[str]) -> list[str]:
@@ -22,13 +30,12 @@ def matching(pattern: str, names: Collection[str]) -> list[str]:
     (['a.fc1'], ['a.fc1', 'a.fc2'])
     """
     if pattern.startswith("re:"):
-        matches = compile_expression(pattern[3:])
-        found = [name for name in names if matches(name)]
+        matches = _matching_expression(pattern[3:], names)
     else:
-        found = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
-    if not found:
+        matches = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+    if not matches:
         raise ValueError(f"{pattern!r} matches no layer; {_near(pattern, names)}")
-    return found
+    return matches
 
 
 def select(
@@ -65,6 +72,35 @@ def select(
     if layers and not chosen:
         raise ValueError(f"include={include!r} and exclude={exclude!r} leave no layer")
     return [name for name in layers if name in chosen]
+
+
+def _matching_expression(text: str, names: Iterable[str]) -> list[str]:
+    """Return the names that a regular expression matches as a whole.
+
+    Raises ValueError for a text that is no expression, and for one that is too long or takes too long.
+    """
+    expression = _compile(text)
+    end = time.process_time() + MAX_MATCH_S
+    try:  # a timeout must be positive
+        return [name for name in names if expression.fullmatch(name, timeout=max(end - time.process_time(), 1e-6))]
+    except TimeoutError:
+        raise ValueError(
+            f"{text[:100]!r} takes more than {MAX_MATCH_S:g} s to match; write it without repetitions in repetitions"
+        ) from None
+
+
+def _compile(text: str) -> regex.Pattern[str]:
+    counts = [int(count) for count in re.findall(r"\{(\d{1,9})", text)]
+    if len(text) * math.prod(max(count, 1) for count in counts) > MAX_LETTERS:
+        raise ValueError(
+            f"{text[:100]!r} ... has over {MAX_LETTERS} letters with its repetitions written out; write a shorter one"
+        )
+    try:
+        return regex.compile(text)
+    except (regex.error, ValueError, OverflowError) as error:
+        raise ValueError(f"{text[:100]!r} is no valid regular expression: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{text[:100]!r} ... has too many brackets in brackets") from None
 
 
 def _as_sequence(selectors: Selector | Sequence[Selector] | None) -> Sequence[Selector]:

@@ -14,10 +14,10 @@ from tqdm import tqdm
 from benchmarks import peers, record
 from benchmarks.layers import OURS
 from sparsify import CSRLinear
-from sparsify.cli.model_inputs import Inputs, make_inputs, run
+from sparsify.cli.model_inputs import make_inputs
 from sparsify.cli.models import build_model
 from sparsify.hardware.timing import measure
-from sparsify.reporting.model_bench import sparse_copy, typical_tokens
+from sparsify.reporting.model_bench import Inputs, run, sparse_copy, typical_tokens
 
 SPARSITIES = (0.5, 0.9)
 MINILM = "minilm"

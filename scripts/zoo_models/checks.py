@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import sparsify
-from sparsify.cli.model_inputs import Inputs, run
 from sparsify.conversion.module_surgery import layers_of_type
 from sparsify.layers import MaskedLayer
+from sparsify.reporting.model_bench import Inputs, run
 from zoo_models.model import Model
 
 SPARSITY = 0.8

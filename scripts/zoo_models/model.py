@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from sparsify.cli.model_inputs import Inputs
+from sparsify.reporting.model_bench import Inputs
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import sparsify
-from sparsify.cli.model_inputs import run
 from sparsify.conversion.module_surgery import layers_of_type
 from sparsify.layers import MaskedLayer
+from sparsify.reporting.model_bench import run
 from zoo_models.model import Model
 
 

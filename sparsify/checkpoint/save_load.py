@@ -32,7 +32,7 @@ from sparsify.checkpoint.shared_tensors import (
     restore_sharing,
 )
 from sparsify.checkpoint.state_names import Names
-from sparsify.checkpoint.weight_codec import check_weight, decode_weights, encode_weight, other_tensors, part_names
+from sparsify.checkpoint.weight_codec import decode_weights, encode_weight, other_tensors
 from sparsify.conversion.converters.functional import functional_kind
 from sparsify.conversion.converters.table import Converter, converter_for, converters, dependent_modules, join, matrices
 from sparsify.conversion.module_surgery import Model, layers_of_type, replace, replace_in_place
@@ -48,7 +48,6 @@ from sparsify.layers.copies import warn_stale
 from sparsify.layers.fsdp import refuse_flattened
 from sparsify.layers.functional_module import layer_name
 from sparsify.layers.inference_mode import making_tensors
-from sparsify.reporting.report import Report, Row
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -142,29 +141,6 @@ def load(path: str | os.PathLike[str], model: Model) -> Model:
                 stacklevel=2,
             )
     return model
-
-
-def inspect_file(path: str | os.PathLike[str]) -> Report:
-    """List the layers that a file holds, without a model; bytes are those in the file.
-
-    Everything is checked as in `load`. Raises CheckpointError.
-    """
-    header, tensors = container.read(path)
-    layers = entries_with_tensors(header)
-    try:
-        check_aliases(header, other_tensors(layers, tensors))
-        found = {join(name, "weight"): check_weight(name, entry, tensors) for name, entry in layers.items()}
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    rows = []
-    for name, entry in header.layers.items():
-        key = join(name, "weight")
-        n_kept, itemsize = found[header.aliases.get(key, key)]
-        n_weights = entry.out_features * entry.in_features
-        sparsity = 1 - n_kept / n_weights if n_weights else 0.0
-        n_bytes = sum(tensors[part].nbytes for part in part_names(name, entry)) if name in layers else 0
-        rows.append(Row(name, entry.shape, sparsity, entry.format, n_bytes, n_weights * itemsize))
-    return Report(tuple(rows))
 
 
 def _storable_state(names: Names) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 
 from sparsify.cli.parser import _budget as _budget
 from sparsify.cli.parser import make_parser
+from sparsify.cli.user_code import sentence
 from sparsify.errors import CheckpointError, LeftDenseWarning, RecipeError
-from sparsify.user_code import sentence
 
 #: The code of an error is that of the first type which it is.
 _CODES: tuple[tuple[type[BaseException], int], ...] = (

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify.user_code import blaming, iterate, load_function
+from sparsify.cli.user_code import blaming, iterate, load_function
 
 SAMPLES, TOKENS, BATCH = 128, 256, 8
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")

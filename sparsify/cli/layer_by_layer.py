@@ -18,6 +18,7 @@ from torch import nn
 from sparsify.calibration.data_parallel import barrier, is_rank_zero
 from sparsify.checkpoint.save_load import save
 from sparsify.cli.models import build_empty
+from sparsify.cli.user_code import load_function
 from sparsify.conversion.convert import convert
 from sparsify.inference.export import export
 from sparsify.offload.disk_offload import LazySafetensors, named_tensors
@@ -35,7 +36,6 @@ from sparsify.outputs import check_space
 from sparsify.pruning.recover import recover
 from sparsify.recipes.recipe import Recipe, assign_layers, recipe_layer_specs
 from sparsify.reporting.report import Report, Row, report, table
-from sparsify.user_code import load_function
 
 Qualities = dict[str, float]
 

@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
 
-from sparsify.user_code import load_function, sentence
-
-#: Positional arguments of the model's forward, or keyword arguments.
-Inputs = tuple[Any, ...] | dict[str, Any]
+from sparsify.cli.user_code import load_function, sentence
+from sparsify.reporting.model_bench import Inputs, run
 
 IMAGE_SHAPE, TEXT_TOKENS = (3, 224, 224), 128
 MAX_VALUES = 2**28  # 1 GiB of float32
-
-
-def run(model: nn.Module, inputs: Inputs) -> Any:
-    """Call a model."""
-    return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
 
 
 def make_inputs(

@@ -10,9 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from sparsify.checkpoint.dense_weights import check_weights, read_weights
+from sparsify.checkpoint.dense_weights import check_weights
+from sparsify.cli.user_code import WAY_OUT, blaming, load_function
+from sparsify.cli.weights_file import read_weights
 from sparsify.offload.disk_offload import parameters_on_meta
-from sparsify.user_code import WAY_OUT, blaming, load_function
+from sparsify.recipes.yaml_file import nearest
 
 
 def build_model(spec: str, *, here: bool = True) -> nn.Module:
@@ -64,8 +66,6 @@ def _torchvision(name: str) -> nn.Module:
     except ImportError:
         raise ValueError("torchvision is not installed: pip install 'sparsify-torch[vision]'") from None
     if name not in list_models():
-        from sparsify.recipes.yaml_file import nearest
-
         raise ValueError(f"torchvision has no model {name!r}{nearest(name, list_models())}")
     model: nn.Module = get_model(name, weights=None)
     return model

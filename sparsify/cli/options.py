@@ -11,12 +11,13 @@ from pydantic import ValidationError
 from torch import nn
 
 from sparsify.cli.calibration_data import load_data
-from sparsify.cli.model_inputs import Inputs, check_inputs, make_inputs
+from sparsify.cli.model_inputs import check_inputs, make_inputs
 from sparsify.cli.models import build_model, load_weights
+from sparsify.cli.user_code import UserCodeError
 from sparsify.errors import CheckpointError, RecipeError
 from sparsify.recipes.recipe import Recipe, load_recipe
 from sparsify.recipes.yaml_file import read_text
-from sparsify.user_code import UserCodeError
+from sparsify.reporting.model_bench import Inputs
 
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe:

@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsify.calibration.batches import read_example
 from sparsify.calibration.sequential import eval_without_cache
-from sparsify.checkpoint.save_load import inspect_file
 from sparsify.conversion.convert import Plan, plan_convert
 from sparsify.conversion.converters.table import join
 from sparsify.layer_names import Selector
+from sparsify.reporting.file_report import inspect_file
 from sparsify.reporting.report import Report, table
 
 

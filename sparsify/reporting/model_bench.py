@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsify.cli.model_inputs import Inputs, run
 from sparsify.conversion.convert import convert
 from sparsify.conversion.converters.table import matrices
 from sparsify.conversion.module_surgery import layers_of_type
@@ -24,6 +23,9 @@ from sparsify.inference.export import export
 from sparsify.layers import PackedLayer
 from sparsify.pruning.prune import prune
 from sparsify.reporting.report import report, table
+
+#: Positional arguments of the model's forward, or keyword arguments.
+Inputs = tuple[Any, ...] | dict[str, Any]
 
 #: Runs of the whole model in which each layer is timed.
 N_LAYER_ROUNDS = 5
@@ -86,6 +88,11 @@ class ModelBench:
                 f"{self.machine}; {disturbance(self.others_cores)}",
             )
         )
+
+
+def run(model: nn.Module, inputs: Inputs) -> Any:
+    """Call a model."""
+    return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
 
 
 def sparse_copy(model: nn.Module, sparsity: float, tokens: int, **conversion: Any) -> nn.Module:

@@ -1,10 +1,12 @@
 """Layers are chosen by glob, `re:` pattern or type; what matches nothing is an error that helps."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
 
-from sparsify.layer_names import Selector, matching, select
+from sparsify.layer_names import MAX_LETTERS, Selector, matching, select
 
 
 class Attention(nn.Module):
@@ -56,7 +58,14 @@ def test_select(include: Selector | list[Selector] | None, exclude: Selector | N
         ("blocks.0", None, r"for the 3 layers inside 'blocks\.0' write 'blocks\.0\.\*'"),
         ("HEAD", None, "matches no layer"),
         (r"re:blocks\.\d", None, r"matches no layer; near names: "),  # a regular expression is for the whole name
-        ("re:(", None, "is no valid regular expression"),
+        ("re:(", None, "is no valid regular expression: missing \\)"),
+        ("re:" + "(" * 5000 + ")" * 5000, None, "has too many brackets in brackets"),
+        (
+            "re:" + "a" * (MAX_LETTERS + 1),
+            None,
+            f"over {MAX_LETTERS} letters with its repetitions written out",
+        ),
+        ("re:(a{999}b){999}", None, "letters with its repetitions written out; write a shorter one"),
         (nn.Conv2d, None, "type Conv2d matches no layer; the model has: Attention, Linear, ModuleDict, ModuleList"),
         (None, nn.Conv2d, "type Conv2d matches no layer"),
         ("head", "*", "include='head' and exclude='.' leave no layer"),
@@ -69,6 +78,18 @@ def test_a_selector_that_matches_nothing_helps(
     net = model()
     with pytest.raises(ValueError, match=message):
         select(net, linears(net), include, exclude)
+
+
+@pytest.mark.parametrize("text", [r".*(\w)\1.*", "(?>head)", "h*+ead", "(h)?(?(1)ead|blocks.*fc)", "(?<=^)head"])
+def test_an_expression_means_what_it_means_to_re(text: str) -> None:
+    assert matching(f"re:{text}", NAMES) == [name for name in NAMES if re.fullmatch(text, name)] != []
+
+
+@pytest.mark.parametrize("text", ["(a|a)*[bd]", "(?:a|aa)+[bd]", r"(.*)(.*)(.*)(.*)(.*)(.*)\6[bd]"])
+def test_an_expression_that_would_take_years_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparsify.layer_names.MAX_MATCH_S", 0.05)
+    with pytest.raises(ValueError, match=r"takes more than 0\.05 s to match; write it without repetitions in repet"):
+        matching(f"re:{text}", ["a" * 200 + "c"] * 1000)
 
 
 @pytest.mark.parametrize("selector", [3, torch.relu, nn.Linear(2, 2), str, [None]])

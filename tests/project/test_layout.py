@@ -21,9 +21,7 @@ ORDER = tuple(
 
 #: What still runs against the order.
 BACKWARD = {
-    ("checkpoint/save_load.py", "reporting"),
     ("conversion/convert.py", "inference"),
-    ("reporting/model_bench.py", "cli"),
 }
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from sparsify.errors import CheckpointError, RecipeError
 
-_PACKAGE = f"{Path(__file__).parent}{os.sep}"
+_PACKAGE = f"{Path(__file__).parent.parent}{os.sep}"
 _INSTALLED = tuple(f"{sysconfig.get_paths()[key]}{os.sep}" for key in ("stdlib", "purelib", "platlib"))
 
 

@@ -1,0 +1,35 @@
+"""Report of the layers in a checkpoint."""
+
+from __future__ import annotations
+
+import os
+
+from sparsify.checkpoint import container
+from sparsify.checkpoint.shared_tensors import check_aliases, entries_with_tensors
+from sparsify.checkpoint.weight_codec import check_weight, other_tensors, part_names
+from sparsify.conversion.converters.table import join
+from sparsify.errors import CheckpointError
+from sparsify.reporting.report import Report, Row
+
+
+def inspect_file(path: str | os.PathLike[str]) -> Report:
+    """List the layers that a file holds, without a model; bytes are those in the file.
+
+    Everything is checked as in `load`. Raises CheckpointError.
+    """
+    header, tensors = container.read(path)
+    layers = entries_with_tensors(header)
+    try:
+        check_aliases(header, other_tensors(layers, tensors))
+        found = {join(name, "weight"): check_weight(name, entry, tensors) for name, entry in layers.items()}
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    rows = []
+    for name, entry in header.layers.items():
+        key = join(name, "weight")
+        n_kept, itemsize = found[header.aliases.get(key, key)]
+        n_weights = entry.out_features * entry.in_features
+        sparsity = 1 - n_kept / n_weights if n_weights else 0.0
+        n_bytes = sum(tensors[part].nbytes for part in part_names(name, entry)) if name in layers else 0
+        rows.append(Row(name, entry.shape, sparsity, entry.format, n_bytes, n_weights * itemsize))
+    return Report(tuple(rows))
