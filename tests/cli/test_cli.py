@@ -164,124 +164,88 @@ def test_a_malicious_pickle_does_not_run(run, tmp_path: Path) -> None:
     assert not (tmp_path / "o").exists()
 
 
-def bad_recipe(tmp_path: Path, text: str) -> Path:
-    path = tmp_path / "bad.yaml"
-    path.write_text(text)
-    return path
+#: Arguments, exit code, words of the message; `wrong_files` has the files.
+MISTAKES: dict[str, tuple[str, int, str]] = {
+    "no command": ("", 2, "COMMAND"),
+    "no model": ("compress {half} {out}", 2, "--model"),
+    "no out": ("compress {net} {half}", 2, "--out"),
+    "nothing to do": ("compress {net} {out}", 2, "--recipe FILE or --sparsity"),
+    "sparsity above 1": ("compress {net} {out} --sparsity 2", 2, "between 0 and 1, got 2.0"),
+    "no number": ("compress {net} {out} --sparsity x", 2, "--sparsity"),
+    "unknown method": ("compress {net} {half} {out} --method magnitud", 2, "did you mean 'magnitude'?"),
+    "unknown pattern": ("compress {net} {half} {out} --pattern 4x", 2, "4x1"),
+    "unknown allocation": ("compress {net} {half} {out} --allocation globl", 2, "'global'?"),
+    "unused seed": ("compress {net} {half} {out} --seed 3", 2, "no effect"),
+    "unknown layer": ("compress {net} {half} {out} --include frist", 2, "'first'"),
+    "options beside a recipe": ("compress {net} {half} {out} --recipe {magnitude}", 2, "--sparsity has no effect"),
+    "set without a recipe": ("compress {net} {half} {out} --set a=1", 2, "--set has no effect"),
+    "set without a value": ("plan {magnitude} {net} --set sparsity", 2, "NAME=VALUE"),
+    "set of no YAML": ("plan {magnitude} {net} --set sparsity=[", 2, "--set"),
+    "model of no form": ("compress {half} {out} --model net", 2, "package.module:builder"),
+    "model in no module": ("compress {half} {out} --model nowhere:net", 2, "nowhere"),
+    "model of no name": ("compress {half} {out} --model test_cli:nothing", 2, "nothing"),
+    "model that is none": ("compress {half} {out} --model test_cli:no_module", 2, "not a torch.nn.Module"),
+    "torchvision has it not": (
+        "compress {half} {out} --model torchvision:resnet5",
+        2,
+        "did you mean 'resnet50'?" if find_spec("torchvision") else "torchvision is not installed",
+    ),
+    "hf without a folder": ("compress {half} {out} --model hf:{folder}", 2, "config.json"),
+    "weights cut": ("compress {net} {half} {out} --weights {folder}/short.pt", 2, "short.pt"),
+    "weights of text": ("compress {net} {half} {out} --weights {folder}/text.safetensors", 2, "text.safe"),
+    "weights in a list": ("compress {net} {half} {out} --weights {folder}/list.pt", 2, "not a state_dict"),
+    "weights of another": ("compress {net} {half} {out} --weights {folder}/other.pt", 2, "not for this model"),
+    "weights of another shape": ("compress {net} {half} {out} --weights {folder}/shape.pt", 2, "first.weight"),
+    "weights of NaN": ("compress {net} {half} {out} --weights {folder}/nan.pt", 2, "first: the weight holds NaN"),
+    "weights of another suffix": ("compress {net} {half} {out} --weights {magnitude}", 2, ".safetensors, .pt"),
+    "weights missing": ("compress {net} {half} {out} --weights nowhere.pt", 5, "nowhere.pt"),
+    "recipe missing": ("compress {net} {out} --recipe nowhere.yaml", 5, "nowhere.yaml"),
+    "recipe wrong": ("compress {net} {out} --recipe {folder}/bad.yaml", 3, "bad.yaml, line 2"),
+    "unknown variable": ("plan {magnitude} {net} --set sparsty=1", 3, "did you mean 'sparsity'?"),
+    "recipe does not fit": ("plan {magnitude} {net} --set layers=[frist]", 3, "magnitude-50.yaml: groups.0: 'frist'"),
+    "recipe needs training": ("compress {net} {out} --recipe {gradual}", 3, "gradual-magnitude-90.yaml: groups.0"),
+    "no folder": ("compress {net} {half} --out {folder}/nowhere/x", 5, "no folder"),
+    "out is a folder": ("compress {net} {half} --out {folder}", 5, "folder"),
+    "inspect nothing": ("inspect {folder}/nothing", 5, "nothing"),
+    "inspect a cut file": ("inspect {folder}/cut.safetensors", 4, "not a whole safetensors file"),
+    "inspect text": ("inspect {folder}/text.safetensors", 4, "text.safetensors"),
+}
 
 
-def mistakes(tmp_path: Path) -> dict[str, tuple[tuple[object, ...], int, str]]:
-    """Return arguments, exit code, words of the message."""
-    model, half, out = ("--model", NET), ("--sparsity", 0.5), ("--out", tmp_path / "out.safetensors")
-    magnitude = RECIPES / "magnitude-50.yaml"
-    (tmp_path / "short.pt").write_bytes(b"PK\x03\x04")
-    (tmp_path / "text.safetensors").write_text("hello")
-    torch.save([1, 2], tmp_path / "list.pt")
-    torch.save(nn.Linear(3, 3).state_dict(), tmp_path / "other.pt")
-    torch.save(Net().state_dict() | {"first.weight": torch.zeros(3, 3)}, tmp_path / "shape.pt")
-    torch.save(Net().state_dict() | {"first.weight": torch.full((32, 16), torch.nan)}, tmp_path / "nan.pt")
-    checkpoint = tmp_path / "cut.safetensors"
+def wrong_files(folder: Path) -> None:
+    """Write the files of MISTAKES."""
+    (folder / "short.pt").write_bytes(b"PK\x03\x04")
+    (folder / "text.safetensors").write_text("hello")
+    (folder / "bad.yaml").write_text("groups:\n  - sparsity: 5\n")
+    torch.save([1, 2], folder / "list.pt")
+    torch.save(nn.Linear(3, 3).state_dict(), folder / "other.pt")
+    torch.save(Net().state_dict() | {"first.weight": torch.zeros(3, 3)}, folder / "shape.pt")
+    torch.save(Net().state_dict() | {"first.weight": torch.full((32, 16), torch.nan)}, folder / "nan.pt")
+    checkpoint = folder / "cut.safetensors"
     sparsify.save(sparsify.prune(sparsify.convert(Net()), 0.5), checkpoint)
     checkpoint.write_bytes(checkpoint.read_bytes()[:-1])
-    return {
-        "no command": ((), 2, "COMMAND"),
-        "no model": (("compress", *half, *out), 2, "--model"),
-        "no out": (("compress", *model, *half), 2, "--out"),
-        "nothing to do": (("compress", *model, *out), 2, "--recipe FILE or --sparsity"),
-        "sparsity above 1": (("compress", *model, "--sparsity", 2, *out), 2, "between 0 and 1, got 2.0"),
-        "no number": (("compress", *model, "--sparsity", "x", *out), 2, "--sparsity"),
-        "unknown method": (("compress", *model, *half, "--method", "magnitud", *out), 2, "did you mean 'magnitude'?"),
-        "unknown pattern": (("compress", *model, *half, "--pattern", "4x", *out), 2, "4x1"),
-        "unknown allocation": (("compress", *model, *half, "--allocation", "globl", *out), 2, "'global'?"),
-        "unused seed": (("compress", *model, *half, "--seed", 3, *out), 2, "no effect"),
-        "unknown layer": (("compress", *model, *half, "--include", "frist", *out), 2, "'first'"),
-        "options beside a recipe": (
-            ("compress", *model, *half, "--recipe", magnitude, *out),
-            2,
-            "--sparsity has no effect",
-        ),
-        "set without a recipe": (("compress", *model, *half, "--set", "a=1", *out), 2, "--set has no effect"),
-        "set without a value": (("plan", magnitude, *model, "--set", "sparsity"), 2, "NAME=VALUE"),
-        "set of no YAML": (("plan", magnitude, *model, "--set", "sparsity=["), 2, "--set"),
-        "model of no form": (("compress", "--model", "net", *half, *out), 2, "package.module:builder"),
-        "model in no module": (("compress", "--model", "nowhere:net", *half, *out), 2, "nowhere"),
-        "model of no name": (("compress", "--model", "test_cli:nothing", *half, *out), 2, "nothing"),
-        "model that is none": (("compress", "--model", "test_cli:no_module", *half, *out), 2, "not a torch.nn.Module"),
-        "torchvision has it not": (
-            ("compress", "--model", "torchvision:resnet5", *half, *out),
-            2,
-            "did you mean 'resnet50'?" if find_spec("torchvision") else "torchvision is not installed",
-        ),
-        "hf without a folder": (("compress", "--model", f"hf:{tmp_path}", *half, *out), 2, "config.json"),
-        "weights cut": (("compress", *model, "--weights", tmp_path / "short.pt", *half, *out), 2, "short.pt"),
-        "weights of text": (
-            ("compress", *model, "--weights", tmp_path / "text.safetensors", *half, *out),
-            2,
-            "text.safe",
-        ),
-        "weights in a list": (
-            ("compress", *model, "--weights", tmp_path / "list.pt", *half, *out),
-            2,
-            "not a state_dict",
-        ),
-        "weights of another": (
-            ("compress", *model, "--weights", tmp_path / "other.pt", *half, *out),
-            2,
-            "not for this model",
-        ),
-        "weights of another shape": (
-            ("compress", *model, "--weights", tmp_path / "shape.pt", *half, *out),
-            2,
-            "first.weight",
-        ),
-        "weights of NaN": (
-            ("compress", *model, "--weights", tmp_path / "nan.pt", *half, *out),
-            2,
-            "first: the weight holds NaN",
-        ),
-        "weights of another suffix": (
-            ("compress", *model, "--weights", magnitude, *half, *out),
-            2,
-            ".safetensors, .pt",
-        ),
-        "weights missing": (("compress", *model, "--weights", "nowhere.pt", *half, *out), 5, "nowhere.pt"),
-        "recipe missing": (("compress", *model, "--recipe", "nowhere.yaml", *out), 5, "nowhere.yaml"),
-        "recipe wrong": (
-            ("compress", *model, "--recipe", bad_recipe(tmp_path, "groups:\n  - sparsity: 5\n"), *out),
-            3,
-            "bad.yaml, line 2",
-        ),
-        "unknown variable": (("plan", magnitude, *model, "--set", "sparsty=1"), 3, "did you mean 'sparsity'?"),
-        "recipe does not fit": (
-            ("plan", magnitude, *model, "--set", "layers=[frist]"),
-            3,
-            "magnitude-50.yaml: groups.0: 'frist'",
-        ),
-        "recipe needs training": (
-            ("compress", *model, "--recipe", RECIPES / "gradual-magnitude-90.yaml", *out),
-            3,
-            "gradual-magnitude-90.yaml: groups.0",
-        ),
-        "no folder": (("compress", *model, *half, "--out", tmp_path / "nowhere" / "x"), 5, "no folder"),
-        "out is a folder": (("compress", *model, *half, "--out", tmp_path), 5, "folder"),
-        "inspect nothing": (("inspect", tmp_path / "nothing"), 5, "nothing"),
-        "inspect a cut file": (("inspect", checkpoint), 4, "not a whole safetensors file"),
-        "inspect text": (("inspect", tmp_path / "text.safetensors"), 4, "text.safetensors"),
-    }
 
 
 def test_mistakes_have_an_exit_code_and_one_sentence(run, tmp_path: Path) -> None:
-    wrong = []
-    cases = mistakes(tmp_path)
+    wrong_files(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    for name, (arguments, code, words) in cases.items():
-        done = run(*arguments)
+    parts = {
+        "net": f"--model {NET}",
+        "half": "--sparsity 0.5",
+        "out": f"--out {tmp_path}/out.safetensors",
+        "magnitude": RECIPES / "magnitude-50.yaml",
+        "gradual": RECIPES / "gradual-magnitude-90.yaml",
+        "folder": tmp_path,
+    }
+    wrong = []
+    for name, (line, code, words) in MISTAKES.items():
+        done = run(*line.format(**parts).split())
         if done.code != code or words not in done.err or "sparsify" not in done.err or "pydantic" in done.err:
             wrong.append(f"{name}: exit {done.code}, not {code}; {done.err[-300:]}")
         assert done.out == "", name
     assert not wrong, "\n".join(wrong)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    assert len(cases) > 35
+    assert len(MISTAKES) > 35
 
 
 # inspect, plan, schema
