@@ -1,6 +1,7 @@
 """Timing on a GPU, with a stand-in for the device: what is captured, how often, and what is divided by what."""
 
 import contextlib
+import time
 
 import pytest
 import torch
@@ -35,7 +36,5 @@ def test_a_replay_makes_all_calls_and_counts_for_one(monkeypatch: pytest.MonkeyP
 
 
 def test_the_clock_stops_when_the_device_is_done() -> None:
-    import time
-
     timing = measure({"a": [lambda: None]}, rounds=3, sample_s=1e-4, wait=lambda: time.sleep(2e-3))["a"]
-    assert timing.median_s > 1e-8
+    assert timing.median_s > 1e-3

@@ -239,27 +239,35 @@ def test_gradients_of_torch_func_are_refused_to_a_pruner_that_looks_at_them():
         torch.func.grad(lambda values: torch.func.functional_call(model, values, (x,)).sum())(parameters)
 
 
-@pytest.mark.parametrize("why", ["no grad", "autocast", "float64", "straight-through", "watched", "frozen"])
-def test_the_dense_way_is_taken_where_the_kernels_do_not_fit(why, monkeypatch):
-    layer, x = net()[0], torch.randn(4, 48)
+#: Obstacles to the kernels for kept weights, and whether a step goes through the kernels.
+WAYS = {
+    "none": True,
+    **dict.fromkeys(("no grad", "autocast", "float64", "straight-through", "watched", "frozen"), False),
+}
+
+
+@pytest.mark.parametrize(("obstacle", "is_sparse"), WAYS.items())
+def test_the_dense_way_is_taken_where_the_kernels_do_not_fit(obstacle, is_sparse, monkeypatch):
+    layer, x, calls = net()[0], torch.randn(4, 48), []
     layer.training_kernels = sparse_steps.SparseTrainingKernels(always=True)
-    monkeypatch.setattr("sparsify.layers.sparse_linear.training.linear", lambda *args: pytest.fail("not here"))
-    if why == "no grad":
-        torch.no_grad()(layer)(x)
-    elif why == "autocast":
-        with torch.autocast("cpu", torch.bfloat16):
-            layer(x)
-    elif why == "float64":
-        layer.double()(x.double())
-    elif why == "straight-through":
+    monkeypatch.setattr(
+        "sparsify.layers.sparse_linear.training.linear",
+        lambda *args: calls.append(1) or training._SparseStep.apply(*args),
+    )
+    if obstacle == "float64":
+        layer, x = layer.double(), x.double()
+    elif obstacle == "straight-through":
         layer.masked_mode = "trained"
-        layer(x)
-    elif why == "watched":
+    elif obstacle == "watched":
         sparsify.training.gradient_statistics.accumulate_gradients(layer, gradient=True, movement=False)
-        layer(x).sum().backward()
-    else:
+    elif obstacle == "frozen":
         layer.weight.requires_grad_(False)
-        layer(x)
+    with torch.autocast("cpu", torch.bfloat16, enabled=obstacle == "autocast"):
+        y = layer(x) if obstacle != "no grad" else torch.no_grad()(layer)(x)
+        dense = F.linear(x, layer.weight.detach() * layer.mask, layer.bias)
+    assert len(calls) == is_sparse
+    tolerance = None if is_sparse else 0.0
+    torch.testing.assert_close(y, dense, rtol=tolerance, atol=tolerance)
 
 
 def test_an_unknown_choice_is_refused():

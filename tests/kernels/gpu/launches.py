@@ -15,16 +15,29 @@ class Launch(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The form (or "epilogue") and the name of the kernel."""
-        return f"{self.kernel.fn.__module__.rsplit('.', 1)[1]}.{self.kernel.fn.__name__}"
+        """The form (or "epilogue") and the name of the kernel, as `named_kernels` gives it."""
+        return next(name for name, kernel in named_kernels().items() if kernel is self.kernel)
+
+
+def named_kernels() -> dict[str, Any]:
+    """Return the kernels that are launched, by form (or "epilogue") and name."""
+    from sparsify.kernels.gpu.triton import blocks, epilogue, narrow, tiles
+
+    return {
+        "tiles.few": tiles.few,
+        "tiles.many": tiles.many,
+        "tiles.dense": tiles.dense,
+        "narrow.few": narrow.few,
+        "narrow.dense": narrow.dense,
+        "blocks.multiply": blocks.multiply,
+        "epilogue.finish": epilogue.finish,
+    }
 
 
 @contextmanager
 def seen(*, run: bool = True, also: Callable[[], object] = lambda: None) -> Iterator[list[Launch]]:
     """List the launches while this lasts, and call `also` at each; without `run` nothing is computed."""
-    from sparsify.kernels.gpu.triton import epilogue as triton_epilogue
-
-    kind = type(triton_epilogue.finish)
+    kind = type(named_kernels()["epilogue.finish"])
     original = kind.__getitem__
     launches: list[Launch] = []
 
