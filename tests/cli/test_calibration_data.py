@@ -1,7 +1,6 @@
 """Calibration data from the command line: texts, pictures, functions, and what is none of them."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -101,7 +100,6 @@ def test_compress_on_the_data_of_a_function(
         "def batches():\n    torch.manual_seed(1)\n    return [torch.randn(32, 16) for _ in range(3)]\n"
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     out = tmp_path / "out.safetensors"
     command = ["compress", "--model", "calibration_net:build", "--method", "sparsegpt", "--refit", "--sparsity", "0.5"]
     assert main([*command, "--data", "calibration_net:batches", "--out", str(out), "--json"]) == 0

@@ -1,6 +1,7 @@
 """The commands that look at data, from the command line: evaluation, recovery, streaming, resuming, sensitivity."""
 
 import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -46,9 +47,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     name = f"user_{tmp_path.name.replace('-', '_')}"
     (tmp_path / f"{name}.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    module = __import__(name)
-    save_file(module.model().state_dict(), tmp_path / "weights.safetensors")
+    save_file(runpy.run_path(f"{name}.py")["model"]().state_dict(), tmp_path / "weights.safetensors")
     return Path(name)
 
 

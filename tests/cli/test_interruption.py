@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -51,9 +52,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     name = f"user_{tmp_path.name.replace('-', '_')}"
     (tmp_path / f"{name}.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(os, "fsync", lambda _: None)
-    save_file(__import__(name).model().state_dict(), "weights.safetensors")
+    save_file(runpy.run_path(f"{name}.py")["model"]().state_dict(), "weights.safetensors")
     return name
 
 
@@ -242,7 +242,7 @@ def test_attention_streams_under_the_names_in_its_file(here: str) -> None:
         "def data():\n"
         "    return [torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(1))]\n"
     )
-    save_file(__import__(f"{here}_attention").model().state_dict(), "weights.safetensors")
+    save_file(runpy.run_path(f"{here}_attention.py")["model"]().state_dict(), "weights.safetensors")
     assert compress(f"{here}_attention", "in-memory", *STREAM[1:]) == 0
     assert compress(f"{here}_attention", "from-disk", *STREAM) == 0
     found, expected = load_file("from-disk"), load_file("in-memory")
