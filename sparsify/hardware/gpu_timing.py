@@ -1,4 +1,4 @@
-"""How long calls take on a GPU: replays of a CUDA graph, over so many weights that its cache holds none of them."""
+"""Times of calls on a GPU: replays of a CUDA graph, over more weights than its cache holds."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def copy_gbs(device: torch.device) -> float:
 
 
 def _captured(calls: Sequence[Call]) -> Call:
-    """Make all the calls, so that every kernel is compiled, capture them in a graph, and return its replay."""
+    """Make all the calls, to compile every kernel; capture them in a graph, and return its replay."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

@@ -1,4 +1,4 @@
-"""What this machine is and has, for reports, checkpoints and `sparsify doctor`."""
+"""This machine, for reports, checkpoints and `sparsify doctor`: its name, and the parts that sparsify can use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparsify.kernels.cpu import library as native
 
 
 def machine_name(device: torch.device | None = None) -> str:
-    """Name what decides how fast a kernel is: the GPU, or the processor, its instruction set in use, and its threads.
+    """Name the parts that a kernel's speed depends on: GPU, or processor, instruction set in use and threads.
 
     A choice measured under one name says little under another.
     """
@@ -24,7 +24,7 @@ def machine_name(device: torch.device | None = None) -> str:
 
 
 def doctor() -> list[tuple[str, str, str]]:
-    """Return (what, what was found, what to do) for everything that decides what sparsify can do here."""
+    """Return (part, state, advice) for every part of this machine that sparsify can use."""
     rows = [
         ("Python", sys.version.split()[0], ""),
         ("torch", torch.__version__, ""),

@@ -1,4 +1,4 @@
-"""What this machine can do at most, measured: multiply-adds and bytes read per second, with the native library."""
+"""The roofline of this machine, measured with the native library: multiply-adds and bytes read per second."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long calls take, side by side: all in turns, so that whatever disturbs the machine disturbs each alike."""
+"""Times of calls, side by side: all in turns, so a disturbance of the machine disturbs each alike."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Timing:
         return cls(median(samples_s), low, high, len(samples_s))
 
     def over(self, n_calls: int) -> Timing:
-        """Say how long each of several calls took that were timed as one."""
+        """Return the time of each of several calls, timed as one."""
         return Timing(self.median_s / n_calls, self.low_s / n_calls, self.high_s / n_calls, self.n)
 
     def __str__(self) -> str:
@@ -66,8 +66,8 @@ def measure(
 ) -> dict[Key, Timing]:
     """Time every candidate in each of `rounds` rounds, in an order shuffled anew (the same in every run).
 
-    A candidate is one call, or several that are called in rotation: copies of a layer that together exceed the cache.
-    `wait` returns when what was called is done, for a device that works on its own.
+    A candidate is one call, or several in rotation: copies of a layer, larger together than the cache. `wait` returns
+    when the work of a call is done, for a device with a queue of its own.
     """
     samples: dict[Key, list[float]] = {name: [] for name in candidates}
     rotations = {name: itertools.cycle(calls) for name, calls in candidates.items()}
@@ -98,7 +98,7 @@ class LoadMeter:
 
 
 def disturbance(others_cores: float) -> str:
-    """Say whether the machine was quiet enough for figures to mean something.
+    """Describe the work of other processes, and warn if figures cannot be relied on.
 
     >>> disturbance(1.5)
     'NOT TO BE RELIED ON: other processes kept 1.5 cores busy meanwhile'
@@ -122,7 +122,7 @@ def settle() -> None:
 
 
 def _cpu_seconds() -> tuple[float, float, float]:
-    """Return the time now, and the seconds that all processes and this one (with its children) have computed."""
+    """Return the time now, and the seconds of computing of all processes and of this one with its children."""
     own = sum(os.times()[:4])
     try:
         # user, nice, system, idle, iowait, irq, softirq, steal, in clock ticks

@@ -1,4 +1,4 @@
-"""The code that multiplies. One operator, one entry per form and device; the reference says what is right."""
+"""Multiplication with packed weights: one operator, one entry per form and device; the reference defines the answer."""
 
 from sparsify.kernels.forms import FORMS, PATTERNED, fits, form_for, pack, supports, unpack
 from sparsify.kernels.pointwise_op import pointwise

@@ -1,7 +1,6 @@
-"""How the kept weights are stored: CSR and bitmask, as plain tensors. Packing, unpacking, checking, sizes.
+"""CSR and bitmask formats of kept weights, as plain tensors: packing, unpacking, checking, sizes.
 
-A weight is (out_features, in_features). Which weights are kept is a mask's word: a kept weight may be zero, and is
-stored.
+A weight is (out_features, in_features). The mask alone decides: a kept weight may be zero, and is stored.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _BITS_SET = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(a
 
 
 class CSR(NamedTuple):
-    """Compressed rows: row i holds values[crow[i]:crow[i+1]], in columns col[crow[i]:crow[i+1]], which rise."""
+    """Compressed rows: row i holds values[crow[i]:crow[i+1]], in rising columns col[crow[i]:crow[i+1]]."""
 
     crow: Tensor  # int32 (out_features + 1)
     col: Tensor  # uint8, uint16 or int32 (n_kept)
@@ -38,7 +37,7 @@ class Bitmask(NamedTuple):
 
 
 def col_dtype(in_features: int) -> torch.dtype:
-    """Return the narrowest column index that fits.
+    """Return the narrowest dtype for column indices.
 
     >>> col_dtype(256), col_dtype(257), col_dtype(65537)
     (torch.uint8, torch.uint16, torch.int32)
@@ -59,7 +58,7 @@ def bitmask_bytes(shape: tuple[int, int], n_kept: int, itemsize: int) -> int:
 
 
 def dense_to_csr(weight: Tensor, mask: Tensor) -> CSR:
-    """Pack the weights that the bool mask keeps.
+    """Pack the weights at True of the bool mask.
 
     >>> dense_to_csr(torch.tensor([[0.0, 5.0], [7.0, 0.0]]), torch.tensor([[False, True], [True, False]]))[:2]
     (tensor([0, 1, 2], dtype=torch.int32), tensor([1, 0], dtype=torch.uint8))
@@ -97,7 +96,7 @@ def csr_positions(csr: CSR, in_features: int) -> Tensor:
 
 
 def check_csr(csr: CSR, shape: tuple[int, int]) -> None:
-    """Raise ValueError, saying what is wrong, unless this is a well-formed CSR weight of the given shape."""
+    """Raise ValueError, with the reason, unless this is a well-formed CSR weight of the given shape."""
     crow, col, values = csr
     out, inner = shape
     if out < 0 or inner < 0 or inner > MAX_INT32:
@@ -126,7 +125,7 @@ def check_csr(csr: CSR, shape: tuple[int, int]) -> None:
 
 
 def pack_bitmask(weight: Tensor, mask: Tensor) -> Bitmask:
-    """Pack the weights that the bool mask keeps. The result is on the weight's device.
+    """Pack the weights at True of the bool mask. The result is on the weight's device.
 
     >>> pack_bitmask(torch.tensor([[0.0, 5.0, 7.0]]), torch.tensor([[False, True, True]]))
     Bitmask(bits=tensor([6], dtype=torch.uint8), values=tensor([5., 7.]))
@@ -151,7 +150,7 @@ def bitmask_to_csr(packed: Bitmask, shape: tuple[int, int]) -> CSR:
 
 
 def check_bitmask(packed: Bitmask, shape: tuple[int, int]) -> None:
-    """Raise ValueError, saying what is wrong, unless this is a well-formed bitmask weight of the given shape.
+    """Raise ValueError, with the reason, unless this is a well-formed bitmask weight of the given shape.
 
     The mask, eight times as large as its bits, is not unpacked.
     """

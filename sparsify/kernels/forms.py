@@ -1,4 +1,4 @@
-"""The forms in which a weight can lie in memory, and which of them runs where.
+"""The forms of a packed weight in memory, and the devices they run on.
 
 A form is a tuple of plain tensors. "csr" is the canonical one and runs everywhere, by the reference kernel; the others
 are packed for the native CPU kernels (csrc/) or the Triton kernels for GPUs (gpu/), and are made from it and turned
@@ -35,7 +35,7 @@ NARROW_BELOW = 0.2
 
 
 def supports(form: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Say whether a kernel of this form runs on a device and dtype, in this process."""
+    """Return whether a kernel of this form runs on a device and dtype, in this process."""
     if form not in FORMS:
         raise ValueError(f"form {form!r} is none of: {', '.join(FORMS)}")
     if form == "csr" or device.type == "meta":
@@ -44,14 +44,14 @@ def supports(form: str, device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def fits(form: str, csr: CSR, shape: tuple[int, int]) -> bool:
-    """Say whether a form can hold this weight: some are for masks of a pattern."""
+    """Return whether a form can hold this weight: some are for masks of a pattern."""
     return form not in gpu.FORMS or gpu.fits(form, csr, shape)
 
 
 def form_for(wanted: str, csr: CSR, shape: tuple[int, int]) -> str:
-    """Return the wanted form where it runs and fits, else one that has kernels there, "csr" where none has.
+    """Return the wanted form if it runs and fits, else one with kernels there, else "csr".
 
-    Which stand-in is the faster depends on more: `export` measures.
+    The stand-in is not measured; `export` measures.
     """
     density = csr.values.numel() / max(shape[0] * shape[1], 1)
     candidates = (wanted, "panel", "narrow" if density < NARROW_BELOW else "tiles")
@@ -60,7 +60,7 @@ def form_for(wanted: str, csr: CSR, shape: tuple[int, int]) -> str:
 
 
 def pack(form: str, csr: CSR, shape: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Pack a CSR weight of shape (out, in) into a form, on the device where the form runs.
+    """Pack a CSR weight of shape (out, in) into a form, on the device of the form's kernels.
 
     Raises ValueError if it is no valid CSR weight, or if the form cannot run on its device and dtype.
     """
@@ -98,7 +98,7 @@ def usable_csr(csr: CSR, shape: tuple[int, int]) -> CSR:
 
 
 def unpack(form: str, parts: tuple[Tensor, ...], shape: tuple[int, int]) -> CSR:
-    """Turn a form back into CSR, on the device where its parts are. Raises ValueError if they are none of this form."""
+    """Turn a form back into CSR, on the device of its parts. Raises ValueError for parts of another form."""
     if form == "csr":
         return usable_csr(CSR(*parts), shape)
     index, packed = parts
@@ -124,7 +124,7 @@ def _check_index(index: Tensor, form: str, n_values: int, shape: tuple[int, int]
 
 
 def _why_not(form: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Say why no kernel of a packed form runs on a device and dtype; empty if one does."""
+    """Return the reason if no kernel of a packed form runs on a device and dtype, else ""."""
     if form in gpu.FORMS:
         missing = gpu.why_not(form, device, dtype)
         return missing and f"it needs the kernels for GPUs: {missing}"

@@ -1,8 +1,7 @@
-"""A weight applied at each position of images: what a 1x1 convolution does.
+"""A weight applied at each position of images: a 1x1 convolution.
 
-Images whose channels come last are rows of tokens, and so are those of one position: `linear` multiplies them. For
-channels first there is `pointwise_packed`, whose kernel reads and writes each channel where it lies; it exists for the
-form "panel".
+Images with channels last are rows of tokens, and so are those of one position: `linear` multiplies them. For channels
+first there is `pointwise_packed`: its kernel, of the form "panel", reads and writes each channel in place.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ def pointwise(
     """Multiply each position of x (n, in, height, width) by a weight (out, in), add the bias, apply an activation.
 
     Returns (n, out, height, width), channels last if x is, else channels first. The gradient reaches x and bias. Raises
-    RuntimeError for a tensor that does not fit the weight.
+    RuntimeError for a tensor of another shape, dtype or device.
     """
     _check(x, parts[-1], bias, *shape)
     if form == "csr":
@@ -94,7 +93,7 @@ def _fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Keep the weight; with an activation also x and bias, from which the sum before it is worked out again."""
+    """Keep the weight; with an activation also x and bias, to work out the sum before it again."""
     x, *ctx.weight, bias, ctx.out, ctx.inner, ctx.activation = inputs
     ctx.save_for_backward(*((x, bias) if ctx.activation else ()))
 

@@ -1,4 +1,4 @@
-"""The slow and obvious answer that every kernel is compared with: unpack the weight, then multiply."""
+"""The reference, slow and obvious: unpack the weight, then multiply. Every kernel is compared with it."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 `linear_csr` takes the canonical form and runs anywhere, `linear_packed` a form packed for the native CPU kernels or for
 the Triton kernels on GPUs.
 Registered with define and impl rather than the custom_op decorator, and with plain arguments rather than lists and
-strings: each of these costs microseconds a call, which small layers would notice.
+strings: each of these costs a small layer microseconds a call.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def linear(
     """Multiply x (..., in) by a weight (out, in) in one of the FORMS, add the bias, apply one of the ACTIVATIONS.
 
     x, values and bias have one dtype and device; the bias always has all entries. With `rows`, the outputs are those
-    from the first to before the second. The gradient reaches x and bias. Raises RuntimeError for a tensor that does not
-    fit the weight.
+    from the first to before the second. The gradient reaches x and bias. Raises RuntimeError for a tensor of another
+    shape, dtype or device.
     """
     ops: Any = torch.ops.sparsify if torch.compiler.is_compiling() else _eager
     if form == "csr":
@@ -65,7 +65,7 @@ def linear(
 
 
 def check_exporter() -> None:
-    """Raise RuntimeError if ONNX is what a layer is traced for: it has no operator for sparse weights."""
+    """Raise RuntimeError if a layer is traced for ONNX: it has no operator for sparse weights."""
     if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
         raise RuntimeError(
             "ONNX has no sparse layers; give torch.onnx.export a copy with dense weights and zeros: "
@@ -142,7 +142,7 @@ def _linear_packed(
 def operands(
     form: str, index: Tensor, values: Tensor, bias: Tensor | None, shape: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return index, values and bias for a kernel, which reads them from their first byte on without gaps."""
+    """Return index, values and bias as a kernel reads them: from their first byte on, without gaps."""
     values = values if values.is_contiguous() else values.contiguous()
     bias = bias if bias is None or bias.is_contiguous() else bias.contiguous()
     return usable_index(form, index, values, shape), values, bias
@@ -215,7 +215,7 @@ for _kind in ("csr", "packed"):
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Keep the weight; with an activation also x and bias, from which the sum before it is worked out again."""
+    """Keep the weight; with an activation also x and bias, to work out the sum before it again."""
     x, *ctx.weight, bias, ctx.out, ctx.inner, ctx.activation, ctx.first, ctx.end = inputs
     ctx.is_csr = isinstance(ctx.weight[2], Tensor)
     ctx.save_for_backward(*((x, bias) if ctx.activation else ()))
@@ -268,7 +268,7 @@ for _kind in ("csr", "packed"):
 
 
 class _eager:
-    """The same operators without the Python wrapper around them, which takes half of a call (2.3 against 5.2 us)."""
+    """The same operators without the Python wrapper around them: it takes half of a call (2.3 against 5.2 us)."""
 
     linear_csr = torch.ops.sparsify.linear_csr.default._op
     linear_packed = torch.ops.sparsify.linear_packed.default._op

@@ -1,10 +1,10 @@
 """Indices that kernels may follow: checked when they are first used, and again once they have changed.
 
 A kernel goes wherever its index sends it, so one wrong number would end the process. A full check reads the whole
-index, which takes longer than most calls. A call therefore only asks if this is the tensor that has passed, in the same
-version and memory. A write that torch does not count (through `.data` or numpy) goes unnoticed, except in memory that
-other processes share: there, and for inference tensors, which have no version, a call compares the index with a copy
-that has passed, and the kernel follows the copy.
+index and takes longer than most calls. A call therefore only asks for the tensor of an earlier check, in the same
+version and memory. A write through `.data` or numpy is not counted by torch and goes unnoticed, except in memory shared
+with other processes: there, and for inference tensors without a version, a call compares the index with a checked
+copy, and the kernel follows the copy.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ _FEWEST = 256
 
 
 def trusted(index: Tensor, check: Callable[..., None], *about: Any) -> Tensor:
-    """Return an index that a kernel may follow: the same tensor, or a copy of it.
+    """Return an index for a kernel to follow: the same tensor, or a copy of it.
 
-    check(index, *about) raises ValueError for an index that must not be followed; `about` is all that its answer
-    depends on.
+    check(index, *about) raises ValueError for an unsafe index; its answer depends on nothing but `about`.
     """
     passed = _PASSED.get(id(index))
     if (
@@ -48,7 +47,7 @@ def trusted(index: Tensor, check: Callable[..., None], *about: Any) -> Tensor:
 
 
 def trust(index: Tensor, *about: Any) -> None:
-    """Note that an index has passed its check, or was just packed."""
+    """Note an index as checked, or as just packed."""
     if not index.is_inference() and not _is_shared(index):
         if len(_PASSED) >= _FEWEST and len(_PASSED) & (len(_PASSED) - 1) == 0:
             _forget_the_gone(_PASSED)

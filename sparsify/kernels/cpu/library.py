@@ -96,7 +96,7 @@ _FORM_NUMBERS = {form: number for number, form in enumerate(FORMS)}
 
 
 def available() -> bool:
-    """Whether the native library is there and can be used."""
+    """Return whether the native library is there and can be used."""
     return _library is not None
 
 
@@ -111,7 +111,7 @@ def known_kernels() -> list[str]:
 
 
 def kernel() -> str:
-    """Name of the instruction set in use. Raises ValueError if SPARSIFY_KERNEL names one that cannot be used."""
+    """Return the name of the instruction set in use. Raises ValueError if SPARSIFY_KERNEL names an unusable one."""
     library = _loaded()
     status = library.sparsify_kernel_status()
     if status:
@@ -127,7 +127,7 @@ def set_kernel(name: str) -> None:
 
 
 def forget_stalls() -> None:
-    """Let the next call use all threads, though the last ones waited for one whose core another process held."""
+    """Let the next call use all threads, though the last ones waited for a busy core."""
     if _library is not None:
         _forget_stalls()
 
@@ -136,7 +136,7 @@ def pack(form: str, crow: Tensor, col: Tensor, values: Tensor, shape: tuple[int,
     """Pack a CSR weight of `shape` (out, in) into `form`: (index, values in packed order, padding 0).
 
     crow (out + 1) and col (nnz) are made int32; columns must rise strictly within a row.
-    Raises ValueError for anything that is not such a matrix.
+    Raises ValueError for any other matrix.
     """
     functions, (out, in_) = _form_functions[form], shape
     cpu = torch.device("cpu")  # said wherever a tensor is made: the default device may be another
@@ -158,7 +158,7 @@ def pack(form: str, crow: Tensor, col: Tensor, values: Tensor, shape: tuple[int,
 
 
 def check(form: str, index: Tensor, n_values: int, shape: tuple[int, int]) -> None:
-    """Raise ValueError unless kernels can safely read this index, which may come from a stranger's file."""
+    """Raise ValueError unless kernels can safely read this index, perhaps of a stranger's file."""
     if index.dtype != torch.uint8 or not index.is_cpu or not index.is_contiguous():
         raise ValueError(_ERRORS[-2])
     status = _form_functions[form]["check"](*shape, index.data_ptr(), index.numel(), n_values)
@@ -244,7 +244,7 @@ def pointwise(
     activation: int = 0,
     out: Tensor | None = None,
 ) -> Tensor:
-    """What linear does, at each position of images x (n, in, height, width): (n, out, height, width), channels first.
+    """Apply `linear` at each position of images x (n, in, height, width): (n, out, height, width), channels first.
 
     The form is "panel". Each channel of an image is read, and written to `out`, where it lies: in one piece.
     """
@@ -281,9 +281,9 @@ def pointwise(
 
 
 def weight_grad(grad: Tensor, x: Tensor, crow: Tensor, col: Tensor, out: Tensor) -> None:
-    """Write grad.T @ x into `out` (out, in) where a CSR matrix, which pack has accepted, has entries; all float32.
+    """Write grad.T @ x at the entries of a CSR matrix that pack accepts, into `out` (out, in); float32.
 
-    grad is (tokens, out), x (tokens, in), with a token at least; crow and col are int32. What is no entry stays.
+    grad is (tokens, out), x (tokens, in), with a token at least; crow and col are int32. Other entries of `out` stay.
     """
     n_out, n_in = out.shape
     grad = grad if grad.stride(1) == 1 else grad.contiguous()
@@ -310,10 +310,10 @@ def weight_grad(grad: Tensor, x: Tensor, crow: Tensor, col: Tensor, out: Tensor)
 
 
 def factor_parts(matrix: Tensor, order: Tensor, lower: Tensor) -> None:
-    """Write the lower Cholesky factor of parts of a symmetric matrix (n, n), which has no gaps, into `lower`.
+    """Write the lower Cholesky factor of parts of a contiguous symmetric matrix (n, n) into `lower`.
 
     order: int64 (parts, size), the rows and columns of each part; n - 1 stands for a row of the identity.
-    lower: (parts, size, size), zero above the diagonal; NaN where a part is not positive definite.
+    lower: (parts, size, size), zero above the diagonal; NaN for a part that is not positive definite.
     All are float32 without gaps.
     """
     n_parts, size = order.shape
@@ -323,7 +323,7 @@ def factor_parts(matrix: Tensor, order: Tensor, lower: Tensor) -> None:
 
 
 def can_clear(values: Tensor, mask: Tensor) -> bool:
-    """Say whether `clear_masked` takes these: plain tensors on the CPU, contiguous and of one shape."""
+    """Return whether `clear_masked` takes these: plain tensors on the CPU, contiguous and of one shape."""
     return (
         available()
         and type(values) in (Tensor, torch.nn.Parameter)
@@ -339,7 +339,7 @@ def can_clear(values: Tensor, mask: Tensor) -> bool:
 
 
 def clear_masked(values: Tensor, mask: Tensor) -> None:
-    """Set values to zero where a bool mask is False, in place; only what changes is written."""
+    """Set values to zero at False of a bool mask, in place; only changed values are written."""
     if status := _clear(
         values.data_ptr(), mask.data_ptr(), values.numel(), values.element_size(), torch.get_num_threads()
     ):

@@ -13,10 +13,10 @@ from sparsify.kernels.cpu import library as native
 
 @dataclass
 class StepIndex:
-    """Where a mask (out, in) keeps weights, packed for the way there and back; values are gathered at each step.
+    """The kept positions of a mask (out, in), packed for forward and backward; values are gathered at each step.
 
-    `flat` are the kept positions of the weight, in the order of CSR (`crow`, `col`); `order` and `order_t` say which of
-    them each packed value of the weight and of its transpose is, the last (a zero) for padding.
+    `flat` are the kept positions of the weight, in the order of CSR (`crow`, `col`); `order` and `order_t`
+    hold, for each packed value of the weight and of its transpose, its number in `flat`, the last (a zero) for padding.
     """
 
     shape: tuple[int, int]
@@ -44,7 +44,7 @@ class StepIndex:
         return cls((out, inner), crow, columns.int(), flat, index, order, index_t, order_t, GradMemory())
 
     def mask(self) -> Tensor:
-        """Return the mask (out, in) that was packed."""
+        """Return the packed mask (out, in)."""
         return (
             self.flat.new_zeros(self.shape, dtype=torch.bool).view(-1).index_fill(0, self.flat, True).view(self.shape)
         )
@@ -62,7 +62,7 @@ class GradMemory:
     version: int = 0
 
     def take(self, shape: tuple[int, int]) -> Tensor:
-        """Return a gradient (out, in) that is zero where nothing will be written."""
+        """Return a gradient (out, in), zero at all positions that will not be written."""
         if self.zeros is None or _n_users(self.zeros) > 1:  # accumulating, or somebody keeps it
             self.zeros = torch.zeros(shape, dtype=torch.float32, device="cpu")
         elif self.zeros._version != self.version:  # clipped, unscaled, or made noisy
@@ -112,7 +112,7 @@ class _SparseStep(torch.autograd.Function):
 
 
 def _differentiable(ctx: Any, x: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the same gradients by dense products that can be differentiated."""
+    """Return the same gradients by differentiable dense products."""
     index: StepIndex = ctx.index
     if ctx.weight._version != ctx.version:
         raise RuntimeError("a weight has changed between the forward and a backward that is differentiated again")
@@ -129,7 +129,7 @@ def _differentiable(ctx: Any, x: Tensor, grad: Tensor) -> tuple[Tensor | None, .
 
 
 def _pointers(rows: Tensor, n_rows: int) -> Tensor:
-    """Count what each row has, added up: CSR's row pointers."""
+    """Return the row pointers of CSR: the running count of entries by row."""
     counts = torch.bincount(rows, minlength=n_rows)
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
 

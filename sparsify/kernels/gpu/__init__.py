@@ -2,7 +2,7 @@
 
 As in `native`, a packed weight is two plain tensors: `index` (uint8) and `values`. Packing is torch code that runs on
 any device. Triton itself is imported by the first multiplication on a GPU, or on the CPU if TRITON_INTERPRET=1 asks for
-its interpreter, which computes the same, slowly.
+its slow interpreter.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _ACTIVATIONS = tuple(ACTIVATIONS.values())
 
 
 def why_missing(device: torch.device) -> str:
-    """Say why the kernels do not run on a device; empty if they do."""
+    """Return the reason if the kernels do not run on a device, else ""."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     if device.type == "cpu":
@@ -50,7 +50,7 @@ def why_missing(device: torch.device) -> str:
 
 
 def why_not(form: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Say why a form does not run on a device and dtype; empty if it does."""
+    """Return the reason if a form does not run on a device and dtype, else ""."""
     missing = why_missing(device)
     if not missing and form == "2:4":
         missing = two_four.why_missing(device)
@@ -60,12 +60,12 @@ def why_not(form: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def fits(form: str, csr: CSR, shape: tuple[int, int]) -> bool:
-    """Say whether a form can hold this weight."""
+    """Return whether a form can hold this weight."""
     return form not in _FITS or _FITS[form](csr, shape)
 
 
 def pack(form: str, csr: CSR, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Pack a CSR weight (out, in), where it is: (index, values)."""
+    """Pack a CSR weight (out, in) on its own device: (index, values)."""
     packed: tuple[Tensor, Tensor] = FORMS[form].pack(csr, shape)
     return packed
 
@@ -78,7 +78,7 @@ def check(form: str, index: Tensor, n_values: int, shape: tuple[int, int]) -> No
 
 
 def unpack(form: str, index: Tensor, values: Tensor, shape: tuple[int, int]) -> CSR:
-    """Turn a form back into CSR, bit for bit, where it is. The index must have passed `check`."""
+    """Turn a form back into CSR, bit for bit, on its own device. The index must have passed `check`."""
     csr: CSR = FORMS[form].unpack(index, values, shape)
     return csr
 
@@ -93,10 +93,10 @@ def linear(
     activation: int,
     rows: tuple[int, int],
 ) -> Tensor:
-    """Return activation(x @ weight.T + bias) for x of shape (..., in), and of that the outputs rows[0] to rows[1] - 1.
+    """Return activation(x @ weight.T + bias) for x of shape (..., in), limited to the outputs rows[0] to rows[1] - 1.
 
-    The number of tokens alone decides how: by a kernel of the form, or, for more of them than it is good for, expanded
-    into memory that the caching allocator lends to one layer after the other, and multiplied dense. Nothing waits for
+    The number of tokens decides: few are multiplied by a kernel of the form; for many the weight is expanded into
+    memory of the caching allocator, lent to one layer after the other, and multiplied dense. Nothing waits for
     the device.
     """
     weight, inner, leading = Weight(index, values, shape, rows), shape[1], x.shape[:-1]

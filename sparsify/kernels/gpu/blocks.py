@@ -1,7 +1,7 @@
 """The form "blocks": whole blocks of 16, 32 or 64 rows and columns, kept or removed. For tensor cores, at any sparsity.
 
-The index is two lists of int32: where each row of blocks begins (out / size + 1), and the column of each block. The
-values are the blocks one after the other, each in rows. The size is the only one that fits the length of both.
+The index is two lists of int32: the beginning of each row of blocks (out / size + 1), and the column of each block.
+The values are the blocks one after the other, each in rows. Only one size fits the length of both.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FEWEST_TOKENS, MOST_TOKENS = 16, 64
 
 
 def fits(csr: CSR, shape: tuple[int, int]) -> bool:
-    """Say whether the kept weights are whole blocks."""
+    """Return whether the kept weights are whole blocks."""
     return 0 not in shape and _size_of(csr, shape) is not None
 
 
@@ -96,7 +96,7 @@ def _in_blocks(weight: Tensor, size: int) -> Tensor:
 
 
 def _size_of(csr: CSR, shape: tuple[int, int]) -> int | None:
-    """Return the largest size of which the kept weights are whole blocks."""
+    """Return the largest size that divides the kept weights into whole blocks."""
     fitting = [size for size in SIZES if shape[0] % size == 0 and shape[1] % size == 0]
     if not fitting or csr.values.numel() % fitting[-1] ** 2:
         return None
@@ -116,11 +116,11 @@ def _size(weight: Weight) -> int:
 
 
 def _size_for(n: int, n_values: int, out: int) -> int | None:
-    """Return the size of which both lists have n entries together."""
+    """Return the size with n entries in both lists together."""
     return next((size for size in SIZES if out // size + 1 + n_values // size**2 == n), None)
 
 
 def _lists(index: Tensor, size: int, out: int) -> tuple[Tensor, Tensor]:
-    """Return where each row of blocks begins, and the column of each block."""
+    """Return the beginning of each row of blocks, and the column of each block."""
     lists = index.view(torch.int32)
     return lists[: out // size + 1], lists[out // size + 1 :]

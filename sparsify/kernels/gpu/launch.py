@@ -1,4 +1,4 @@
-"""What every launch of a Triton kernel needs: options, block sizes, the device, and the sum of split products."""
+"""Launches of Triton kernels: options, block sizes, the device, and the sum of split products."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def power_of_2(n: int) -> int:
-    """Return the smallest power of 2 that is at least n.
+    """Return the smallest power of 2 from n on.
 
     >>> [power_of_2(n) for n in (1, 2, 3, 64, 65)]
     [1, 2, 4, 64, 128]
@@ -40,7 +40,7 @@ def programs_wanted(device: torch.device) -> int:
 
 
 def is_widened(x: Tensor) -> bool:
-    """Say whether products must be taken in float32: the interpreter multiplies the bits of bfloat16 as integers."""
+    """Return whether products must be taken in float32: the interpreter multiplies the bits of bfloat16 as integers."""
     return x.dtype == torch.bfloat16 and x.device.type == "cpu"
 
 
@@ -56,7 +56,7 @@ def multiply(
     into: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """Launch a kernel that multiplies x (tokens, in) by a weight; return a new y (tokens, rows), or `into`.
+    """Launch a kernel to multiply x (tokens, in) by a weight; return a new y (tokens, rows), or `into`.
 
     Such kernels have the same parameters up to the number of rows; their own `sizes` follow.
     """

@@ -44,7 +44,7 @@ def pack(csr: CSR, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 
 def check(index: Tensor, n_values: int, shape: tuple[int, int]) -> None:
-    """Raise ValueError unless the columns that the index gives to so many values rise within each row."""
+    """Raise ValueError unless the columns of so many values rise within each row of the index."""
     out, inner = shape
     n_starts = n_windows(inner) + 1
     n_bytes = sections.layout(shape, n_starts).rest_at + n_values
@@ -105,7 +105,7 @@ def _columns(index: Tensor, n_values: int, shape: tuple[int, int]) -> Tensor:
 
 
 def _tile(weight: Weight, tokens: int) -> tuple[tuple[int, int, int], dict[str, Any]]:
-    """Return the sizes that both kernels take, and a tile that fits a row: its lanes hold a usual window at once."""
+    """Return the sizes for both kernels, and a tile for a row: its lanes hold a usual window at once."""
     out, windows = weight.shape[0], n_windows(weight.shape[1])
     where = sections.layout(weight.shape, windows + 1)
     per_window = weight.values.numel() / (out * windows)

@@ -1,11 +1,11 @@
-"""Where things lie in the `index` of a form for GPUs: row pointers, then numbers relative to them, then the rest.
+"""Sections of the `index` of a form for GPUs: row pointers, then numbers relative to them, then the rest.
 
-An index is one uint8 tensor, so that it survives `.half()` and needs no call to take apart. Its three sections start at
-multiples of 16 bytes:
+An index is one uint8 tensor: `.half()` leaves it alone, and no call is needed to take it apart. Its three sections
+start at multiples of 16 bytes:
 
     row pointers   int32 (out + 1), those of CSR
-    starts         uint16 or int32 (out, n_starts): where in its row a part of the row begins
-    rest           uint8: what the form makes of it
+    starts         uint16 or int32 (out, n_starts): the beginning of each part of a row, in the row
+    rest           uint8: the form's own
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The form "tiles": a bit for each weight, and the kept values in rows. For tensor cores, at moderate sparsity.
 
 Every row of the mask is padded to whole groups of 64 columns, 8 bytes, the first column in the lowest bit. A start
-says how many values of its row lie before a group, so that any part of the weight can be expanded by itself.
+counts the values of its row before a group, so any part of the weight can be expanded by itself.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def pack(csr: CSR, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 
 def check(index: Tensor, n_values: int, shape: tuple[int, int]) -> None:
-    """Raise ValueError unless this is the index of its own bits, which keep one value less than there are."""
+    """Raise ValueError unless this is the index of its own bits, with one value fewer kept than there are."""
     out, inner = shape
     groups = n_groups(inner)
     n_bytes = sections.layout(shape, groups).rest_at + out * groups * GROUP // 8
@@ -133,7 +133,7 @@ def _index_of(kept: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def _sizes(weight: Weight) -> tuple[tuple[int, int, int, int], bool]:
-    """Return the sizes that all kernels take, and whether starts are int32."""
+    """Return the sizes for all kernels, and whether starts are int32."""
     inner, groups = weight.shape[1], n_groups(weight.shape[1])
     where = sections.layout(weight.shape, groups)
     return (inner, groups, where.starts_at, where.rest_at), where.is_wide

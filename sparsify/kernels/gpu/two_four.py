@@ -1,8 +1,8 @@
 """The form "2:4": at most two of every four columns kept, for the sparse tensor cores, by torch's cuSPARSELt operators.
 
-The values are what cuSPARSELt compresses the weight to: the kept values, two for every four columns, then its own
-metadata, which is not documented. So the index holds the mask as well, a bit for each weight, and packing checks that
-the weight comes back bit for bit.
+The values are the weight as compressed by cuSPARSELt: the kept values, two for every four columns, then its own,
+undocumented metadata. So the index holds the mask as well, a bit for each weight, and packing compares the weight
+after a round trip, bit for bit.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _torch: Any = torch  # the operators have a leading underscore, and no types
 
 
 def why_missing(device: torch.device) -> str:
-    """Say why the operators do not run on a device that has Triton's kernels; empty if they do."""
+    """Return the reason if the operators do not run on a device with Triton's kernels, else ""."""
     if device.type != "cuda":
         return "it needs the sparse tensor cores of a GPU"
     return "" if torch.backends.cusparselt.is_available() else "this torch has no cuSPARSELt"
 
 
 def fits(csr: CSR, shape: tuple[int, int]) -> bool:
-    """Say whether the mask is 2:4, the sizes are right, and cuSPARSELt's values can be read back."""
+    """Return whether the mask is 2:4, the sizes are right, and cuSPARSELt's values can be read back."""
     if 0 in shape or shape[0] % MULTIPLE or shape[1] % MULTIPLE:
         return False
     weight, mask = csr_to_dense(csr, shape)
@@ -92,7 +92,7 @@ def _pack(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _expand(index: Tensor, values: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Return weight and mask. The kept value of a group that keeps one lies in either of its two places."""
+    """Return weight and mask. A group with one kept value has it in either of its two places."""
     mask = bits.unpack(index).reshape(-1, 4)
     places = values.reshape(-1)[: 2 * mask.shape[0]].reshape(-1, 2)
     is_empty = places.contiguous().view(torch.int16)[:, :1] == 0
@@ -104,5 +104,5 @@ def _expand(index: Tensor, values: Tensor, shape: tuple[int, int]) -> tuple[Tens
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """View any dtype as one that every operator takes on every device; uint16 is not."""
+    """View any dtype as one for every operator and device; uint16 is none."""
     return tensor.contiguous().view(torch.uint8)

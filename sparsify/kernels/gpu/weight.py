@@ -1,4 +1,4 @@
-"""What the forms for GPUs multiply with: a packed weight, and which of its rows are asked for."""
+"""The operand of the forms for GPUs: a packed weight, and the range of its rows in use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A packed weight of `shape` (out, in), and of that the rows from rows[0] to before rows[1]."""
+    """A packed weight of `shape` (out, in), limited to the rows from rows[0] to before rows[1]."""
 
     index: Tensor  # uint8
     values: Tensor

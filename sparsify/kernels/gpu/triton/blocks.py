@@ -27,7 +27,7 @@ def multiply(
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    """Make SIZE outputs of TOKENS rows of x; of a block that begins before `first_row` only the rows from there on."""
+    """Make SIZE outputs of TOKENS rows of x; of a block across `first_row` only the rows from there on."""
     block_row = first_row // SIZE + tl.program_id(0) % n_block_rows
     inner = tl.arange(0, SIZE)
     token = tl.program_id(0) // n_block_rows * TOKENS + tl.arange(0, TOKENS)

@@ -1,4 +1,4 @@
-"""What ends every Triton kernel: the bias, the activation, and the sum of split products in a fixed order."""
+"""The end of every Triton kernel: the bias, the activation, and the sum of split products in a fixed order."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Triton kernels of the form "narrow": a few tokens, and expansion to dense.
 
 A program takes a row. Its tile is (steps, windows, lanes): the lanes of a window walk over its kept weights together,
-step by step, so that neighbouring lanes read neighbouring weights and inputs, and what must be known of a window is
-loaded once for all steps.
+step by step. Neighbouring lanes read neighbouring weights and inputs, and the facts of a window are loaded once for
+all steps.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sparsify.kernels.gpu.triton.sections import load_starts
 
 @triton.jit
 def _ends(index, row, window, n_windows, starts_at, IS_WIDE: tl.constexpr):
-    """Return where the values of these windows of a row begin and end; both are equal past the last window."""
+    """Return the beginnings and ends of the values of these windows of a row; both are equal past the last window."""
     at = row * (n_windows + 1) + window
     inside = window < n_windows
     row_start = tl.load(index.to(tl.pointer_type(tl.int32)) + row)
@@ -27,7 +27,7 @@ def _ends(index, row, window, n_windows, starts_at, IS_WIDE: tl.constexpr):
 
 @triton.jit
 def _slots(index, values, begin, end, done, columns_at, STEPS: tl.constexpr, LANES: tl.constexpr):
-    """Return (steps, windows, lanes): the next values, their columns within the window, and which of them exist."""
+    """Return (steps, windows, lanes): the next values, their columns within the window, and a mask of real ones."""
     first = begin[:, None] + (done + tl.arange(0, LANES))[None, :]
     step = tl.arange(0, STEPS)[:, None, None] * LANES
     kept = first[None, :, :] + step < end[None, :, None]
@@ -94,7 +94,7 @@ def dense(
     LANES: tl.constexpr,
     IS_WIDE: tl.constexpr,
 ):
-    """Write the kept weights of one row into a dense weight (out, inner) that is zero."""
+    """Write the kept weights of one row into a dense weight (out, inner) of zeros."""
     row = tl.program_id(0)
     y += row.to(tl.int64) * inner
     for first in range(0, n_windows, WINDOWS):

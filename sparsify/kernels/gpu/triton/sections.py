@@ -1,4 +1,4 @@
-"""What Triton kernels read of the sections of an `index`."""
+"""Sections of an `index`, read by Triton kernels."""
 
 from __future__ import annotations
 

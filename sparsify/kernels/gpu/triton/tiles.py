@@ -24,7 +24,7 @@ def _ones(bits):
 
 @triton.jit
 def _find(index, rows, live, byte, n_groups, starts_at, bits_at, IS_WIDE: tl.constexpr):
-    """Return (rows, bytes): eight bits of the mask, and where the values of their columns begin. No row: 0."""
+    """Return (rows, bytes): eight bits of the mask, and the beginnings of the values of their columns. No row: 0."""
     at = rows[:, None] * n_groups + (byte // 8)[None, :]
     inside = live[:, None] & (byte < 8 * n_groups)[None, :]
     group = tl.load((index + bits_at).to(tl.pointer_type(tl.uint64)) + at, mask=inside, other=0)
@@ -38,7 +38,7 @@ def _find(index, rows, live, byte, n_groups, starts_at, bits_at, IS_WIDE: tl.con
 
 @triton.jit
 def _take(where, bits, B: tl.constexpr):
-    """Load the weights of column B of each byte, 0 where removed; return them, and where the next value lies."""
+    """Load the weights of column B of each byte, 0 for removed ones; return them and the position of the next."""
     one = (bits >> B) & 1
     return tl.load(where, mask=one != 0, other=0.0), where + one
 
