@@ -27,7 +27,9 @@ from sparsify.layers import CSRConv2d, CSRLinear, SparseConv2d, SparseLinear
 from sparsify.masking.schedules import Schedule
 from sparsify.pruning.prune import prune
 from sparsify.pruning.recover import recover
-from sparsify.recipes.recipe import Recipe, apply, load_recipe
+from sparsify.recipes.apply import apply
+from sparsify.recipes.loading import load_recipe
+from sparsify.recipes.schema import Recipe
 from sparsify.reporting.inspection import inspect
 from sparsify.reporting.report import report
 from sparsify.training.pruner import Pruner

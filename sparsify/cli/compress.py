@@ -26,8 +26,10 @@ from sparsify.cli.printing import print_json, rows
 from sparsify.inference.export import check_format
 from sparsify.offload.fingerprints import data_fingerprint
 from sparsify.outputs import check_space
+from sparsify.recipes.apply import check_applicable
+from sparsify.recipes.assignment import assign_layers
 from sparsify.recipes.dry_run import file_bytes
-from sparsify.recipes.recipe import Recipe, assign_layers, check_applicable
+from sparsify.recipes.schema import Recipe
 from sparsify.reporting.report import Report
 
 _MAX_CACHE_GB, _MAX_TOKENS = 1e6, 2**20

@@ -34,7 +34,9 @@ from sparsify.offload.streaming import (
 )
 from sparsify.outputs import check_space
 from sparsify.pruning.recover import recover
-from sparsify.recipes.recipe import Recipe, assign_layers, recipe_layer_specs
+from sparsify.recipes.apply import recipe_layer_specs
+from sparsify.recipes.assignment import assign_layers
+from sparsify.recipes.schema import Recipe
 from sparsify.reporting.report import Report, Row, report, table
 
 Qualities = dict[str, float]

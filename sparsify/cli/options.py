@@ -15,7 +15,8 @@ from sparsify.cli.model_inputs import check_inputs, make_inputs
 from sparsify.cli.models import build_model, load_weights
 from sparsify.cli.user_code import UserCodeError
 from sparsify.errors import CheckpointError, RecipeError
-from sparsify.recipes.recipe import Recipe, load_recipe
+from sparsify.recipes.loading import load_recipe
+from sparsify.recipes.schema import Recipe
 from sparsify.recipes.yaml_file import read_text
 from sparsify.reporting.model_bench import Inputs
 

@@ -16,7 +16,8 @@ from sparsify.cli.options import given_inputs, inputs_of, model_of, naming, vari
 from sparsify.cli.printing import print_json, rows
 from sparsify.hardware.machine import doctor
 from sparsify.recipes.dry_run import PlannedLayer, plan
-from sparsify.recipes.recipe import Recipe, load_recipe
+from sparsify.recipes.loading import load_recipe
+from sparsify.recipes.schema import Recipe
 from sparsify.reporting.model_bench import bench
 from sparsify.reporting.report import table
 

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from sparsify.errors import ScheduleWarning
 from sparsify.layers import MaskedLayer
-from sparsify.recipes.recipe import Recipe
+from sparsify.recipes.schema import Recipe
 from sparsify.training.pruner import Pruner
 
 

@@ -12,7 +12,7 @@ import torch
 from transformers import TrainerCallback
 
 from sparsify.errors import ScheduleWarning
-from sparsify.recipes.recipe import Recipe
+from sparsify.recipes.schema import Recipe
 from sparsify.training.pruner import Pruner
 
 _FILE = "pruner.pt"

@@ -16,7 +16,8 @@ from sparsify.layers.inference_mode import making_tensors, writing_to
 from sparsify.layers.masked_weight import GradientAccumulator, masked_weight
 from sparsify.layers.sparse_training import SparseTrainingKernels
 from sparsify.masking.masks import make_masks
-from sparsify.masking.methods.registry import Method, resolve_method, takes_seed
+from sparsify.masking.methods.registry import Method, takes_seed
+from sparsify.masking.spec import PruningSpec
 
 
 class MaskedLayer(nn.Module):
@@ -100,10 +101,10 @@ class MaskedLayer(nn.Module):
         zero. Without a seed, a method that draws random numbers takes one from torch's generator, as initial weights
         do.
         """
-        if seed is None and takes_seed(resolve_method(method)):
+        if seed is None and takes_seed(method):
             seed = int(torch.randint(2**62, (), device="cpu"))
         weights, masks = {"": self.weight_matrix}, {"": self.matrix(self.mask)}
-        self.set_mask(make_masks(weights, sparsity, masks=masks, method=method, pattern=pattern, seed=seed)[""])
+        self.set_mask(make_masks(weights, PruningSpec(sparsity, method, pattern, seed=seed), masks=masks)[""])
 
     def set_mask(self, mask: Tensor, *, back_at_zero: bool = True) -> None:
         """Use this bool mask, (out_features, in_features), True = kept, and zero what it removes.

@@ -1,7 +1,7 @@
-"""How one target becomes a number of removed units for each layer.
+"""Allocations: from one target to the number of removed units of each layer.
 
-"uniform" and "erk" are formulas of the shapes. "global" ranks the scores of all layers together (masks.py); "owl" and
-"error" need what calibration data says about each layer (share.py).
+"uniform" and "erk" are formulas of the shapes. "global" ranks the scores of all layers together (masks.py). "owl" and
+"error" measure each layer on calibration data (pruning/measured_allocation.py).
 """
 
 from __future__ import annotations
@@ -120,8 +120,8 @@ def capped(
 ) -> dict[str, int]:
     """Share a target between layers so that none loses more than `max_sparsity` of its units, rounded down.
 
-    `allocate` says what layers with these units lose at a sparsity. A layer that would lose more is held at its cap,
-    and the others share what is left, until none does. Raises ValueError if the caps leave no room for the target.
+    `allocate` shares a sparsity between layers with these units. A layer above its cap is held there, and the others
+    share the rest, until no layer is. Raises ValueError if the caps leave no room for the target.
 
     >>> shapes = {"a": (10, 10), "b": (20, 20)}
     >>> capped(lambda units, sparsity: erk(units, shapes, sparsity), {"a": 100, "b": 400}, 0.8, 0.82)
@@ -129,11 +129,9 @@ def capped(
     """
     if max_sparsity is None:
         return dict(allocate(n_units, sparsity))
-    total = sum(n_units.values())
-    caps = {name: math.floor(check_sparsity(max_sparsity, "max_sparsity") * n + 1e-9) for name, n in n_units.items()}
-    n_left = n_removed(sparsity, total)
-    if n_left > sum(caps.values()):
-        raise ValueError(f"max_sparsity={max_sparsity:g} for each layer leaves no room for sparsity {sparsity:g}")
+    check_room(n_units, sparsity, max_sparsity)
+    caps = _caps(n_units, max_sparsity)
+    n_left = n_removed(sparsity, sum(n_units.values()))
     held: dict[str, int] = {}
     while True:
         free = {name: n for name, n in n_units.items() if name not in held}
@@ -143,6 +141,20 @@ def capped(
             return {name: held[name] if name in held else shared[name] for name in n_units}
         held |= over
         n_left -= sum(over.values())
+
+
+def check_room(n_units: Mapping[str, int], sparsity: float, max_sparsity: float | None) -> None:
+    """Raise ValueError if layers of so many units, none above `max_sparsity`, cannot reach the sparsity together."""
+    if max_sparsity is None:
+        return
+    caps = _caps(n_units, check_sparsity(max_sparsity, "max_sparsity"))
+    if n_removed(sparsity, sum(n_units.values())) > sum(caps.values()):
+        raise ValueError(f"max_sparsity={max_sparsity:g} for each layer leaves no room for sparsity {sparsity:g}")
+
+
+def _caps(n_units: Mapping[str, int], max_sparsity: float) -> dict[str, int]:
+    """Return the most units that each layer may lose."""
+    return {name: math.floor(max_sparsity * n + 1e-9) for name, n in n_units.items()}
 
 
 def _kept_in_total(kept_at: Callable[[float], dict[str, int]], low: float, high: float, n_keep: int) -> dict[str, int]:

@@ -1,10 +1,11 @@
-"""What a layer's inputs look like to a calibrated method: their Gram matrix, added up batch by batch."""
+"""The Gram matrix of a layer's inputs, summed over batches, for calibrated methods."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+DAMPING = 0.01  # of the mean of the diagonal
 _BLOCK = 384  # columns of one product: above the diagonal only, the products of a 1536-wide layer take 0.63 of the time
 
 
@@ -12,8 +13,8 @@ class Gram:
     """The sum of x xᵀ over the rows x of a layer's input, (in_features, in_features).
 
     Each batch's product is taken in float32 (float64 inputs: in float64) and added up in float64, so that the result
-    does not lose digits over many batches and hardly depends on their order: what several processes have seen of the
-    data can be added up afterwards.
+    does not lose digits over many batches and hardly depends on their order: the sums of several processes, each over
+    its part of the data, can be added.
 
     >>> gram = Gram(2)
     >>> gram.add(torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
@@ -55,11 +56,11 @@ class Gram:
         return upper + upper.triu(1).T
 
 
-def add_damping(matrix: Tensor, share: float) -> Tensor:
-    """Add a share of the mean of the diagonal to the diagonal, so that a Gram matrix can be inverted.
+def add_damping(matrix: Tensor) -> Tensor:
+    """Add DAMPING times the mean of the diagonal to the diagonal, so that a Gram matrix can be inverted.
 
-    A feature that is never active, or one that another repeats, makes a Gram matrix singular; damped, the method leaves
-    the weights it says nothing about as they are. A matrix of zeros becomes the identity times the share.
+    A feature without activity, or a repeated one, makes a Gram matrix singular. With damping, a method leaves the
+    weights of such features as they are. A matrix of zeros becomes the identity times DAMPING.
     """
     mean = float(matrix.diagonal().mean()) if len(matrix) else 0.0
-    return matrix + share * (mean or 1.0) * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    return matrix + DAMPING * (mean or 1.0) * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)

@@ -1,9 +1,9 @@
-"""When: the target sparsity as a pure function of training time."""
+"""Schedules: the target sparsity as a pure function of training time."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal, get_args
 
@@ -12,7 +12,7 @@ from sparsify.masking.allocation import check_sparsity
 Kind = Literal["constant", "one-shot", "linear", "polynomial", "exponential", "cosine", "steps", "alternating"]
 Unit = Literal["steps", "epochs"]
 
-#: What each kind may say besides `kind` and `unit`.
+#: The options of each kind besides `kind` and `unit`.
 _USES: dict[str, frozenset[str]] = {
     "constant": frozenset({"end", "every"}),
     "one-shot": frozenset({"start"}),
@@ -30,10 +30,11 @@ class Schedule:
     """A target over time. Times are in `unit`s; a fraction of an epoch is a time like any other.
 
     constant: the final sparsity from the beginning; with `end` and `every`, weights may change places until then.
-    one-shot: nothing, and from `start` on the final sparsity. linear, polynomial, exponential, cosine: from `initial`
-    at `start` to the final sparsity at `end`, moving `every` so often; before `start` nothing is pruned. steps:
-    `points` of (time, sparsity), each holding until the next. alternating: the final sparsity and none in turns, each
-    for `every`, from `start`; from `end` on the final one.
+    one-shot: nothing, and from `start` on the final sparsity.
+    linear, polynomial, exponential, cosine: from `initial` at `start` to the final sparsity at `end`, moving `every` so
+    often; before `start` nothing is pruned.
+    steps: `points` of (time, sparsity), each holding until the next.
+    alternating: the final sparsity and none in turns, each for `every`, from `start`; from `end` on the final one.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # in a recipe, an unknown key is an error
@@ -77,11 +78,21 @@ class Schedule:
 
     @property
     def ends(self) -> float:
-        """The time from which the target is the final one."""
+        """The time of the final target, the last update."""
         return self.update_times()[-1]
 
+    def check_finals(self, finals: Sequence[float]) -> None:
+        """Raise ValueError if the schedule does not end at, or cannot come to, each of these final sparsities."""
+        if self.kind == "steps" and any(final != self.points[-1][1] for final in finals):
+            raise ValueError(f"the last of the schedule's points must be the target {finals}, got {self.points[-1][1]}")
+        if self.initial > min(finals, default=1.0):
+            raise ValueError(f"the schedule's initial {self.initial} lies above the target {min(finals)}")
+        if self.kind == "exponential":
+            for final in finals:
+                _check_factor(self.initial, final)
+
     def update_times(self) -> tuple[float, ...]:
-        """Return, in order, every time at which the target changes. The last one reaches the final sparsity.
+        """Return, in order, the times of all changes of the target. The last one reaches the final sparsity.
 
         >>> Schedule(kind="linear", start=2, end=5, every=2).update_times()
         (2.0, 4.0, 5.0)
@@ -121,10 +132,15 @@ class Schedule:
         return self.initial + (final - self.initial) * way
 
 
-def _exponential(x: float, initial: float, final: float, power: float) -> float:
-    """Let the density fall by the same factor in equal times; final 1 is out of reach of any factor."""
+def _check_factor(initial: float, final: float) -> None:
+    """Raise ValueError if no factor leads from the initial density to the final one."""
     if final >= 1 or initial >= 1:
         raise ValueError("an exponential schedule cannot reach sparsity 1; use 'polynomial' or 'cosine'")
+
+
+def _exponential(x: float, initial: float, final: float, power: float) -> float:
+    """Let the density fall by the same factor in equal times."""
+    _check_factor(initial, final)
     if final == initial:
         return 1.0
     density = (1 - initial) * ((1 - final) / (1 - initial)) ** x

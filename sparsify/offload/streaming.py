@@ -19,7 +19,7 @@ from sparsify.conversion.convert import sparse_layers
 from sparsify.inference.export import check_format
 from sparsify.inference.form_selection import FormChoice, FormSelector, why_chosen
 from sparsify.kernels import FORMS
-from sparsify.masking.layer_solve import LayerSpec
+from sparsify.masking.spec import LayerSpec
 from sparsify.offload.disk_offload import DiskOffload, LazySafetensors, largest_block_bytes, parameter_bytes
 from sparsify.offload.journal import Journal
 from sparsify.pruning.oneshot import prune_sequentially

@@ -12,9 +12,11 @@ from sparsify.conversion.module_surgery import Model
 from sparsify.conversion.transaction import Transaction
 from sparsify.layer_names import Selector
 from sparsify.layers import MaskedLayer
-from sparsify.masking.masks import Allocation, is_empty, make_masks, warn_removed_whole
-from sparsify.masking.methods.registry import Method, check_memory
-from sparsify.pruning.oneshot import PruningSpec, prune_with_specs
+from sparsify.masking.masks import is_empty, make_masks, warn_removed_whole
+from sparsify.masking.methods.registry import Method
+from sparsify.masking.methods.scoring import check_memory
+from sparsify.masking.spec import Allocation, PruningSpec
+from sparsify.pruning.oneshot import prune_with_specs
 
 
 def prune(
@@ -36,26 +38,29 @@ def prune(
 ) -> Model:
     """Mask the layers of a converted model to an absolute sparsity, in place, and return the model.
 
-    sparsity: fraction of zeros, 0 to 1; left out where the pattern ("2:4") or an allocation dict says it.
-    method: "magnitude", "random", or a function `(weight) -> scores` (see sparsify.masking.methods.registry);
-    seed is for random ones; with data also "wanda", "sparsegpt" and "alps", the best and slowest.
-    pattern: "unstructured", "rows", "columns", N:M ("2:4"), blocks rows x columns ("4x1").
+    sparsity: fraction of zeros, 0 to 1; left out where the pattern ("2:4") or an allocation dict gives it
+    method: "magnitude", "random", or a function `(weight) -> scores` (see sparsify.masking.methods.registry); with data
+        also "wanda", "sparsegpt" and "alps", the best and slowest
+    pattern: "unstructured", "rows", "columns", N:M ("2:4"), blocks rows x columns ("4x1")
     allocation: "uniform", the same for each layer; "global", all layers ranked together; "erk"; or a dict
-    {layer pattern: sparsity}, of which the first match counts; with data also "owl" (outliers among the inputs) and
-    "error" (measured for each layer). max_sparsity: no layer loses more, where the allocation shares one target.
+        {layer pattern: sparsity}, the first match counting; with data also "owl" (outliers among the inputs) and
+        "error" (measured for each layer)
+    include, exclude: layers by pattern or type, as for `convert`
+    max_sparsity: no layer loses more, where the allocation shares one target
+    seed: for methods that draw random numbers
 
     data: batches of the model's inputs, a few hundred samples in all: tensors, tuples of positional arguments, or dicts
-    of keyword arguments (`sparsify.calibration.batches.read_batches`); read once. The layers are then pruned in
-    the order in which they run, each on what those before it have become, and the report tells how far their outputs
-    moved.
-    refit: change the kept weights to the ones that reproduce the layer's outputs best. correct: let them aim
-    at the outputs of the dense model, to make up for what the layers before have lost. cache_bytes: how much of the
-    data on its way through the model stays in memory; the rest, and what the layers were before, goes to a temporary
-    file. Within that, or 1 GiB if it is None, outputs of finished layers are kept so that they run once. progress: show
-    a bar.
+        of keyword arguments (`sparsify.calibration.batches.read_batches`); read once
+    refit: change the kept weights to those with the smallest change of the layer's outputs
+    correct: aim at the outputs of the dense model instead, to make up for the losses of earlier layers
+    cache_bytes: memory for intermediates on their way through the model; the rest, and the former state of the layers,
+        goes to a temporary file. Within cache_bytes, or 1 GiB if it is None, outputs of finished layers are kept, so
+        that these layers run once
+    progress: show a bar
 
-    An optimizer that holds momentum of what is masked here may move it in memory, though never in an output; use a
-    Pruner while training. Raises ValueError, naming the layer, before any mask is changed.
+    With data, layers are pruned in execution order, each on the inputs from pruned layers before it; the report has the
+    change of each layer's outputs. An optimizer with momentum of weights masked here may move them in memory, though
+    never in an output; use a Pruner while training. Raises ValueError, naming the layer, before any mask is changed.
 
     >>> model = sparsify.convert(torch.nn.Sequential(torch.nn.Linear(8, 4)))
     >>> prune(model, 0.75)[0].sparsity
@@ -66,31 +71,24 @@ def prune(
     layers = sparse_layers(model, include, exclude)
     for name, layer in layers.items():
         check_memory(name, layer.weight)
+    spec = PruningSpec(sparsity, method, pattern, allocation, max_sparsity, refit, correct, seed)
     if data is not None:
-        order = PruningSpec(sparsity, method, pattern, allocation, max_sparsity, refit, correct, seed)
-        prune_with_specs(model, [(order, list(layers))], data, cache_bytes=cache_bytes, progress=progress)
+        prune_with_specs(model, [(spec, list(layers))], data, cache_bytes=cache_bytes, progress=progress)
         return model
-    options = {"refit": refit, "correct": correct, "cache_bytes": cache_bytes, "progress": progress}
-    for option, value in options.items():
-        if value not in (None, False):
+    needing_data = {"refit": refit or None, "correct": correct or None, "cache_bytes": cache_bytes}
+    for option, value in (needing_data | {"progress": progress or None}).items():
+        if value is not None:
             raise ValueError(f"{option}={value} has no effect without data; give data=...")
-    masks = make_masks(
-        {name: layer.weight_matrix for name, layer in layers.items()},
-        sparsity,
-        masks={name: layer.matrix(layer.mask) for name, layer in layers.items()},
-        method=method,
-        pattern=pattern,
-        allocation=allocation,
-        max_sparsity=max_sparsity,
-        seed=seed,
-    )
-    warn_removed_whole({name: is_empty(mask) for name, mask in masks.items()}, sparsity, allocation)
+    weights = {name: layer.weight_matrix for name, layer in layers.items()}
+    present = {name: layer.matrix(layer.mask) for name, layer in layers.items()}
+    masks = make_masks(weights, spec, masks=present)
+    warn_removed_whole({name: is_empty(mask) for name, mask in masks.items()}, spec)
     set_masks(model, {layers[name]: mask for name, mask in masks.items()})
     return model
 
 
 def set_masks(model: nn.Module, masks: Mapping[MaskedLayer, Tensor]) -> None:
-    """Let layers of a model use these masks, (out, in); an error leaves all of them as they were."""
+    """Set the masks (out, in) of layers of a model; an error leaves all of them as they were."""
     with Transaction(model) as undo:
         for layer, mask in masks.items():
             undo.keep([layer.weight])

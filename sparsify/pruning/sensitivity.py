@@ -22,9 +22,10 @@ from sparsify.conversion.convert import sparse_layers
 from sparsify.conversion.transaction import Transaction
 from sparsify.layers import MaskedLayer
 from sparsify.masking.allocation import capped, check_sparsity, least_error, n_removed
-from sparsify.masking.layer_solve import LayerSpec, prune_layer
+from sparsify.masking.layer_solve import prune_layer
 from sparsify.masking.methods.registry import Method
 from sparsify.masking.patterns import Pattern, parse_pattern
+from sparsify.masking.spec import LayerSpec
 from sparsify.outputs import new_file
 
 SPARSITIES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

@@ -115,7 +115,7 @@ def substitute(file: YamlFile, content: Value, variables: Mapping[str, Value]) -
 
     Raises RecipeError for an unknown one, and for more than MAX_VALUES values in the result.
     """
-    sizes = {name: sum(1 for _ in calibrate_groups(value)) for name, value in variables.items()}
+    sizes = {name: sum(1 for _ in nested_values(value)) for name, value in variables.items()}
     n_left = MAX_VALUES
 
     def replace(value: Value, place: KeyPath) -> Value:
@@ -139,10 +139,10 @@ def substitute(file: YamlFile, content: Value, variables: Mapping[str, Value]) -
     return replace(content, ())
 
 
-def calibrate_groups(content: Value) -> Iterator[Value]:
-    """Go through a value and all values in it.
+def nested_values(content: Value) -> Iterator[Value]:
+    """Yield a value and all values inside it.
 
-    >>> list(walk({"a": [1, "b"]}))
+    >>> list(nested_values({"a": [1, "b"]}))
     [{'a': [1, 'b']}, [1, 'b'], 'b', 1]
     """
     todo = [content]

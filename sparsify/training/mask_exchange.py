@@ -11,11 +11,11 @@ from sparsify.distributed import SINGLE, Ranks
 from sparsify.errors import ScheduleWarning
 from sparsify.layers import MaskedLayer
 from sparsify.layers.fsdp import cut_by_rows, own_rows
-from sparsify.masking.methods.registry import mix_seed, score
+from sparsify.masking.methods.scoring import mix_seed, score
 from sparsify.masking.patterns import parse_pattern
 from sparsify.masking.regrowth import drop_and_grow, random_growth_scores, regrow_fraction
 from sparsify.masking.unseen import named
-from sparsify.recipes.recipe import Group
+from sparsify.recipes.schema import Group
 
 
 def exchanged_masks(

@@ -18,7 +18,9 @@ from sparsify.layers.fsdp import shard_like
 from sparsify.layers.sparse_training import SparseBackward, SparseTrainingKernels
 from sparsify.masking.masks import is_empty, warn_removed_whole
 from sparsify.masking.methods.registry import required_statistics
-from sparsify.recipes.recipe import HOLD, Group, Recipe, assign_layers, group_masks
+from sparsify.recipes.assignment import assign_layers
+from sparsify.recipes.group_masks import group_masks
+from sparsify.recipes.schema import HOLD, Group, Recipe
 from sparsify.training.gradient_statistics import Evidence, accumulate_gradients, from_loss, refuse_unknown
 from sparsify.training.mask_change import change_masks
 from sparsify.training.mask_exchange import exchanged_masks
@@ -301,7 +303,7 @@ class Pruner:
             masks = exchanged_masks(group, layers, masks, seen, step=self.n_steps, progress=progress, ranks=self.ranks)
         lost = {name: is_empty(mask) and not is_empty(present[name]) for name, mask in masks.items()}
         if group.method != HOLD:
-            warn_removed_whole(lost, group.sparsity, group.allocation)
+            warn_removed_whole(lost, group.spec())
         return masks
 
     def _check_ranks(self, masks: Mapping[str, Tensor]) -> None:

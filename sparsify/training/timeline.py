@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 
 from sparsify.masking.schedules import Schedule
-from sparsify.recipes.recipe import Recipe
+from sparsify.recipes.schema import Recipe
 
 
 def update_steps(

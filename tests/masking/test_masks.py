@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsify.masking.allocation import ALLOCATIONS
-from sparsify.masking.masks import layer_targets, make_masks
+from sparsify.masking.masks import make_masks
 from sparsify.masking.methods.registry import METHODS
 from sparsify.masking.patterns import parse_pattern, unit_any, unit_scores
+from sparsify.masking.spec import PruningSpec, layer_targets
 
 THREE = {"a": (8, 12), "b": (4, 8), "c": (16, 4)}
 
@@ -47,7 +48,9 @@ def test_each_layer_loses_the_rounded_share_of_its_units(pattern: str, method: s
         weights = {"layer": weight(shape)}
         n_units = parse_pattern(pattern).n_units(shape)
         for sparsity in SPARSITIES:
-            mask = make_masks(weights, sparsity, masks=kept(weights), method=method, pattern=pattern)["layer"]
+            mask = make_masks(weights, PruningSpec(sparsity, method=method, pattern=pattern), masks=kept(weights))[
+                "layer"
+            ]
             assert (mask.dtype, mask.shape) == (torch.bool, shape)
             n_zero = int((~mask).sum())
             assert n_zero * n_units == round(sparsity * n_units) * mask.numel(), (shape, sparsity)
@@ -62,7 +65,7 @@ def test_magnitude_keeps_the_largest_and_of_equal_ones_the_first(dtype: torch.dt
     expected = torch.zeros(13 * 17, dtype=torch.bool)
     expected[torch.from_numpy(order[: 13 * 17 - round(0.6 * 13 * 17)])] = True
     weights = {"layer": rounded}
-    assert torch.equal(make_masks(weights, 0.6, masks=kept(weights))["layer"], expected.reshape(13, 17))
+    assert torch.equal(make_masks(weights, PruningSpec(0.6), masks=kept(weights))["layer"], expected.reshape(13, 17))
 
 
 @pytest.mark.parametrize(
@@ -77,7 +80,7 @@ def test_magnitude_keeps_the_largest_and_of_equal_ones_the_first(dtype: torch.dt
 )
 def test_patterns_by_hand(pattern: str, expected: list[list[int]]) -> None:
     weights = {"layer": torch.tensor([[1.0, -2.0, 0.0, 3.0], [7.0, 0.0, 5.0, -6.0]])}
-    mask = make_masks(weights, 0.5, masks=kept(weights), pattern=pattern)["layer"]
+    mask = make_masks(weights, PruningSpec(0.5, pattern=pattern), masks=kept(weights))["layer"]
     assert mask.int().tolist() == expected
 
 
@@ -98,7 +101,7 @@ def test_global_ranks_all_layers_in_one_list(pattern: str, sparsity: float) -> N
     weights = {name: (w * 2).round() for name, w in weights_of().items()}
     weights["b"] = weights["b"].to(torch.bfloat16)  # exact for these values, so a mix changes nothing
     weights["c"] = weights["c"].double()
-    masks = make_masks(weights, sparsity, masks=kept(weights), pattern=pattern, allocation="global")
+    masks = make_masks(weights, PruningSpec(sparsity, pattern=pattern, allocation="global"), masks=kept(weights))
     expected = reference_global(weights, sparsity, pattern)
     for name, mask in masks.items():
         assert torch.equal(unit_any(mask, parse_pattern(pattern)), expected[name])
@@ -110,7 +113,7 @@ def test_the_layers_together_lose_the_rounded_share(allocation: str, method: str
     weights = weights_of({"a": (5, 3), "b": (13, 17), "c": (1, 7)})
     total = sum(w.numel() for w in weights.values())
     for sparsity in SPARSITIES:
-        masks = make_masks(weights, sparsity, masks=kept(weights), method=method, allocation=allocation)
+        masks = make_masks(weights, PruningSpec(sparsity, method=method, allocation=allocation), masks=kept(weights))
         assert sum(n_zeros(masks).values()) == round(sparsity * total)
 
 
@@ -119,19 +122,21 @@ def test_nm_has_its_own_sparsity(nm: str) -> None:
     keep, group = map(int, nm.split(":"))
     weights = weights_of()
     for sparsity in (None, 1 - keep / group):
-        for mask in make_masks(weights, sparsity, masks=kept(weights), pattern=nm).values():
+        for mask in make_masks(weights, PruningSpec(sparsity, pattern=nm), masks=kept(weights)).values():
             assert mask.reshape(-1, group).sum(1).eq(keep).all()
 
 
 def test_nm_prefers_what_is_kept_already() -> None:
     weights = {"layer": torch.tensor([[0.0, 0.0, 5.0, 0.0]])}
     masks = {"layer": torch.tensor([[False, False, True, True]])}
-    assert make_masks(weights, None, masks=masks, pattern="2:4")["layer"].tolist() == [[False, False, True, True]]
+    assert make_masks(weights, PruningSpec(None, pattern="2:4"), masks=masks)["layer"].tolist() == [
+        [False, False, True, True]
+    ]
 
 
 def test_a_dict_gives_each_layer_its_own_target() -> None:
     weights = weights_of()
-    masks = make_masks(weights, None, masks=kept(weights), allocation={"a": 0.25, "re:[ab]": 0.5, "*": 1})
+    masks = make_masks(weights, PruningSpec(None, allocation={"a": 0.25, "re:[ab]": 0.5, "*": 1}), masks=kept(weights))
     assert n_zeros(masks) == {"a": 24, "b": 16, "c": 64}
     assert layer_targets({"a": 0.25, "re:[ab]": 0.5, "*": 1}, THREE) == {"a": 0.25, "b": 0.5, "c": 1.0}
 
@@ -151,7 +156,9 @@ def test_targets_nest(choice: tuple[str, str], method: str, one: float, other: f
 
     def move(sparsity: float, masks: dict[str, Tensor]) -> dict[str, Tensor]:
         now = {name: w * masks[name] for name, w in weights.items()}  # as in a layer, masked weights are zero
-        return make_masks(now, sparsity, masks=masks, method=method, pattern=pattern, allocation=allocation)
+        return make_masks(
+            now, PruningSpec(sparsity, method=method, pattern=pattern, allocation=allocation), masks=masks
+        )
 
     at_low = move(low, kept(weights))
     at_high = move(high, at_low)
@@ -167,7 +174,9 @@ def test_targets_nest(choice: tuple[str, str], method: str, one: float, other: f
 def test_training_between_two_targets_does_not_revive_what_is_masked() -> None:
     first = torch.tensor([[True, False, True, False]])
     moved = {"layer": torch.tensor([[1.0, 9.0, 2.0, 9.0]])}  # an optimizer moved the masked weights
-    assert make_masks(moved, 0.75, masks={"layer": first})["layer"].tolist() == [[False, False, True, False]]
+    assert make_masks(moved, PruningSpec(0.75), masks={"layer": first})["layer"].tolist() == [
+        [False, False, True, False]
+    ]
 
 
 def test_a_lower_target_keeps_what_is_kept_whatever_the_scores() -> None:
@@ -176,7 +185,7 @@ def test_a_lower_target_keeps_what_is_kept_whatever_the_scores() -> None:
         {"layer": torch.tensor([[True, True, False, False]])},
     )
     for allocation in ("uniform", "global"):
-        mask = make_masks(weights, 0.25, masks=masks, method=torch.neg, allocation=allocation)["layer"]
+        mask = make_masks(weights, PruningSpec(0.25, method=torch.neg, allocation=allocation), masks=masks)["layer"]
         assert mask.tolist() == [[True, True, True, False]]
 
 
@@ -184,7 +193,7 @@ def test_random_masks_come_from_the_seed_and_the_name() -> None:
     weights = {"a": weight((64, 64)), "b": weight((64, 64))}
 
     def masks(seed: int | None) -> dict[str, Tensor]:
-        return make_masks(weights, 0.5, masks=kept(weights), method="random", seed=seed)
+        return make_masks(weights, PruningSpec(0.5, method="random", seed=seed), masks=kept(weights))
 
     assert torch.equal(masks(3)["a"], masks(3)["a"])
     assert not torch.equal(masks(3)["a"], masks(4)["a"])
@@ -195,7 +204,7 @@ def test_random_masks_come_from_the_seed_and_the_name() -> None:
         assert torch.equal(masks(None)["a"], masks(None)["a"])
         assert torch.equal(torch.get_rng_state(), state)  # nobody else's random numbers move
     coarse = {name: w.bfloat16() for name, w in weights.items()}
-    in_bf16 = make_masks(coarse, 0.5, masks=kept(coarse), method="random", seed=3)
+    in_bf16 = make_masks(coarse, PruningSpec(0.5, method="random", seed=3), masks=kept(coarse))
     assert torch.equal(in_bf16["a"], masks(3)["a"])
 
 
@@ -204,7 +213,7 @@ def test_a_method_can_be_your_own_function(method: Callable[[Tensor], Tensor]) -
     weights = {"layer": torch.tensor([[1.0, 4.0, 3.0, 2.0]])}
     smallest = method is not torch.square
     expected = [[True, False, False, True]] if smallest else [[False, True, True, False]]
-    assert make_masks(weights, 0.5, masks=kept(weights), method=method)["layer"].tolist() == expected
+    assert make_masks(weights, PruningSpec(0.5, method=method), masks=kept(weights))["layer"].tolist() == expected
 
 
 def test_your_own_function_may_draw_random_numbers() -> None:
@@ -215,7 +224,7 @@ def test_your_own_function_may_draw_random_numbers() -> None:
         return weight
 
     weights = weights_of()
-    make_masks(weights, 0.5, masks=kept(weights), method=mine, seed=1)
+    make_masks(weights, PruningSpec(0.5, method=mine, seed=1), masks=kept(weights))
     assert len(set(seen)) == len(weights)
 
 
@@ -253,7 +262,7 @@ def test_what_cannot_be_done_is_refused(options: dict, message: str) -> None:
     masks = kept(weights)
     before = {name: w.clone() for name, w in weights.items()}
     with pytest.raises(ValueError, match=message):
-        make_masks(weights, masks=masks, **options)
+        make_masks(weights, PruningSpec(**options), masks=masks)
     assert all(torch.equal(weights[name], before[name]) and bool(masks[name].all()) for name in weights)
 
 
@@ -262,24 +271,24 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(bad: float) -> None:
     weights = weights_of()
     weights["b"][1, 2] = bad
     with pytest.raises(ValueError, match=r"^b: the weight holds NaN or Inf; .*exclude=\['b'\]"):
-        make_masks(weights, 0.5, masks=kept(weights))
+        make_masks(weights, PruningSpec(0.5), masks=kept(weights))
     masks = kept(weights)
     masks["b"][1, 2] = False  # gone already
-    assert sum(n_zeros(make_masks(weights, 0.5, masks=masks)).values()) == 48 + 16 + 32
+    assert sum(n_zeros(make_masks(weights, PruningSpec(0.5), masks=masks)).values()) == 48 + 16 + 32
 
 
 def test_a_weight_without_data_is_refused_by_name() -> None:
     weights = {"fc": torch.empty(4, 4, device="meta")}
     with pytest.raises(ValueError, match="fc: the weight is on the meta device and has no data"):
-        make_masks(weights, 0.5, masks=kept(weights))
+        make_masks(weights, PruningSpec(0.5), masks=kept(weights))
 
 
 def test_nothing_given_is_changed() -> None:
     weights = weights_of()
     masks = kept(weights)
     before = {name: w.clone() for name, w in weights.items()}
-    result = make_masks(weights, 0.5, masks=masks)
+    result = make_masks(weights, PruningSpec(0.5), masks=masks)
     assert all(torch.equal(weights[name], before[name]) and bool(masks[name].all()) for name in weights)
     assert all(result[name] is not masks[name] for name in weights)
-    same = make_masks(weights, 0.0, masks=masks)
+    same = make_masks(weights, PruningSpec(0.0), masks=masks)
     assert all(same[name].data_ptr() != masks[name].data_ptr() for name in weights)

@@ -11,14 +11,14 @@ from torch import Tensor
 from sparsify.masking.gram import add_damping
 from sparsify.masking.layer_solve import output_error
 from sparsify.masking.methods.alps import alps
-from sparsify.masking.methods.refit import DAMPING, refit
+from sparsify.masking.methods.refit import refit
 from sparsify.masking.methods.sparsegpt import sparsegpt
 from sparsify.masking.patterns import parse_pattern
 
 
 def by_lstsq(weight: Tensor, mask: Tensor, gram: Tensor) -> Tensor:
     """Solve each row by torch.linalg.lstsq on inputs whose Gram matrix is the damped one."""
-    inputs = torch.linalg.cholesky(add_damping(gram, DAMPING)).T
+    inputs = torch.linalg.cholesky(add_damping(gram)).T
     new = torch.zeros_like(weight, dtype=torch.float64)
     for row in range(len(weight)):
         kept = mask[row]
@@ -52,7 +52,7 @@ def test_each_step_lowers_the_error(pattern: str, sparsity: float) -> None:
     updated, mask = sparsegpt(w, everything, n, parsed, gram=gram)
     refitted = refit(w, mask, gram=gram)
     searched, other = alps(w, everything, n, parsed, gram=gram)
-    errors = [output_error(w, new, add_damping(gram, DAMPING)) for new in (updated, refitted, searched)]
+    errors = [output_error(w, new, add_damping(gram)) for new in (updated, refitted, searched)]
     assert errors == sorted(errors, reverse=True)
     assert int(other.sum()) == int(mask.sum())
     assert not searched[~other].any()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsify.masking.gram import add_damping
 from sparsify.masking.layer_solve import output_error
-from sparsify.masking.methods.sparsegpt import DAMPING, _inverse_factor, sparsegpt
+from sparsify.masking.methods.sparsegpt import _inverse_factor, sparsegpt
 from sparsify.masking.patterns import parse_pattern
 
 
@@ -23,7 +23,7 @@ def gram_of(n_features: int, n_rows: int = 200, seed: int = 3) -> Tensor:
 
 def textbook(weight: Tensor, mask: Tensor, gram: Tensor) -> Tensor:
     """Remove what a mask removes, from left to right; each removal is made up for by all columns behind it (OBS)."""
-    hessian, w = add_damping(gram, DAMPING), weight.double().clone()
+    hessian, w = add_damping(gram), weight.double().clone()
     for j in range(w.shape[1]):
         inverse = torch.linalg.inv(hessian[j:, j:])
         for row in range(w.shape[0]):
@@ -47,7 +47,7 @@ def test_the_mask_is_that_of_the_textbook() -> None:
     """With blocks of one column each row of scores is w² over the diagonal of the inverse, with w as updated so far."""
     w, gram = weight((6, 8)), gram_of(8)
     new, mask = sparsegpt(w, torch.ones_like(w, dtype=torch.bool), 24, parse_pattern("1:2"), gram=gram)
-    current, hessian = w.double().clone(), add_damping(gram, DAMPING)
+    current, hessian = w.double().clone(), add_damping(gram)
     for start in range(0, 8, 2):
         inverses = [torch.linalg.inv(hessian[j:, j:])[0, 0] for j in (start, start + 1)]
         scores = torch.stack([current[:, start + i] ** 2 / inverses[i] for i in (0, 1)], 1)
@@ -90,7 +90,7 @@ def test_a_singular_gram_matrix_is_damped(gram: Tensor) -> None:
 
 @pytest.mark.parametrize("n", [1, 7, 300, 523])
 def test_the_factor_is_that_of_the_inverse(n: int) -> None:
-    matrix = add_damping(gram_of(n, n_rows=2 * n), DAMPING)
+    matrix = add_damping(gram_of(n, n_rows=2 * n))
     upper = _inverse_factor(matrix)
     assert torch.equal(upper, upper.triu())
     torch.testing.assert_close(upper @ matrix @ upper.T, torch.eye(n, dtype=torch.float64), rtol=1e-9, atol=1e-9)

@@ -19,11 +19,10 @@ from sparsify.checkpoint.tensor_file import TensorFile
 from sparsify.conversion.convert import sparse_layers
 from sparsify.errors import CheckpointError
 from sparsify.layers import MaskedLayer
-from sparsify.masking.layer_solve import LayerSpec
+from sparsify.masking.spec import LayerSpec, PruningSpec, layer_specs
 from sparsify.offload.disk_offload import DiskOffload, LazySafetensors, largest_block_bytes, parameters_on_meta
 from sparsify.offload.journal import Journal
 from sparsify.offload.streaming import prune_from_disk, write_from_disk
-from sparsify.pruning.oneshot import PruningSpec, layer_specs
 from sparsify.reporting.report import Report
 
 WIDTH, N_BLOCKS = 32, 6
@@ -93,7 +92,7 @@ def empty() -> nn.Module:
 
 def tasks_for(model: nn.Module) -> dict[str, LayerSpec]:
     shapes = {name: layer.shape for name, layer in sparse_layers(model).items()}
-    return layer_specs(shapes, PruningSpec(0.5, "sparsegpt"))
+    return layer_specs(PruningSpec(0.5, "sparsegpt"), shapes)
 
 
 def from_disk(folder: Path, out: Path, **options: Any) -> Report:

@@ -18,7 +18,7 @@ from torch import nn
 
 import sparsify
 from sparsify.masking.schedules import Kind, Schedule
-from sparsify.recipes.recipe import Group, Recipe
+from sparsify.recipes.schema import Group, Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,6 +1,7 @@
 """Pruning on calibration data: exact, all or nothing, in any precision, and each method what its paper says."""
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -174,12 +175,13 @@ def test_what_lies_on_disk_meanwhile_changes_nothing(options: dict[str, Any], mo
         assert filed
         filed.clear()
         assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in found.state_dict().items())
-    for call in (
-        lambda: prune(model(), 0.5, cache_bytes=9),
-        lambda: apply(model(), Recipe(groups=[{"sparsity": 0.5}]), cache_bytes=9),
-    ):
-        with pytest.raises(ValueError, match="cache_bytes=9 has no effect without data"):
-            call()
+    for n_bytes in (9, 0):
+        for call in (
+            lambda n: prune(model(), 0.5, cache_bytes=n),
+            lambda n: apply(model(), Recipe(groups=[{"sparsity": 0.5}]), cache_bytes=n),
+        ):
+            with pytest.raises(ValueError, match=f"cache_bytes={n_bytes} has no effect without data"):
+                call(n_bytes)
 
 
 @pytest.mark.parametrize("cache_bytes", [None, 0])
@@ -279,6 +281,24 @@ def test_measured_allocations_need_data(allocation: str) -> None:
 def test_refit_needs_data() -> None:
     with pytest.raises(ValueError, match="refit=True has no effect without data"):
         prune(model(), 0.5, refit=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "sparsegpt", "seed": 3}, "seed=3 has no effect with method 'sparsegpt'"),
+        ({"method": "wandar"}, "method 'wandar' is none of"),
+        ({"allocation": "owl", "max_sparsity": 0.4}, r"max_sparsity=0\.4 for each layer leaves no room"),
+        ({"allocation": "error", "max_sparsity": 1.5}, "max_sparsity must be a fraction"),
+    ],
+)
+def test_options_are_checked_before_the_data_is_read(options: dict, message: str) -> None:
+    def data() -> Iterator[Tensor]:
+        raise AssertionError("the data was read")
+        yield X
+
+    with pytest.raises(ValueError, match=message):
+        prune(model(), 0.5, data=data(), **options)
 
 
 def test_the_layer_whose_errors_cost_least_loses_most() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify import Recipe, RemovedLayerWarning, apply, convert, prune
-from sparsify.recipes.recipe import recipe_layer_specs
+from sparsify.recipes.apply import recipe_layer_specs
 
 X = torch.randn(20, 16, generator=torch.Generator().manual_seed(0))
 SMALL = r"^2: all weights are removed, .*{} below 1, or leave such layers dense with exclude=\['2'\]$"

@@ -63,6 +63,22 @@ def test_every_update_of_a_schedule_is_planned(kind: str) -> None:
     assert found == pytest.approx([0.9, 0.9, 0.9], abs=1e-2)
 
 
+def test_dense_phases_are_planned_for_every_pattern() -> None:
+    schedule = {"kind": "alternating", "end": 3, "every": 1}
+    for group in ({"pattern": "2:4"}, {"sparsity": 0.5}):
+        recipe = Recipe(groups=[{**group, "schedule": schedule}])
+        assert plan(recipe, net())[0].targets == ((0.0, 0.5), (1.0, 0.0), (2.0, 0.5), (3.0, 0.5))
+        pruner = Pruner(sparsify.convert(net()), recipe)
+        pruner.step()
+        assert pruner.sparsity == 0.0
+
+
+def test_a_seed_for_growth_alone_can_be_planned() -> None:
+    grow = {"seed": 1, "regrow": {"by": "random"}, "schedule": {"end": 2, "every": 1}}
+    recipe = Recipe(groups=[{"sparsity": 0.5, "allocation": "global", **grow}])
+    assert sum(layer.targets[-1][1] * layer.shape[0] * layer.shape[1] for layer in plan(recipe, net())) == 6480
+
+
 def test_nothing_is_touched_and_both_kinds_of_model_give_one_plan() -> None:
     model, converted = net(), sparsify.convert(net())
     recipe = Recipe(groups=[GROUPS["global"]])

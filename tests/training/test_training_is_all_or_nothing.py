@@ -127,7 +127,7 @@ def test_an_apply_that_fails_anywhere_changes_nothing(recover, monkeypatch):
             pruned[0].bias.data.zero_()
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("sparsify.recipes.recipe.recover", fail)
+        monkeypatch.setattr("sparsify.recipes.apply.recover", fail)
         with pytest.raises(KeyboardInterrupt):
             sparsify.apply(model, once, data=data)
         assert same(everything(model), before)

@@ -9,7 +9,6 @@ from sparsify.masking.gram import add_damping
 from sparsify.masking.methods.refit import refit
 from sparsify.masking.patterns import Pattern, choose_mask
 
-DAMPING = 0.01
 _FIRST_PENALTY, _ROUND, _MAX_ROUNDS = 0.1, 3, 100
 #: How fast the penalty grows, by how much of the mask has changed in a round.
 _GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
@@ -25,7 +24,7 @@ def alps(weight: Tensor, mask: Tensor, n_removed: int, pattern: Pattern, *, gram
 
     Meng et al. 2024, arXiv:2406.07831.
     """
-    hessian = add_damping(gram, DAMPING)
+    hessian = add_damping(gram)
     scale = hessian.diagonal().sqrt()
     values, vectors = torch.linalg.eigh((hessian / scale / scale[:, None]).float())
     original = (weight.detach().to(hessian) * scale).float()

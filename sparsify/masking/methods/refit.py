@@ -9,7 +9,6 @@ from torch.nn import functional
 from sparsify.kernels.cpu import library as native
 from sparsify.masking.gram import add_damping
 
-DAMPING = 0.01
 _BATCH_BYTES = 32 * 2**20  # of the factors that are kept at once
 _LARGEST_NATIVE = 2048  # beyond, a thread's copy of a part takes over 16 MB, and one part keeps all cores busy in torch
 _REFINEMENTS, _TOLERANCE = 3, 1e-9
@@ -26,7 +25,7 @@ def refit(weight: Tensor, mask: Tensor, *, gram: Tensor) -> Tensor:
 
     whichever has the smaller matrix to factorise. Rows with about as many kept weights are solved together.
     """
-    hessian = add_damping(gram, DAMPING)
+    hessian = add_damping(gram)
     original = weight.detach().to(hessian)
     few_kept = int(mask.sum()) * 2 <= mask.numel()
     chosen = mask if few_kept else ~mask

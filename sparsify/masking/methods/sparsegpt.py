@@ -11,7 +11,6 @@ from sparsify.masking.gram import add_damping
 from sparsify.masking.patterns import Pattern, choose_mask, unit_any
 
 BLOCK = 128  # columns whose masks are chosen at once, and whose errors reach the columns behind them in one product
-DAMPING = 0.01
 
 
 def sparsegpt(weight: Tensor, mask: Tensor, n_removed: int, pattern: Pattern, *, gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,7 +27,7 @@ def sparsegpt(weight: Tensor, mask: Tensor, n_removed: int, pattern: Pattern, *,
 
     Frantar and Alistarh 2023, arXiv:2301.00774.
     """
-    upper = _inverse_factor(add_damping(gram, DAMPING))
+    upper = _inverse_factor(add_damping(gram))
     columns = weight.to(upper).T.contiguous()  # a column of the weight is a row here, and lies together in memory
     kept = mask.T.clone()
     for start, stop, n_here in _blocks(mask, n_removed, pattern):
