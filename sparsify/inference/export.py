@@ -1,4 +1,4 @@
-"""From masks to layers that hold only what is kept."""
+"""Export of a masked model: layers that hold only the kept weights."""
 
 from __future__ import annotations
 
@@ -36,25 +36,26 @@ def export(
     progress: bool = False,
     copy: bool = True,
 ) -> Model:
-    """Return a copy for inference in which each masked layer is a CSRLinear, or the dense layer it was.
+    """Return a copy for inference: each masked layer is a CSRLinear, or a dense layer as before `convert`.
 
-    The model itself stays as it was, and whatever becomes of it later does not reach the copy: they share no memory,
-    and no hooks. copy=False lets both share the memory of all that is not packed (biases, norms, embeddings, layers
-    without a mask), for a model that is neither trained nor loaded any more. Outputs equal the masked model's. An
-    activation that a layer's output goes to, and nowhere else, is applied by the layer.
+    The model itself stays as it was, and its later changes do not reach the copy: they share no memory and no hooks.
+    copy=False lets both share the memory of biases, norms, embeddings and layers without a mask, for a model with no
+    training or loading ahead. Outputs equal the masked model's. An activation with a layer's output as its only input,
+    and no other reader of this output, is applied by the layer.
 
-    format: "auto" measures each layer here and takes the fastest form, dense where no sparse one is faster: no layer is
-    left slower than dense. Or the form for all layers: "csr" (runs anywhere, on the reference kernel), "panel" (many
-    tokens), "bitmask" and "gather" (few), on GPUs "tiles" and "narrow" (moderate and high sparsity), "blocks" and "2:4"
-    (masks of these patterns), "dense" (zeros in plain weights). The choice is on each exported layer as `choice`, and
-    in `report`.
-
-    "auto" measures with `example`, what the model is given in use (a tensor, a tuple, or a dict by name), on which it
-    runs once, so that each layer is measured with its own input. Layers that the example does not reach, and all
-    without one, are measured with `tokens` rows (batch x sequence, or positions of an image; 128 if not given).
-    prefer: for "auto", "speed" as said (of forms equally fast the smallest), or "memory": the smallest form, however
-    fast. device: where the copy is to run, if not where the model is; it is measured (on a GPU as replays of a CUDA
-    graph), packed and put there.
+    format: the form of the weights in memory. "auto" measures each layer here and takes the fastest form, dense if
+    no sparse one is faster: no layer is left slower than dense. Or one form for all layers: "csr" (runs anywhere,
+    on the reference kernel), "panel" (many tokens), "bitmask" and "gather" (few), on GPUs "tiles" and "narrow"
+    (moderate and high sparsity), "blocks" and "2:4" (masks of these patterns), "dense" (zeros in plain weights).
+    The choice is on each exported layer as `choice`, and in `report`.
+    example: a typical input of the model (a tensor, a tuple, or a dict by name). The model runs on it once, and "auto"
+    measures each layer with its own input.
+    tokens: rows of input (batch x sequence, or positions of an image; 128 if not given) for layers out of reach of the
+    example, and for all layers without one.
+    prefer: for "auto", "speed" as above (of forms equally fast the smallest), or "memory": the smallest form, however
+    fast.
+    device: the device of the copy, if not the model's; the copy is measured (on a GPU as replays of a CUDA graph),
+    packed and put there.
 
     Raises ValueError if there is nothing to export, a form does not run here, or the model cannot be copied.
 
@@ -107,7 +108,7 @@ def export(
 
 
 def check_format(format: str, tokens: int | None = None, device: torch.device | None = None) -> None:
-    """Raise ValueError for a format that is none, rows it would not measure with, or a device it does not run on."""
+    """Raise ValueError for an unknown format, rows without effect, or a device without support for the format."""
     if format not in FORMATS:
         raise ValueError(f"format {format!r} is none of: {', '.join(FORMATS)}")
     if format != "auto" and tokens is not None:

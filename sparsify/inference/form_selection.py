@@ -1,4 +1,4 @@
-"""Which form a layer gets: measured here and now, against the dense layer, for the number of tokens asked for."""
+"""Selection of the form of each layer: measured here and now, against the dense layer, for a number of tokens."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class FormChoice:
 
     @property
     def reason(self) -> str:
-        """Say in a few words why this form was chosen.
+        """The reason for this form, in a few words.
 
         >>> FormChoice("panel", 64, {"dense": 300.0, "panel": 60.0}, "a machine").reason
         '5.00x dense for 64 tokens (60 of 300 us)'
@@ -62,7 +62,7 @@ class FormChoice:
 
 
 def why_chosen(choice: FormChoice, weight: Tensor) -> str:
-    """Say in a few words why a layer with this weight got its form here."""
+    """Return the reason for a layer's form, in a few words, given its weight."""
     alone = set(choice.times_us) == {"dense"}
     if alone and any(form != "csr" and supports(form, weight.device, weight.dtype) for form in FORMS):
         return "no sparse form is smaller than dense at this sparsity"
@@ -70,9 +70,10 @@ def why_chosen(choice: FormChoice, weight: Tensor) -> str:
 
 
 class FormSelector:
-    """Measures layers one by one, each kind once.
+    """Measures layers one by one, each distinct layer once.
 
-    A kind is a type, shape, dtype, device, with or without bias, kept weights in percent, forms that fit, and an input.
+    Layers are alike with the same type, shape, dtype, device, bias or none, kept weights in percent, fitting forms and
+    input.
     """
 
     def __init__(self, tokens: int, prefer: str = "speed") -> None:
@@ -122,7 +123,7 @@ class FormSelector:
         return self._known[converter]
 
     def _measure(self, candidates: Mapping[str, nn.Module], x: Tensor) -> dict[str, float]:
-        """Time what a layer may become, in turns, on an input: medians in us. A GPU finds no weight in its cache."""
+        """Time the candidates of a layer in turns, on an input: medians in us. A GPU finds no weight in its cache."""
         calls = {form: [_call(module, x)] for form, module in candidates.items()}
         if x.is_cuda:
             for form, module in candidates.items():
@@ -135,7 +136,7 @@ class FormSelector:
 
 
 def _candidates(layer: MaskedLayer, forms: Iterable[str]) -> dict[str, nn.Module]:
-    """Make dense, and those of the forms that take less memory than dense."""
+    """Make the dense layer, and a layer in each form with less memory than dense."""
     packed = {form: exported_as(layer, form) for form in forms}
     return {
         "dense": exported_as(layer, "dense"),
@@ -161,7 +162,7 @@ def _best(times: Mapping[str, float], n_bytes: Mapping[str, int], prefer: str) -
 
 
 def exported_as(layer: MaskedLayer, form: str) -> nn.Module:
-    """Make what a masked layer is exported as in a form; "dense" is the layer it was, with zeros."""
+    """Make the exported layer of a masked layer in a form; "dense" is the layer before `convert`, with zeros."""
     converter = converter_of_layer(layer)
     if form != "dense":
         return converter.packed.from_sparse(layer, form=form)
@@ -176,6 +177,6 @@ def _call(module: nn.Module, x: Tensor) -> Call:
 
 
 def _n_bytes(module: nn.Module) -> int:
-    """Return what the weight takes in memory."""
+    """Return the memory of the weight."""
     tensors: Iterable[Tensor] = module.parts if isinstance(module, PackedLayer) else [module.weight]  # type: ignore[list-item]
     return sum(tensor.nbytes for tensor in tensors)
