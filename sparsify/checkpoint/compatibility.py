@@ -1,4 +1,4 @@
-"""Whether a file is one for a model: the same layers, shapes, dtypes and other tensors. Nothing is changed."""
+"""Compatibility of a file with a model: the same layers, shapes, dtypes and other tensors. Nothing is changed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sparsify.layers import MaskedLayer, PackedLayer
 
 
 def packed_state_keys(names: Names, layers: Mapping[str, LayerEntry]) -> set[str]:
-    """Return the state names that the entries of these layers stand for, under every name such a layer has.
+    """Return the state names covered by the entries of these layers, under every name of such a layer.
 
     All other state is stored under its own name.
     """
@@ -65,7 +65,7 @@ def check_layers(names: Names, layers: Mapping[str, LayerEntry]) -> None:
 def check_state_names(names: Names, header: Header, others: Collection[str]) -> None:
     """Raise CheckpointError unless a file has the very state of the model beside its layers, judged by names.
 
-    others: the tensors of the file that are part of no layer's weight.
+    others: the tensors of the file outside of all layers' weights.
     """
     packed = {join(name, "weight") for name in header.layers}
     given = {*others, *(alias for alias in header.aliases if alias not in packed)}
@@ -81,7 +81,7 @@ def check_state_names(names: Names, header: Header, others: Collection[str]) -> 
 def check_state(
     names: Names, layers: Mapping[str, LayerEntry], weights: Mapping[str, CSR], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Raise CheckpointError unless shapes and dtypes fit, and every tensor has a place that can be written."""
+    """Raise CheckpointError unless shapes and dtypes fit, and every tensor has a writable place."""
     for name, csr in weights.items():
         _check_dtype(name, csr.values, matrices(names.modules[name])[""])
     for prefix, module in names.places.items():
@@ -105,7 +105,7 @@ def check_state(
 
 
 def check_choices(names: Names, choices: Mapping[str, FormChoice]) -> None:
-    """Raise CheckpointError if a choice of form is for something that is no layer of the model."""
+    """Raise CheckpointError if a form choice is for no layer of the model."""
     for name in choices:
         if name not in names.modules or "" not in matrices(names.modules[name]):
             raise CheckpointError(f"the header has a choice for {name!r}, which is no linear layer of the model")
@@ -117,7 +117,7 @@ def _other_state(names: Names, layers: Mapping[str, LayerEntry]) -> dict[str, An
 
 
 def _way_out(odd: Collection[str]) -> str:
-    """Say what may have been saved, from names that only the file has."""
+    """Guess the saved kind of model from the names found in the file only."""
     for name in odd:
         if ".parametrizations." in f".{name}":
             return "; save it after torch.nn.utils.parametrize.remove_parametrizations, or parametrize the model alike"
@@ -129,7 +129,7 @@ def _way_out(odd: Collection[str]) -> str:
 
 
 def _check_ties(state: Mapping[str, object], tensors: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError if the file has different values for names that are one tensor in the model."""
+    """Raise CheckpointError if the file has different values for several names of one tensor in the model."""
     first: dict[int, str] = {}
     for name, value in state.items():
         one, other = tensors[first.setdefault(id(value), name)], tensors[name]

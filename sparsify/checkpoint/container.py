@@ -1,8 +1,7 @@
-"""The file: safetensors with a header that lists every tensor and what it is for. docs/formats.md gives it byte by
-byte.
+"""The file: safetensors with a header for every tensor and its purpose. docs/formats.md gives it byte by byte.
 
 Writing is atomic. Reading trusts nothing: no pickle, and every tensor must be listed with the SHA-256 of its dtype,
-shape and bytes, and the header with its own, so that no flipped or missing byte goes unnoticed.
+shape and bytes, and the header with its own hash: no flipped or missing byte goes unnoticed.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _Size = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
 class LayerEntry(BaseModel):
-    """What one layer becomes when it is loaded, and in which format its weight is stored."""
+    """Entry of one layer in the header: its module when loaded, and the format of its weight."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
     module: Literal["SparseLinear", "CSRLinear", "Linear"]
@@ -63,10 +62,10 @@ def write(
     choices: Mapping[str, FormChoice],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Write a file, complete or not at all: what stood at `path` stays until the new file is whole on disk.
+    """Write a file, complete or not at all: an old file at `path` stays until the new one is whole on disk.
 
-    Each tensor is looked up twice, to hash and to write it, and held no longer: a mapping that reads them from other
-    files needs memory for one of them.
+    Each tensor is looked up twice, to hash and to write it, and held no longer: a mapping of tensors in other files
+    needs memory for one of them.
     """
     check_writable(path, "cannot save to ")
     places: dict[str, tuple[str, list[int], int]] = {}  # dtype, shape, bytes
@@ -118,7 +117,7 @@ def check_storable(name: str, value: object) -> Tensor:
 def read(path: str | os.PathLike[str]) -> tuple[Header, dict[str, Tensor]]:
     """Read a whole file and check every hash; tensors come in the header's order, the same in every process.
 
-    Raises CheckpointError, or OSError where the path cannot be opened.
+    Raises CheckpointError, or OSError for a path that cannot be opened.
     """
     with TensorFile(path) as file:
         header = _read_header(file.metadata, path)
@@ -165,10 +164,10 @@ def _read_tensor(file: TensorFile, name: str, sha256: str, path: str | os.PathLi
 
 
 def _safetensors_header(places: Mapping[str, tuple[str, list[int], int]], metadata: Mapping[str, str]) -> bytes:
-    """Return what stands before the tensors' bytes: the length of a JSON object, and the object, padded with spaces.
+    """Return the bytes before the tensors' own: the length of a JSON object, and the object, padded with spaces.
 
-    Not safetensors.torch.save_file: that writes the metadata in another order each time, makes the file private,
-    refuses tensors that overlap in memory, and reports a full disk by an error of its own.
+    Not safetensors.torch.save_file: it writes the metadata in another order each time, makes the file private, refuses
+    tensors with common memory, and reports a full disk by an error of its own.
     """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
@@ -192,5 +191,5 @@ def _sha256(tensor: Tensor) -> str:
 
 
 def _raw(tensor: Tensor) -> Any:
-    """Return the bytes of a contiguous tensor in CPU memory, as a buffer that shares it."""
+    """Return the bytes of a contiguous tensor in CPU memory, as a buffer over the same memory."""
     return tensor.reshape(-1).view(torch.uint8).numpy()

@@ -22,7 +22,7 @@ def check_dtype(path: str | os.PathLike[str], name: str, found: torch.dtype, wan
 
 
 def check_weights(path: str | os.PathLike[str], name: str, found: Tensor, wanted: Tensor) -> None:
-    """Raise ValueError if a tensor of a file cannot be what one of the model holds: shape, dtype, layout, NaN."""
+    """Raise ValueError if a tensor of a file does not fit one of the model: shape, dtype, layout, NaN."""
     if found.shape != wanted.shape:
         raise ValueError(f"{path}: {name} is {tuple(found.shape)} in the file, {tuple(wanted.shape)} in the model")
     check_dtype(path, name, found.dtype, wanted.dtype)

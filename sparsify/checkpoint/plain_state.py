@@ -1,4 +1,4 @@
-"""The state of a model as one built anew has it: a tensor that torch computes from others is plain again."""
+"""The plain state of a model, as of one built anew: a tensor computed by torch from others is plain again."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from sparsify.layers import MaskedLayer, PackedLayer
 
 
 def make_plain(state: dict[str, Any], names: Names, layers: Mapping[str, LayerEntry]) -> None:
-    """Put what is in use in the place of what it is computed from: torch's pruning, parametrizations of `layers`.
+    """Put computed tensors in the place of their sources: torch's pruning, parametrizations of `layers`.
 
-    A module of another kind that is parametrized keeps its state: a model that is built anew may be parametrized too.
+    Another parametrized module keeps its state: a model built anew may be parametrized too.
     """
     computed: dict[int, dict[str, Tensor]] = {}  # by module, which may have several names
     raw: tuple[str, ...] = ()
@@ -38,7 +38,7 @@ def make_plain(state: dict[str, Any], names: Names, layers: Mapping[str, LayerEn
 
 
 def check_computed(name: str, layer: nn.Module) -> None:
-    """Raise ValueError if the weight of a layer of ours is computed in a way that no file has a word for."""
+    """Raise ValueError if the weight of a layer of ours is computed in a way unknown to files."""
     hooks = [type(hook).__name__ for hook in layer._forward_pre_hooks.values() if _is_old_norm(hook)]
     if isinstance(layer, MaskedLayer) and hooks:
         raise ValueError(
@@ -53,7 +53,7 @@ def check_computed(name: str, layer: nn.Module) -> None:
 
 
 def parametrized_besides(names: Names, layers: Mapping[str, LayerEntry]) -> Iterator[str]:
-    """Yield the modules, besides `layers`, that only a model with the same parametrization can load."""
+    """Yield the parametrized modules besides `layers`: only a model with the same parametrization can load them."""
     for name, module in names.modules.items():
         if name not in layers and (
             parametrize.is_parametrized(module) or any(map(_is_old_norm, module._forward_pre_hooks.values()))

@@ -53,14 +53,14 @@ from sparsify.layers.inference_mode import making_tensors
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a converted or exported model to one safetensors file.
 
-    The weight of each exported, masked and plain layer is stored as CSR, bitmask or dense, whichever is smallest,
-    all other state as it is, so that a model built anew can load it: the names of wrappers (nn.DataParallel,
-    torch.compile) are left out, and a tensor that torch.nn.utils.prune computes is stored as it is in use. The file is
-    written beside its place and moved there when complete: a crash leaves the old one.
+    The weight of each exported, masked and plain layer is stored as CSR, bitmask or dense, the smallest of
+    them, all other state as it is. A model built anew can load it: the names of wrappers (nn.DataParallel,
+    torch.compile) are left out, and a tensor computed by torch.nn.utils.prune is stored as in use. The file is written
+    beside its place and moved there when complete: a crash leaves the old one.
 
-    Raises ValueError, with the way out, for state that is no tensor, or none with data that a file can hold (meta,
-    sharded, complex, sparse). Raises OSError for a place that cannot be written, or that is no ordinary file. A module
-    that is parametrized and no layer of ours is named in a SavedParametrizedWarning.
+    Raises ValueError, with the way out, for state without plain data for a file (no tensor; meta, sharded, complex or
+    sparse tensors). Raises OSError for a place without permission to write, or not an ordinary file. A
+    SavedParametrizedWarning names parametrized modules other than our layers.
     """
     names = Names(model)
     state = _storable_state(names)
@@ -109,9 +109,9 @@ def load(path: str | os.PathLike[str], model: Model) -> Model:
     """Load a file written by `save` onto a fresh dense model of the same architecture, in place, and return the model.
 
     The saved sparse layers take the place of the model's Linears; all other tensors are copied into the model, or
-    assigned where it is on the meta device. Raises CheckpointError, before the model is touched, if the file
-    is not a whole, unaltered checkpoint, or is one of another architecture. Whatever else raises, such as a hook of the
-    model's own, the model is as it was.
+    assigned to tensors on the meta device. Raises CheckpointError, before the model is touched, if the file
+    is not a whole, unaltered checkpoint, or is one of another architecture. After any other
+    exception, such as one of the model's own hooks, the model is as it was.
 
     >>> model = sparsify.prune(sparsify.convert(nn.Sequential(nn.Linear(8, 4))), 0.5)
     >>> save(sparsify.export(model, format="csr"), tmp_path / "model.safetensors")
@@ -144,7 +144,7 @@ def load(path: str | os.PathLike[str], model: Model) -> Model:
 
 
 def _storable_state(names: Names) -> dict[str, Any]:
-    """Return a model's state, all of which a file can hold. Raises ValueError."""
+    """Return a model's state, ready for a file. Raises ValueError for any other."""
     state = names.state()
     for name, value in state.items():
         container.check_storable(name, value)
@@ -152,7 +152,7 @@ def _storable_state(names: Names) -> dict[str, Any]:
 
 
 def _checked(names: Names, header: Header, tensors: dict[str, Tensor]) -> dict[str, CSR]:
-    """Check everything about a file and a model; return the packed weights, whose parts are taken out of `tensors`.
+    """Check everything about a file and a model; return the packed weights, with their parts taken out of `tensors`.
 
     Names and sizes come first: a file of few bytes may claim to stand for many large tensors.
     """
@@ -182,7 +182,7 @@ def _make_layers(names: Names, header: Header, weights: dict[str, CSR]) -> None:
 
 
 def _lay_out_as(keys: Iterable[str], names: Names, undo: Transaction) -> None:
-    """Lay out the attentions, and whatever holds layers, that were so when tensors of these names were saved."""
+    """Unfuse the attentions and other holders of layers, as they were when tensors of these names were saved."""
     ordered = sorted(keys)
     for name, module in names.modules.items():
         converter = converter_for(module) or _functional_kind(module, name, ordered)
@@ -202,7 +202,7 @@ def _lay_out_as(keys: Iterable[str], names: Names, undo: Transaction) -> None:
 
 
 def _functional_kind(module: nn.Module, prefix: str, ordered: list[str]) -> Converter | None:
-    """Return how a module is laid out whose Parameters are layers in the file."""
+    """Return the unfused form of a module with Parameters stored as layers in the file."""
     layers = [join(prefix, layer_name(name)) for name in module._parameters]
     try:
         return functional_kind(module) if _any_below(layers, ordered) else None
@@ -217,7 +217,7 @@ def _any_below(layers: Iterable[str], ordered: list[str]) -> bool:
 
 
 def _linear_layers(names: Names) -> dict[str, nn.Module]:
-    """Return the layers whose weights are stored packed: ours, and dense ones that own their weight alone."""
+    """Return the layers with packed weights in the file: ours, and dense ones with a weight of their own."""
     used: dict[int, int] = {}
     for module in names.modules.values():
         for parameter in module._parameters.values():
@@ -236,16 +236,16 @@ def _linear_layers(names: Names) -> dict[str, nn.Module]:
 
 
 def _choices(names: Names) -> dict[str, FormChoice]:
-    """Return the choices that export made, by layer name."""
+    """Return the form choices of an export, by layer name."""
     found = {name: module.__dict__.get("choice") for name, module in names.modules.items()}
     return {name: choice for name, choice in found.items() if isinstance(choice, FormChoice)}
 
 
 @making_tensors()
 def _make(entry: LayerEntry, old: nn.Module, csr: CSR, choice: FormChoice | None) -> nn.Module:
-    """Build the saved layer around the old one's bias, on its device, in the form chosen when it was exported.
+    """Build the saved layer around the old one's bias, on its device, in the form chosen at export.
 
-    Where that does not run, another stands in for it, until the layer is moved to where it does.
+    On a device without kernels for it, another form stands in, until the layer is moved to a device with them.
     """
     converter, weight, bias = converter_for(old), matrices(old)[""], old._parameters.get("bias")
     assert converter is not None
@@ -266,7 +266,7 @@ def _make(entry: LayerEntry, old: nn.Module, csr: CSR, choice: FormChoice | None
 
 
 def _fill(names: Names, tensors: Mapping[str, Tensor], undo: Transaction) -> None:
-    """Copy the tensors in; on the meta device assign them, and tie again what was tied."""
+    """Copy the tensors in; on the meta device assign them, and restore ties."""
     tied: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in names.model.modules():
         for key, parameter in module._parameters.items():

@@ -1,4 +1,4 @@
-"""Weights that several places of a model share, in a file: stored once, shared again when it is loaded."""
+"""Weights shared by several places of a model: stored once in a file, shared again after loading."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from sparsify.layers.tied import check_tieable, tie
 
 
 def identity_tensor(module: nn.Module) -> Tensor | None:
-    """Return the tensor by which layers that share a weight are known."""
+    """Return the tensor that identifies a shared weight."""
     return module.parts[-1] if isinstance(module, PackedLayer) else module._parameters.get("weight")
 
 
 def find_packed_source(
     names: Names, name: str, value: object, layers: Mapping[str, LayerEntry], packed: Mapping[int, str]
 ) -> str | None:
-    """Return the layer whose packed weight says all of a state's tensor: a tied one, or the Embedding of an export."""
+    """Return the layer with the packed weight of a state's tensor: a tied one, or the Embedding of an export."""
     if id(value) in packed:
         return packed[id(value)]
     owner = names.modules.get(name.rpartition(".")[0])
@@ -48,7 +48,7 @@ def entries_with_tensors(header: Header) -> dict[str, LayerEntry]:
 def check_aliases(header: Header, others: Collection[str]) -> None:
     """Raise CheckpointError unless every alias is a new name for a tensor, or for the packed weight of a layer.
 
-    others: the tensors of the file that are part of no layer's weight.
+    others: the tensors of the file outside of all layers' weights.
     """
     layers = {join(name, "weight"): entry for name, entry in header.layers.items()}
     packed = {join(name, "weight"): entry for name, entry in entries_with_tensors(header).items()}
@@ -76,7 +76,7 @@ def expand_shared(header: Header, tensors: dict[str, Tensor], weights: dict[str,
 
 
 def check_tied(names: Names, header: Header) -> None:
-    """Raise CheckpointError unless every module that uses another's mask in the file can do so in the model."""
+    """Raise CheckpointError unless every module with another's mask in the file can have it in the model."""
     for name, owner in _tied_to_masked(header).items():
         try:
             check_tieable(names.places[name])
@@ -85,7 +85,7 @@ def check_tied(names: Names, header: Header) -> None:
 
 
 def restore_sharing(header: Header, modules: Mapping[str, nn.Module]) -> None:
-    """Let modules share what they shared when the file was written: a masked layer's weight, or packed tensors."""
+    """Let modules share tensors as when the file was written: a masked layer's weight, or packed tensors."""
     for name, owner in _tied_to_masked(header).items():
         masked = modules[owner]
         assert isinstance(masked, MaskedLayer)
@@ -98,7 +98,7 @@ def restore_sharing(header: Header, modules: Mapping[str, nn.Module]) -> None:
 
 
 def _tied_to_masked(header: Header) -> dict[str, str]:
-    """Return the modules that used the mask of a layer when the file was written, and that layer."""
+    """Return the modules with the mask of a layer when the file was written, and the layer."""
     layers = {join(name, "weight"): name for name, entry in header.layers.items() if entry.module == "SparseLinear"}
     return {
         alias.rpartition(".")[0]: layers[name]
@@ -108,5 +108,5 @@ def _tied_to_masked(header: Header) -> dict[str, str]:
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """View a contiguous tensor as its bytes, so that equal means the same bits."""
+    """View a contiguous tensor as its bytes: equal means the same bits."""
     return tensor.reshape(-1).view(torch.uint8)

@@ -21,10 +21,10 @@ _HELD_AS: dict[str, tuple[type[nn.Module], ...]] = {
 
 
 class Names:
-    """The plain names of a model: those that its modules and its state have without wrappers.
+    """The plain names of a model's modules and state: without wrappers.
 
-    modules: every module by its first plain name; a wrapper and what it wraps have one name, which means the latter.
-    places: the same by all names, of which a module in several places has several.
+    modules: every module by its first plain name; the name of a wrapper means the wrapped module.
+    places: the same by all names; a module in several places has several.
 
     >>> names = Names(nn.Sequential(nn.DataParallel(nn.Linear(2, 2))))
     >>> names.modules["0"], list(names.state())
@@ -43,7 +43,7 @@ class Names:
         self.places = {self.plain(name): module for name, module in model.named_modules(remove_duplicate=False)}
 
     def plain(self, name: str) -> str:
-        """Return a name of the model without the parts that stand for wrappers."""
+        """Return a name of the model without the parts of wrappers."""
         kept, path = [], ""
         for part in name.split("."):
             path = join(path, part)

@@ -1,8 +1,8 @@
-"""An open safetensors file, read without a mapping, so that no other program can change what is read unnoticed.
+"""An open safetensors file, read without a mapping: no other program can change the data unnoticed.
 
-A mapped file that shrinks kills the process, and one that is opened twice may be two files. So a file is opened once
-and read through its descriptor: one that was replaced meanwhile is still the old one, and one that was cut or rewritten
-in place is an error.
+A mapped file kills the process when it shrinks, and a path opened twice may be two files. So a file is opened once and
+read through its descriptor: a file replaced meanwhile is still the old one; a file cut or rewritten in place is an
+error.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class _Table(BaseModel):
 class TensorFile:
     """An open file of named tensors; dtypes and shapes are known at once, tensors are read one at a time.
 
-    Raises CheckpointError, with the path, for a file that is no whole safetensors file, and while reading for one that
-    another program has changed since it was opened. Raises OSError for a path that cannot be opened.
+    Raises CheckpointError, with the path, for a file other than a whole safetensors file, and while reading for a file
+    changed by another program since it was opened. Raises OSError for a path that cannot be opened.
 
     >>> import safetensors.torch
     >>> safetensors.torch.save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors")
@@ -121,12 +121,12 @@ class TensorFile:
         return tensor
 
     def check_unchanged(self) -> None:
-        """Raise CheckpointError if the file was changed since it was opened; one that was replaced is still itself."""
+        """Raise CheckpointError if the file was changed since it was opened; a replaced file is still itself."""
         if _stamp(self._file) != self._stamp:
             raise CheckpointError(f"{self.path}: {_CHANGED}")
 
     def is_at(self, path: str | os.PathLike[str]) -> bool:
-        """Return whether this is the file that a path means now."""
+        """Return whether this is the present file of a path."""
         try:
             return os.path.samestat(os.stat(path), os.fstat(self._file))
         except FileNotFoundError:
@@ -137,7 +137,7 @@ class TensorFile:
         self._finalizer()
 
     def _read_table(self) -> tuple[_Table, int]:
-        """Return the header, and the place where the tensors' bytes begin."""
+        """Return the header, and the offset of the tensors' bytes."""
         size = self._stamp[0]
         if size < 8:
             raise CheckpointError(f"it has {size} bytes")
@@ -217,9 +217,9 @@ def _open(path: str | os.PathLike[str]) -> tuple[int, tuple[int, int]]:
 
 
 def _stamp(file: int) -> tuple[int, int]:
-    """Return what changes when an open file is written: its size, and the time of the last write.
+    """Return the marks of a write to an open file: its size, and the time of the last write.
 
-    Not the time of the last change of status, which a rename of another file over this one changes too.
+    Not the time of the last change of status: a rename of another file over this one changes it too.
     """
     found = os.fstat(file)
     return found.st_size, found.st_mtime_ns

@@ -1,4 +1,4 @@
-"""One layer's weight in a file: which format it takes, and the tensors it is made of."""
+"""One layer's weight in a file: its format, and its tensors."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def packed_bytes(shape: tuple[int, int], n_kept: int, itemsize: int) -> int:
 
 
 def decode_weight(entry: LayerEntry, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the weight and the mask, both (out_features, in_features), of a layer that was read packed."""
+    """Return the weight and the mask, both (out_features, in_features), of a packed weight from a file."""
     other_tensors({"": entry}, tensors)
     csr = decode_weights({"": entry}, dict(tensors))[""]
     return csr_to_dense(csr, entry.shape)
@@ -93,7 +93,7 @@ def check_weight(name: str, entry: LayerEntry, tensors: Mapping[str, Tensor]) ->
 
 
 def other_tensors(layers: Mapping[str, LayerEntry], tensors: Mapping[str, Tensor]) -> set[str]:
-    """Return the names of the tensors that are part of no weight. Raises CheckpointError if a part is missing."""
+    """Return the names of the tensors outside of all weights. Raises CheckpointError if a part is missing."""
     parts = set()
     for name, entry in layers.items():
         parts |= set(own := part_names(name, entry))
@@ -103,7 +103,7 @@ def other_tensors(layers: Mapping[str, LayerEntry], tensors: Mapping[str, Tensor
 
 
 def part_names(name: str, entry: LayerEntry) -> list[str]:
-    """Return the names of the tensors that hold a layer's weight."""
+    """Return the names of the tensors of a layer's weight."""
     return [join(name, "weight", part) for part in _PARTS[entry.format]] or [join(name, "weight")]
 
 
@@ -137,5 +137,5 @@ def _as_csr(entry: LayerEntry, parts: list[Tensor]) -> CSR:
 
 
 def _not_zero(weight: Tensor) -> Tensor:
-    """Say which weights have any bit set: -0.0 is stored like any other value."""
+    """Return a mask of weights with any bit set: -0.0 is stored like any other value."""
     return (weight != 0) | weight.signbit()
