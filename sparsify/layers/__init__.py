@@ -1,6 +1,6 @@
-"""The layers: those that train under a mask (Masked), and those that run what is left (Packed), of each kind.
+"""Masked layers for training, and packed layers for inference.
 
-UnfusedAttention and UnfusedEncoder are torch's attention and its encoder, laid out so that they call such layers.
+UnfusedAttention and UnfusedEncoder are torch's attention and encoder, with their products as child layers.
 """
 
 from sparsify.layers.attention import UnfusedAttention

@@ -13,7 +13,7 @@ from sparsify.layers.construct import linear_from_parameters
 from sparsify.layers.csr_linear import CSRLinear
 from sparsify.layers.sparse_linear import SparseLinear
 
-#: What an nn.MultiheadAttention knows of itself, beside its parameters.
+#: The attributes of an nn.MultiheadAttention beside its Parameters.
 _SETTINGS = (
     *("embed_dim", "kdim", "vdim", "num_heads", "head_dim"),
     *("dropout", "batch_first", "add_zero_attn", "training"),
@@ -21,20 +21,20 @@ _SETTINGS = (
 
 
 def _weight_of(layer: str) -> Any:
-    """Read the weight of one of the layers, as nn.MultiheadAttention names it; None if there is no such layer."""
+    """Return a property with the weight of a child layer, None without that child."""
     return property(lambda self: self._modules[layer].weight if layer in self._modules else None)
 
 
 class UnfusedAttention(nn.MultiheadAttention):
-    """An nn.MultiheadAttention whose projections are layers, which can be pruned and exported like any other.
+    """An nn.MultiheadAttention with its projections as layers, to be pruned and exported like any other.
 
     `in_proj` (3 embed_dim, embed_dim) and `out_proj`; with a kdim or vdim of its own, `q_proj`, `k_proj` and `v_proj`
-    instead of the first, whose biases are in `in_proj_bias`. Each layer is an nn.Linear, SparseLinear or CSRLinear over
-    the Parameters of the attention that this one was made from.
+    instead of the first, with their biases in `in_proj_bias`. Each layer is an nn.Linear, SparseLinear or CSRLinear
+    over the Parameters of the original attention.
 
-    Takes and returns what nn.MultiheadAttention does, up to the order of additions, and loads its state_dict. It never
-    runs torch's fused inference kernel, which would read the weights past their masks; nested inputs, which torch only
-    takes there, work in any mode.
+    Arguments and results are those of nn.MultiheadAttention, up to the order of additions; the state_dict of one loads.
+    torch's fused inference kernel never runs, as it would read the weights past their masks. Nested inputs work in any
+    mode; torch takes them in that kernel only.
 
     >>> attention = nn.MultiheadAttention(8, 2, batch_first=True)
     >>> layered, x = UnfusedAttention(attention), torch.ones(1, 3, 8)
@@ -50,7 +50,7 @@ class UnfusedAttention(nn.MultiheadAttention):
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         nn.Module.__init__(self)
         self.__dict__.update({name: getattr(attention, name) for name in _SETTINGS})
-        self._qkv_same_embed_dim = False  # what keeps an nn.TransformerEncoderLayer from its fused kernel
+        self._qkv_same_embed_dim = False  # keeps an nn.TransformerEncoderLayer from its fused kernel
         bias = attention.in_proj_bias
         if attention._qkv_same_embed_dim:
             self.in_proj = linear_from_parameters(nn.Linear, attention.in_proj_weight, bias)
@@ -82,7 +82,7 @@ class UnfusedAttention(nn.MultiheadAttention):
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The names of the layers that hold the weights."""
+        """The names of the layers with the weights."""
         return tuple(name for name in ("in_proj", "q_proj", "k_proj", "v_proj", "out_proj") if name in self._modules)
 
     @property
@@ -139,7 +139,7 @@ class UnfusedAttention(nn.MultiheadAttention):
         return output.transpose(0, 1) if transposed and self.batch_first else output, weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-        """Run the first projections: neighbours with the same input in one product, and no row that is not needed."""
+        """Run the first projections: only the needed rows, and neighbours with the same input in one product."""
         inputs = (query, key, value)
         if "in_proj" not in self._modules:
             layers = [self.get_submodule(f"{name}_proj") for name in "qkv"]
@@ -148,11 +148,11 @@ class UnfusedAttention(nn.MultiheadAttention):
                 return projected
             return [y + bias for y, bias in zip(projected, self.in_proj_bias.chunk(3), strict=True)]
         starts = [i for i in range(3) if i == 0 or inputs[i] is not inputs[i - 1]]
-        found: list[Tensor] = []
+        outputs: list[Tensor] = []
         for start, end in zip(starts, [*starts[1:], 3], strict=True):
             product = _linear_rows(self.in_proj, inputs[start], start * self.embed_dim, end * self.embed_dim)
-            found += product.chunk(end - start, dim=-1)
-        return found
+            outputs += product.chunk(end - start, dim=-1)
+        return outputs
 
     def _heads(self, x: Tensor, seq_first: bool) -> Tensor:
         """View a projection as (batch, heads, sequence, head_dim)."""
@@ -160,14 +160,14 @@ class UnfusedAttention(nn.MultiheadAttention):
         return x.view(*x.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
 
     def _extended(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Append what add_bias_kv and add_zero_attn ask for to the keys or values of each head."""
+        """Append the rows of add_bias_kv and add_zero_attn to the keys or values of each head."""
         shape = (x.shape[0], self.num_heads, 1, self.head_dim)
         if bias is not None:
             x = torch.cat([x, bias.view(1, self.num_heads, 1, self.head_dim).expand(shape)], dim=2)
         return torch.cat([x, x.new_zeros(shape)], dim=2) if self.add_zero_attn else x
 
     def _merged_mask(self, mask: Tensor | None, padding: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-        """Add both masks up, (batch or 1, heads or 1, query or 1, keys and what `_extended` appends)."""
+        """Return the sum of both masks, (batch or 1, heads or 1, query or 1, keys with the rows of `_extended`)."""
         batch, heads, n_queries, n_keys = *q.shape[:3], k.shape[2]
         n_more = int(self.bias_k is not None) + int(self.add_zero_attn)
         if mask is not None:
@@ -198,7 +198,7 @@ class UnfusedAttention(nn.MultiheadAttention):
     def _forward_nested(
         self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool, average: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Pad, attend under a padding mask, and take the padding away; it is zero in the weights."""
+        """Pad, attend under a padding mask, and remove the padding; attention weights of padding are zero."""
         if not (query.is_nested and key.is_nested and value.is_nested):
             raise AssertionError("query, key and value must be nested tensors all three, or none")
         padded = {id(x): x.to_padded_tensor(0.0) for x in (query, key, value)}
@@ -221,7 +221,7 @@ class UnfusedAttention(nn.MultiheadAttention):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        """Say what the layers do not show."""
+        """Show the number of heads and the layout of a batch."""
         return f"num_heads={self.num_heads}, batch_first={self.batch_first}"
 
 

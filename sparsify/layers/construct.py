@@ -1,4 +1,4 @@
-"""A Linear around Parameters that exist already: nothing is allocated, initialised or drawn."""
+"""A Linear around existing Parameters: nothing is allocated, initialised or drawn."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ Linear = TypeVar("Linear", bound=nn.Linear)
 
 
 def linear_from_parameters(kind: type[Linear], weight: Tensor, bias: Tensor | None) -> Linear:
-    """Make a layer of this kind, nn.Linear or a subclass, that holds the very Parameters given.
+    """Make a layer of the class `kind`, nn.Linear or a subclass, around these very Parameters.
 
     >>> weight = nn.Parameter(torch.zeros(3, 2))
-    >>> bare_linear(nn.Linear, weight, None).weight is weight
+    >>> linear_from_parameters(nn.Linear, weight, None).weight is weight
     True
     """
     layer = kind.__new__(kind)

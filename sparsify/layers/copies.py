@@ -1,7 +1,7 @@
-"""Masks that stayed behind: in copies whose weights went on, averages of a model's weights, or written over in place.
+"""Stale masks: in a copy with weights written since, such as an average of weights, or overwritten in place.
 
-An average of weights is a deep copy of the model into which a training loop writes. Such loops know nothing of masks:
-they leave the copy's as it was, or make floats of it, so that everything counts as kept.
+An average of weights is a deep copy of the model, written by a training loop. Such loops know nothing of masks: the
+copy's masks stay as they were, or become floats, so that every weight counts as kept.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from sparsify.errors import StaleMaskWarning
 
 
 class Origin(NamedTuple):
-    """The layer that another was copied from: its buffers, where its mask is, and the copy's weight at that time.
+    """The original of a copied layer: its buffers with its present mask, and the copy's weight at the time of copying.
 
-    bits: the sum of the weight's bits; None for a weight that has changed since.
+    bits: the sum of the weight's bits; None after a change of the weight.
     """
 
     buffers: dict[str, Tensor | None]
@@ -28,19 +28,19 @@ class Origin(NamedTuple):
 
 
 def origins_of_copy(layer: Any) -> tuple[Origin, ...]:
-    """Return the origins of a copy that is made of a masked layer now."""
+    """Return the origins of a copy made of a masked layer now."""
     bits = bits_of(layer.weight)
     return () if bits is None else (*layer.origins, Origin(layer._buffers, bits))
 
 
 def origins_after(origins: tuple[Origin, ...], before: int | None, weight: Tensor) -> tuple[Origin, ...]:
-    """Return origins for a weight that was moved or cast, which counts as no change, from one of bits `before`."""
+    """Return the origins after a move or cast, no change, of a weight with the bits `before` until then."""
     now = bits_of(weight)
     return tuple(Origin(buffers, now if bits == before else None) for buffers, bits in origins)
 
 
 def bits_of(weight: Tensor) -> int | None:
-    """Return the sum of a weight's bits, by which a change is noticed; None if it cannot be read."""
+    """Return the sum of a weight's bits, to notice a change by; None for a weight without readable memory."""
     if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta or _get_current_dispatch_mode() is not None:
         return None
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
@@ -48,7 +48,7 @@ def bits_of(weight: Tensor) -> int | None:
 
 
 def stale(layer: Any) -> str:
-    """Say in what way a layer's mask stayed behind; "" if nothing shows that it did."""
+    """Return the sign of a stale mask in a layer, as a clause of a message; "" if there is none."""
     mask = layer.mask
     if mask.is_meta:
         return ""
@@ -64,11 +64,11 @@ def stale(layer: Any) -> str:
 
 
 def warn_stale(layers: Mapping[str, Any]) -> None:
-    """Name the layers whose masks stayed behind in one StaleMaskWarning, with the way out."""
-    found = {name: why for name, layer in layers.items() if (why := stale(layer))}
-    if found:
-        name, why = next(iter(found.items()))
-        more = f" (and {len(found) - 1} more layers)" if len(found) > 1 else ""
+    """Name the layers with stale masks in one StaleMaskWarning, with the way out."""
+    reasons = {name: why for name, layer in layers.items() if (why := stale(layer))}
+    if reasons:
+        name, why = next(iter(reasons.items()))
+        more = f" (and {len(reasons) - 1} more layers)" if len(reasons) > 1 else ""
         warnings.warn(
             f"{name or '(root)'}: {why}{more}. An average of weights needs the masks of the model that it is of: "
             "average.load_state_dict({key: value for key, value in model.state_dict().items() "

@@ -1,4 +1,4 @@
-"""CSRConv2d: what an exported pointwise convolution runs. Only the kept weights are in memory."""
+"""CSRConv2d: an exported pointwise convolution. Only the kept weights are in memory."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from sparsify.layers.sparse_conv2d import SparseConv2d
 
 
 class CSRConv2d(PackedLayer):
-    """A 1x1 convolution over a sparse weight (out_channels, in_channels); see `PackedLayer` for how that is held.
+    """A 1x1 convolution over a packed weight (out_channels, in_channels); `PackedLayer` describes its buffers.
 
-    Images stay as they lie in memory, channels first or last. `weight` is the dense one, unpacked at each look.
+    Images keep their memory layout, channels first or last. Each read of `weight` unpacks the dense weight.
 
     >>> layer = CSRConv2d.from_sparse(SparseConv2d(8, 4, 0.75, seed=1))
     >>> layer.n_kept, layer(torch.ones(2, 8, 5, 5)).shape
@@ -35,15 +35,15 @@ class CSRConv2d(PackedLayer):
 
     @property
     def in_channels(self) -> int:
-        """As nn.Conv2d calls it."""
+        """nn.Conv2d's name for `in_features`."""
         return self.in_features
 
     @property
     def out_channels(self) -> int:
-        """As nn.Conv2d calls it."""
+        """nn.Conv2d's name for `out_features`."""
         return self.out_features
 
     @property
     def weight(self) -> Tensor:
-        """The weight, (out_channels, in_channels, 1, 1), for code that looks at a convolution's."""
+        """The dense weight, (out_channels, in_channels, 1, 1), for code written for nn.Conv2d."""
         return self._unpack()[:, :, None, None]

@@ -1,4 +1,4 @@
-"""CSRLinear: what an exported linear layer runs. Only the kept weights are in memory."""
+"""CSRLinear: an exported linear layer. Only the kept weights are in memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparsify.layers.weight_view import WeightView
 
 
 class CSRLinear(PackedLayer):
-    """A linear layer over a sparse weight; see `PackedLayer` for how that is held.
+    """A linear layer over a packed weight; `PackedLayer` describes its buffers.
 
     Under autocast the layer computes in its own dtype and returns autocast's.
 
@@ -26,7 +26,7 @@ class CSRLinear(PackedLayer):
 
     def forward(self, input: Tensor, rows: tuple[int, int] = (0, -1)) -> Tensor:
         """Apply the layer to (..., in_features); returns (..., out_features), or the outputs rows[0] to rows[1] - 1."""
-        # Read where they are: nn.Module's own look-up of `self.bias` takes a microsecond.
+        # From _parameters: nn.Module's own look-up of `self.bias` takes a microsecond.
         return self._multiply(input, self._parameters["bias"], self.activation, rows)
 
     def _multiply(
@@ -49,9 +49,9 @@ class CSRLinear(PackedLayer):
 
     @property
     def weight(self) -> Tensor:
-        """The weight, for code that looks at a Linear's: used in F.linear it runs sparse, used otherwise it unpacks.
+        """The weight, for code written for nn.Linear: sparse in F.linear, unpacked in any other use.
 
-        In a compiled graph it is unpacked in any case.
+        A compiled graph always gets the dense weight.
         """
         if torch.compiler.is_compiling():
             return self._unpack()

@@ -7,15 +7,15 @@ from torch import Tensor, nn
 
 
 class UnfusedEncoder(nn.TransformerEncoder):
-    """An nn.TransformerEncoder that calls its layers, in inference too, and gives what it would give otherwise.
+    """An nn.TransformerEncoder with calls of its layers in inference too, and the same results.
 
-    In inference nn.TransformerEncoder packs a padded batch into a nested tensor, which leaves zeros (after the final
-    norm, what it makes of zeros) where the padding was. Here the batch stays padded, and the zeros are put there.
+    In inference nn.TransformerEncoder packs a padded batch into a nested tensor, and returns zeros (or the final norm
+    of zeros) in place of the padding. Here the batch stays padded, and the same zeros are written at the end.
     """
 
     @property
     def use_nested_tensor(self) -> bool:  # type: ignore[override]
-        """Whether torch's forward should pack: never. What nn.TransformerEncoder decided is still in `__dict__`."""
+        """False, so torch's forward packs nothing. nn.TransformerEncoder's own decision stays in `__dict__`."""
         return False
 
     def forward(
@@ -34,7 +34,7 @@ class UnfusedEncoder(nn.TransformerEncoder):
         return torch.where(_is_padding(src_key_padding_mask)[..., None], blank, output)
 
     def _would_pack(self, src: Tensor, src_key_padding_mask: Tensor) -> bool:
-        """Say whether nn.TransformerEncoder would turn this input into a nested tensor."""
+        """Return whether nn.TransformerEncoder would turn this input into a nested tensor."""
         first = self.layers[0]
         padding = _is_padding(src_key_padding_mask)
         return bool(
@@ -53,5 +53,5 @@ class UnfusedEncoder(nn.TransformerEncoder):
 
 
 def _is_padding(src_key_padding_mask: Tensor) -> Tensor:
-    """Return a padding mask as bool; in one of floats, whatever is not zero counts as padding, as in torch."""
+    """Return a padding mask as bool; in a mask of floats any value but zero is padding, as in torch."""
     return src_key_padding_mask != 0

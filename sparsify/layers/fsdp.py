@@ -1,4 +1,4 @@
-"""Weights that FSDP2 (fully_shard) has split over ranks, beside masks that every rank holds whole."""
+"""Weights sharded over ranks by FSDP2 (fully_shard), beside masks held whole by every rank."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from sparsify.masking.patterns import Pattern
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor with all of its parts, gathered from every rank; one that is not sharded as it is."""
+    """Return a sharded tensor gathered from every rank, and any other tensor as it is."""
     sharded: Any = tensor
     return sharded.full_tensor() if is_sharded(tensor) else tensor
 
 
 def check_whole(name: str, value: Any) -> None:
-    """Raise ValueError, saying what to do, if a Parameter of this name is sharded."""
+    """Raise ValueError, with the way out, for a sharded Parameter of this name."""
     if is_sharded(value):
         raise ValueError(
             f"{name}: it is sharded, a DTensor; gather the model's state_dict (with "
@@ -27,12 +27,12 @@ def check_whole(name: str, value: Any) -> None:
 
 
 def data_or_shape(tensor: Tensor) -> Tensor:
-    """Return a tensor as it is; for one that is sharded one of its shape without data, which costs nothing."""
+    """Return a tensor as it is; a sharded one as a meta tensor of its shape, without communication."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") if is_sharded(tensor) else tensor
 
 
 def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """Return the part of a whole tensor that belongs beside this rank's part of `other`; no rank talks to another."""
+    """Return the part of a whole tensor beside this rank's part of `other`, without communication."""
     if not is_sharded(other) or is_sharded(tensor):
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -42,7 +42,7 @@ def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return the part of a tensor that this rank has, over the same memory: all of it, unless it is sharded."""
+    """Return this rank's part of a sharded tensor, over the same memory, and any other tensor as it is."""
     sharded: Any = tensor
     return sharded.to_local() if is_sharded(tensor) else tensor
 
@@ -65,12 +65,12 @@ def refuse_flattened(name: str, layer: nn.Module) -> None:
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Know a DTensor by its name: importing torch.distributed.tensor is slow."""
+    """Return whether a tensor is a DTensor, known by name: importing torch.distributed.tensor is slow."""
     return type(tensor).__name__ == "DTensor"
 
 
 def cut_by_rows(layer: Any, pattern: Pattern, ranks: Ranks) -> bool:
-    """Say whether each rank's part of a layer is rows of its matrix, as `ranks` cuts them, that hold whole units."""
+    """Return whether each rank's part of a layer is the rows of its matrix given by `ranks`, in whole units."""
     weight: Any = layer.weight
     n_unit_rows = pattern.block[0]
     if ranks.n == 1 or n_unit_rows == 0 or -(-layer.shape[0] // ranks.n) % n_unit_rows:
@@ -81,7 +81,7 @@ def cut_by_rows(layer: Any, pattern: Pattern, ranks: Ranks) -> bool:
 
 
 def own_rows(layer: Any, ranks: Ranks) -> Tensor:
-    """Return this rank's rows of a layer's weight as a matrix; if `cut_by_rows`, without hearing from other ranks."""
+    """Return this rank's rows of a layer's weight as a matrix; without communication if `cut_by_rows`."""
     weight: Any = layer.weight.detach()
     if ranks.n > 1 and is_sharded(weight):
         local: Tensor = weight.to_local()

@@ -1,7 +1,7 @@
-"""A module whose Parameters are multiplied by its own code, laid out so that they are layers.
+"""Unfused modules: Parameters multiplied by a module's own code, as in F.linear(x, self.up), become child layers.
 
-The code stays as it is: where it reads `self.up`, it gets what the layer `up_layer` holds, masked while it trains, and
-a WeightView, which runs sparse, once it is exported.
+The code stays as it is: `self.up` is now a property. It reads the weight of the layer `up_layer`: under the mask in
+training, a WeightView (sparse in products) after export.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from sparsify.layers.transposed import SparseTransposed, Transposed
 
 
 class Functional(nn.Module):
-    """The mixin by which a laid out module is known. Its class is made of its own and the Parameters' names."""
+    """The mixin of unfused modules. Their classes are made at run time, from the plain class and Parameter names."""
 
     plain: Any
     weight_names: tuple[str, ...]
-    #: All of the plain module's Parameters, in their order.
+    #: The names of all Parameters of the plain module, in their order.
     parameter_names: tuple[str, ...]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copy and pickle by what the class is made of."""
+        """Copy and pickle by the arguments of `_bare`; the class itself is in no module."""
         return _bare, (self.plain, self.weight_names, self.parameter_names), self.__dict__
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Take a dense state_dict as well: there a layer's weight is under the Parameter's name."""
+        """Load a dense state_dict too, with a layer's weight under the Parameter's name."""
         for name in self.weight_names:
             if prefix + name in state_dict:
                 state_dict[f"{prefix}{layer_name(name)}.weight"] = state_dict.pop(prefix + name)
@@ -39,17 +39,17 @@ class Functional(nn.Module):
 
 
 def layer_name(name: str) -> str:
-    """Return the name of the layer that holds the Parameter of this name.
+    """Return the name of a Parameter's layer.
 
-    The name itself is taken: it is what the module's code reads.
+    The Parameter's own name stays in use: the module's code reads it.
     """
     return f"{name}_layer"
 
 
 def unfuse(module: nn.Module, transposed: Mapping[str, bool]) -> Functional:
-    """Make a module of the same code whose named Parameters are layers, dense still.
+    """Make a module of the same code, with the named Parameters in dense layers.
 
-    `transposed` says of each whether it is stored (in_features, out_features).
+    transposed: the Parameters' names, each with True if stored (in_features, out_features).
     """
     made = _bare(type(module), tuple(transposed), tuple(module._parameters))
     made.__dict__.update(module.__dict__)
@@ -65,7 +65,7 @@ def unfuse(module: nn.Module, transposed: Mapping[str, bool]) -> Functional:
 
 
 def undo(module: Functional) -> nn.Module:
-    """Make the module that was laid out, if all of its layers are dense again; otherwise return it as it is."""
+    """Make the plain module of an unfused one with only dense layers; return any other as it is."""
     layers = {name: module._modules[layer_name(name)] for name in module.weight_names}
     if any(type(layer) not in (nn.Linear, Transposed) for layer in layers.values()):
         return module
@@ -81,7 +81,7 @@ def undo(module: Functional) -> nn.Module:
 
 
 def _bare(plain: type[nn.Module], names: tuple[str, ...], parameters: tuple[str, ...]) -> Functional:
-    """Make an empty module of the class for these names."""
+    """Make an empty unfused module, of the class for these names."""
     reads = {name: property(partial(_read, name)) for name in names}
     own = {"plain": plain, "weight_names": names, "parameter_names": parameters}
     kind: Any = type(f"Functional{plain.__name__}", (Functional, plain), {**reads, **own})
@@ -90,7 +90,7 @@ def _bare(plain: type[nn.Module], names: tuple[str, ...], parameters: tuple[str,
 
 
 def _read(name: str, module: nn.Module) -> Tensor:
-    """Return the weight of a layer of a laid out module, in the layout in which the module's code multiplies it."""
+    """Return the weight of a layer of an unfused module, in the layout expected by the module's code."""
     layer = module._modules[layer_name(name)]
     assert layer is not None
     if isinstance(layer, MaskedLayer):

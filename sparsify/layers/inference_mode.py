@@ -1,4 +1,4 @@
-"""torch.inference_mode() kept from what has to outlive it: masks and weights that are trained later."""
+"""Plain tensors inside torch.inference_mode(): masks and weights for later training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @contextmanager
 def making_tensors() -> Iterator[None]:
-    """Make plain tensors, without gradient: those made under torch.inference_mode() take part in no training.
+    """Make plain tensors in the block, without gradient: an inference tensor takes part in no training.
 
     >>> with torch.inference_mode():
     ...     with making_tensors():
@@ -29,7 +29,7 @@ def making_tensors() -> Iterator[None]:
 
 @contextmanager
 def writing_to(tensor: Tensor) -> Iterator[None]:
-    """Write into a tensor in place: outside torch.inference_mode(), one made inside takes no change."""
+    """Allow the block to write into a tensor; an inference tensor takes writes only in torch.inference_mode()."""
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
         with torch.inference_mode():
             yield

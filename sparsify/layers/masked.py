@@ -1,4 +1,4 @@
-"""Masked: what every layer that trains under a mask can do, whatever it computes with its weight."""
+"""MaskedLayer: the contract of every layer trained under a mask."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ from sparsify.masking.spec import PruningSpec
 
 
 class MaskedLayer(nn.Module):
-    """The contract of a layer with a Parameter `weight` that is used as weight * mask. Mixed in before a layer's class.
+    """The contract of a layer with a Parameter `weight`, used as weight * mask. Mixed in before a dense layer's class.
 
-    `mask` is a bool buffer of the weight's shape, True = kept. Masked weights are set to exactly zero whenever the mask
-    changes, get a gradient of exactly zero, and take no part in the forward whatever an optimizer makes of them. What
-    is written into the mask tensor itself counts from the next forward, and zeroes from the next change.
+    `mask` is a bool buffer of the weight's shape, True = kept. Masked weights are set to exactly zero at every change
+    of the mask, get a gradient of exactly zero, and take no part in the forward, even after an optimizer has written
+    to them. A write into the mask tensor itself counts from the next forward, and zeroes weights at the next change.
 
-    Everything that chooses, packs or reports weights sees them through `matrix`, as (out_features, in_features). A
-    layer of this kind says how its weight is such a matrix, how it is built around one, and computes with
-    `masked_weight()` in its forward.
+    Code for choosing, packing or reporting weights sees them through `matrix`, as (out_features, in_features). A
+    subclass defines `matrix` and `from_matrix`, and computes with `masked_weight()` in its forward.
     """
 
     weight: Tensor
     mask: Tensor
-    #: What a Pruner sets while training: what masked weights are (recipe.Group.masked), what backward adds up, and
-    #: whether steps may touch kept weights only.
+    #: The masked mode ("zero", "frozen" or "trained"), set by a Pruner for a schedule.
     masked_mode: str = "zero"
+    #: Sums of gradients from the backward passes, for a Pruner's methods.
     accumulator: GradientAccumulator | None = None
+    #: Kernels for training steps on kept weights only, if a Pruner allows them.
     training_kernels: SparseTrainingKernels | None = None
-    #: What shows that a mask stayed behind: the layers that this one was copied from, until it gets a mask of its own,
-    #: and how many weights its mask kept when it was set.
+    #: The originals of a copied layer, until the copy gets a mask of its own: signs of a stale mask (copies.py).
     origins: tuple[Origin, ...] = ()
+    #: The number of weights kept by the last mask set through a method; a larger one now is such a sign too.
     n_set: int | None = None
 
     def matrix(self, tensor: Tensor) -> Tensor:
-        """View a tensor of the weight's shape as (out_features, in_features): what is written there is written here."""
+        """View a tensor of the weight's shape as (out_features, in_features), over the same memory."""
         raise NotImplementedError
 
     @classmethod
@@ -65,17 +65,17 @@ class MaskedLayer(nn.Module):
         return out_features, in_features
 
     def rows(self, input: Tensor) -> Tensor:
-        """View an input of the layer as (..., in_features), the rows that the weight is multiplied with."""
+        """View an input of the layer as (..., in_features), the rows multiplied with the weight."""
         return input
 
     def input_shape(self, n_rows: int) -> tuple[int, ...]:
-        """The shape of an input of so many rows, each of which the weight is multiplied with."""
+        """Return the shape of an input with this many rows for the weight."""
         return n_rows, self.shape[1]
 
     def masked_weight(self) -> Tensor:
         """Return weight * mask.
 
-        Unlike a product, NaN and Inf in a masked weight come to nothing, and so do their gradients.
+        Unlike in a product, NaN and Inf in a masked weight become zero, and so do their gradients.
         """
         return masked_weight(
             self.weight, self.mask, straight_through=self.masked_mode == "trained", accumulator=self.accumulator
@@ -97,9 +97,8 @@ class MaskedLayer(nn.Module):
     ) -> None:
         """Move the mask to a new absolute sparsity, now: at any point of training.
 
-        A higher sparsity removes the lowest of the kept weights; a lower one gives masked weights back, which start at
-        zero. Without a seed, a method that draws random numbers takes one from torch's generator, as initial weights
-        do.
+        A higher sparsity removes the lowest of the kept weights; a lower one gives masked weights back, starting at
+        zero. Without a seed, a method with random numbers takes one from torch's generator, as initial weights do.
         """
         if seed is None and takes_seed(method):
             seed = int(torch.randint(2**62, (), device="cpu"))
@@ -107,10 +106,10 @@ class MaskedLayer(nn.Module):
         self.set_mask(make_masks(weights, PruningSpec(sparsity, method, pattern, seed=seed), masks=masks)[""])
 
     def set_mask(self, mask: Tensor, *, back_at_zero: bool = True) -> None:
-        """Use this bool mask, (out_features, in_features), True = kept, and zero what it removes.
+        """Use this bool mask, (out_features, in_features), True = kept, and zero the removed weights.
 
-        What it gives back starts at zero, whatever was written to it meanwhile; back_at_zero=False lets it come back
-        with the value it has.
+        Weights that come back start at zero, even after a write to them; with back_at_zero=False they keep their
+        present values.
         """
         if mask.dtype != torch.bool or mask.shape != self.shape:
             raise ValueError(f"a mask must be bool of shape {self.shape}, got {mask.dtype} {tuple(mask.shape)}")
@@ -123,16 +122,16 @@ class MaskedLayer(nn.Module):
         self.zero_masked(before if back_at_zero else None)
 
     def zero_masked(self, before: Tensor | None = None) -> None:
-        """Set every masked weight to exactly zero, unless a Pruner has them keep their values for now.
+        """Set every masked weight to exactly zero, unless their masked mode is another one for now.
 
-        Those that a mask `before` this one removed are zeroed too.
+        before: an earlier mask; weights removed by it are zeroed too.
         """
         if self.masked_mode == "zero":
             self.clear_masked(self.weight, before)
 
     @torch.no_grad()
     def clear_masked(self, tensor: Tensor, before: Tensor | None = None) -> None:
-        """Set the places of masked weights to zero in a tensor laid out as the weight is, its gradient for one."""
+        """Set the places of masked weights to zero in a tensor with the weight's layout, such as its gradient."""
         kept = self.mask if before is None or before.is_meta else self.mask & before.to(self.mask.device)
         if native.can_clear(tensor, kept):
             native.clear_masked(tensor, kept)
@@ -141,7 +140,7 @@ class MaskedLayer(nn.Module):
                 tensor.masked_fill_(shard_like(~kept, tensor), 0)
 
     def hides_values(self) -> bool:
-        """Return whether a masked weight has a value: of a schedule that goes on, or one that was written there."""
+        """Return whether any masked weight is nonzero: in the middle of a schedule, or after a write to it."""
         hidden = self.weight_matrix.masked_fill(self.matrix(self.mask), 0)
         return not hidden.is_meta and bool(hidden.any())
 
@@ -157,22 +156,22 @@ class MaskedLayer(nn.Module):
         return self.to_coo().to_sparse_csr()
 
     def extra_repr(self) -> str:
-        """Add the sparsity to what the dense layer prints."""
+        """Add the sparsity to the description of the dense layer."""
         sparsity = "" if self.mask.is_meta else f", sparsity={self.sparsity:.4g}"
         return super().extra_repr() + sparsity
 
     def _keep_all(self) -> None:
-        """Start with a mask that keeps everything."""
+        """Start with a mask of True only."""
         with making_tensors():
             self.register_buffer("mask", torch.ones_like(self.weight, dtype=torch.bool, requires_grad=False))
 
     def _settle(self) -> None:
-        """Take the present mask for the one that is meant."""
+        """Accept the present mask: earlier signs of a stale one no longer count."""
         self.origins = ()
         self.n_set = None if self.mask.is_meta else int(self.mask.sum())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Copy, and remember of what."""
+        """Copy, and record the original in the copy."""
         made = type(self).__new__(type(self))
         memo[id(self)] = made
         made.__dict__.update(copy.deepcopy({key: v for key, v in self.__dict__.items() if key != "origins"}, memo))
@@ -180,11 +179,11 @@ class MaskedLayer(nn.Module):
         return made
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what only counts in this process."""
+        """Leave out the origins: they count only in this process."""
         return {key: value for key, value in self.__dict__.items() if key != "origins"}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move or convert as any module does; the mask stays bool, and is all True where it had no data before."""
+        """Move or convert as any module does; the mask stays bool, and one without data becomes all True."""
         was_meta, bits = self.mask.is_meta, bits_of(self.weight) if self.origins else None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.origins = origins_after(self.origins, bits, self.weight)
@@ -198,7 +197,7 @@ class MaskedLayer(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load a state_dict with a mask, or a dense one: then the present mask stays.
 
-        A weight saved with its mask stays as it is: one of a schedule that goes on may hold values that come back.
+        A weight saved with its mask stays as it is: in the middle of a schedule, masked values may still come back.
         """
         missing_keys: list[str] = args[2]
         mask, has_weight = state_dict.get(prefix + "mask"), prefix + "weight" in state_dict

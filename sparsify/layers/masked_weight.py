@@ -1,4 +1,4 @@
-"""How masked weights take part in training: not at all, unless a Pruner asks for more."""
+"""weight * mask in a forward, and its gradients for a Pruner."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from torch import Tensor
 
 @dataclass
 class GradientAccumulator:
-    """What a layer's backward adds up for a Pruner, masked weights included: tensors of the weight's shape, or None.
+    """Sums over a layer's backward passes for a Pruner, of the weight's shape with masked weights included.
 
-    gradient: the sum of the gradients of the weight as it is used. movement: the sum of -weight * gradient. uses: the
-    weights themselves as forwards use them, for who wants to differentiate by them; FSDP's are whole there.
+    Each is None unless a method needs it.
+
+    gradient: the sum of the gradients of weight * mask.
+    movement: the sum of -weight * gradient.
+    uses: the tensors weight * mask of the forwards, to differentiate by them; whole under FSDP.
     """
 
     gradient: Tensor | None = None
@@ -22,7 +25,7 @@ class GradientAccumulator:
     uses: list[Tensor] | None = None
 
     def see(self, weight: Tensor, gradient: Tensor) -> None:
-        """Add what one backward brought; weight is the one it was taken at."""
+        """Add the gradient of one backward pass, taken at this weight."""
         if torch._C._are_functorch_transforms_active():
             raise RuntimeError(
                 "a Pruner that looks at gradients ('movement', or 'regrow' by gradient) sees those of loss.backward(), "
@@ -39,9 +42,11 @@ def masked_weight(
 ) -> Tensor:
     """Return weight * mask.
 
-    Unlike a product, NaN and Inf in a masked weight come to nothing, and so do their gradients. `straight_through` lets
-    the gradient of the result through to masked weights too (the straight-through estimator, Bengio et al. 2013,
-    arXiv:1308.3432). `accumulator` sees the gradient of the result.
+    Unlike in a product, NaN and Inf in a masked weight become zero, and so do their gradients.
+
+    straight_through: pass the result's gradient on to masked weights too (the straight-through estimator, Bengio et
+        al. 2013, arXiv:1308.3432).
+    accumulator: gets the gradient of the result.
     """
     used: Tensor = _StraightThrough.apply(weight, mask) if straight_through else torch.where(mask, weight, 0.0)
     if accumulator is not None and accumulator.uses is not None:
@@ -53,25 +58,25 @@ def masked_weight(
 
 
 class _StraightThrough(torch.autograd.Function):
-    """where(mask, weight, 0) whose gradient is that of the identity."""
+    """where(mask, weight, 0) with the gradient of the identity."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(weight: Tensor, mask: Tensor) -> Tensor:
-        """Take the kept weights."""
+        """Return the kept weights, and zeros."""
         return torch.where(mask, weight, 0.0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        """Need nothing for the way back."""
+        """Save nothing for the backward pass."""
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """Hand the gradient to all weights."""
+        """Pass the gradient on to all weights."""
         return gradient, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        """Hand the tangent of all weights on: the transpose of `backward`."""
+        """Pass the tangent of all weights on: the transpose of `backward`."""
         return tangent

@@ -1,4 +1,4 @@
-"""Packed: what every exported layer can do, whatever it computes with its weight."""
+"""PackedLayer: the contract of every exported layer."""
 
 from __future__ import annotations
 
@@ -15,20 +15,19 @@ from sparsify.layers.masked import MaskedLayer
 
 
 class PackedLayer(nn.Module):
-    """The contract of a layer over a sparse weight (out_features, in_features), held in plain buffers in one form.
+    """The contract of a layer over a packed weight (out_features, in_features), in plain buffers of one form.
 
-    In the form "csr": `crow` int32 (out_features + 1), `col` uint8, uint16 or int32 (n_kept), whichever is the
-    narrowest, `values` (n_kept) in the layer's dtype. The other forms hold the same weight as `index` and `values`,
-    packed for the native CPU kernels ("panel", "bitmask", "gather") or for those on GPUs ("tiles", "narrow", "blocks",
-    "2:4"). Where the kernels of its form do not run (another device, float16 on the CPU) the layer changes by itself to
-    a form whose kernels do, or to "csr", and back. A state_dict always has crow, col and values.
+    In the form "csr": `crow` int32 (out_features + 1), `col` uint8, uint16 or int32 (n_kept), the narrowest possible,
+    `values` (n_kept) in the layer's dtype. The other forms have the same weight as `index` and `values`, packed for the
+    native CPU kernels ("panel", "bitmask", "gather") or for GPU kernels ("tiles", "narrow", "blocks", "2:4"). Where no
+    kernel of its form runs (another device, float16 on the CPU) the layer changes by itself to a form with kernels
+    there, or to "csr", and back. A state_dict always has crow, col and values.
 
-    `bias` is a Parameter or None, `activation` follows it. Being plain tensors, all of it survives deepcopy, pickle,
-    state_dict, `.to()`, torch.compile and torch.export. The gradient reaches the input and the bias, not the values:
-    train a Masked layer instead. `masked_type` is the type of layer it was packed from, and becomes again in
-    `to_sparse`.
+    `bias` is a Parameter or None, `activation` follows it. Plain tensors survive deepcopy, pickle, state_dict, `.to()`,
+    torch.compile and torch.export. The gradient reaches the input and the bias, not the values: train a masked layer
+    instead. `masked_type` is the type of the masked layer before packing, and of the result of `to_sparse`.
 
-    A layer of this kind computes with `parts`, and reports itself in `extra_repr`.
+    A subclass computes with `parts` in its forward.
     """
 
     bias: nn.Parameter | None
@@ -64,7 +63,7 @@ class PackedLayer(nn.Module):
         return packed.train(layer.training)
 
     def to_sparse(self) -> MaskedLayer:
-        """Unpack into a layer that can be trained again; the bias is shared, an activation left out."""
+        """Unpack into a masked layer, to be trained; the bias is shared, an activation left out."""
         weight, mask = csr_to_dense(self.csr, self.shape)
         return self.masked_type.from_matrix(weight, mask, self.bias).train(self.training)
 
@@ -75,7 +74,7 @@ class PackedLayer(nn.Module):
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        """The tensors that hold the weight, as FORMS names them."""
+        """The tensors of the packed weight, in the order of FORMS."""
         buffers = self._buffers
         return tuple([buffers[name] for name in FORMS[self.form]])  # type: ignore[misc]
 
@@ -89,7 +88,7 @@ class PackedLayer(nn.Module):
 
     @property
     def sparsity(self) -> float:
-        """The fraction of weights that are gone (0 for a layer without weights)."""
+        """The fraction of removed weights (0 for a layer without weights)."""
         total = self.in_features * self.out_features
         return (total - self.n_kept) / total if total else 0.0
 
@@ -108,7 +107,7 @@ class PackedLayer(nn.Module):
         )
 
     def _autocast_dtype(self, input: Tensor) -> torch.dtype | None:
-        """Return the dtype to answer in under autocast, which computes in the layer's own; None outside it."""
+        """Return the output's dtype under autocast (products are in the layer's own dtype), None outside autocast."""
         device = "cpu" if input.is_cpu else input.device.type  # the latter costs a third of a microsecond
         if device == "meta" or not torch.is_autocast_enabled(device):
             return None
@@ -124,13 +123,13 @@ class PackedLayer(nn.Module):
         self._leave_inference_mode()
 
     def _set_csr(self, csr: CSR) -> None:
-        """Hold another set of kept weights, in the wanted form if it runs where the values are."""
+        """Take another set of kept weights, in the wanted form if that form runs on their device."""
         self.n_kept = csr.values.numel()
         form = form_for(self.wanted_form, csr, self.shape)
         self._set_parts(form, pack(form, csr, self.shape))
 
     def _leave_inference_mode(self) -> None:
-        """Hold plain tensors: torch does not count the changes of those made under torch.inference_mode()."""
+        """Replace inference tensors by plain ones: torch does not count the changes of inference tensors."""
         with making_tensors():
             for name in FORMS[self.form]:
                 tensor = self._buffers[name]
@@ -143,25 +142,24 @@ class PackedLayer(nn.Module):
         self._leave_inference_mode()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move or convert as any module does, and change the form if that is needed, or possible again."""
+        """Move or convert as any module does, and change to a form that runs there, the wanted one if possible."""
         old = self.parts[-1]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._leave_inference_mode()
         dtype, values = old.dtype, self.parts[-1]
         if old.is_meta and not values.is_meta:
-            self.parts[0].fill_(
-                -1 if self.form == "csr" else 0
-            )  # memory without contents: it must not pass for a weight
+            # Memory without contents must not pass for a weight.
+            self.parts[0].fill_(-1 if self.form == "csr" else 0)
             return self
         settled = self.form == self.wanted_form and supports(self.form, values.device, values.dtype)
-        # In "2:4" some of the values are bits that mean no number: in another dtype they mean nothing.
+        # Some values of "2:4" are bits, not numbers, and lose their meaning in another dtype.
         stale = self.form == "2:4" and values.dtype != dtype
         if not values.is_meta and (stale or not settled):
             self._set_csr(self.csr)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Save the weight as CSR, whatever the form, so that any machine can load it."""
+        """Save the weight as CSR in any form, to be loaded on any machine."""
         own = self._buffers
         self._buffers = {key: value for key, value in own.items() if key not in FORMS[self.form]}
         try:
@@ -172,12 +170,12 @@ class PackedLayer(nn.Module):
             destination[prefix + name] = tensor
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load a set of kept weights of the same layer shape, after checking that they are a valid CSR weight."""
+        """Load another set of kept weights for the same layer shape, checked to be a valid CSR weight."""
         _, _, missing_keys, _, errors = args
-        given = {name: state_dict.get(prefix + name) for name in CSR._fields}
-        missing_keys.extend(prefix + name for name, tensor in given.items() if tensor is None)
-        if all(isinstance(tensor, Tensor) for tensor in given.values()):
-            self._load_csr(CSR(**given), prefix, errors)  # type: ignore[arg-type]
+        tensors = {name: state_dict.get(prefix + name) for name in CSR._fields}
+        missing_keys.extend(prefix + name for name, tensor in tensors.items() if tensor is None)
+        if all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+            self._load_csr(CSR(**tensors), prefix, errors)  # type: ignore[arg-type]
         others = {key: value for key, value in state_dict.items() if key.removeprefix(prefix) not in CSR._fields}
         own = self._buffers
         self._buffers = {key: value for key, value in own.items() if key not in FORMS[self.form]}

@@ -1,6 +1,6 @@
-"""SparseConv1D: the linear layer of GPT-2, whose weight is stored (in, out), under a mask.
+"""SparseConv1D: the linear layer of GPT-2 under a mask; its weight is stored (in, out).
 
-This file imports transformers, so it is itself imported only where a model can hold such a layer.
+This file imports transformers, so the package imports it late, once transformers is in use.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ _Layer = TypeVar("_Layer", bound=Conv1D)
 
 
 class SparseConv1D(MaskedLayer, Conv1D):  # type: ignore[misc]
-    """A transformers Conv1D (a Linear with a transposed weight) used as weight * mask; see `MaskedLayer`.
+    """A transformers Conv1D (a Linear with a transposed weight) under a mask; see `MaskedLayer`.
 
-    `weight` and `mask` keep the layout (in_features, out_features). It is a Conv1D, so code that asks for one finds
-    one.
+    `weight` and `mask` keep the layout (in_features, out_features). isinstance(layer, Conv1D) is true.
     """
 
     @classmethod
     def from_conv1d(cls, layer: Conv1D, weight: nn.Parameter | None = None) -> Self:
-        """Make a layer that shares the Parameters, with another weight if one is given; everything is kept."""
+        """Make a layer around the same Parameters, or around `weight` instead of its own; all weights are kept."""
         made = _bare(cls, layer.weight if weight is None else weight, layer.bias)
         made._keep_all()
         return made.train(layer.training)
@@ -39,7 +38,7 @@ class SparseConv1D(MaskedLayer, Conv1D):  # type: ignore[misc]
         return made
 
     def to_conv1d(self) -> Conv1D:
-        """Make a plain Conv1D that shares the Parameters, with the masked weights set to zero."""
+        """Make a plain Conv1D around the same Parameters, with the masked weights set to zero."""
         self.clear_masked(self.weight)
         return _bare(Conv1D, self.weight, self.bias).train(self.training)
 
@@ -52,7 +51,7 @@ class SparseConv1D(MaskedLayer, Conv1D):  # type: ignore[misc]
         return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.masked_weight()).view(*x.shape[:-1], self.nf)
 
     def __repr__(self) -> str:
-        """Print what every module prints: Conv1D's own way would hide the type."""
+        """Print as nn.Module does: Conv1D's own text would hide the type."""
         return nn.Module.__repr__(self)
 
     def extra_repr(self) -> str:
@@ -61,7 +60,7 @@ class SparseConv1D(MaskedLayer, Conv1D):  # type: ignore[misc]
 
 
 def _bare(kind: type[_Layer], weight: Any, bias: Any) -> _Layer:
-    """Make a layer that holds the very Parameters given; nothing is allocated or drawn."""
+    """Make a layer around these very Parameters; nothing is allocated or drawn."""
     layer = kind.__new__(kind)
     nn.Module.__init__(layer)
     layer.nx, layer.nf = weight.shape

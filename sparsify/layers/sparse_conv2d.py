@@ -13,7 +13,7 @@ from sparsify.masking.methods.registry import Method
 
 _Conv2d = TypeVar("_Conv2d", bound=nn.Conv2d)
 
-#: What a pointwise convolution is, in the attributes of nn.Conv2d.
+#: The attributes of a pointwise nn.Conv2d.
 POINTWISE = {"kernel_size": (1, 1), "stride": (1, 1), "padding": (0, 0), "groups": 1}
 _REST = {
     **{"dilation": (1, 1), "output_padding": (0, 0), "transposed": False, "padding_mode": "zeros"},
@@ -22,10 +22,10 @@ _REST = {
 
 
 class SparseConv2d(MaskedLayer, nn.Conv2d):
-    """A 1x1 convolution with stride 1, without groups and padding, whose weight is used as weight * mask.
+    """A 1x1 convolution under a mask, with stride 1, without groups and padding; see `MaskedLayer`.
 
-    See `MaskedLayer` for what that means. `weight` and `mask` are (out_channels, in_channels, 1, 1). It is an
-    nn.Conv2d, so code that asks for one finds one. The arguments after the channels are those of SparseLinear.
+    `weight` and `mask` are (out_channels, in_channels, 1, 1). isinstance(layer, nn.Conv2d) is true. The arguments after
+    the channels are those of SparseLinear.
 
     >>> layer = SparseConv2d(8, 4, 0.75, seed=1)
     >>> layer.sparsity, layer(torch.ones(2, 8, 5, 5)).shape
@@ -52,9 +52,9 @@ class SparseConv2d(MaskedLayer, nn.Conv2d):
 
     @classmethod
     def from_conv2d(cls, conv: nn.Conv2d, mask: Tensor | None = None) -> Self:
-        """Make a layer that shares the Parameters; everything is kept, or what `mask` (out_channels, in_channels) says.
+        """Make a layer around the same Parameters, under `mask` (out_channels, in_channels), all True by default.
 
-        Raises ValueError, saying why, for a convolution that is not pointwise.
+        Raises ValueError, with the reason, unless the convolution is pointwise.
         """
         if odd := odd_setting(conv):
             raise ValueError(f"only pointwise convolutions can be SparseConv2d, this one has {odd}")
@@ -70,7 +70,7 @@ class SparseConv2d(MaskedLayer, nn.Conv2d):
         return cls.from_conv2d(conv2d_from_parameters(nn.Conv2d, nn.Parameter(weight[:, :, None, None]), bias), mask)
 
     def to_conv2d(self) -> nn.Conv2d:
-        """Make a plain nn.Conv2d that shares the Parameters, with the masked weights set to zero."""
+        """Make a plain nn.Conv2d around the same Parameters, with the masked weights set to zero."""
         self.clear_masked(self.weight)
         return conv2d_from_parameters(nn.Conv2d, self.weight, self.bias).train(self.training)
 
@@ -83,7 +83,7 @@ class SparseConv2d(MaskedLayer, nn.Conv2d):
         return input.movedim(-3, -1)
 
     def input_shape(self, n_rows: int) -> tuple[int, ...]:
-        """The shape of one image of so many positions."""
+        """Return the shape of one image with this many positions."""
         return 1, self.in_channels, n_rows, 1
 
     def forward(self, input: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class SparseConv2d(MaskedLayer, nn.Conv2d):
 
 
 def odd_setting(conv: nn.Conv2d) -> str:
-    """Say by which of its settings a convolution is not pointwise; nothing if it is."""
+    """Return the first setting of a convolution that is not pointwise, with its value; "" without one."""
     for name, wanted in POINTWISE.items():
         value = getattr(conv, name)
         if value != wanted and (name, value) != ("padding", "valid"):  # another word for 0
@@ -107,7 +107,7 @@ def odd_setting(conv: nn.Conv2d) -> str:
 
 
 def conv2d_from_parameters(kind: type[_Conv2d], weight: Tensor, bias: Tensor | None) -> _Conv2d:
-    """Make a pointwise convolution of this kind that holds the very Parameters given; nothing is allocated or drawn."""
+    """Make a pointwise convolution of the class `kind` around these very Parameters; nothing is allocated or drawn."""
     layer = kind.__new__(kind)
     nn.Module.__init__(layer)
     layer.__dict__.update(POINTWISE | _REST)

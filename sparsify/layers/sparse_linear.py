@@ -15,13 +15,14 @@ from sparsify.masking.methods.registry import Method
 
 
 class SparseLinear(MaskedLayer, nn.Linear):
-    """A Linear whose weight is used as weight * mask; see `MaskedLayer` for what that means.
+    """A Linear under a mask; see `MaskedLayer`.
 
-    `weight` is a dense Parameter (out_features, in_features), `mask` a bool buffer of the same shape, True = kept. It
-    is an nn.Linear, so code that asks for one finds one.
+    `weight` is a dense Parameter (out_features, in_features), `mask` a bool buffer of the same shape, True = kept.
+    isinstance(layer, nn.Linear) is true.
 
-    `sparsity` is the fraction of zeros to start with, chosen by `method` in `pattern` (see `prune`); a seed is for
-    methods that draw random numbers, as the default one does.
+    sparsity: the fraction of zeros at the start.
+    method, pattern: the choice of those zeros, as in `prune`.
+    seed: for a method with random numbers, such as the default one.
 
     >>> layer = SparseLinear(8, 4, 0.75, seed=1)
     >>> layer.sparsity, layer(torch.ones(2, 8)).shape
@@ -48,9 +49,11 @@ class SparseLinear(MaskedLayer, nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, mask: Tensor | None = None) -> Self:
-        """Make a layer that shares the Linear's Parameters; everything is kept, or what `mask` says.
+        """Make a layer around the Linear's Parameters, under `mask`.
 
-        What a mask removes is set to zero in the shared weight. Raises ValueError if the weight is no Parameter.
+        mask: by default that of a SparseLinear, all True for any other Linear. Removed weights are set to zero in the
+            shared Parameter.
+        Raises ValueError if the weight is no Parameter.
         """
         if "weight" not in linear._parameters:
             raise ValueError("its weight is computed, not a Parameter; sparsify.convert takes over what can be")
@@ -68,7 +71,7 @@ class SparseLinear(MaskedLayer, nn.Linear):
         return cls.from_linear(linear_from_parameters(nn.Linear, nn.Parameter(weight), bias), mask)
 
     def to_linear(self) -> nn.Linear:
-        """Make a plain nn.Linear that shares the Parameters, with the masked weights set to zero."""
+        """Make a plain nn.Linear around the same Parameters, with the masked weights set to zero."""
         self.clear_masked(self.weight)
         return linear_from_parameters(nn.Linear, self.weight, self.bias).train(self.training)
 

@@ -1,4 +1,4 @@
-"""Whether a layer's training steps go through kernels that touch kept weights only."""
+"""Sparse training steps of a layer: kernels for the kept weights only, if faster than the dense step."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from sparsify.kernels.cpu.sparse_step import StepIndex
 
 SparseBackward = Literal["never", "auto", "always"]
 
-#: Below this sparsity the dense way was faster wherever it was measured, so that it is not worth a try.
+#: Below this sparsity the dense step was faster in every measurement, so the sparse one is not tried.
 TRY_FROM = 0.7
 N_TRIES = 3
 
 
 class SparseTrainingKernels:
-    """The packed mask of one layer, and for which numbers of input rows it was measured to be faster than dense.
+    """The packed mask of one layer, and the numbers of input rows with a faster sparse step.
 
-    A mask is packed and, unless `always`, measured once, at the first step after it has changed. Both ways give the
-    same results up to the order of additions. For float32 on the CPU; anything else takes the dense way.
+    A mask is packed and, unless `always`, timed once, at the first step after its change. Sparse and dense steps give
+    the same results up to the order of additions. Sparse steps are for float32 on the CPU; all others are dense.
     """
 
     def __init__(self, always: bool) -> None:
@@ -35,7 +35,7 @@ class SparseTrainingKernels:
         self.faster: dict[int, bool] = {}
 
     def index_for(self, layer: Any, x: Tensor) -> StepIndex | None:
-        """Return the packed mask if this step is to use it, else None."""
+        """Return the packed mask for a sparse step, or None for a dense one."""
         weight, mask = layer.weight, layer.mask
         if not _can(layer, x):
             return None
@@ -51,7 +51,7 @@ class SparseTrainingKernels:
 
 
 def _can(layer: Any, x: Tensor) -> bool:
-    """Return whether the kernels are right for a step: one that trains the kept weights, and no others."""
+    """Return whether the kernels fit a step: float32 on the CPU, with gradients of the kept weights only."""
     tensors = [t for t in (x, layer.weight, layer.bias) if t is not None]
     if not all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors):  # also the stand-ins of a tracer
         return False
@@ -63,12 +63,12 @@ def _can(layer: Any, x: Tensor) -> bool:
 
 
 def _is_transformed(tensors: list[Tensor]) -> bool:
-    """Return whether torch.func's transforms or forward-mode derivatives are under way: those go the dense way."""
+    """Return whether torch.func's transforms or forward-mode derivatives are active: those steps are dense."""
     return torch._C._are_functorch_transforms_active() or any(unpack_dual(t).tangent is not None for t in tensors)
 
 
 def _is_faster(index: StepIndex, x: Tensor, weight: Tensor, mask: Tensor) -> bool:
-    """Time a step both ways, in turns; the best of each counts."""
+    """Return whether a sparse step is faster than a dense one: the best of N_TRIES each, in turns."""
     x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
     times: dict[bool, float] = {}
     for _ in range(N_TRIES):

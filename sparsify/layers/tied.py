@@ -1,4 +1,4 @@
-"""A second place that uses the weight of a masked layer: it reads the weight under that layer's mask."""
+"""Tied modules: second uses of the weight of a masked layer, under that layer's mask."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from sparsify.layers.masked import MaskedLayer
 
 
 class Tied(nn.Module):
-    """A module whose Parameter `weight` is also that of a masked layer, its owner; only the owner has a mask.
+    """A module with the Parameter `weight` of a masked layer, its owner; only the owner has a mask.
 
-    So its gradient of a masked weight is exactly zero too, and it sees what the owner sees after any optimizer step.
+    So the gradient of a masked weight is exactly zero here too, and both use the same weight after an optimizer step.
     """
 
     weight: Tensor
-    #: In a tuple, where nn.Module does not take it for a child.
+    #: In a tuple, as nn.Module would take a bare one for a child.
     owner: tuple[MaskedLayer]
 
     @property
@@ -28,7 +28,7 @@ class Tied(nn.Module):
 
 
 class TiedLinear(Tied, nn.Linear):
-    """A Linear that uses the weight of a masked layer; the bias is its own."""
+    """A Linear with the weight of a masked layer, and a bias of its own."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer to (..., in_features); returns (..., out_features)."""
@@ -36,7 +36,7 @@ class TiedLinear(Tied, nn.Linear):
 
 
 class TiedEmbedding(Tied, nn.Embedding):
-    """An Embedding that looks up rows of the weight of a masked layer."""
+    """An Embedding with the weight of a masked layer as its table."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Look up the rows of `input`; returns (..., embedding_dim)."""
@@ -47,7 +47,7 @@ _TIED: dict[type[nn.Module], type[Tied]] = {nn.Linear: TiedLinear, nn.Embedding:
 
 
 def check_tieable(module: nn.Module) -> None:
-    """Raise ValueError, saying why, if a module cannot use another layer's mask."""
+    """Raise ValueError, with the reason, if a module cannot use another layer's mask."""
     if type(module) not in _TIED:
         names = " and ".join(f"nn.{kind.__name__}" for kind in _TIED)
         raise ValueError(f"it is a {type(module).__name__}; only {names} can use another layer's mask")
@@ -58,14 +58,14 @@ def check_tieable(module: nn.Module) -> None:
 
 
 def tie(module: nn.Module, owner: MaskedLayer) -> None:
-    """Let a module that has the owner's weight use the owner's mask, in place."""
+    """Let a module with the owner's weight use the owner's mask, in place."""
     check_tieable(module)
     module.__class__ = _TIED[type(module)]
     module.__dict__["owner"] = (owner,)
 
 
 def untie(module: Tied) -> None:
-    """Let a module be what it was before it was tied, in place; the Parameter stays shared."""
+    """Make a tied module plain again, in place; the Parameter stays shared."""
     plain: Any = next(plain for plain, tied in _TIED.items() if type(module) is tied)
     module.__class__ = plain
     del module.__dict__["owner"]

@@ -11,7 +11,7 @@ from sparsify.layers.masked import MaskedLayer
 
 
 class Transposed(nn.Module):
-    """What holds such a weight: x @ weight."""
+    """A linear map x @ weight, with a weight (in_features, out_features) and no bias."""
 
     weight: Tensor
 
@@ -25,7 +25,7 @@ class Transposed(nn.Module):
 
 
 class SparseTransposed(MaskedLayer, Transposed):
-    """The same under a mask; see `MaskedLayer`."""
+    """A Transposed layer under a mask; see `MaskedLayer`."""
 
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__(weight)
@@ -40,7 +40,7 @@ class SparseTransposed(MaskedLayer, Transposed):
         return made
 
     def to_transposed(self) -> Transposed:
-        """Make a plain layer that shares the Parameter, with the masked weights set to zero."""
+        """Make a plain layer around the same Parameter, with the masked weights set to zero."""
         self.clear_masked(self.weight)
         return Transposed(self._parameters["weight"]).train(self.training)  # type: ignore[arg-type]
 

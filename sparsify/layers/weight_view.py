@@ -1,8 +1,8 @@
-"""WeightView: what `CSRLinear.weight` gives to code that wants a Linear's weight.
+"""WeightView: the value of `CSRLinear.weight`, for code written for nn.Linear.
 
 Much code looks at a weight's dtype or device, and some calls F.linear(x, layer.weight, layer.bias) instead of the
 layer (the windowed attention of torchvision's Swin, for one). The view answers the first without unpacking anything,
-runs the second on the layer's own kernel, and for everything else becomes the dense weight it stands for.
+runs the second on the layer's own kernel, and becomes the dense weight for everything else.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-#: What can be said of the weight without unpacking it.
+#: Functions of the weight that need no unpacking.
 _CHEAP = {
     *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cuda", "is_meta", "layout")),
     *(getattr(Tensor, name).__get__ for name in ("requires_grad", "is_leaf", "is_sparse", "is_quantized", "grad")),
@@ -31,9 +31,9 @@ _TURNED_ALONG = {Tensor.transpose, torch.transpose, Tensor.permute, torch.permut
 
 
 class WeightView(Tensor):
-    """A weight (out_features, in_features) that is not in memory; see this file's docstring.
+    """A weight (out_features, in_features) without dense memory; see this file's docstring.
 
-    Transposed, it is a view too, `turned`, which runs sparse where it is multiplied from the right.
+    Its transpose is a view too, `turned`, and sparse as the right factor of a product.
     """
 
     run_sparse: Callable[[Tensor, Tensor | None], Tensor]
@@ -47,7 +47,11 @@ class WeightView(Tensor):
         run_sparse: Callable[[Tensor, Tensor | None], Tensor],
         unpack: Callable[[], Tensor],
     ) -> WeightView:
-        """Make a view of a weight of the dtype and device of `values`: run_sparse(x, bias) uses it, unpack() is it."""
+        """Make a view of a weight with the dtype and device of `values`.
+
+        run_sparse(x, bias): multiply with the weight.
+        unpack(): return the dense weight.
+        """
         view: WeightView = Tensor._make_wrapper_subclass(WeightView, shape, dtype=values.dtype, device=values.device)
         view.run_sparse, view.unpack, view.turned = run_sparse, unpack, False
         return view
@@ -67,7 +71,7 @@ class WeightView(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Answer, run sparse, or unpack; refuse to be changed, which would change only what was unpacked."""
+        """Answer, run sparse, or unpack; refuse a write, as it would change only an unpacked copy."""
         kwargs = dict(kwargs or {})
         if _writes(func) and args and isinstance(args[0], WeightView):
             raise RuntimeError(  # not a TypeError: Python's operators take that for "try the other operand"
@@ -99,12 +103,12 @@ class WeightView(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Unpack: this is reached only by calls from below Python."""
+        """Unpack, for calls from below Python."""
         return _on_dense(func, args, dict(kwargs or {}))
 
 
 def _transposes(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Say whether a call transposes a view."""
+    """Return whether a call transposes a view."""
     if not args or not isinstance(args[0], WeightView) or kwargs:
         return False
     along = args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
@@ -115,7 +119,7 @@ def _transposes(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping
 
 
 def _rows(input: Any) -> bool:
-    """Say whether this is a plain tensor of rows."""
+    """Return whether `input` is a plain tensor of rows."""
     return isinstance(input, Tensor) and not isinstance(input, WeightView) and input.ndim > 0
 
 
@@ -124,7 +128,7 @@ def _vector(bias: Any) -> bool:
 
 
 def _writes(func: Callable[..., Any]) -> bool:
-    """Say whether a function changes its first argument, going by torch's naming: add_ (of += too), __setitem__."""
+    """Return whether a function changes its first argument, by torch's naming: add_ (of += too), __setitem__."""
     name = func.__name__
     return (name.endswith("_") and not name.endswith("__")) or name in ("__set__", "__setitem__")
 
