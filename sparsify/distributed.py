@@ -1,4 +1,4 @@
-"""The processes that train one model together, and what they tell each other: sums, never weights."""
+"""Ranks: the processes of one training, their sums, gathers and shards of rows. No weight goes from one to another."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Ranks:
-    """One of `n` processes. Each holds the same rows of every matrix that FSDP2 would give it (torch.chunk)."""
+    """One of `n` processes. Each holds the rows of every matrix as FSDP2 shards them (torch.chunk)."""
 
     n: int = 1
     rank: int = 0
@@ -21,7 +21,7 @@ class Ranks:
         """Return the sum of all processes' tensors."""
         if self.n == 1:
             return tensor
-        nccl = torch.distributed.get_backend(self.group) == "nccl"  # which knows nothing of the CPU's memory
+        nccl = torch.distributed.get_backend(self.group) == "nccl"  # takes no tensor in the CPU's memory
         total = tensor.clone().to(torch.device("cuda", torch.cuda.current_device()) if nccl else tensor.device)
         torch.distributed.all_reduce(total, group=self.group)
         return total.to(tensor.device)
@@ -31,13 +31,13 @@ class Ranks:
         return self.sum(tensor) / self.n if self.n > 1 else tensor
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """Return (n, *shape): every process's tensor."""
+        """Return (n, *shape): the tensor of every process."""
         every = tensor.new_zeros((self.n, *tensor.shape))
         every[self.rank] = tensor
         return self.sum(every)
 
     def rows(self, whole: Tensor) -> Tensor:
-        """Return this process's rows of a tensor that every process has."""
+        """Return this process's rows of a tensor known to all."""
         parts = whole.chunk(self.n)
         return parts[self.rank] if self.rank < len(parts) else whole[:0]
 
@@ -52,7 +52,7 @@ SINGLE = Ranks()
 
 
 def ranks_of(model: nn.Module) -> Ranks:
-    """Return the processes that train a model: those of its DDP wrapper or FSDP2 mesh, else all that there are."""
+    """Return the processes of a model's training: those of its DDP wrapper or FSDP2 mesh, else all."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return SINGLE
     group = getattr(model, "process_group", None)

@@ -1,10 +1,10 @@
-"""The errors and the warnings that are this library's own. Wrong arguments are plain ValueError and TypeError."""
+"""Errors and warnings of this library. Wrong arguments are plain ValueError and TypeError."""
 
 
 class CheckpointError(ValueError):
-    """A file that is no valid checkpoint, or not one for the given model. The message says what is wrong and where.
+    """An invalid checkpoint, or one for another model. The message names the fault and its place.
 
-    The middle of a message is left out where names in the file make it longer than a screen.
+    The middle of a message is left out if long names in the file make it longer than a screen.
     """
 
     def __init__(self, message: str) -> None:
@@ -12,11 +12,11 @@ class CheckpointError(ValueError):
 
 
 class RecipeError(ValueError):
-    """A recipe that cannot be followed. The message names the file, the line and the key."""
+    """An invalid recipe, or one for another model. The message names the file, the line and the key."""
 
 
 class LeftDenseWarning(UserWarning):
-    """Some layers were left dense on purpose. The message says which, why, and their share of the parameters."""
+    """Some layers were left dense on purpose. The message names them, the reason, and their share of the parameters."""
 
 
 class MeasuredElsewhereWarning(UserWarning):
@@ -24,20 +24,20 @@ class MeasuredElsewhereWarning(UserWarning):
 
 
 class PaddingWarning(UserWarning):
-    """Calibration data has padding that cannot be told from tokens in some layers. The message names them."""
+    """Some layers cannot tell padding from tokens in the calibration data. The message names them."""
 
 
 class RemovedLayerWarning(UserWarning):
-    """Layers lose all their weights without having been asked to. The message names them, and how to keep some."""
+    """Layers lose all their weights though asked for less. The message names them and the way to keep some."""
 
 
 class SavedParametrizedWarning(UserWarning):
-    """A checkpoint holds the state of a parametrization, which only a model with the same one can load."""
+    """A checkpoint holds the state of a parametrization: only a model with the same one can load it."""
 
 
 class ScheduleWarning(UserWarning):
-    """A training does not go as its recipe says: in pace, masks or gradients. The message says what to give or do."""
+    """A training leaves its recipe: in pace, masks or gradients. The message names the way out."""
 
 
 class StaleMaskWarning(UserWarning):
-    """A layer keeps more weights than it should, as in an average of weights. The message says the way out."""
+    """A layer keeps more weights than it should, as in an average of weights. The message names the way out."""

@@ -19,12 +19,12 @@ Selector = str | type[nn.Module]
 #: Processor time of one regular expression for all names together.
 MAX_MATCH_S = 1.0
 
-#: Letters of one regular expression, with each repetition that it must have written out, as `regex` compiles it.
+#: Letters of one regular expression with its required repetitions written out, as `regex` compiles them.
 MAX_LETTERS = 50_000
 
 
 def matching(pattern: str, names: Collection[str]) -> list[str]:
-    """Return the names that a glob or `re:` pattern matches; raise ValueError with near names if there are none.
+    """Return the names matched by a glob or `re:` pattern; raise ValueError with near names if there are none.
 
     >>> matching("*.fc1", ["a.fc1", "a.fc2"]), matching(r"re:a\\.fc\\d", ["a.fc1", "a.fc2"])
     (['a.fc1'], ['a.fc1', 'a.fc2'])
@@ -44,11 +44,11 @@ def select(
     include: Selector | Sequence[Selector] | None = None,
     exclude: Selector | Sequence[Selector] | None = None,
 ) -> list[str]:
-    """Return the names of `layers` that any `include` (None: all) and no `exclude` means, in the model's order.
+    """Return the names of `layers` selected by any `include` (None: all) and no `exclude`, in the model's order.
 
-    `layers` gives the module that each name stands for, or lies in ("attention.q_proj" of an attention that has no such
-    module yet). A layer used in several places answers to each of its names. A selector that means no layer is a
-    ValueError, and so is a choice that leaves none of the layers.
+    layers: by name, the module of that name or around it ("attention.q_proj" of an attention not yet unfused). A layer
+    used in several places answers to each of its names. Raises ValueError for a selector without a layer, and for a
+    choice without any.
     """
     names_of: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -59,13 +59,13 @@ def select(
         aliases |= {other + name[len(first) :]: name for other in (first, *others)}
 
     def meant(selectors: Selector | Sequence[Selector] | None) -> set[str]:
-        found: set[str] = set()
+        selected: set[str] = set()
         for selector in _as_sequence(selectors):
             if isinstance(selector, str):
-                found |= {aliases[alias] for alias in matching(selector, aliases)}
+                selected |= {aliases[alias] for alias in matching(selector, aliases)}
             else:
-                found |= _of_type(selector, model, layers)
-        return found
+                selected |= _of_type(selector, model, layers)
+        return selected
 
     chosen = set(layers) if include is None else meant(include)
     chosen -= meant(exclude)
@@ -75,9 +75,9 @@ def select(
 
 
 def _matching_expression(text: str, names: Iterable[str]) -> list[str]:
-    """Return the names that a regular expression matches as a whole.
+    """Return the names matched by a regular expression as a whole.
 
-    Raises ValueError for a text that is no expression, and for one that is too long or takes too long.
+    Raises ValueError for a text that is no expression, and for a pattern too long or too slow.
     """
     expression = _compile(text)
     end = time.process_time() + MAX_MATCH_S

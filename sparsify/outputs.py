@@ -1,4 +1,4 @@
-"""Outputs: checked before the work that fills them, and written whole or not at all, in place of what stood there."""
+"""Output files: checked before the work for them, and written whole or not at all."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from typing import BinaryIO
 def check_writable(path: str | os.PathLike[str], label: str = "") -> None:
     """Check that a file can be made at `path`, by making one without a name in its folder.
 
-    Permissions alone do not say it: root may write anywhere but in /proc, and nobody on a read-only disk. What stands
-    at `path` must be an ordinary file that its owner lets be written: a pipe, a socket or a device is refused. label:
-    the option to name in an error, as "--out ". Raises OSError.
+    Permissions alone are not enough: root may write anywhere but in /proc, and nobody on a read-only disk. A file at
+    `path` must be an ordinary, writable one: a pipe, a socket or a device is refused. label: the option to name in an
+    error, as "--out ". Raises OSError.
     """
     folder = _target(path, label).parent
     try:
@@ -30,11 +30,11 @@ def check_writable(path: str | os.PathLike[str], label: str = "") -> None:
 
 @contextlib.contextmanager
 def new_file(path: str | os.PathLike[str], label: str = "") -> Iterator[BinaryIO]:
-    """Open a file that takes its place at `path` when the block ends; if the block raises, nothing has changed.
+    """Open a new file, moved to `path` at the end of the block; if the block raises, nothing has changed.
 
-    The bytes are on the disk before the old file goes, so that a crash leaves one of the two. A link stays, and its
-    target is replaced. The new file has mode, owner and extended attributes of the old one. Raises OSError as
-    `check_writable` does, and if the owner cannot be kept.
+    The bytes are on the disk before the old file goes: a crash leaves one of the two. A link stays, and its target is
+    replaced. The new file has mode, owner and extended attributes of the old one. Raises OSError as `check_writable`
+    does, and if the owner cannot be kept.
 
     >>> with new_file(tmp_path / "a.txt") as file:
     ...     file.write(b"all of it")
@@ -64,7 +64,7 @@ def write_text(path: str | os.PathLike[str], text: str, label: str = "") -> None
 
 
 def is_temporary(file: Path) -> bool:
-    """Return whether a file is a half-written one of `new_file`, which a killed process has left."""
+    """Return whether a file is a half-written one of `new_file`, left by a killed process."""
     return re.fullmatch(r"\.sparsify-[0-9a-f]{16}\.tmp", file.name) is not None
 
 
@@ -73,7 +73,7 @@ def _temporary_name() -> str:
 
 
 def _target(path: str | os.PathLike[str], label: str) -> Path:
-    """Return the file that `path` means, behind all links, if it can be replaced by another."""
+    """Return the file at `path`, behind all links. Raises OSError if no other may take its place."""
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{label}{path}: there is no folder {Path(path).parent}")
@@ -94,7 +94,7 @@ def _target(path: str | os.PathLike[str], label: str) -> Path:
 
 
 def _private(path: str, flags: int) -> int:
-    """Open a file that nobody else can read until it has the mode of the one that it replaces."""
+    """Open a file readable for its owner alone, until it gets the mode of the old one."""
     return os.open(path, flags, 0o600)
 
 
@@ -116,13 +116,13 @@ def _take_over(old: Path, new: int, name: str) -> None:
 
 
 def check_space(folder: str | os.PathLike[str], n_bytes: int, label: str = "") -> None:
-    """Check that the disk of an existing folder has `n_bytes` free, as far as the system says.
+    """Check that the disk of an existing folder has `n_bytes` free, as far as the system tells.
 
     Raises OSError with both sizes.
     """
     try:
         free = shutil.disk_usage(folder).free
-    except OSError:  # a file system that does not say
+    except OSError:  # a file system without an answer
         return
     if n_bytes > free:
         raise OSError(

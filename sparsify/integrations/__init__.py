@@ -1,1 +1,1 @@
-"""Recipes in other people's trainers. Each file needs the library it is named after, and is imported by its name."""
+"""Recipes in other people's trainers. Each file needs the library of its name, and is imported by that name."""

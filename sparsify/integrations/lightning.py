@@ -17,7 +17,7 @@ from sparsify.training.pruner import Pruner
 
 
 def share_masks(trainer: Trainer, pruner: Pruner) -> None:
-    """Give a Pruner's masks to the averages that callbacks of Lightning keep: an average of masks keeps everything."""
+    """Give a Pruner's masks to the averages kept by callbacks of Lightning: an average of masks keeps everything."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         average = getattr(callback, "_average_model", None)
         average = average.module if isinstance(average, AveragedModel) else average
@@ -29,10 +29,10 @@ def share_masks(trainer: Trainer, pruner: Pruner) -> None:
 
 
 class PrunerCallback(Callback):
-    """Make a Pruner of a LightningModule whose layers are converted, step it, and save it with each checkpoint.
+    """Make a Pruner of a converted LightningModule, step it, and save it with each checkpoint.
 
-    For one optimizer; `options` go to the Pruner. Sparsity goes to the loggers and the progress bar, the masks to
-    averages that other callbacks keep.
+    For one optimizer; `options` go to the Pruner. Sparsity goes to the loggers and the progress bar, the masks to the
+    averages of other callbacks.
     """
 
     def __init__(self, recipe: Recipe, **options: Any) -> None:
@@ -42,7 +42,7 @@ class PrunerCallback(Callback):
         self._n_steps = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin, or go on from the checkpoint that Lightning has loaded."""
+        """Begin, or go on from the checkpoint loaded by Lightning."""
         self.pruner = Pruner(
             pl_module,
             self.recipe,
@@ -71,7 +71,7 @@ class PrunerCallback(Callback):
         self.pruner.end_epoch()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say if the target was missed, after all callbacks: some have put average weights into the model."""
+        """Warn if the target was missed, after all callbacks: some have put average weights into the model."""
         try:
             if self.pruner is not None:
                 self.pruner.finish()

@@ -23,7 +23,7 @@ def _file(args: Any, state: Any) -> Path:
 
 
 def _options(options: dict[str, Any], args: Any, state: Any) -> dict[str, Any]:
-    """Add the state beside the checkpoint that a run goes on from, unless the options have one."""
+    """Add the state beside the checkpoint of a resumed run, unless the options have one."""
     if not state.global_step or "state" in options:
         return options
     file = _file(args, state)
@@ -47,7 +47,7 @@ class PrunerCallback(TrainerCallback):
         self.writer: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
-        """Begin, or go on from the checkpoint that the Trainer has loaded."""
+        """Begin, or go on from the checkpoint loaded by the Trainer."""
         n_steps = math.ceil(len(parts["train_dataloader"]) / args.gradient_accumulation_steps)
         self.pruner = Pruner(
             parts["model"],
@@ -63,12 +63,12 @@ class PrunerCallback(TrainerCallback):
             self.writer = SummaryWriter(str(Path(args.output_dir) / "runs" / "sparsity"))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
-        """Step."""
+        """Step the Pruner."""
         assert self.pruner is not None
         self.pruner.step()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **parts: Any) -> None:
-        """Add the sparsity to what is logged."""
+        """Add the sparsity to the log."""
         if self.pruner is None or logs is None or "loss" not in logs:
             return
         logs |= {"sparsity": self.pruner.sparsity}
@@ -84,7 +84,7 @@ class PrunerCallback(TrainerCallback):
             unfinished.replace(file)  # whole or not there, whenever the run is killed
 
     def on_train_end(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
-        """Say if the target was missed."""
+        """Warn if the target was missed."""
         if self.writer:
             self.writer.close()
         try:

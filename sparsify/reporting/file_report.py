@@ -13,7 +13,7 @@ from sparsify.reporting.report import Report, Row
 
 
 def inspect_file(path: str | os.PathLike[str]) -> Report:
-    """List the layers that a file holds, without a model; bytes are those in the file.
+    """List the layers in a file, without a model; bytes are those in the file.
 
     Everything is checked as in `load`. Raises CheckpointError.
     """

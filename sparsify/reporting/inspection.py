@@ -1,4 +1,4 @@
-"""What convert would do to a model, before it does: which layers, which not and why, and what each is worth."""
+"""Preview of `convert`: its layers, the modules left dense with the reason, and the share of each in the model."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ from sparsify.reporting.report import Report, table
 class Part:
     """One layer of a model, or all other modules of one type.
 
-    becomes: what convert makes of it, "" if it stays dense, and then `reason` says why. n_multiply_adds: of one run of
-    the example, None without one.
+    becomes: the type of its masked layer, "" for a part left dense.
+    reason: the reason to leave it dense.
+    n_multiply_adds: those of one run of the example, None without one.
     """
 
     name: str
@@ -56,7 +57,7 @@ class Inspection(Sequence[Part]):
         return self.parts[index]
 
     def share(self, *, converted: bool = True) -> tuple[float, float | None]:
-        """Return the fraction of parameters, and of multiply-adds, in layers that convert, or in those that do not."""
+        """Return the fraction of parameters, and of multiply-adds, in layers to convert, or in all other parts."""
         parts = [part for part in self.parts if bool(part.becomes) == converted]
         n_parameters = sum(part.n_parameters for part in parts) / max(self.n_parameters, 1)
         if self.n_multiply_adds is None:
@@ -102,13 +103,13 @@ def inspect(
     types: type[nn.Module] | Sequence[type[nn.Module]] | None = None,
     functional: bool = False,
 ) -> Report | Inspection:
-    """List the layers that a file holds, or what `convert` would do with a model and the same arguments.
+    """List the layers in a file, or the effect of `convert` on a model with the same arguments.
 
     Of a file: a Report of its layers, without a model; everything is checked as in `load`. Raises CheckpointError.
 
-    Of a model: which layers would be swapped, which not and why (tied weights among them), and each one's share of the
-    parameters; with an example input (a tensor, a tuple of arguments, or a dict of them) that the model is run on once,
-    its share of the multiply-adds too. The model is not touched.
+    Of a model: the layers to swap, the others with the reason (tied weights among them), and the share of each in the
+    parameters. With an example input (a tensor, a tuple of arguments, or a dict of them) the model runs on it once, and
+    the share in the multiply-adds is listed too. The model does not change.
 
     >>> found = inspect(nn.Sequential(nn.Linear(8, 4), nn.Conv1d(4, 4, 1)), functional=False)
     >>> [(part.name, part.becomes) for part in found], found.share()
@@ -136,9 +137,7 @@ def inspect(
 
 
 def _layers(model: nn.Module, plan: Plan) -> tuple[dict[str, tuple[str, tuple[int, ...], str, str]], dict[int, str]]:
-    """Return type, shape, what it becomes, and why it stays dense, of every part by name; and which part holds what
-    memory.
-    """
+    """Return type, shape, masked type and reason of every part by name; and the name of the part by memory."""
     layers: dict[str, tuple[str, tuple[int, ...], str, str]] = {}
     holder: dict[int, str] = {}
     modules = dict(model.named_modules())
@@ -171,7 +170,7 @@ def _layers(model: nn.Module, plan: Plan) -> tuple[dict[str, tuple[str, tuple[in
 
 
 class _Counter(TorchDispatchMode):
-    """Adds up the multiply-adds of every operator by the memory of the Parameter it uses, 0 where it uses none."""
+    """Sums of the multiply-adds of all operators, by the memory of the Parameter used, 0 for none."""
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -205,10 +204,10 @@ class _Counter(TorchDispatchMode):
 
 @torch.no_grad()
 def _multiply_adds(model: nn.Module, example: Any) -> Counter[int]:
-    """Run the model on an example, and return the multiply-adds by the memory of the weight that was used."""
+    """Run the model on an example, and return the multiply-adds by the memory of the weight used."""
     batch = read_example(model, example)
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # its fused operator would hide what it does
+    torch.backends.mha.set_fastpath_enabled(False)  # its fused operator would hide its products
     try:
         with eval_without_cache(model), _Counter(model.parameters()) as counter:
             model(*batch.args, **batch.kwargs)
@@ -221,7 +220,7 @@ def _multiply_adds(model: nn.Module, example: Any) -> Counter[int]:
 
 
 def _memory(tensor: Tensor) -> int:
-    """Return by what the memory behind a tensor is known, on any device, the meta device included."""
+    """Return a number for the memory behind a tensor, on any device, the meta device included."""
     return int(tensor.untyped_storage()._cdata)
 
 

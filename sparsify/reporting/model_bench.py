@@ -1,4 +1,4 @@
-"""How fast a model is before and after: the dense model against its pruned and exported copy, whole and by layer."""
+"""Times of a model, dense against pruned and exported, whole and by layer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from sparsify.reporting.report import report, table
 #: Positional arguments of the model's forward, or keyword arguments.
 Inputs = tuple[Any, ...] | dict[str, Any]
 
-#: Runs of the whole model in which each layer is timed.
+#: Runs of the whole model to time each layer in.
 N_LAYER_ROUNDS = 5
 
 
@@ -35,7 +35,7 @@ N_LAYER_ROUNDS = 5
 class LayerBench:
     """One Linear inside the running model, microseconds per run of the model.
 
-    The times are None for a layer that the model never calls as a module: attention that reads its weight itself.
+    The times are None for a layer without a call as a module: attention reads the weight of its children itself.
     """
 
     name: str
@@ -51,7 +51,7 @@ class LayerBench:
 class ModelBench:
     """A dense model and its sparse copy; `str()` of it is a table for people.
 
-    tokens: the rows of input that forms were measured for. others_cores: how many cores other processes kept busy.
+    tokens: rows of input in the measurement of forms. others_cores: number of cores busy with other processes.
     """
 
     sparsity: float
@@ -64,7 +64,7 @@ class ModelBench:
 
     @property
     def speedup(self) -> float:
-        """How many times faster the sparse model is."""
+        """Time of the dense model divided by that of the sparse model."""
         return self.dense.median_s / self.sparse.median_s
 
     def __str__(self) -> str:
@@ -114,7 +114,7 @@ def bench(
 
     tied and functional as for `convert`. The model stays as it was.
 
-    Raises ValueError if it runs no Linear on these inputs.
+    Raises ValueError if the model runs no Linear on these inputs.
     """
     watch = LoadMeter()
     tokens = typical_tokens(model, inputs)
@@ -126,7 +126,7 @@ def bench(
 
 @torch.inference_mode()
 def typical_tokens(model: nn.Module, inputs: Inputs) -> int:
-    """Return the rows of input that a Linear of the model gets: the median, each weighted by its multiplications.
+    """Return the rows of input of a Linear: the median over the model, weighted by multiplications.
 
     Raises ValueError if the model calls no Linear.
     """
@@ -147,9 +147,9 @@ def _bench_layers(model: nn.Module, fast: nn.Module, inputs: Inputs) -> tuple[La
     times: dict[str, dict[str, list[float]]] = {"dense": defaultdict(list), "sparse": defaultdict(list)}
     tokens: dict[str, int] = {}
     for _ in range(N_LAYER_ROUNDS):
-        for kind, which in (("dense", model), ("sparse", fast)):
-            with _timed(which) as (seconds, rows_seen):
-                run(which, inputs)
+        for kind, timed in (("dense", model), ("sparse", fast)):
+            with _timed(timed) as (seconds, rows_seen):
+                run(timed, inputs)
             tokens |= rows_seen
             for name, s in seconds.items():
                 times[kind][name].append(1e6 * s)
@@ -172,7 +172,7 @@ def _bench_layers(model: nn.Module, fast: nn.Module, inputs: Inputs) -> tuple[La
 
 @contextmanager
 def _timed(model: nn.Module) -> Iterator[tuple[dict[str, float], dict[str, int]]]:
-    """Add up, while it lasts, seconds and the rows of input of every Linear that is called, by name."""
+    """Add up seconds and rows of input of every called Linear, by name, inside the context."""
     seconds: dict[str, float] = defaultdict(float)
     tokens: dict[str, int] = defaultdict(int)
     started: dict[str, float] = {}

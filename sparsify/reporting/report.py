@@ -1,4 +1,4 @@
-"""What each layer of a model holds: sparsity, format, bytes."""
+"""Report of a model's layers: sparsity, form, bytes."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ _COLUMNS = ("layer", "shape", "sparsity", "format", "bytes", "of dense", "error"
 
 @dataclass(frozen=True)
 class Row:
-    """One layer. Bytes are those of its weight alone, `dense_bytes` what a dense weight of its dtype takes.
+    """One layer.
 
-    `format` says how the weight is held: "dense", "masked" while it is trained, or the form of an exported layer;
-    `reason` why export chose that, and `times_us` what it measured. Of a layer pruned on calibration data, `error` is
-    the relative change of its outputs there, and `time_s` how long its mask and weights took.
+    format: "dense", "masked" for a layer in training, the form of an exported layer, or the format in a file.
+    n_bytes, dense_bytes: those of the weight alone, as it is and dense in the same dtype.
+    reason, times_us: the reason of export for the form, and the times measured for each.
+    error, time_s: of pruning on calibration data, the relative change of the outputs there, and the seconds for mask
+    and weights.
     """
 
     name: str
@@ -43,7 +45,7 @@ class Row:
 class Report(Sequence[Row]):
     """The rows of all layers; `str()` of it is a table for people.
 
-    n_parameters: of the whole model, dense; 0 where there is no model. `str()` says if the rows hold less than half.
+    n_parameters: of the whole model, dense; 0 without a model. `str()` tells if the rows hold less than half.
     """
 
     rows: tuple[Row, ...]
@@ -95,7 +97,7 @@ class Report(Sequence[Row]):
 
 
 def report(model: nn.Module) -> Report:
-    """List every layer that is exported, masked, or dense and such that convert takes it unasked, with its memory.
+    """List every exported or masked layer, and every dense one of a type in convert's default, with its memory.
 
     >>> model = sparsify.convert(nn.Sequential(nn.Linear(8, 4)))
     >>> row = report(sparsify.export(sparsify.prune(model, 0.75), format="csr"))[0]
@@ -129,7 +131,7 @@ def report(model: nn.Module) -> Report:
 
 
 def table(lines: Sequence[Sequence[str]]) -> str:
-    """Lay out rows of text in columns, the first left-aligned, the others right-aligned, with a rule under the head.
+    """Return rows of text in columns, the first left-aligned, the others right-aligned, with a rule under the head.
 
     >>> print(table([("a", "n"), ("long", "1")]))
     a     n
@@ -152,13 +154,13 @@ def _why(choice: FormChoice, layer: nn.Module) -> str:
 
 
 def _n_parameters(model: nn.Module) -> int:
-    """Count the parameters that a model has, or had before its layers were packed."""
+    """Count the parameters of a model, as before its layers were packed."""
     n_packed = sum(layer.shape[0] * layer.shape[1] for layer in layers_of_type(model, PackedLayer).values())
     return n_packed + sum(p.numel() for p in model.parameters() if not isinstance(p, nn.UninitializedParameter))
 
 
 def _zeros(weight: Tensor) -> float:
-    """Return the fraction of a dense weight that is zero."""
+    """Return the fraction of zeros in a dense weight."""
     return 1 - int(weight.count_nonzero()) / weight.numel() if weight.numel() and not weight.is_meta else 0.0
 
 
