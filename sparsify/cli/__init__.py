@@ -1,9 +1,15 @@
 """The command line: sparsify compress | sensitivity | inspect | plan | bench | doctor | schema.
 
-Exit codes: 0 done; 2 wrong arguments, model, data or weights, or a failure of the user's own code; 3 a recipe that
-cannot be followed; 4 an invalid checkpoint; 5 a file that cannot be opened or written. As for any program of a shell,
-130 is an interruption from the keyboard and 141 a reader of the output that has gone. An error is one line on standard
-error; --debug prints its traceback before it.
+Exit codes:
+    0: done
+    2: wrong arguments, model, data or weights, or a failure of the user's own code
+    3: an invalid recipe, or one for another model
+    4: an invalid checkpoint
+    5: a failure to open or write a file
+    130: an interruption from the keyboard
+    141: the reader of the output has gone
+
+An error is one line on standard error; --debug prints its traceback too.
 """
 
 from __future__ import annotations
@@ -20,7 +26,7 @@ from sparsify.cli.parser import make_parser
 from sparsify.cli.user_code import sentence
 from sparsify.errors import CheckpointError, LeftDenseWarning, RecipeError
 
-#: The code of an error is that of the first type which it is.
+#: The code of an error is that of the first type it has.
 _CODES: tuple[tuple[type[BaseException], int], ...] = (
     (KeyboardInterrupt, 130),
     (BrokenPipeError, 141),
@@ -40,14 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.showwarning = _show_warning
             arguments.run(arguments)
         if sys.stdout is not None:
-            sys.stdout.flush()  # what is printed to a full disk fails here, and not after the exit code
+            sys.stdout.flush()  # a full disk fails here, and not after the exit code
     except (Exception, SystemExit, KeyboardInterrupt) as error:  # the user's own code may raise or exit
         return _fail(error, arguments.debug)
     return 0
 
 
 def _fail(error: BaseException, debug: bool) -> int:
-    """Say what went wrong, and return the exit code."""
+    """Print an error in one line, and return its exit code."""
     code = next(code for kind, code in _CODES if isinstance(error, kind))
     with contextlib.suppress(OSError):  # standard error may be gone too
         if debug:
@@ -63,7 +69,7 @@ def _fail(error: BaseException, debug: bool) -> int:
 
 
 def _drop_output() -> None:
-    """Lead standard output nowhere if what is left in it cannot be written."""
+    """Lead standard output nowhere if the rest of it cannot be written."""
     try:
         sys.stdout.flush()
     except OSError:

@@ -16,8 +16,8 @@ SAMPLES, TOKENS, BATCH = 128, 256, 8
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 TEXTS = (".txt", ".md", ".jsonl", ".csv", ".cor")
 
-_DECODERS = ("JPEG", "PNG", "BMP", "WEBP")  # whatever a file's name says: some of pillow's others start programs
-_PIXELS = 2**24  # of any picture; of one with more, every byte of the file may stand for so many:
+_DECODERS = ("JPEG", "PNG", "BMP", "WEBP")  # for files of any name: some of pillow's others start programs
+_PIXELS = 2**24  # of any picture; of a larger one each byte of the file may stand for so many:
 _PIXELS_PER_BYTE = 32
 
 _IMAGE_SIZE, _CROP = 256, 224
@@ -27,10 +27,14 @@ _MEAN, _SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as
 def load_data(source: str, model: str, *, samples: int = SAMPLES, tokens: int = TOKENS) -> Iterable[Any]:
     """Make calibration batches for the model named `model` from `source`.
 
-    source is "package.module:function", a function that returns an iterable of batches; or a file or folder of texts,
-    for "hf:FOLDER" models, whose tokenizer.json cuts them into `samples` pieces of `tokens` tokens, without padding; or
-    a folder of pictures, of which `samples`, evenly spread over the sorted files, are scaled to 256, cropped to 224 and
-    normalised as ImageNet's are. Warns if there are fewer than `samples`, and raises ValueError with the way out.
+    source is one of:
+        package.module:function: returns an iterable of batches.
+        a file or folder of texts, for "hf:FOLDER" models: tokenizer.json of the folder cuts the texts into `samples`
+            pieces of `tokens` tokens, without padding.
+        a folder of pictures: `samples` of the sorted files, evenly spread, are scaled to 256, cropped to 224 and
+            normalised as ImageNet's are.
+
+    Warns if there are fewer than `samples`, and raises ValueError with the way out.
     """
     if samples < 1 or tokens < 1:
         raise ValueError(f"--samples and --sample-tokens must be positive, got {samples} and {tokens}")
@@ -107,12 +111,12 @@ def _read_picture(file: Path) -> Tensor:
 
 
 def _function_batches(source: str) -> Iterator[Any]:
-    what = f"--data {source}"
+    label = f"--data {source}"
     way_out = (
         "there is no such file or folder, nor such a function: "
         "give a file or folder, or package.module:function, importable from here"
     )
-    return iterate(load_function(source, what, way_out=way_out)(), what)
+    return iterate(load_function(source, label, way_out=way_out)(), label)
 
 
 def _spread(items: list[Any], n: int, source: str) -> list[Any]:

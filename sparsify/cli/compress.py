@@ -11,17 +11,10 @@ from tqdm import tqdm
 
 import sparsify
 from sparsify.calibration.data_parallel import all_ranks_equal, is_rank_zero, process_group
+from sparsify.cli.evaluation import Qualities, evaluation, quality_table
 from sparsify.cli.files import check_output
-from sparsify.cli.layer_by_layer import (
-    Compressed,
-    Qualities,
-    cache_of,
-    compress_layer_by_layer,
-    conversion,
-    evaluation,
-    quality_table,
-)
-from sparsify.cli.options import data_of, model_of, naming, recipe_of
+from sparsify.cli.layer_by_layer import Compressed, compress_layer_by_layer
+from sparsify.cli.options import cache_of, conversion, data_of, model_of, naming, recipe_of
 from sparsify.cli.printing import print_json, rows
 from sparsify.inference.export import check_format
 from sparsify.offload.fingerprints import data_fingerprint
@@ -36,7 +29,7 @@ _MAX_CACHE_GB, _MAX_TOKENS = 1e6, 2**20
 
 
 def compress(arguments: argparse.Namespace) -> None:
-    """Build a model, prune it, export it, and save it; then read back what the file holds.
+    """Build a model, prune it, export it, and save it; then print the layers in the file.
 
     Under torchrun the processes share the calibration data, and the first one does the rest.
     """
@@ -58,7 +51,7 @@ def compress(arguments: argparse.Namespace) -> None:
 
 
 def _check_options(arguments: argparse.Namespace) -> None:
-    """Refuse, before anything is read, what could only fail after the work."""
+    """Check before anything is read all options that would fail after the work."""
     check_format(arguments.format, arguments.tokens, torch.device("cpu"))
     if arguments.tokens is not None and arguments.tokens > _MAX_TOKENS:
         raise ValueError(f"--tokens must be at most {_MAX_TOKENS}, got {arguments.tokens}")
@@ -88,7 +81,7 @@ def _compress_in_memory(arguments: argparse.Namespace, recipe: Recipe, data: Any
         if data is not None:  # without, all of the work is the writing
             check_space(out.absolute().parent, file_bytes(recipe, model), f"--out {out}: ")
         _advance(bar, "prune")
-        if not is_rank_zero():  # which alone recovers
+        if not is_rank_zero():  # rank zero alone recovers
             recipe = recipe.model_copy(update={"recover": None})
         with naming(arguments.recipe):
             cache_bytes = None if data is None else cache_of(arguments)
@@ -106,22 +99,22 @@ def _compress_in_memory(arguments: argparse.Namespace, recipe: Recipe, data: Any
 
 
 def _compress_layer_by_layer(arguments: argparse.Namespace, recipe: Recipe, data: Any, out: Path) -> Compressed | None:
-    """Do the same so that it can be interrupted, and, with --stream, with the weights on disk."""
+    """Compress a model so as to go on after an interruption, with the weights on disk for --stream."""
     model = None if arguments.stream else model_of(arguments)
     with naming(arguments.recipe):
         return compress_layer_by_layer(arguments, recipe, data, out, model)
 
 
 def _print_result(arguments: argparse.Namespace, out: Path, report: Report, quality: dict[str, Qualities]) -> None:
-    """Print what became of the layers, and of the model's quality."""
+    """Print the layers, and the model's quality before and after."""
     n_bytes = out.stat().st_size
     if arguments.json:
-        found: dict[str, Any] = {"file": str(out), "file_bytes": n_bytes}
+        result: dict[str, Any] = {"file": str(out), "file_bytes": n_bytes}
         if arguments.stream:  # the model is nowhere in memory, and its file may not fit
-            found["in_file"] = rows(report)
+            result["in_file"] = rows(report)
         else:
-            found |= {"in_memory": rows(report), "in_file": rows(sparsify.inspect(out))}
-        print_json(found | ({"quality": quality} if quality else {}))
+            result |= {"in_memory": rows(report), "in_file": rows(sparsify.inspect(out))}
+        print_json(result | ({"quality": quality} if quality else {}))
         return
     print(report)
     if quality:

@@ -1,4 +1,4 @@
-"""The files of a command: those that it writes are checked before its work, and are none of those that it reads."""
+"""Checks of the files of a command before its work: outputs can be written, and are none of its inputs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _READ, _CODE = ("weights", "data"), ("model", "data", "inputs", "eval")
 
 
 def check_output(arguments: argparse.Namespace, option: str, *, reads: tuple[str, ...] = _READ) -> None:
-    """Check that a command can write the file of an option, and does not write over a file that it reads.
+    """Check that a command can write the file of an option, and does not write over one of its inputs.
 
-    reads: the options that name files or folders to read, besides hf:FOLDER and the user's own modules. Raises OSError
-    and ValueError.
+    reads: the options with files or folders to read, besides hf:FOLDER and the user's own modules. Raises OSError and
+    ValueError.
     """
     path, label = getattr(arguments, option), f"--{option} "
     check_writable(path, label)

@@ -1,4 +1,4 @@
-"""What to feed a model whose speed is to be measured: guessed from its kind, or made by the user's own function."""
+"""Example inputs of a model on the command line: random images or token ids, or the result of a user's function."""
 
 from __future__ import annotations
 
@@ -24,12 +24,14 @@ def make_inputs(
     shape: tuple[int, ...] | None = None,
     function: str | None = None,
 ) -> Inputs:
-    """Make random inputs for the model that `spec` named: images for torchvision, token ids for hf.
+    """Make random inputs for the model named `spec`: images for torchvision, token ids for hf.
 
-    batch: how many, 1 if not given. seq: token ids of this length (128 for hf if not given). shape: float32 values of
-    this shape (3x224x224 for torchvision if not given). function: "package.module:function" returns the arguments
-    instead, a tensor, a tuple, or a dict by name. Raises ValueError with the way out if there is nothing to guess from,
-    and for more than MAX_VALUES values.
+    batch: number of inputs, 1 by default.
+    seq: length of token ids, 128 by default for hf.
+    shape: shape of float32 values, 3x224x224 by default for torchvision.
+    function: "package.module:function" returns the arguments instead, a tensor, a tuple, or a dict by name.
+
+    Raises ValueError with the way out without a hint at the inputs, and for more than MAX_VALUES values.
 
     >>> make_inputs(nn.Linear(8, 4), "my.models:small", batch=2, shape=(8,))[0].shape
     torch.Size([2, 8])
@@ -83,7 +85,7 @@ def check_inputs(model: nn.Module, spec: str, inputs: Inputs) -> None:
 
 
 def _vocabulary(model: nn.Module, spec: str) -> int:
-    """Return how many token ids every embedding of the model knows; which ids they are changes no time."""
+    """Return the number of token ids in the smallest embedding of the model; the time is the same for all ids."""
     sizes = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
     if not sizes:
         raise ValueError(f"model {spec!r} has no nn.Embedding, so it takes no token ids; give --shape instead of --seq")

@@ -18,7 +18,7 @@ from sparsify.recipes.yaml_file import nearest
 
 
 def build_model(spec: str, *, here: bool = True) -> nn.Module:
-    """Build the model that a name stands for, in eval mode.
+    """Build a model by name, in eval mode.
 
     "torchvision:NAME" has random weights, "hf:FOLDER" loads the weights in a folder written by save_pretrained
     (nothing is downloaded, and no code in it runs), "package.module:builder" calls a function of no arguments; with
@@ -39,8 +39,7 @@ def build_model(spec: str, *, here: bool = True) -> nn.Module:
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Load a dense state_dict from .safetensors, or from .pt/.pth/.bin opened with weights_only, so that it runs no
-    code.
+    """Load a dense state_dict from .safetensors, or from .pt/.pth/.bin opened with weights_only, without running code.
 
     Raises ValueError if the file is neither, or is not for this model: another shape or kind of value, NaN.
     """
@@ -72,7 +71,7 @@ def _torchvision(name: str) -> nn.Module:
 
 
 def build_empty(spec: str) -> tuple[nn.Module, Path | None]:
-    """Build a model without memory for its weights, and say where those of an hf:FOLDER lie; names as `build_model`."""
+    """Build a model without memory for its weights; also return the folder of its weights for hf:FOLDER."""
     source, _, name = spec.partition(":")
     with parameters_on_meta():
         if source != "hf":
@@ -112,7 +111,7 @@ def _hf_kind(folder: str) -> tuple[Any, Any]:
 
 
 def _check_runs_no_code(content: Any) -> None:
-    """Refuse a configuration that asks for Python code of its folder, or for kernels from the network."""
+    """Refuse a configuration with Python code of its folder, or with kernels from the network."""
     if isinstance(content, dict):
         for key, value in content.items():
             if key == "auto_map":

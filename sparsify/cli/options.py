@@ -1,4 +1,4 @@
-"""From arguments to what they name: a recipe, a model with its weights, calibration data, inputs."""
+"""Values of the parsed options: a recipe, a model with its weights, calibration data, inputs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from sparsify.cli.model_inputs import check_inputs, make_inputs
 from sparsify.cli.models import build_model, load_weights
 from sparsify.cli.user_code import UserCodeError
 from sparsify.errors import CheckpointError, RecipeError
+from sparsify.offload.streaming import CACHE_BYTES
 from sparsify.recipes.loading import load_recipe
 from sparsify.recipes.schema import Recipe
 from sparsify.recipes.yaml_file import read_text
@@ -65,7 +66,7 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
 
 @contextlib.contextmanager
 def naming(recipe: str | None) -> Iterator[None]:
-    """Make an error of a recipe file that does not fit the model a RecipeError that names the file."""
+    """Turn an error about a recipe file and its model into a RecipeError with the name of the file."""
     try:
         yield
     except (CheckpointError, UserCodeError):
@@ -96,12 +97,12 @@ def data_of(arguments: argparse.Namespace) -> Any:
 
 
 def given_inputs(arguments: argparse.Namespace) -> bool:
-    """Return whether the command line says anything about inputs."""
+    """Return whether any option of inputs is given."""
     return (arguments.batch, arguments.seq, arguments.shape, arguments.inputs) != (None, None, None, None)
 
 
 def inputs_of(arguments: argparse.Namespace, model: nn.Module, spec: str) -> Inputs:
-    """Make inputs for the model named on the command line, and check that it takes them."""
+    """Make inputs for the model named on the command line, and run it on them once as a check."""
     inputs = make_inputs(
         model,
         spec,
@@ -115,7 +116,7 @@ def inputs_of(arguments: argparse.Namespace, model: nn.Module, spec: str) -> Inp
 
 
 def variables(settings: Sequence[str]) -> dict[str, Any]:
-    """Read NAME=VALUE; the value is YAML, so that 0.5, [a, b] and true mean what they mean in a recipe."""
+    """Read NAME=VALUE; the value is YAML: 0.5, [a, b] and true mean the same as in a recipe."""
     variables = {}
     for setting in settings:
         name, equals, value = setting.partition("=")
@@ -126,3 +127,13 @@ def variables(settings: Sequence[str]) -> dict[str, Any]:
         except RecipeError as error:
             raise ValueError(str(error)) from None
     return variables
+
+
+def conversion(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of `convert`, but for the choice of layers."""
+    return {"tied": arguments.tied, "functional": arguments.functional}
+
+
+def cache_of(arguments: argparse.Namespace) -> int:
+    """Return the bytes of activations to keep in memory."""
+    return CACHE_BYTES if arguments.cache is None else int(arguments.cache * 1e9)

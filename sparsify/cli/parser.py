@@ -1,4 +1,4 @@
-"""The arguments of every command, their help, and the values that are checked while they are read."""
+"""The parser: arguments of every command, their help, and the checks of single values."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Add = Callable[..., argparse.Action]
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands; `run` of what it returns is the function of the command."""
+    """Return the parser of all commands; `run` of the parsed arguments is the function of the command."""
     parser = argparse.ArgumentParser(
         prog="sparsify", description="Prune a PyTorch model and keep only what is left.", epilog=_EPILOG
     )
@@ -148,7 +148,7 @@ def _nothing(add: Add) -> None:
     """Add no argument."""
 
 
-#: Name, function, help, and the function that adds the arguments, in the order in which help lists them.
+#: Name, function, help, and the function to add the arguments, in the order of the printed help.
 _COMMANDS: tuple[tuple[str, Callable[[argparse.Namespace], None], str, Callable[[Add], None]], ...] = (
     ("compress", compress, "Prune a trained model, export it, and save it to one file.", _compress),
     ("sensitivity", sensitivity, "Measure what each layer can lose, and write a recipe for a budget.", _sensitivity),

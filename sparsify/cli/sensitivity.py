@@ -1,4 +1,4 @@
-"""sparsify sensitivity: measure what each layer can lose, draw it, and write a recipe for a budget."""
+"""sparsify sensitivity: measure the damage of pruning each layer, draw it, and write a recipe for a budget."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import yaml
 from torch import nn
 
 from sparsify.cli.files import check_output
-from sparsify.cli.layer_by_layer import conversion
-from sparsify.cli.options import data_of, model_of
+from sparsify.cli.options import conversion, data_of, model_of
 from sparsify.cli.printing import print_json
 from sparsify.conversion.convert import convert, sparse_layers
 from sparsify.masking.methods.registry import required_statistics
@@ -27,7 +26,7 @@ from sparsify.reporting.report import table
 
 
 def sensitivity(arguments: argparse.Namespace) -> None:
-    """Measure what pruning each layer alone does to the model's output, and write a recipe for a budget."""
+    """Measure the change of the model's output with each layer alone pruned, and write a recipe for a budget."""
     _check_options(arguments)
     data = data_of(arguments)
     model = convert(model_of(arguments), include=arguments.include, exclude=arguments.exclude, **conversion(arguments))
@@ -52,7 +51,7 @@ def sensitivity(arguments: argparse.Namespace) -> None:
 
 
 def _check_options(arguments: argparse.Namespace) -> None:
-    """Refuse, before anything is read, what could only fail after the measurement."""
+    """Check before anything is read all options that would fail after the measurement."""
     if arguments.data is None:
         raise ValueError("give calibration data with --data: texts, pictures, or package.module:function")
     if (arguments.target is None) != (arguments.recipe is None):

@@ -1,4 +1,4 @@
-"""The commands that write nothing: inspect, plan, bench, doctor, schema."""
+"""The commands without an output file: inspect, plan, bench, doctor, schema."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from collections.abc import Sequence
 import torch
 
 import sparsify
-from sparsify.cli.layer_by_layer import conversion
 from sparsify.cli.models import build_model
-from sparsify.cli.options import given_inputs, inputs_of, model_of, naming, variables
+from sparsify.cli.options import conversion, given_inputs, inputs_of, model_of, naming, variables
 from sparsify.cli.printing import print_json, rows
 from sparsify.hardware.machine import doctor
 from sparsify.recipes.dry_run import PlannedLayer, plan
@@ -26,7 +25,7 @@ _MAX_THREADS = 1024
 
 
 def inspect(arguments: argparse.Namespace) -> None:
-    """List what a file holds, or what convert would do with a model.
+    """List the layers in a file, or the effect of convert on a model.
 
     A model may be named in the place of the file, but then nothing is imported from the present folder.
     """
@@ -50,7 +49,7 @@ def inspect(arguments: argparse.Namespace) -> None:
 
 
 def _is_file(what: str) -> bool:
-    """Return whether a name is that of a file: one that is there, or one that no model has."""
+    """Return whether a name means a file: an existing one, or a name in no form of a model's."""
     source, colon, _ = what.partition(":")
     return os.path.lexists(what) or not colon or os.sep in source
 
@@ -68,7 +67,7 @@ def _inspect_file(arguments: argparse.Namespace) -> None:
 
 
 def plan_recipe(arguments: argparse.Namespace) -> None:
-    """Print every layer of a recipe, its target at each update, and the size it will have."""
+    """Print every layer of a recipe, its target at each update, and its size at the end."""
     recipe = load_recipe(arguments.recipe, **variables(arguments.set))
     model = model_of(arguments)
     with naming(arguments.recipe):
@@ -116,7 +115,7 @@ def schema(arguments: argparse.Namespace) -> None:
 
 
 def run_doctor(arguments: argparse.Namespace) -> None:
-    """Print what decides how fast exported layers are here."""
+    """Print the facts about this machine that decide the speed of exported layers."""
     found_here = doctor()
     if arguments.json:
         print_json([dict(zip(("what", "found", "do"), row, strict=True)) for row in found_here])

@@ -1,6 +1,6 @@
-"""A user's own functions, named "package.module:function": found, called, and what they raise told in one sentence.
+"""A user's own functions, named "package.module:function": their import, their calls, and their errors in one sentence.
 
-Such a name runs code: of the module it names, which is looked for in the present folder first.
+Such a name runs code: that of the module, found in the present folder first.
 """
 
 from __future__ import annotations
@@ -22,49 +22,49 @@ _INSTALLED = tuple(f"{sysconfig.get_paths()[key]}{os.sep}" for key in ("stdlib",
 
 
 class UserCodeError(ValueError):
-    """A failure of the user's own code, or of what a library read for it. The message names the function or file."""
+    """A failure of the user's own code, or of a library on a user's file. The message names the function or file."""
 
 
 WAY_OUT = "write package.module:function, importable from here"
 
 
-def load_function(path: str, what: str, *, way_out: str = WAY_OUT, here: bool = True) -> Callable[..., Any]:
-    """Import the function "package.module:function"; a call of it that fails is a ValueError that names `what`.
+def load_function(path: str, label: str, *, way_out: str = WAY_OUT, here: bool = True) -> Callable[..., Any]:
+    """Import the function "package.module:function"; a failing call of it raises a ValueError with `label`.
 
-    here: whether the present folder is searched, before all others, while the module is imported and while the function
-    runs. Without it nothing is imported from there, though python -m has put it on the path. Raises ValueError, with
-    the way out if there is no such module or function.
+    here: search the present folder before all others, during the import and while the function runs. Without `here`
+    nothing is imported from that folder, though python -m has put it on the path. Raises ValueError, with the way out
+    if there is no such module or function.
     """
     module, _, name = path.partition(":")
     try:
-        with _searching(here), blaming(what):
-            found = importlib.import_module(module)
+        with _searching(here), blaming(label):
+            imported = importlib.import_module(module)
     except ValueError as error:
         if not isinstance(error.__cause__, (ImportError, ValueError, TypeError)):
             raise
         raise ValueError(f"{error}; {way_out}") from error.__cause__
-    if not callable(function := getattr(found, name, None)):
-        raise ValueError(f"{what}: there is no function {name!r} in {module!r}; {way_out}")
+    if not callable(function := getattr(imported, name, None)):
+        raise ValueError(f"{label}: there is no function {name!r} in {module!r}; {way_out}")
 
     def call(*arguments: Any) -> Any:
-        with _searching(here), blaming(what):
+        with _searching(here), blaming(label):
             return function(*arguments)
 
     return call
 
 
-def iterate(found: Any, what: str) -> Iterator[Any]:
-    """Go through what a user's function returned, whose code may run for each item."""
-    if isinstance(found, (str, bytes)) or not isinstance(found, Iterable):
-        raise ValueError(f"{what}: returned a {type(found).__name__}; return a list or generator of batches")
-    return _items(found, what)
+def iterate(returned: Any, label: str) -> Iterator[Any]:
+    """Iterate over the return value of a user's function; its code may run for each item."""
+    if isinstance(returned, (str, bytes)) or not isinstance(returned, Iterable):
+        raise ValueError(f"{label}: returned a {type(returned).__name__}; return a list or generator of batches")
+    return _items(returned, label)
 
 
-def _items(found: Iterable[Any], what: str) -> Iterator[Any]:
-    with blaming(what):
-        items = iter(found)
+def _items(iterable: Iterable[Any], label: str) -> Iterator[Any]:
+    with blaming(label):
+        items = iter(iterable)
     while True:
-        with _searching(here=True), blaming(what):
+        with _searching(here=True), blaming(label):
             try:
                 item = next(items)
             except StopIteration:
@@ -73,23 +73,23 @@ def _items(found: Iterable[Any], what: str) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def blaming(what: str) -> Iterator[None]:
-    """Turn whatever a user's code raises, an exit too, into a ValueError that names `what`, or an OSError.
+def blaming(label: str) -> Iterator[None]:
+    """Turn every error of a user's code, an exit too, into a ValueError with `label`, or an OSError.
 
-    An interruption goes on as it is, and so do errors that name their file themselves.
+    An interruption goes on as it is, and so do CheckpointError and RecipeError with their own file names.
     """
     try:
         yield
     except (KeyboardInterrupt, GeneratorExit, CheckpointError, RecipeError):
         raise
     except OSError as error:
-        raise OSError(f"{what}: {sentence(error)}") from error
+        raise OSError(f"{label}: {sentence(error)}") from error
     except BaseException as error:
-        raise UserCodeError(f"{what}: {sentence(error)}") from error
+        raise UserCodeError(f"{label}: {sentence(error)}") from error
 
 
 def sentence(error: BaseException) -> str:
-    """Say an error in one line: in its own words where this library raised it, else also its type and its place.
+    """Return an error in one line: the words of an error of this library, else also type and place.
 
     >>> sentence(KeyError("first.weight"))
     "KeyError: 'first.weight'"

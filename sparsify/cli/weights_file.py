@@ -16,9 +16,9 @@ from sparsify.errors import CheckpointError
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a state_dict from .safetensors, or from .pt/.pth/.bin opened with weights_only, so that it runs no code.
+    """Read a state_dict from .safetensors, or from .pt/.pth/.bin opened with weights_only, without running code.
 
-    Raises ValueError for a file that is neither, FileNotFoundError.
+    Raises ValueError for any other file, and FileNotFoundError.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no weights file {path}")
@@ -43,7 +43,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _check_not_packed(file: BinaryIO) -> None:
-    """Refuse a zip that holds more than its own size: torch.save does not compress, and a few bytes may become many."""
+    """Refuse a zip with more content than its own size: torch.save never compresses."""
     size = file.seek(0, os.SEEK_END)
     if zipfile.is_zipfile(file):
         n_bytes = sum(entry.file_size for entry in zipfile.ZipFile(file).infolist())

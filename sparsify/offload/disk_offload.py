@@ -1,130 +1,45 @@
-"""A model whose weights stay on disk: each is read when its module runs, and dropped when others need the room."""
+"""Offload to disk: each weight of a model is read when its module runs, and dropped when others need the room."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import math
-import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
-from sparsify.checkpoint.dense_weights import check_dtype, check_values
-from sparsify.checkpoint.tensor_file import TensorFile
+from sparsify.checkpoint.dense_weights import check_dtype
 from sparsify.checkpoint.weight_codec import decode_weight
 from sparsify.layers import MaskedLayer
 from sparsify.offload.journal import Journal
+from sparsify.offload.lazy_safetensors import LazySafetensors
 
-_READ_WHOLE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # they read the weights of their children
-
-
-class LazySafetensors:
-    """The tensors of a safetensors file, or of a folder of them with an index, read one at a time.
-
-    All files are opened at once, and stay the same ones if others are put in their place. Raises ValueError for a
-    folder without such files, or if another program writes into one; OSError for a path that is not there.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        opened = {file: TensorFile(file) for file in self._find()}
-        for file, tensors in opened.items():
-            if not tensors.is_at(file):  # some of the others may be of the new ones, and some of the old
-                raise ValueError(f"{file}: another program replaced it while the weights were being opened; try again")
-        self._places: dict[str, tuple[TensorFile, str]] = {}  # the file, and the name there
-        for tensors in opened.values():
-            if twice := [name for name in tensors if name in self._places]:
-                others = self._places[twice[0]][0].path, tensors.path
-                raise ValueError(f"{self.path}: {twice[0]} is in two files, {others[0]} and {others[1]}; take one away")
-            self._places |= {name: (tensors, name) for name in tensors}
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._places
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def read(self, name: str) -> Tensor:
-        """Read a tensor into memory of its own."""
-        file, name_there = self._places[name]
-        tensor = file.read(name_there)
-        check_values(file.path, name_there, tensor)
-        return tensor
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Return a tensor's dtype without reading it."""
-        file, name_there = self._places[name]
-        return file.dtype(name_there)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return a tensor's shape without reading it."""
-        file, name_there = self._places[name]
-        return file.shape(name_there)
-
-    def rename(self, dense: Mapping[str, nn.Parameter], converted: nn.Module) -> None:
-        """Follow a conversion: give each tensor the name that its Parameter has now.
-
-        dense: the Parameters by their names before.
-        """
-        now = dict(converted.named_parameters(remove_duplicate=False))
-        names = {id(parameter): name for name, parameter in now.items()}
-        for name, parameter in dense.items():
-            if name in self._places and name not in now and id(parameter) in names:
-                self._places[names[id(parameter)]] = self._places.pop(name)
-
-    def _find(self) -> list[Path]:
-        if self.path.is_file():
-            return [self.path]
-        if not self.path.is_dir():
-            raise FileNotFoundError(f"there is no weights file or folder {self.path}")
-        index = self.path / "model.safetensors.index.json"
-        files = _indexed(index) if index.is_file() else sorted(filter(Path.is_file, self.path.glob("*.safetensors")))
-        if not files:
-            raise ValueError(
-                f"{self.path}: there is no .safetensors file in this folder, and other files do not stream"
-            )
-        return files
-
-
-def _indexed(index: Path) -> list[Path]:
-    """Return the files that an index names; they lie beside it."""
-    try:
-        named = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"{index}: not an index of weights (a JSON object with a weight_map to file names)") from None
-    if odd := [name for name in named if not isinstance(name, str) or Path("x", name).parent != Path("x")]:
-        raise ValueError(f"{index}: it names {odd[0]!r}, which is no name of a file beside it")
-    files = [index.parent / name for name in named]
-    if missing := [file.name for file in files if not os.path.isfile(file)]:
-        raise FileNotFoundError(f"{index}: it names {missing[0][:200]!r}, which is not there")
-    return files
+_READ_WHOLE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # types with reads of their children's weights
 
 
 @contextlib.contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Build models without memory for their Parameters, which are on the meta device; buffers are real.
+    """Build models with Parameters on the meta device, without memory; buffers are real.
 
-    Not `torch.device("meta")`: that would lose the values of buffers that are in no file, such as rotary frequencies.
-    Models that other threads build meanwhile are as ever.
+    `torch.device("meta")` would lose the values of buffers outside of any file, such as rotary frequencies. Models
+    built by other threads meanwhile are as ever.
     """
     thread = threading.get_ident()
-    made = WeakIdKeyDictionary()  # a Parameter that has two places keeps both
+    made = WeakIdKeyDictionary()  # so that a Parameter in two modules stays one
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
         if threading.get_ident() != thread or type(parameter) is not nn.Parameter or parameter.is_meta:
             return None
         if parameter not in made:
             made[parameter] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-        found: nn.Parameter = made[parameter]
-        return found
+        twin: nn.Parameter = made[parameter]
+        return twin
 
     hook = register_module_parameter_registration_hook(on_meta)  # type: ignore[arg-type]
     try:
@@ -134,12 +49,11 @@ def parameters_on_meta() -> Iterator[None]:
 
 
 class DiskOffload:
-    """Give a model on the meta device the weights it needs, while it needs them.
+    """Hooks that give a model on the meta device its weights, module by module, as it runs.
 
-    model: built `parameters_on_meta` and converted; after this call its Parameters and masks have a device, and no
-    memory but what is in use: at most `budget_bytes`, or what one module needs. Where a tensor is read before its
-    module runs, NaN stand in its place. A layer that the journal holds, if there is one, comes from
-    there, with its mask. `close` takes the hooks away.
+    model: built `parameters_on_meta` and converted. After this call its Parameters and masks are on the CPU. Those in
+    memory take at most `budget_bytes`, or the bytes of one module; the others hold NaN. A layer in the journal comes
+    from there, with its mask. `close` takes the hooks away.
 
     Raises ValueError if the file is not for this model.
     """
@@ -149,29 +63,29 @@ class DiskOffload:
         self.n_bytes, self.peak_bytes = 0, 0
         self._names = {id(module): name for name, module in model.named_modules()}
         self._in_use: OrderedDict[int, Callable[[], int]] = OrderedDict()
-        self._keys = _make_places(model, weights, _keys(model, weights))
+        self._keys = _make_placeholders(model, weights, _keys(model, weights))
         self._hooks = [module.register_forward_pre_hook(self._before) for module in model.modules() if _own(module)]
 
     def close(self) -> None:
-        """Take the hooks away; the model keeps what it has just now."""
+        """Take the hooks away; the weights in memory stay there."""
         for hook in self._hooks:
             hook.remove()
 
     def fetch(self, module: nn.Module) -> None:
-        """Make sure that a module's own Parameters and mask are in memory."""
+        """Read a module's own Parameters and mask into memory, unless they are there."""
         modules = module.modules() if isinstance(module, _READ_WHOLE) else (module,)
-        wanted = [(one, key, parameter) for one in modules for key, parameter in _own(one)]
-        for _, _, parameter in wanted:
+        needed = [(owner, key, parameter) for owner in modules for key, parameter in _own(owner)]
+        for _, _, parameter in needed:
             if id(parameter) in self._in_use:
                 self._in_use.move_to_end(id(parameter))
-        keep = {id(parameter) for _, _, parameter in wanted}
-        for one, key, parameter in wanted:
+        keep = {id(parameter) for _, _, parameter in needed}
+        for owner, key, parameter in needed:
             if id(parameter) not in self._in_use:
-                self._make_room(_n_bytes(one, key, parameter), keep)
-                self._load(one, key, parameter)
+                self._make_room(_n_bytes(owner, key, parameter), keep)
+                self._load(owner, key, parameter)
 
     def write(self, name: str, layer: MaskedLayer) -> None:
-        """Keep a layer that is finished in the journal, which it is read from when it is needed again."""
+        """Put a finished layer into the journal, for every later read of it."""
         assert self.journal is not None
         self.journal.write(name, layer)
 
@@ -210,18 +124,18 @@ class DiskOffload:
         self.peak_bytes = max(self.peak_bytes, self.n_bytes)
 
         def drop() -> int:
-            parameter.data = _place(parameter)
+            parameter.data = _placeholder(parameter)
             if isinstance(module, MaskedLayer) and masked:
-                module.mask = _place(module.mask, fill=True)
+                module.mask = _placeholder(module.mask, fill=True)
             return n_bytes
 
         self._in_use[id(parameter)] = drop
 
 
 def named_tensors(model: nn.Module, weights: LazySafetensors | None) -> Iterator[tuple[str, Tensor]]:
-    """Return what a converted model holds before it is pruned, one tensor at a time: Parameters and buffers, no masks.
+    """Yield the Parameters and buffers of a converted model before it is pruned, one at a time, without masks.
 
-    weights: where the Parameters come from, of a model that was built `parameters_on_meta`.
+    weights: the source of the Parameters, of a model built `parameters_on_meta`.
     """
     keys = None if weights is None else _keys(model, weights)
     masks = {id(module.mask) for module in model.modules() if isinstance(module, MaskedLayer)}
@@ -233,7 +147,7 @@ def named_tensors(model: nn.Module, weights: LazySafetensors | None) -> Iterator
 
 
 def parameter_bytes(model: nn.Module, weights: LazySafetensors | None) -> dict[int, int]:
-    """Return the bytes of each Parameter, by its id; of one that stays on disk, as it is there."""
+    """Return the bytes of each Parameter, by its id; of a Parameter on disk, as it is there."""
     if weights is None:
         return {id(parameter): parameter.nbytes for parameter in model.parameters()}
     keys = _keys(model, weights)
@@ -241,9 +155,9 @@ def parameter_bytes(model: nn.Module, weights: LazySafetensors | None) -> dict[i
 
 
 def largest_block_bytes(model: nn.Module) -> int:
-    """Return the bytes of the largest thing that has to be in memory at once, weights and masks.
+    """Return the bytes, weights and masks, of the largest part of a model to hold in memory at once.
 
-    That is a child of an nn.ModuleList or nn.Sequential, or a module with all that is directly its own.
+    Parts are the children of each nn.ModuleList and nn.Sequential, and each module with the tensors of its own.
     """
     blocks = [child for m in model.modules() if isinstance(m, (nn.ModuleList, nn.Sequential)) for child in m.children()]
     owners = [sum(_n_bytes(m, key, p) for key, p in _own(m)) for m in model.modules()]
@@ -256,13 +170,13 @@ def _own(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def _n_bytes(module: nn.Module, key: str, parameter: nn.Parameter) -> int:
-    """Return what a Parameter takes, with its mask."""
+    """Return the bytes of a Parameter with its mask."""
     n = parameter.numel()
     return n * parameter.element_size() + (n if isinstance(module, MaskedLayer) and key == "weight" else 0)
 
 
 def _keys(model: nn.Module, weights: LazySafetensors) -> dict[int, str]:
-    """Say under which name each Parameter is in the file, whichever of its names that is."""
+    """Return the name of each Parameter in the file, by its id: one of its names in the model."""
     keys: dict[int, str] = {}
     missing: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -271,7 +185,7 @@ def _keys(model: nn.Module, weights: LazySafetensors) -> dict[int, str]:
         elif id(parameter) not in keys:
             _check_fits(weights, name, parameter)
             keys[id(parameter)] = name
-    if lost := [name for one, name in missing.items() if one not in keys]:
+    if lost := [name for identity, name in missing.items() if identity not in keys]:
         raise ValueError(f"{weights.path}: not for this model: it lacks {len(lost)} of its Parameters {lost[:3]}")
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     known |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
@@ -281,7 +195,7 @@ def _keys(model: nn.Module, weights: LazySafetensors) -> dict[int, str]:
 
 
 def _check_fits(weights: LazySafetensors, name: str, tensor: Tensor) -> None:
-    """Raise ValueError if a tensor of the file cannot be what this one of the model holds."""
+    """Raise ValueError if a tensor of the file has another shape or kind of value than that of the model."""
     if weights.shape(name) != tuple(tensor.shape):
         raise ValueError(
             f"{weights.path}: {name} is {weights.shape(name)} in the file, {tuple(tensor.shape)} in the model"
@@ -289,7 +203,7 @@ def _check_fits(weights: LazySafetensors, name: str, tensor: Tensor) -> None:
     check_dtype(weights.path, name, weights.dtype(name), tensor.dtype)
 
 
-def _make_places(model: nn.Module, weights: LazySafetensors, keys: dict[int, str]) -> dict[int, str]:
+def _make_placeholders(model: nn.Module, weights: LazySafetensors, keys: dict[int, str]) -> dict[int, str]:
     """Turn meta Parameters and masks into tensors without memory on the CPU, and read the buffers.
 
     Returns the names in the file by the new Parameters.
@@ -300,10 +214,10 @@ def _make_places(model: nn.Module, weights: LazySafetensors, keys: dict[int, str
         for key, parameter in _own(module):
             if id(parameter) not in made:
                 dtype = weights.dtype(keys[id(parameter)])
-                made[id(parameter)] = nn.Parameter(_place(parameter, dtype), requires_grad=False)
+                made[id(parameter)] = nn.Parameter(_placeholder(parameter, dtype), requires_grad=False)
             module._parameters[key] = made[id(parameter)]
         if isinstance(module, MaskedLayer):
-            module.mask = _place(module.mask, fill=True)
+            module.mask = _placeholder(module.mask, fill=True)
         for key, buffer in module._buffers.items():
             full = f"{name}.{key}".lstrip(".")
             if buffer is not None and full in weights:
@@ -313,17 +227,17 @@ def _make_places(model: nn.Module, weights: LazySafetensors, keys: dict[int, str
 
 
 def _return_memory() -> None:
-    """Let the C library give the system back what is free.
+    """Let the C library give free memory back to the system.
 
-    Weights and activations that come and go leave holes that it keeps: a model of 100 MB, with 3 MB of it in use at a
-    time, grew by up to 300 MB, and by about 50 MB with this. A C library other than glibc has no such call.
+    It keeps the holes left by weights and activations: a model of 100 MB, with 3 MB of it in use at a time, grew by up
+    to 300 MB, and by about 50 MB with this call. A C library other than glibc has no such call.
     """
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _place(tensor: Tensor, dtype: torch.dtype | None = None, *, fill: float | bool = math.nan) -> Tensor:
-    """Return a tensor of the same shape that takes no memory: all of it is one value."""
+def _placeholder(tensor: Tensor, dtype: torch.dtype | None = None, *, fill: float | bool = math.nan) -> Tensor:
+    """Return a tensor of the same shape without memory: one value for all of it."""
     dtype = dtype or tensor.dtype
     return torch.full((), fill if dtype.is_floating_point else bool(fill), dtype=dtype, device="cpu").expand(
         tensor.shape

@@ -1,4 +1,4 @@
-"""Fingerprints: SHA-256 of calibration data and of models, so that a run knows its inputs by their content."""
+"""Fingerprints: SHA-256 of calibration data and of models, so as to know the inputs of a run by their content."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def data_fingerprint(batches: Iterable[Any]) -> str:
 
 
 def structure_fingerprint(model: nn.Module) -> str:
-    """Return a SHA-256 over what a model is but for its tensors: what it prints, and the code of its modules' classes.
+    """Return a SHA-256 over a model without its tensors: its printed form, and the code of its modules' classes.
 
     Classes of torch count by name.
     """
@@ -44,7 +44,7 @@ def structure_fingerprint(model: nn.Module) -> str:
 
 
 def tensors_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Return a SHA-256 over named tensors, of which one at a time is in memory."""
+    """Return a SHA-256 over named tensors, with one at a time in memory."""
     digest = hashlib.sha256()
     for name, tensor in tensors:
         _add(digest.update, name)
@@ -53,7 +53,7 @@ def tensors_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def _add(update: Callable[[Any], None], value: Any) -> None:
-    """Add a value, so that no two different ones look alike: each begins with its type and size."""
+    """Add a value with its type and size before it, so as to keep any two different ones apart."""
     if isinstance(value, Tensor):
         _add_tensor(update, value)
     elif isinstance(value, np.ndarray) and value.dtype != object:

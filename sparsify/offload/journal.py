@@ -1,4 +1,4 @@
-"""The journal of a run: its finished layers on disk, so that an interrupted run can go on where it stopped."""
+"""The journal of a run: its finished layers on disk, for an interrupted run to go on from."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _MAX_NAME = 100
 
 
 def check_unused(folder: str | os.PathLike[str], *, resume: bool) -> None:
-    """Check that no run is at work in a folder and, unless it is to be resumed, that none was interrupted there.
+    """Check that no run is at work in a folder and, without `resume`, that none was interrupted there.
 
     Raises BlockingIOError or ValueError.
     """
@@ -48,17 +48,17 @@ def check_unused(folder: str | os.PathLike[str], *, resume: bool) -> None:
 
 
 class Journal:
-    """A folder with one checkpoint for each finished layer, and a note of what the run was to do.
+    """A folder with one checkpoint for each finished layer, and a note of the run's inputs.
 
-    `about` is that note: whatever decides the result, as text by name. Every finished layer is listed with its SHA-256,
-    and checked here and whenever it is read. `result`: the result of a run that was over, if only the end of its
-    clean-up is missing.
+    about: the note, with everything that decides the result, as text by name.
+    result: the result of a finished run without the end of its clean-up, else None.
 
-    The folder is locked until the journal is closed, deleted or collected, or its process ends in any way. Raises
-    ValueError, naming what differs, for a folder that another run began; BlockingIOError for one that another process
-    is at; CheckpointError for one with a layer that was altered.
+    Every finished layer is listed with its SHA-256, and checked here and at each read. The folder is locked until the
+    journal is closed, deleted or collected, or its process ends in any way. Raises ValueError, with the difference, for
+    the folder of another run; BlockingIOError for the folder of a process at work; CheckpointError for a folder with an
+    altered layer.
 
-    Under torchrun the processes share a folder, which must be one that all of them see; the first one writes.
+    Under torchrun all processes must see the one folder; the first one writes.
     """
 
     def __init__(self, folder: str | os.PathLike[str], about: Mapping[str, Any]) -> None:
@@ -85,7 +85,7 @@ class Journal:
         return name in self._layers
 
     def write(self, name: str, layer: MaskedLayer) -> None:
-        """Keep a finished layer. A crash leaves all of it, or nothing."""
+        """Write a finished layer. A crash leaves all of it, or nothing."""
         if is_rank_zero():
             file = self._file(name)
             file.unlink(missing_ok=True)  # `save` would follow a link
@@ -93,13 +93,13 @@ class Journal:
             fit = layer.__dict__.get("fit")
             notes = (fit.error, fit.time_s) if isinstance(fit, LayerResult) else (None, None)
             self._append(dict(zip(_LAYER_KEYS, (name, _digest(container.read(file)[0]), *notes), strict=True)))
-        barrier()  # whoever reads the layer next finds it
+        barrier()  # the next to read the layer finds it
         self._read_list()
 
     def read(self, name: str) -> tuple[LayerEntry, dict[str, Tensor]]:
-        """Return a finished layer as `checkpoint.save` packed it; the names of its tensors begin below the layer.
+        """Return the entry and the packed tensors of a finished layer, named without the layer.
 
-        Raises CheckpointError if the file is not the one that was written.
+        Raises CheckpointError if the file was altered.
         """
         file = self._file(name)
         header, tensors = container.read(file)
@@ -111,10 +111,10 @@ class Journal:
         return header.layers[""], tensors
 
     def fetch(self, module: nn.Module) -> None:
-        """Do nothing: the model is in memory (see `resident` for one that is not)."""
+        """Do nothing: the model is in memory, unlike that of a DiskOffload."""
 
     def restore(self, name: str, layer: MaskedLayer) -> None:
-        """Give a layer of a model in memory what it was when it was finished."""
+        """Give a layer of a model in memory its finished weight and mask."""
         weight, mask = decode_weight(*self.read(name))
         with torch.no_grad():
             layer.matrix(layer.weight.detach()).copy_(weight)
@@ -122,19 +122,19 @@ class Journal:
         layer.__dict__["fit"] = self.fit(name)
 
     def fit(self, name: str) -> LayerResult | None:
-        """Return how a finished layer came out."""
+        """Return the pruning result of a finished layer."""
         line = self._layers[name]
         return None if line["error"] is None else LayerResult(line["error"], line["time_s"])
 
     def conclude(self, result: Mapping[str, Any]) -> None:
-        """Note that the run is over: from now on only `delete` is left to do, and a resumed run finds the result."""
+        """Note the end of the run with its result, for a resumed run to find; only `delete` is left to do."""
         self._append(dict(zip(_RESULT_KEYS, (dict(result), self.about), strict=True)))
         self._read_list()
 
     def delete(self) -> None:
-        """Remove what the run has written here, once the result is elsewhere, and the folder if nothing else is in it.
+        """Remove the files of the run, once the result is elsewhere, and the folder if nothing else is in it.
 
-        The list goes last: whenever a crash comes, the run that goes on knows what was left to do.
+        The list goes last: after a crash at any time the resumed run knows the rest of the work.
         """
         for name in self._layers:
             self._file(name).unlink(missing_ok=True)
@@ -153,7 +153,7 @@ class Journal:
         self._unlock()
 
     def _begin(self) -> None:
-        """Make the folder if need be, lock it, and write down or compare what the run is to do."""
+        """Make the folder if need be, lock it, and write the note of the run, or compare it."""
         about, finished = self.folder / _ABOUT, self.folder / _FINISHED
         if self.folder.exists() and not self.folder.is_dir():
             raise FileExistsError(f"{self.folder}: a run keeps its finished layers in a folder of this name; move it")
@@ -179,10 +179,10 @@ class Journal:
             )
 
     def _read_list(self) -> None:
-        """Read what the list has more than when it was read last."""
+        """Read the new lines of the list."""
         finished = self.folder / _FINISHED
         if is_rank_zero():
-            # Closing the file anywhere in a process that holds its lock would release that: POSIX wants it so.
+            # POSIX: to close the file anywhere in the process with its lock would release the lock.
             text = os.pread(self._fd, os.fstat(self._fd).st_size - self._end, self._end)
         else:
             with open(finished, "rb") as file:
@@ -191,11 +191,11 @@ class Journal:
         *lines, torn = text.split(b"\n")
         self._end += len(text) - len(torn)
         for line in lines:
-            found = _parse(finished, line, _LAYER_KEYS, _RESULT_KEYS)
-            if "result" in found:
-                self.result, self._begun = found["result"], found["about"]
+            entry = _parse(finished, line, _LAYER_KEYS, _RESULT_KEYS)
+            if "result" in entry:
+                self.result, self._begun = entry["result"], entry["about"]
             else:
-                self._layers[found["layer"]] = found
+                self._layers[entry["layer"]] = entry
 
     def _append(self, line: Mapping[str, Any]) -> None:
         """Add a line to the list, all of it or nothing, and wait until it is on disk."""
@@ -212,7 +212,7 @@ class Journal:
     def _file(self, name: str) -> Path:
         """Return the file of a layer, a direct child of the folder.
 
-        A name may hold anything, slashes too, be longer than a file's can be, or differ from another in case only.
+        A name may hold anything, slashes too, be longer than that of a file, or differ from another in case only.
         """
         if not _PLAIN_NAME.fullmatch(name) or len(name) > _MAX_NAME:
             readable = re.sub(r"[^a-z0-9_.]+", "-", name.lower())[:_MAX_NAME].strip(".-")
@@ -239,21 +239,21 @@ def _lock(path: Path, *, create: bool = False) -> int:
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(fd), os.stat(path)):
                 return fd
-        os.close(fd)  # the other run has just ended, and has deleted what this one has waited for
+        os.close(fd)  # the other run has just ended and deleted its list
 
 
 def _parse(file: Path, text: bytes, *keys: tuple[str, ...]) -> dict[str, Any]:
     """Read a JSON object that has exactly one of these sets of keys, if any are given."""
     try:
-        found: Any = json.loads(text)
+        value: Any = json.loads(text)
     except ValueError:
-        found = None
-    whole = isinstance(found, dict) and (not keys or any(found.keys() == set(one) for one in keys))
-    if not whole or not isinstance(found.get("layer", ""), str):
+        value = None
+    whole = isinstance(value, dict) and (not keys or any(value.keys() == set(allowed) for allowed in keys))
+    if not whole or not isinstance(value.get("layer", ""), str):
         raise CheckpointError(f"{file}: was altered; delete {file.parent} to start anew")
-    return dict(found)
+    return dict(value)
 
 
 def _digest(header: container.Header) -> str:
-    """Return a SHA-256 that stands for a whole file: its header holds that of each tensor."""
+    """Return a SHA-256 of a whole file: of its header, with the SHA-256 of each tensor in it."""
     return hashlib.sha256(header.model_dump_json().encode()).hexdigest()

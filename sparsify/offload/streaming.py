@@ -1,10 +1,11 @@
-"""Prune a model that need not fit in memory: its weights are read from disk block by block, and written back."""
+"""Pruning from disk to disk: weights are read block by block, and written back, for models larger than memory."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,44 +17,49 @@ from sparsify.checkpoint import container
 from sparsify.checkpoint.container import LayerEntry
 from sparsify.checkpoint.weight_codec import decode_weight, packed_bytes
 from sparsify.conversion.convert import sparse_layers
+from sparsify.conversion.converters.table import join
 from sparsify.inference.export import check_format
-from sparsify.inference.form_selection import FormChoice, FormSelector, why_chosen
+from sparsify.inference.form_selection import FormChoice, FormSelector
 from sparsify.kernels import FORMS
 from sparsify.masking.spec import LayerSpec
-from sparsify.offload.disk_offload import DiskOffload, LazySafetensors, largest_block_bytes, parameter_bytes
+from sparsify.offload.disk_offload import DiskOffload, largest_block_bytes, parameter_bytes
 from sparsify.offload.journal import Journal
+from sparsify.offload.lazy_safetensors import LazySafetensors
 from sparsify.pruning.oneshot import prune_sequentially
-from sparsify.reporting.report import Report, Row
+from sparsify.reporting.file_report import entry_row
+from sparsify.reporting.report import Report
 
-#: How much of the data on its way through the model stays in memory, unless the caller says otherwise.
+#: Default for the bytes of activations in memory.
 CACHE_BYTES = 10**9
 
 
 def prune_from_disk(
     model: nn.Module,
     weights: LazySafetensors,
-    tasks: Mapping[str, LayerSpec],
+    specs: Mapping[str, LayerSpec],
     data: Iterable[Any],
     journal: Journal,
     *,
     cache_bytes: int = CACHE_BYTES,
     progress: bool = False,
 ) -> None:
-    """Prune a model that was built `parameters_on_meta`, layer by layer into the journal; `write_from_disk` ends it.
+    """Prune a model on the meta device, layer by layer into the journal; `write_from_disk` writes the result.
 
-    model: converted; see `resident.without_memory`. tasks: for every masked layer (`oneshot.make_tasks`). In memory are
-    one block of layers, what its largest layer needs to be solved, and `cache_bytes` of activations. Layers that are in
-    the journal already are not pruned again, and the result is the same bit for bit.
+    model: built `parameters_on_meta` and converted.
+    specs: for every masked layer (`oneshot.layer_specs`).
+
+    In memory are one block of layers, the solver's tensors for its largest layer, and `cache_bytes` of activations.
+    Layers already in the journal are not pruned again, and the result is the same bit for bit.
     """
-    if missing := [name for name in sparse_layers(model) if name not in tasks]:
+    if missing := [name for name in sparse_layers(model) if name not in specs]:
         raise ValueError(f"{missing[0]}: there is no task for this layer; convert only what is to be pruned")
-    todo = {name: task for name, task in tasks.items() if name not in journal}
-    resident = DiskOffload(model, weights, journal, largest_block_bytes(model))
+    todo = {name: spec for name, spec in specs.items() if name not in journal}
+    offload = DiskOffload(model, weights, journal, largest_block_bytes(model))
     try:
         if todo:
-            prune_sequentially(model, todo, data, keeper=resident, cache_bytes=cache_bytes, progress=progress)
+            prune_sequentially(model, todo, data, keeper=offload, cache_bytes=cache_bytes, progress=progress)
     finally:
-        resident.close()
+        offload.close()
 
 
 def write_from_disk(
@@ -67,68 +73,68 @@ def write_from_disk(
 ) -> Report:
     """Write the exported layers of a journal, and everything else of the model, to `out`.
 
-    format and tokens as in `export`. The model itself is of no use afterwards; `sparsify.load` reads the file.
+    format, tokens: as for `export`. The model itself is of no use afterwards; `sparsify.load` reads the file.
     """
     check_format(format, tokens, torch.device("cpu"))
-    resident = DiskOffload(model, weights, journal, largest_block_bytes(model))
+    offload = DiskOffload(model, weights, journal, largest_block_bytes(model))
     try:
-        chooser = FormSelector(128 if tokens is None else tokens)
+        selector = FormSelector(128 if tokens is None else tokens)
         choices = {}
         for name, layer in sparse_layers(model).items():
-            resident.fetch(layer)
-            choices[name] = chooser.choose(layer) if format == "auto" else FormChoice(format, 0, {}, "")
+            offload.fetch(layer)
+            choices[name] = selector.choose(layer) if format == "auto" else FormChoice(format, 0, {}, "")
     finally:
-        resident.close()
+        offload.close()
     return _write(model, weights, journal, choices, out)
 
 
 def least_bytes(
-    model: nn.Module, weights: LazySafetensors | None, tasks: Mapping[str, LayerSpec], journal: Path
+    model: nn.Module, weights: LazySafetensors | None, specs: Mapping[str, LayerSpec], journal: Path
 ) -> int:
-    """Return the least that the rest of a run writes: the layers that its journal does not hold yet, and the file.
+    """Return a lower bound of the bytes still to write: the layers not yet in the journal, and the file.
 
-    weights: where the Parameters come from, of a model that was built `parameters_on_meta`. journal: its folder,
-    which need not exist.
+    weights: the source of the Parameters, of a model built `parameters_on_meta`.
+    journal: its folder, with or without files.
     """
     sizes = parameter_bytes(model, weights)
     layers = sparse_layers(model)
     packed = 0
-    for name, task in tasks.items():
+    for name, spec in specs.items():
         shape, n_weights = layers[name].shape, layers[name].weight.numel()
-        rows, columns = (1, 1) if task.pattern.is_nm else task.pattern.unit_shape(shape)
+        rows, columns = (1, 1) if spec.pattern.is_nm else spec.pattern.unit_shape(shape)
         itemsize = sizes.pop(id(layers[name].weight)) // max(n_weights, 1)
-        packed += packed_bytes(shape, n_weights - task.n_removed * rows * columns, itemsize)
+        packed += packed_bytes(shape, n_weights - spec.n_removed * rows * columns, itemsize)
     finished = sum(file.stat().st_size for file in journal.iterdir()) if journal.is_dir() else 0
     return max(packed - finished, 0) + packed + sum(sizes.values())
 
 
 @contextlib.contextmanager
 def offloaded(model: nn.Module, weights: LazySafetensors, journal: Journal | None = None) -> Iterator[nn.Module]:
-    """Let a model that was built `parameters_on_meta` run: as it is in the file, or with the journal's finished layers.
+    """Let a model built `parameters_on_meta` run: as it is in the file, or with the journal's finished layers.
 
-    Each weight is there while its own module runs; whatever else reads it finds NaN.
+    Each weight is there while its own module runs; anything else reads NaN.
     """
-    resident = DiskOffload(model, weights, journal, largest_block_bytes(model))
+    offload = DiskOffload(model, weights, journal, largest_block_bytes(model))
     try:
         yield model
     finally:
-        resident.close()
+        offload.close()
 
 
 def prune_resumably(
     model: nn.Module,
-    tasks: Mapping[str, LayerSpec],
+    specs: Mapping[str, LayerSpec],
     data: Iterable[Any],
     journal: Journal,
     *,
     cache_bytes: int = CACHE_BYTES,
     progress: bool = False,
 ) -> None:
-    """Prune a model in memory, in place, and keep each finished layer in the journal; layers there are taken over."""
+    """Prune a model in memory, in place, and write each finished layer to the journal; take over those there."""
     for name, layer in sparse_layers(model).items():
-        if name in tasks and name in journal:
+        if name in specs and name in journal:
             journal.restore(name, layer)
-    todo = {name: task for name, task in tasks.items() if name not in journal}
+    todo = {name: spec for name, spec in specs.items() if name not in journal}
     if todo:
         prune_sequentially(model, todo, data, keeper=journal, cache_bytes=cache_bytes, progress=progress)
 
@@ -141,76 +147,65 @@ def _write(
     out: str | os.PathLike[str],
 ) -> Report:
     """Put the journal's layers and the file's other tensors together, one at a time."""
-    parts = _Parts(journal)
-    tensors: dict[str, Callable[[], Tensor]] = {}
+    finished, layers = _FinishedLayers(journal), sparse_layers(model)
+    readers: dict[str, Callable[[], Tensor]] = {}
     entries: dict[str, LayerEntry] = {}
     rows = []
-    for name, layer in sparse_layers(model).items():
-        entry, packed = parts.of(name)
-        form = choices[name].form
-        becomes = "CSRLinear" if form in FORMS else "Linear"
-        if (becomes, entry.format) != ("Linear", "dense"):
-            entries[name] = entry.model_copy(update={"module": becomes})
-        own = {key: tensor for key, tensor in packed.items() if key.startswith("weight")}
-        n_kept = int(decode_weight(entry, packed)[1].sum())
-        n_weights, itemsize = entry.out_features * entry.in_features, layer.weight.element_size()
-        fit = journal.fit(name)
-        rows.append(
-            Row(
-                name,
-                entry.shape,
-                1 - n_kept / max(n_weights, 1),
-                entry.format,
-                sum(tensor.nbytes for tensor in own.values()),
-                n_weights * itemsize,
-                why_chosen(choices[name], layer.weight),
-                dict(choices[name].times_us),
-                *((fit.error, fit.time_s) if fit else ()),
-            )
-        )
-        for key in packed:
-            tensors[f"{name}.{key}".lstrip(".")] = partial(parts.tensor, name, key)
-    packed_ids = {id(layer.weight) for layer in sparse_layers(model).values()}
-    packed_ids |= {id(layer.mask) for layer in sparse_layers(model).values()}
+    for name, layer in layers.items():
+        entry, tensors = finished.read(name)
+        choice, result = choices[name], journal.fit(name)
+        exported_type = "CSRLinear" if choice.form in FORMS else "Linear"
+        if (exported_type, entry.format) != ("Linear", "dense"):
+            entries[name] = entry.model_copy(update={"module": exported_type})
+        n_kept = int(decode_weight(entry, tensors)[1].sum())
+        n_bytes = sum(tensor.nbytes for key, tensor in tensors.items() if key.startswith("weight"))
+        row = entry_row(name, entry, n_kept, layer.weight.element_size(), n_bytes)
+        row = replace(row, reason=choice.reason, times_us=dict(choice.times_us))
+        rows.append(row if result is None else replace(row, error=result.error, time_s=result.time_s))
+        readers |= {join(name, key): partial(finished.tensor, name, key) for key in tensors}
     aliases: dict[str, str] = {}
-    first: dict[int, str] = {}
-    for name, value in model.state_dict(keep_vars=True).items():
-        if id(value) in packed_ids:
-            continue
-        if first.setdefault(id(value), name) != name:
-            aliases[name] = first[id(value)]
-        elif name not in tensors:
-            tensors[name] = partial(_other, weights, model, name, value)
-    container.write(out, entries, aliases, dict(choices), _Lazy(tensors))
+    packed = {id(tensor) for layer in layers.values() for tensor in (layer.weight, layer.mask)}
+    for (first, *others), value in _names_of_state(model):
+        if id(value) not in packed:
+            aliases |= dict.fromkeys(others, first)
+            in_file = next((name for name in (first, *others) if name in weights), None)
+            readers.setdefault(first, partial(_same, value) if in_file is None else partial(weights.read, in_file))
+    container.write(out, entries, aliases, dict(choices), _ReadOnLookup(readers))
     return Report(tuple(rows))
 
 
-def _other(weights: LazySafetensors, model: nn.Module, name: str, value: Tensor) -> Tensor:
-    """Read a tensor that no layer's entry stands for: under any of its names in the file, or a buffer of the model."""
-    names = [other for other, tensor in model.state_dict(keep_vars=True).items() if tensor is value]
-    found = next((other for other in names if other in weights), None)
-    return value if found is None else weights.read(found)
+def _names_of_state(model: nn.Module) -> list[tuple[list[str], Tensor]]:
+    """Return the tensors of a model's state, each with all of its names."""
+    state = model.state_dict(keep_vars=True)
+    names: dict[int, list[str]] = {}
+    for name, value in state.items():
+        names.setdefault(id(value), []).append(name)
+    return [(of_one, state[of_one[0]]) for of_one in names.values()]
 
 
-class _Parts:
-    """Packed layers of a journal, of which the last one read is kept."""
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+class _FinishedLayers:
+    """Packed layers of a journal; the last one read stays in memory."""
 
     def __init__(self, journal: Journal) -> None:
         self.journal = journal
         self._last: tuple[str, tuple[LayerEntry, dict[str, Tensor]]] | None = None
 
-    def of(self, name: str) -> tuple[LayerEntry, dict[str, Tensor]]:
+    def read(self, name: str) -> tuple[LayerEntry, dict[str, Tensor]]:
         if self._last is None or self._last[0] != name:
             self._last = None
             self._last = name, self.journal.read(name)
         return self._last[1]
 
     def tensor(self, name: str, key: str) -> Tensor:
-        return self.of(name)[1][key]
+        return self.read(name)[1][key]
 
 
-class _Lazy(Mapping[str, Tensor]):
-    """Tensors that are read when they are looked up."""
+class _ReadOnLookup(Mapping[str, Tensor]):
+    """Tensors by name, read at each lookup."""
 
     def __init__(self, readers: Mapping[str, Callable[[], Tensor]]) -> None:
         self.readers = readers

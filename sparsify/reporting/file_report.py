@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from sparsify.checkpoint import container
+from sparsify.checkpoint.container import LayerEntry
 from sparsify.checkpoint.shared_tensors import check_aliases, entries_with_tensors
 from sparsify.checkpoint.weight_codec import check_weight, other_tensors, part_names
 from sparsify.conversion.converters.table import join
@@ -21,15 +22,20 @@ def inspect_file(path: str | os.PathLike[str]) -> Report:
     layers = entries_with_tensors(header)
     try:
         check_aliases(header, other_tensors(layers, tensors))
-        found = {join(name, "weight"): check_weight(name, entry, tensors) for name, entry in layers.items()}
+        weights = {join(name, "weight"): check_weight(name, entry, tensors) for name, entry in layers.items()}
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     rows = []
     for name, entry in header.layers.items():
         key = join(name, "weight")
-        n_kept, itemsize = found[header.aliases.get(key, key)]
-        n_weights = entry.out_features * entry.in_features
-        sparsity = 1 - n_kept / n_weights if n_weights else 0.0
+        n_kept, itemsize = weights[header.aliases.get(key, key)]
         n_bytes = sum(tensors[part].nbytes for part in part_names(name, entry)) if name in layers else 0
-        rows.append(Row(name, entry.shape, sparsity, entry.format, n_bytes, n_weights * itemsize))
+        rows.append(entry_row(name, entry, n_kept, itemsize, n_bytes))
     return Report(tuple(rows))
+
+
+def entry_row(name: str, entry: LayerEntry, n_kept: int, itemsize: int, n_bytes: int) -> Row:
+    """Return the row of a layer in a file, with `n_kept` weights of `itemsize` bytes each in `n_bytes` bytes."""
+    n_weights = entry.out_features * entry.in_features
+    sparsity = 1 - n_kept / n_weights if n_weights else 0.0
+    return Row(name, entry.shape, sparsity, entry.format, n_bytes, n_weights * itemsize)

@@ -17,7 +17,7 @@ import sparsify
 from sparsify import CheckpointError
 from sparsify.checkpoint import container
 from sparsify.checkpoint.tensor_file import DTYPES, TensorFile, open_unchanged
-from sparsify.offload.disk_offload import LazySafetensors
+from sparsify.offload.lazy_safetensors import LazySafetensors
 
 
 def tensors(value: float = 1.0) -> dict[str, torch.Tensor]:

@@ -20,8 +20,9 @@ from sparsify.conversion.convert import sparse_layers
 from sparsify.errors import CheckpointError
 from sparsify.layers import MaskedLayer
 from sparsify.masking.spec import LayerSpec, PruningSpec, layer_specs
-from sparsify.offload.disk_offload import DiskOffload, LazySafetensors, largest_block_bytes, parameters_on_meta
+from sparsify.offload.disk_offload import DiskOffload, largest_block_bytes, parameters_on_meta
 from sparsify.offload.journal import Journal
+from sparsify.offload.lazy_safetensors import LazySafetensors
 from sparsify.offload.streaming import prune_from_disk, write_from_disk
 from sparsify.reporting.report import Report
 
