@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from sparsify.calibration.batches import read_example
-from sparsify.calibration.sequential import eval_without_cache
+from sparsify.calibration.eval_mode import eval_without_cache
 from sparsify.conversion.module_surgery import layers_of_type
 from sparsify.layers import MaskedLayer
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.calibration.batches import Batch, is_mask, naming_batch
-from sparsify.calibration.model_trace import first_tensor, split_hidden
+from sparsify.calibration.block_call import first_tensor, split_hidden
 from sparsify.layers import MaskedLayer
 
 #: ("input" of a layer or "output" of a module, its name).

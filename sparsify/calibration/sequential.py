@@ -1,53 +1,48 @@
-"""Walk through a model in the order in which its layers run, and look at the inputs of each.
+"""Sequential calibration: the inputs of a model's layers, group by group in execution order.
 
-The walk stops at every group of layers that get the same input, with that input's Gram matrix over all data. Whoever
-walks may change the layers of a stop, and everything behind them sees what they have become. In a chain of blocks
-(outline.py) one block runs at a time, on inputs kept from the one before: the walk costs each block one run for each of
-its groups, cut short where the group is reached, and one more for its output, in which layers that are finished only
-hand out what they have computed before, as far as there is room for it (stand_ins.py). Layers outside of chains cost a
-run of the model up to them, in which chains that were walked stand still. A model without chains is one block.
+A group is the layers with the very same input. The caller may change its layers, for example prune them; later groups
+then have the inputs that follow from the change. The passes:
+
+1. Trace the model: execution order, groups, chains of blocks (model_trace.py).
+2. For each chain, capture the hidden states before its first block and the other arguments of its blocks (replay.py).
+3. For each block, and for each group in the block: run the block up to the group, accumulate the Gram matrix of the
+   group's input over all batches, and yield the group.
+4. Run the block once more: its outputs are the inputs of the next block.
+
+A block therefore runs once for each of its groups, and once for its output; finished layers repeat stored outputs, as
+far as there is memory for them (output_cache.py). A group outside of chains takes runs of the model up to the group,
+with finished chains bypassed. A model without chains is one block.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sparsify.calibration.activation_store import MemoryBudget, SpillingTensorList
-from sparsify.calibration.batches import Batch, input_rows, naming_batch, read_batches
+from sparsify.calibration.batches import Batch, input_rows, read_batches
+from sparsify.calibration.block_call import BlockCall, first_tensor, hidden_state
 from sparsify.calibration.data_parallel import all_reduce_gram, local_batches
-from sparsify.calibration.model_trace import (
-    NEVER_RAN,
-    NO_ROWS,
-    ONLY_ZEROS,
-    BlockCall,
-    ModelTrace,
-    TraceRecorder,
-    block_of,
-    first_tensor,
-    split_hidden,
-)
-from sparsify.calibration.output_cache import OutputCache, override_forward
+from sparsify.calibration.eval_mode import eval_without_cache
+from sparsify.calibration.model_trace import NEVER_RAN, NO_ROWS, ONLY_ZEROS, ModelTrace, block_of, trace_model
+from sparsify.calibration.output_cache import OutputCache
 from sparsify.calibration.padding import Padding, see_padding
+from sparsify.calibration.replay import ModelReplay, StopForward, run_module
 from sparsify.layers import MaskedLayer
 from sparsify.masking.gram import Gram
 from sparsify.masking.unseen import refuse_unseen
-
-T = TypeVar("T")
 
 _REMEDY = "give data that reaches them"
 
 
 @dataclass(frozen=True)
 class CalibratedGroup:
-    """A place in the walk: layers that get the very same input, its Gram matrix, and their block in a chain."""
+    """Layers with the very same input, the Gram matrix of that input, and their block if they are in a chain."""
 
     names: tuple[str, ...]
     gram: Gram
@@ -63,345 +58,231 @@ def calibrate_groups(
     cache_bytes: int | None = None,
     choosing: Collection[str] | None = None,
 ) -> Generator[CalibratedGroup]:
-    """Stop at each group of the named layers in execution order.
+    """Yield each group of the named layers in execution order.
 
-    Inputs kept between the blocks of a chain take at most `cache_bytes` of memory, and lie in a file beyond that. In a
-    process group (torchrun) every process gives the same data, takes its share of the batches, and sees the Gram
-    matrices of all of them.
+    dense: in chains, the Gram matrices also have `cross`, the inputs before any change times the present ones
+    cache_bytes: memory for intermediates between blocks and outputs of finished layers; beyond it, intermediates lie in
+        a file (None: all intermediates in memory, and 1 GiB for outputs)
+    choosing: layers with a choice of weights to make, decided by the inputs (None: all)
 
-    With `dense`, the Gram matrices in chains also have `cross`: the inputs that the chain's layers had before the walk
-    changed any of them, times those they have now.
+    In a process group (torchrun) every process gives the same data and runs its part of the batches; the Gram matrices
+    are those of all batches. The model is in eval mode and without a key-value cache (`config.use_cache`) until the
+    generator ends.
 
-    The model is in eval mode and keeps no cache (`config.use_cache`) until the walk ends. Raises ValueError, naming
-    layer and batch, for data the model does not run on, an input that holds NaN or Inf, and layers that never run. So
-    do layers of which the data shows nothing, if they are among the `choosing` ones (None: all), whose weights the
-    inputs decide on.
+    Raises ValueError, naming layer and batch, if the model does not run on the data, an input holds NaN or Inf, a layer
+    never runs, or a layer of `choosing` has no evidence in the data.
     """
     batches = read_batches(model, data)
-    with eval_without_cache(model), contextlib.ExitStack() as shelves:
+    with eval_without_cache(model), contextlib.ExitStack() as stores:
         choosing = layers if choosing is None else choosing
-        trace, padding = _survey(model, layers, batches, choosing)
-        walked = set[tuple[str, ...]]()
+        trace, padding = _trace_and_padding(model, layers, batches, choosing)
         batches = local_batches(batches)
         budget = None if cache_bytes is None else MemoryBudget(cache_bytes)
-        whole = _ModelReplay(model, trace, padding, choosing, shelves.enter_context(OutputCache(model, budget)))
+        replay = ModelReplay(model, trace.outputs, batches, stores.enter_context(OutputCache(model, budget)))
+        run = _SequentialRun(trace, padding, choosing, replay, budget, stores)
         for group in trace.groups:
             chain = trace.chain_of(group[0])
             if chain is None:
-                yield CalibratedGroup(group, _gram(whole, group, batches, whole.run), None)
-                whole.finished.add(trace.ran_once.intersection(group))
-            elif chain not in walked:
-                walked.add(chain)
-                hidden = shelves.enter_context(SpillingTensorList(len(batches), budget))
-                before = shelves.enter_context(SpillingTensorList(len(batches), budget)) if dense else None
-                yield from _walk_chain(whole, chain, batches, hidden, before)
+                yield run.calibrate(group, replay.run)
+                run.finish(group)
+            elif chain not in replay.finals:
+                yield from run.calibrate_chain(chain, dense=dense)
 
 
-class _StopForward(BaseException):
-    """Ends a run whose rest nobody needs; no `except Exception` in the model's own code stops it."""
-
-
-class _ModelReplay:
-    """The whole model, of which the chains that were walked do not run again.
-
-    Their blocks pass on what they are given, and the last one returns what it has returned for this batch.
-    """
-
-    def __init__(
-        self, model: nn.Module, trace: ModelTrace, padding: Padding, choosing: Collection[str], finished: OutputCache
-    ) -> None:
-        self.model, self.trace, self.padding, self.finished = model, trace, padding, finished
-        self.choosing = choosing
-        self.finals: dict[tuple[str, ...], SpillingTensorList | list[Tensor]] = {}
-
-    def run(self, number: int, batch: Batch) -> None:
-        """Run the model on a batch, which is the `number`-th."""
-        with contextlib.ExitStack() as stand_ins:
-            for chain, finals in self.finals.items():
-                for name in chain:
-                    forward = self._bypass(name, finals[number] if name == chain[-1] else None)
-                    stand_ins.enter_context(override_forward(self.model.get_submodule(name), forward))
-            with self.finished.overriding_forwards(number):
-                _run(self.model, batch.args, batch.kwargs)
-
-    def arguments(self, chain: tuple[str, ...], number: int, batch: Batch) -> tuple[Tensor, dict[str, BlockCall]]:
-        """Return the hidden state that a chain gets, and the other arguments of each of its blocks.
-
-        None of the blocks runs, so their arguments must not depend on a hidden state: `trace_model` has checked that.
-        """
-        hidden: list[Tensor] = []
-        forms: dict[str, BlockCall] = {}
-
-        def overriding_forwards(name: str) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                found = split_hidden((args, kwargs))
-                assert found is not None
-                hidden.append(found[0])
-                forms[name] = found[1]
-                if name == chain[-1]:
-                    raise _StopForward
-                return self.trace.outputs[name].fill(found[0])
-
-            return forward
-
-        with contextlib.ExitStack() as stand_ins:
-            for name in chain:
-                stand_ins.enter_context(override_forward(self.model.get_submodule(name), overriding_forwards(name)))
-            self.run(number, batch)
-        return hidden[0], forms
-
-    def _bypass(self, name: str, final: Tensor | None) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            found = split_hidden((args, kwargs))
-            assert found is not None
-            return self.trace.outputs[name].fill(found[0] if final is None else final)
-
-        return forward
-
-
-def _walk_chain(
-    whole: _ModelReplay,
-    chain: tuple[str, ...],
-    batches: list[Batch],
-    hidden: SpillingTensorList,
-    dense: SpillingTensorList | None,
-) -> Iterator[CalibratedGroup]:
-    """Walk through the blocks of a chain, one at a time, on the outputs of the one before, which `hidden` holds.
-
-    `dense` holds what these outputs were without the changes on the way.
-    """
-    model, trace = whole.model, whole.trace
-    forms = []
-    for number, batch in enumerate(batches):
-        hidden[number], arguments = whole.arguments(chain, number, batch)
-        forms.append(arguments)
-        if dense is not None:
-            dense[number] = hidden[number]
-    for name in chain:
-        block = model.get_submodule(name)
-        groups = [group for group in trace.groups if block_of(group[0], [name]) is not None]
-
-        def run(number: int, batch: Batch, *, last: bool = False, name: str = name, block: nn.Module = block) -> Any:
-            with whole.finished.overriding_forwards(number, last=last):
-                return _run(block, *forms[number][name].fill(hidden[number]))
-
-        with contextlib.ExitStack() as shelves:
-            inputs: dict[str, SpillingTensorList] = {}
-            if dense is not None:  # while the block's own layers are still what they were
-                ran_once = [group[0] for group in groups if group[0] in trace.ran_once]
-                inputs = {
-                    first: shelves.enter_context(SpillingTensorList(len(batches), dense.budget)) for first in ran_once
-                }
-                for number, batch in enumerate(batches):
-                    call = forms[number][name].fill(dense[number])
-                    dense[number] = _run_noting(whole, block, call, number, batch, inputs)
-            for group in groups:
-                yield CalibratedGroup(group, _gram(whole, group, batches, run, inputs.get(group[0])), name)
-                if group[0] in inputs:
-                    inputs[group[0]].close()
-                whole.finished.add(trace.ran_once.intersection(group))
-        for number, batch in enumerate(batches):
-            found = split_hidden(run(number, batch, last=True))
-            assert found is not None
-            hidden[number] = found[0]
-        whole.finished.forget(layer for group in groups for layer in group)
-    whole.finals[chain] = hidden
-
-
-def _gram(
-    whole: _ModelReplay,
-    group: tuple[str, ...],
-    batches: list[Batch],
-    run: Callable[[int, Batch], None],
-    dense: SpillingTensorList | None = None,
-) -> Gram:
-    """Add up the Gram matrix of a group's input over all batches; `dense` holds the rows it had at first."""
-    layer = whole.model.get_submodule(group[0])
-    gram: list[Gram] = []
-
-    def look(number: int, batch: Batch) -> Callable[..., None]:
-        n_calls = itertools.count()
-
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            rows = _rows_of(whole, group[0], next(n_calls), args, kwargs, batch)
-            if isinstance(layer, MaskedLayer) and rows.shape[1] != layer.shape[1]:
-                raise ValueError(
-                    f"{group[0]}: a {type(layer).__name__} does not multiply its weight with rows of its input, which "
-                    f"calibration needs; leave it dense with exclude=[{group[0]!r}], or prune it without data"
-                )
-            if not gram:
-                gram.append(Gram(rows.shape[1], rows.device))
-            try:
-                gram[0].add(rows, None if dense is None else _alike(dense[number], rows))
-            except ValueError as error:
-                raise ValueError(f"{group[0]}: its input in batch {number} of the calibration data {error}") from None
-            if group[0] in whole.trace.ran_once:
-                raise _StopForward
-
-        return before
-
-    failed: ValueError | None = None
-    for number, batch in enumerate(batches):
-        hook = layer.register_forward_pre_hook(look(number, batch), with_kwargs=True)
-        try:
-            run(number, batch)
-        except ValueError as error:
-            failed = error
-            break
-        finally:
-            hook.remove()
-    total = all_reduce_gram(gram[0] if gram else _nothing(layer), failed)
-    if not bool(total.sum.diagonal().any()):
-        reason = (ONLY_ZEROS if total.n_rows else NO_ROWS) + ", behind the layers that were pruned before"
-        refuse_unseen(dict.fromkeys((name for name in group if name in whole.choosing), reason), _REMEDY)
-    return total
-
-
-def _nothing(layer: nn.Module) -> Gram:
-    """Return the Gram matrix of a layer that has not run."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return Gram(layer.shape[1] if isinstance(layer, MaskedLayer) else weight.shape[1], weight.device)
-
-
-def _run_noting(
-    whole: _ModelReplay,
-    block: nn.Module,
-    call: Any,
-    number: int,
-    batch: Batch,
-    inputs: Mapping[str, SpillingTensorList],
-) -> Tensor:
-    """Run a block, put the rows that its layers get on their shelves, and return its output."""
-
-    def note(name: str) -> Callable[..., None]:
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs[name][number] = _rows_of(whole, name, 0, args, kwargs, batch)
-
-        return before
-
-    with contextlib.ExitStack() as hooks:
-        for name in inputs:
-            hook = whole.model.get_submodule(name).register_forward_pre_hook(note(name), with_kwargs=True)
-            hooks.callback(hook.remove)
-        found = split_hidden(_run(block, *call))
-    assert found is not None
-    return found[0]
-
-
-def _rows_of(
-    whole: _ModelReplay, name: str, n_before: int, args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: Batch
-) -> Tensor:
-    """Return what a layer multiplies its weight with, as (rows, in_features), from the arguments it is called with."""
-    layer, tensor = whole.model.get_submodule(name), first_tensor(args, kwargs)
-    rows = layer.rows(tensor) if isinstance(layer, MaskedLayer) else tensor
-    return input_rows(rows, whole.padding.counts(("input", name), n_before, rows.shape[:-1], batch))
-
-
-def _alike(dense: Tensor, rows: Tensor) -> Tensor:
-    """Return the dense rows; where a router has sent others here since, the rows as they are."""
-    return dense if dense.shape == rows.shape else rows
-
-
-def _survey(
+def _trace_and_padding(
     model: nn.Module, layers: Collection[str], batches: list[Batch], choosing: Collection[str]
 ) -> tuple[ModelTrace, Padding]:
-    """See how the layers run, and how padding lies in their inputs.
+    """Trace a model, and locate the padding in the inputs of its layers.
 
-    Raises ValueError, naming them all, if there are layers that the data does not reach, or `choosing` ones, in which
-    something is to be chosen, of which it shows nothing: no rows, zeros only, or padding only.
+    Raises ValueError, with all their names, for layers without a call, and for `choosing` ones without evidence: no
+    rows, zeros only, or padding only.
     """
     trace, unseen = trace_model(model, layers, batches)
     padding = see_padding(model, batches, [("input", name) for name in layers if unseen.get(name) != NEVER_RAN])
     unseen |= dict.fromkeys(padding.nothing_else(batches), "got nothing but padding of the calibration data")
-    refuse_unseen({n: why for n, why in unseen.items() if n in choosing or why == NEVER_RAN}, _REMEDY)
+    refuse_unseen({n: reason for n, reason in unseen.items() if n in choosing or reason == NEVER_RAN}, _REMEDY)
     return trace, padding
 
 
-def trace_model(model: nn.Module, layers: Collection[str], batches: list[Batch]) -> tuple[ModelTrace, dict[str, str]]:
-    """See how the layers run, and name those of which nothing was seen, with the reason.
+@dataclass(frozen=True)
+class _Block:
+    """A block of a chain, with the hidden states and other arguments of its call in each batch."""
 
-    Chains count only if standing still changes nothing that the walk looks at.
+    name: str
+    module: nn.Module
+    groups: Sequence[tuple[str, ...]]
+    calls: Sequence[BlockCall]
+    hidden: SpillingTensorList
+    cache: OutputCache
+
+    def run(self, number: int, *, last: bool = False) -> Any:
+        """Run the block on batch `number`, and return its output."""
+        with self.cache.overriding_forwards(number, last=last):
+            return run_module(self.module, *self.calls[number].fill(self.hidden[number]))
+
+
+@dataclass(frozen=True)
+class _SequentialRun:
+    """The passes over the batches of one process: the steps of `calibrate_groups` after the trace."""
+
+    trace: ModelTrace
+    padding: Padding
+    choosing: Collection[str]
+    replay: ModelReplay
+    budget: MemoryBudget | None
+    stores: contextlib.ExitStack
+
+    def calibrate(
+        self,
+        group: tuple[str, ...],
+        run: Callable[[int], object],
+        block: str | None = None,
+        dense_rows: SpillingTensorList | None = None,
+    ) -> CalibratedGroup:
+        """Accumulate the Gram matrix of a group; `run` runs the model or block on the batch of a number.
+
+        `dense_rows` has the rows of the group's input before any change.
+        """
+        name = group[0]
+        total = _GramSum(self, name, dense_rows)
+        failed: ValueError | None = None
+        hook = total.layer.register_forward_pre_hook(total, with_kwargs=True)
+        try:
+            for number in range(len(self.replay.batches)):
+                total.begin(number)
+                run(number)
+        except ValueError as error:
+            failed = error  # raised below: other processes wait for the sum
+        finally:
+            hook.remove()
+        gram = all_reduce_gram(total.gram or _empty_gram(total.layer), failed)
+        if not bool(gram.sum.diagonal().any()):
+            reason = (ONLY_ZEROS if gram.n_rows else NO_ROWS) + ", behind the layers that were pruned before"
+            refuse_unseen(dict.fromkeys((name for name in group if name in self.choosing), reason), _REMEDY)
+        return CalibratedGroup(group, gram, block)
+
+    def finish(self, group: tuple[str, ...]) -> None:
+        """Let the layers of a group, with no more changes to come, repeat their outputs from here on."""
+        self.replay.cache.add(self.trace.ran_once.intersection(group))
+
+    def calibrate_chain(self, chain: tuple[str, ...], *, dense: bool) -> Iterator[CalibratedGroup]:
+        """Calibrate the groups of a chain, one block at a time, on the outputs of the block before.
+
+        With `dense`, the blocks also run before any change in them, on dense outputs of the block before.
+        """
+        hidden = self._new_list(self.stores)
+        dense_hidden = self._new_list(self.stores) if dense else None
+        calls: list[dict[str, BlockCall]] = []
+        numbers = range(len(self.replay.batches))
+        for number in numbers:
+            hidden[number], calls_of_batch = self.replay.chain_arguments(chain, number)
+            calls.append(calls_of_batch)
+            if dense_hidden is not None:
+                dense_hidden[number] = hidden[number]
+        for name in chain:
+            groups = [group for group in self.trace.groups if block_of(group[0], [name]) is not None]
+            module = self.replay.model.get_submodule(name)
+            block = _Block(name, module, groups, [call[name] for call in calls], hidden, self.replay.cache)
+            yield from self._calibrate_block(block, dense_hidden)
+            for number in numbers:
+                hidden[number] = hidden_state(block.run(number, last=True))
+            self.replay.cache.forget(layer for group in groups for layer in group)
+        self.replay.finals[chain] = hidden
+
+    def _calibrate_block(self, block: _Block, dense_hidden: SpillingTensorList | None) -> Iterator[CalibratedGroup]:
+        with contextlib.ExitStack() as stores:
+            dense_rows = {} if dense_hidden is None else self._dense_rows(block, dense_hidden, stores)
+            for group in block.groups:
+                rows = dense_rows.get(group[0])
+                yield self.calibrate(group, block.run, block.name, rows)
+                if rows is not None:
+                    rows.close()
+                self.finish(group)
+
+    def _dense_rows(
+        self, block: _Block, hidden: SpillingTensorList, stores: contextlib.ExitStack
+    ) -> dict[str, SpillingTensorList]:
+        """Run a block before any change in it, and return the rows of its groups' inputs, by first layer.
+
+        `hidden` has the block's hidden states in the dense model, and then its outputs. A layer with several calls has
+        no rows here.
+        """
+        firsts = [group[0] for group in block.groups if group[0] in self.trace.ran_once]
+        dense_rows = {name: self._new_list(stores) for name in firsts}
+        for number, call in enumerate(block.calls):
+            with contextlib.ExitStack() as hooks:
+                for name, rows in dense_rows.items():
+                    hook = functools.partial(self._store_rows, rows, name, number)
+                    layer = self.replay.model.get_submodule(name)
+                    hooks.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                output = run_module(block.module, *call.fill(hidden[number]))
+            hidden[number] = hidden_state(output)
+        return dense_rows
+
+    def _store_rows(
+        self,
+        store: SpillingTensorList,
+        name: str,
+        number: int,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> None:
+        store[number] = self.rows(name, number, 0, args, kwargs)
+
+    def rows(self, name: str, number: int, n_before: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        """Return the rows (rows, in_features) that a layer multiplies its weight with, without padding.
+
+        args and kwargs are those of its call after `n_before` others in batch `number`.
+        """
+        layer, tensor = self.replay.model.get_submodule(name), first_tensor(args, kwargs)
+        rows = layer.rows(tensor) if isinstance(layer, MaskedLayer) else tensor
+        counts = self.padding.counts(("input", name), n_before, rows.shape[:-1], self.replay.batches[number])
+        return input_rows(rows, counts)
+
+    def _new_list(self, stores: contextlib.ExitStack) -> SpillingTensorList:
+        return stores.enter_context(SpillingTensorList(len(self.replay.batches), self.budget))
+
+
+class _GramSum:
+    """The Gram matrix of one layer's input: a forward pre-hook of the layer that adds the rows of each call.
+
+    `gram` is None before the first call.
     """
-    recorder = TraceRecorder(model, layers)
-    for number, batch in enumerate(batches):
-        with naming_batch(number):
-            recorder.run(functools.partial(_run, model, batch.args, batch.kwargs))
-        if not recorder.unseen:
-            break
-    trace = recorder.trace()
-    if not _bypassing_changes_nothing(model, trace, batches[0]):
-        trace = recorder.trace(chains=False)
-    return trace, recorder.unseen
+
+    def __init__(self, run: _SequentialRun, name: str, dense_rows: SpillingTensorList | None) -> None:
+        self.run, self.name, self.dense_rows = run, name, dense_rows
+        self.layer = run.replay.model.get_submodule(name)
+        self.gram: Gram | None = None
+
+    def begin(self, number: int) -> None:
+        """Begin with batch `number`."""
+        self.number, self.n_calls = number, 0
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rows = self.run.rows(self.name, self.number, self.n_calls, args, kwargs)
+        self.n_calls += 1
+        if isinstance(self.layer, MaskedLayer) and rows.shape[1] != self.layer.shape[1]:
+            raise ValueError(
+                f"{self.name}: a {type(self.layer).__name__} does not multiply its weight with rows of its input, "
+                f"which calibration needs; leave it dense with exclude=[{self.name!r}], or prune it without data"
+            )
+        if self.gram is None:
+            self.gram = Gram(rows.shape[1], rows.device)
+        dense = None if self.dense_rows is None else self.dense_rows[self.number]
+        if dense is not None and dense.shape != rows.shape:
+            dense = rows  # a router has sent other rows here since
+        try:
+            self.gram.add(rows, dense)
+        except ValueError as error:
+            reason = f"its input in batch {self.number} of the calibration data {error}"
+            raise ValueError(f"{self.name}: {reason}") from None
+        if self.name in self.run.trace.ran_once:
+            raise StopForward
 
 
-def _bypassing_changes_nothing(model: nn.Module, trace: ModelTrace, batch: Batch) -> bool:
-    """Say whether a model whose blocks only pass on gives every block and every other layer the arguments it should.
-
-    A skip from the middle of a chain, or an argument made from a hidden state, fails here.
-    """
-    whole = _ModelReplay(model, trace, Padding({}), (), OutputCache(model, None))
-    outside = {group[0] for group in trace.groups if trace.chain_of(group[0]) is None}
-    starts, lasts = {chain[0] for chain in trace.chains}, {chain[-1]: chain for chain in trace.chains}
-    finals: dict[tuple[str, ...], SpillingTensorList | list[Tensor]] = {}
-
-    def look() -> dict[str, tuple[Tensor | None, BlockCall | None]]:
-        found: dict[str, tuple[Tensor | None, BlockCall | None]] = {}
-
-        def before(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if name in outside:
-                found[name] = first_tensor(args, kwargs), None
-            elif (taken := split_hidden((args, kwargs))) is not None:
-                found[name] = taken[0] if name in starts else None, taken[1]
-
-        def after(name: str, output: Any) -> None:
-            if (taken := split_hidden(output)) is not None:
-                finals.setdefault(lasts[name], [taken[0]])
-
-        with contextlib.ExitStack() as hooks:
-            for name in (*outside, *(block for chain in trace.chains for block in chain)):
-                module = model.get_submodule(name)
-                hook = module.register_forward_pre_hook(lambda m, a, k, name=name: before(name, a, k), with_kwargs=True)
-                hooks.callback(hook.remove)
-                if name in lasts:
-                    hooks.callback(module.register_forward_hook(lambda m, a, o, name=name: after(name, o)).remove)
-            whole.run(0, batch)
-        return found
-
-    real = look()
-    whole.finals = finals
-    still = look()
-    return real.keys() == still.keys() and all(
-        (tensor is None or torch.equal(tensor, _present(still[name][0])))
-        and (form is None or form.equals(_present(still[name][1])))
-        for name, (tensor, form) in real.items()
-    )
-
-
-def _run(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Run the model, or a part of it, without gradients, up to the end or to where it is enough."""
-    with torch.inference_mode(False), torch.no_grad(), contextlib.suppress(_StopForward):
-        return module(*args, **kwargs)
-
-
-@contextlib.contextmanager
-def eval_without_cache(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode, without the key-value cache of language models, and back."""
-    training = [module for module in model.modules() if module.training]
-    configs: dict[int, Any] = {id(config): config for m in model.modules() if (config := getattr(m, "config", None))}
-    caching = [config for config in configs.values() if getattr(config, "use_cache", False) is True]
-    try:
-        model.eval()
-        for config in caching:
-            config.use_cache = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
-        for config in caching:
-            config.use_cache = True
-
-
-def _present(value: T | None) -> T:
-    assert value is not None
-    return value
+def _empty_gram(layer: nn.Module) -> Gram:
+    """Return the Gram matrix of a layer without a call."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return Gram(layer.shape[1] if isinstance(layer, MaskedLayer) else weight.shape[1], weight.device)

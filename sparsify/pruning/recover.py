@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sparsify.calibration.batches import Batch, input_rows, read_batches
-from sparsify.calibration.model_trace import NEVER_RAN, output_tensor
+from sparsify.calibration.block_call import output_tensor
+from sparsify.calibration.eval_mode import eval_without_cache
+from sparsify.calibration.model_trace import NEVER_RAN, trace_model
 from sparsify.calibration.padding import Padding, see_padding
-from sparsify.calibration.sequential import eval_without_cache, trace_model
 from sparsify.conversion.convert import sparse_layers
 from sparsify.conversion.module_surgery import Model
 from sparsify.conversion.transaction import Transaction

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sparsify.calibration.batches import Batch, input_rows, naming_batch, read_batches
-from sparsify.calibration.model_trace import output_tensor
+from sparsify.calibration.block_call import output_tensor
+from sparsify.calibration.eval_mode import eval_without_cache
 from sparsify.calibration.padding import Padding, see_padding
-from sparsify.calibration.sequential import calibrate_groups, eval_without_cache
+from sparsify.calibration.sequential import calibrate_groups
 from sparsify.conversion.convert import sparse_layers
 from sparsify.conversion.transaction import Transaction
 from sparsify.layers import MaskedLayer

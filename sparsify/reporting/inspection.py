@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsify.calibration.batches import read_example
-from sparsify.calibration.sequential import eval_without_cache
+from sparsify.calibration.eval_mode import eval_without_cache
 from sparsify.conversion.convert import Plan, plan_convert
 from sparsify.conversion.converters.table import join
 from sparsify.layer_names import Selector

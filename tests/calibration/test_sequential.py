@@ -11,8 +11,8 @@ from cases import weight
 from torch import Tensor, nn
 
 from sparsify.calibration.batches import read_batches
-from sparsify.calibration.model_trace import TraceRecorder
-from sparsify.calibration.sequential import calibrate_groups, trace_model
+from sparsify.calibration.model_trace import TraceRecorder, trace_model
+from sparsify.calibration.sequential import calibrate_groups
 from sparsify.masking.gram import Gram
 
 BATCHES = [weight((5, 8), seed=i) for i in range(3)]
@@ -310,7 +310,7 @@ def test_the_recorder_keeps_no_tensors() -> None:
     recorder.run(lambda: model(BATCHES[0]))
     assert recorder._input is None
     assert not recorder._hidden
-    assert copy.deepcopy(recorder.trace()).groups == recorder.trace().groups
+    assert copy.deepcopy(recorder.trace(())).groups == recorder.trace(()).groups
 
 
 class InPlace(Stack):
