@@ -1,4 +1,4 @@
-"""Calibration data as batches: the arguments of one run of the model each, and the masks among them."""
+"""Calibration data as batches: arguments of one run of the model each, with the padding masks among them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ _MASKS = {"attention_mask": 0, "key_padding_mask": 1}
 
 @dataclass(frozen=True)
 class Batch:
-    """The arguments of one run of the model, the same by name as far as forward names them, and its padding.
+    """The arguments of one run of the model, and the masks of its padding.
 
-    `masks` holds the masks that mark padding, (batch, length), False = padding, by the names of their arguments.
+    args, kwargs: the arguments
+    named: the same by name, as far as forward names them
+    masks: padding masks (batch, length), False = padding, by the names of their arguments
     """
 
     args: tuple[Any, ...]
@@ -29,7 +31,7 @@ class Batch:
     masks: dict[str, Tensor]
 
     def replaced(self, values: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return positional and keyword arguments with other values for some of them, by name."""
+        """Return positional and keyword arguments, with the values of some names replaced."""
         names = [*self.named][: len(self.args)]
         args = [values.get(name, value) for name, value in zip(names, self.args, strict=False)]
         kwargs = {name: values.get(name, value) for name, value in self.kwargs.items()}
@@ -39,11 +41,12 @@ class Batch:
 def read_batches(model: nn.Module, data: Iterable[Any]) -> list[Batch]:
     """Read all calibration data, once, onto the model's device.
 
-    A batch is a tensor; a tuple or list of positional arguments; or a mapping of keyword arguments. Forward's signature
-    says what the elements of a tuple are: as many are used as it needs, and what it has no parameter for (labels at the
-    end) is left out. An element for a parameter with a default may be one or the other, and is an error. A 2-D argument
-    "attention_mask" (or one whose name ends like that) marks padding with 0, a "key_padding_mask" with 1. A `Batch`,
-    read before, is taken as it is. Raises ValueError if there is no batch, or one of another kind.
+    A batch is a tensor; a tuple or list of positional arguments; a mapping of keyword arguments; or a `Batch`. Of a
+    tuple, as many elements are used as forward needs, and elements without a parameter (labels at the end) are left
+    out. An element for a parameter with a default may be an argument or a label, and is an error. A 2-D argument
+    "attention_mask" (or with a name that ends so) marks padding with 0, a "key_padding_mask" with 1.
+
+    Raises ValueError if there is no batch, or one of another kind.
 
     >>> len(read_batches(nn.Linear(2, 1), [torch.ones(3, 2), (torch.ones(3, 2), "label")]))
     2
@@ -57,7 +60,7 @@ def read_batches(model: nn.Module, data: Iterable[Any]) -> list[Batch]:
 
 
 def read_example(model: nn.Module, example: Any) -> Batch:
-    """Read one example of a model's arguments, of any kind that a batch of calibration data may be."""
+    """Read one example of a model's arguments, of any kind accepted by `read_batches`."""
     return _read(model, example, "the example")
 
 
@@ -67,7 +70,7 @@ def _read(model: nn.Module, batch: Any, what: str) -> Batch:
     def move(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        with torch.inference_mode(False):  # where a copy is a plain tensor
+        with torch.inference_mode(False):  # outside of it a copy is a plain tensor
             return (value.clone() if value.is_inference() else value).to(device)
 
     if isinstance(batch, Batch):
@@ -92,7 +95,7 @@ def _read(model: nn.Module, batch: Any, what: str) -> Batch:
 
 
 def _parameters(model: nn.Module) -> list[inspect.Parameter]:
-    """Return forward's parameters; those of the one child that a wrapper hands everything on to."""
+    """Return forward's parameters; for a wrapper around one child, those of the child."""
     parameters = list(inspect.signature(model.forward).parameters.values())
     children = list(model.children())
     if len(children) == 1 and all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
@@ -101,7 +104,7 @@ def _parameters(model: nn.Module) -> list[inspect.Parameter]:
 
 
 def _n_taken(batch: tuple[Any, ...] | list[Any], parameters: list[inspect.Parameter], what: str) -> int:
-    """Return how many elements of a tuple are arguments. Raises ValueError where that cannot be told."""
+    """Return the number of arguments among the elements of a tuple. Raises ValueError if it is not certain."""
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return len(batch)
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -119,7 +122,7 @@ def _n_taken(batch: tuple[Any, ...] | list[Any], parameters: list[inspect.Parame
 
 
 def _masks(named: Mapping[str, Any], what: str) -> dict[str, Tensor]:
-    """Return the masks that mark padding."""
+    """Return the padding masks, by name."""
     masks = {}
     for name, value in named.items():
         padding = next((padding for end, padding in _MASKS.items() if name.endswith(end)), None)
@@ -136,13 +139,13 @@ def _masks(named: Mapping[str, Any], what: str) -> dict[str, Tensor]:
 
 
 def is_mask(name: str) -> bool:
-    """Say whether an argument is named like a mask that marks padding."""
+    """Return whether an argument has the name of a padding mask."""
     return name.endswith(tuple(_MASKS))
 
 
 @contextlib.contextmanager
 def naming_batch(number: int) -> Iterator[None]:
-    """Let an error that a model raises name the batch of calibration data that it ran on."""
+    """Let an error in a model's run name the batch of calibration data."""
     try:
         yield
     except Exception as error:  # whatever the model's own code raises
@@ -151,5 +154,5 @@ def naming_batch(number: int) -> Iterator[None]:
 
 
 def input_rows(tensor: Tensor, counts: Tensor | None) -> Tensor:
-    """Return the rows (rows, features) of a tensor (..., features), of those that count, all of them if it is None."""
+    """Return the rows (rows, features) of a tensor (..., features): those with a True in `counts`, or all (None)."""
     return tensor.reshape(-1, tensor.shape[-1]) if counts is None else tensor[counts]

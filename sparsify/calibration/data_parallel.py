@@ -1,4 +1,4 @@
-"""Calibration under torchrun: every process looks at its share of the data, and all see the sum."""
+"""Calibration under torchrun: each process runs its part of the batches, and all get the sum."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """Meet the other processes that torchrun has started, if it has, until this one is done.
+    """Join the process group of torchrun inside the block; without torchrun, do nothing.
 
-    They wait for each other as long as it takes, say, the first to evaluate a model: where one dies, torchrun ends all.
+    Processes wait for each other without a limit, say, while the first evaluates a model. If one dies, torchrun ends
+    all.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ or _in_group():
         yield
@@ -33,18 +34,18 @@ def process_group() -> Iterator[None]:
 
 
 def is_rank_zero() -> bool:
-    """Say whether this is the process that writes and prints."""
+    """Return whether this is the process to write and print."""
     return not _in_group() or dist.get_rank() == 0
 
 
 def barrier() -> None:
-    """Go on when every process has come here."""
+    """Wait until every process is here."""
     if _in_group():
         dist.barrier()
 
 
 def all_ranks_equal(number: int) -> bool:
-    """Say whether all processes give the same number."""
+    """Return whether all processes give the same number."""
     if not _in_group():
         return True
     numbers = torch.tensor([number, -number], device="cpu")
@@ -53,7 +54,7 @@ def all_ranks_equal(number: int) -> bool:
 
 
 def local_batches(batches: Sequence[T]) -> list[T]:
-    """Return every n-th batch, beginning with this process's number; all of them outside of a process group.
+    """Return every n-th batch from this process's rank on; outside of a process group, all batches.
 
     Raises ValueError, in every process, if there are fewer batches than processes.
     """
@@ -67,7 +68,7 @@ def local_batches(batches: Sequence[T]) -> list[T]:
 def all_reduce_gram(gram: Gram | None, error: ValueError | None = None) -> Gram:
     """Return the sum of all processes' Gram matrices, the same bits in each; outside of a process group, `gram`.
 
-    A process that saw none of the inputs gives None, one that failed its error: then every process raises.
+    A process without any input gives None. One that failed gives its error: then every process raises.
     """
     if error is not None and not _in_group():
         raise error

@@ -1,4 +1,4 @@
-"""What each layer of a model gets when the model runs: seen in one run on an example."""
+"""The inputs of a model's layers in one run on an example."""
 
 from __future__ import annotations
 
@@ -9,54 +9,60 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from sparsify.calibration.batches import read_example
+from sparsify.calibration.block_call import first_tensor
 from sparsify.calibration.eval_mode import eval_without_cache
 from sparsify.conversion.module_surgery import layers_of_type
 from sparsify.layers import MaskedLayer
 
 
 def layer_inputs(model: nn.Module, example: Any) -> dict[nn.Module, Tensor]:
-    """Run a model once, and return for each masked layer what it got: shape, layout and dtype, on the meta device.
+    """Run a model once, and return each masked layer's input: shape, layout and dtype, on the meta device.
 
-    example: a tensor, a tuple of positional arguments, or a dict of keyword arguments. A layer that runs several times
-    has its largest input here, one that does not run none. A weight that other code gives to F.linear counts as run.
-    The model runs in eval mode, without gradients. Raises ValueError if it does not run on the example.
+    example: a tensor, a tuple of positional arguments, or a dict of keyword arguments
+
+    Of several inputs of a layer, the largest is here; a layer without a call has none. A call of F.linear with a
+    layer's weight counts as a call of the layer. The model runs in eval mode, without gradients. Raises ValueError if
+    the model does not run on the example.
 
     >>> model = sparsify.convert(nn.Sequential(nn.Linear(8, 4)))
     >>> [x.shape for x in layer_inputs(model, torch.ones(5, 8)).values()]
     [torch.Size([5, 8])]
     """
-    found: dict[nn.Module, Tensor] = {}
+    inputs: dict[nn.Module, Tensor] = {}
 
-    def see(layer: nn.Module, x: Tensor) -> None:
-        if layer not in found or x.numel() > found[layer].numel():
-            found[layer] = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+    def record(layer: nn.Module, x: Tensor) -> None:
+        if layer not in inputs or x.numel() > inputs[layer].numel():
+            inputs[layer] = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
     def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        see(layer, next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)))
+        record(layer, first_tensor(args, kwargs))
 
     layers = layers_of_type(model, MaskedLayer).values()
     batch = read_example(model, example)
     handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
     try:
-        with eval_without_cache(model), torch.no_grad(), _Reads({id(layer.weight): layer for layer in layers}, see):
+        with (
+            eval_without_cache(model),
+            torch.no_grad(),
+            _LinearCalls({id(layer.weight): layer for layer in layers}, record),
+        ):
             model(*batch.args, **batch.kwargs)
     except Exception as error:  # whatever the model's own code raises
         raise ValueError(f"the model does not run on the example: {type(error).__name__}: {error}") from error
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return inputs
 
 
-class _Reads(TorchFunctionMode):
-    """Sees the inputs that are multiplied with the weight of a layer without the layer being called."""
+class _LinearCalls(TorchFunctionMode):
+    """A mode that records the inputs of F.linear with the weight of a layer, without a call of the layer."""
 
-    def __init__(self, layers: Mapping[int, nn.Module], see: Callable[[nn.Module, Tensor], None]) -> None:
+    def __init__(self, layers: Mapping[int, nn.Module], record: Callable[[nn.Module, Tensor], None]) -> None:
         super().__init__()
-        self.layers, self.see = layers, see
+        self.layers, self.record = layers, record
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -65,5 +71,5 @@ class _Reads(TorchFunctionMode):
         if func is F.linear:
             named = {**dict(zip(("input", "weight"), args, strict=False)), **kwargs}
             if id(named["weight"]) in self.layers:
-                self.see(self.layers[id(named["weight"])], named["input"])
+                self.record(self.layers[id(named["weight"])], named["input"])
         return func(*args, **kwargs)

@@ -1,7 +1,7 @@
-"""Padding among the rows of a layer's input: the mask that speaks of them, and how its tokens lie among them.
+"""Padding among the rows of a layer's input: its mask, and the layout of the mask's tokens among the rows.
 
-Neither follows from sizes, which happen to agree. So the padding of one sequence is changed, and the rows that change
-with it are seen: they lie among the others as the padding lies in its mask.
+Neither follows from sizes: they may agree by chance. So the padding of one sequence is changed in a run of the model,
+and the rows with a change show the layout.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from sparsify.masking.unseen import named
 
 @dataclass(frozen=True)
 class Layout:
-    """How the tokens of a mask, (batch, length), lie among the leading dimensions of a tensor.
+    """The layout of a mask's tokens, (batch, length), in the leading dimensions of a tensor.
 
-    `batch` and `length` are the dimensions they have there. Where these are one, tokens lie one behind the other, those
-    of a sequence together unless `transposed`.
+    batch, length: the dimensions of sequences and of tokens; the same number for tokens in one dimension
+    transposed: in one dimension, tokens of the same index lie together, not those of the same sequence
     """
 
     mask: str
@@ -34,9 +34,9 @@ class Layout:
     transposed: bool = False
 
     def spread(self, tokens: Tensor, lead: Sequence[int]) -> Tensor | None:
-        """Return for each row of a tensor with these leading dimensions the value of its token.
+        """Return the value of each row's token, for a tensor with these leading dimensions.
 
-        None if the tokens do not lie like this there.
+        None if the sizes do not allow this layout.
 
         >>> Layout("attention_mask", 1, 0).spread(torch.tensor([[1, 1, 0], [1, 0, 0]]), (3, 2)).tolist()
         [[1, 1], [1, 0], [0, 0]]
@@ -55,17 +55,17 @@ class Layout:
 
 @dataclass(frozen=True)
 class Padding:
-    """The layouts of padding at each place, one tuple a call in a run of the model."""
+    """The layouts of padding at each place: for each call in a run of the model, those of all masks."""
 
     layouts: Mapping[Place, Sequence[tuple[Layout, ...]]]
 
     def counts(self, place: Place, n_before: int, lead: Sequence[int], batch: Batch) -> Tensor | None:
-        """Return which rows count at a place, in its call after `n_before` others; None if all do.
+        """Return a bool for each row at a place, True = no padding, in the call after `n_before` others; None for all.
 
-        Raises ValueError for a batch in which padding lies otherwise than in those that were looked at.
+        Raises ValueError for a batch with another layout than the probed batches.
         """
         calls = self.layouts.get(place, [])
-        found: Tensor | None = None
+        counted: Tensor | None = None
         for layout in calls[min(n_before, len(calls) - 1)] if calls else ():
             if layout.mask not in batch.masks:
                 continue
@@ -75,14 +75,14 @@ class Padding:
                     f"{place[1] or '(root)'}: an {place[0]} of shape {(*lead, '...')} does not have the tokens of "
                     f"{layout.mask!r} where other batches have them; give batches without padding"
                 )
-            found = rows if found is None else found & rows
-        return found
+            counted = rows if counted is None else counted & rows
+        return counted
 
     def nothing_else(self, batches: Collection[Batch]) -> list[str]:
-        """Return the layers whose inputs are padding only, in all batches."""
+        """Return the layers with nothing but padding as input, in all batches."""
 
         def is_all(layouts: tuple[Layout, ...], batch: Batch) -> bool:
-            return any(one.mask in batch.masks and not bool(batch.masks[one.mask].any()) for one in layouts)
+            return any(layout.mask in batch.masks and not bool(batch.masks[layout.mask].any()) for layout in layouts)
 
         return [
             name
@@ -92,20 +92,20 @@ class Padding:
 
 
 def see_padding(model: nn.Module, batches: Sequence[Batch], places: Iterable[Place]) -> Padding:
-    """See how padding lies at these places, in a few runs of the model for each mask; it has to be in eval mode.
+    """Find the layouts of padding at these places, in a few runs of the model, in eval mode, for each mask.
 
-    A PaddingWarning names layers among whose rows padding cannot be told from tokens, so that all of them count.
+    A PaddingWarning names layers with padding among their rows that cannot be told from tokens: all rows count there.
     """
-    found: dict[Place, list[tuple[Layout, ...]]] = {}
+    layouts: dict[Place, list[tuple[Layout, ...]]] = {}
     unsure: dict[str, None] = {}
     for mask in dict.fromkeys(mask for batch in batches for mask in batch.masks):
         left = list(places)
-        having = [(number, batch) for number, batch in enumerate(batches) if mask in batch.masks]
-        for number, batch in sorted(having, key=lambda one: _worth(one[1].masks[mask])):
-            for place, calls in _look(model, number, batch, mask, left).items():
+        with_mask = [(number, batch) for number, batch in enumerate(batches) if mask in batch.masks]
+        for number, batch in sorted(with_mask, key=lambda pair: _probe_rank(pair[1].masks[mask])):
+            for place, calls in _layouts(model, number, batch, mask, left).items():
                 left.remove(place)
                 unsure.update({place[1]: None} if None in calls else {})
-                before = found.setdefault(place, [])
+                before = layouts.setdefault(place, [])
                 before += [()] * (len(calls) - len(before))
                 before[: len(calls)] = [old + (new or ()) for old, new in zip(before, calls, strict=False)]
             if not left:
@@ -117,20 +117,20 @@ def see_padding(model: nn.Module, batches: Sequence[Batch], places: Iterable[Pla
             PaddingWarning,
             stacklevel=2,
         )
-    return Padding(found)
+    return Padding(layouts)
 
 
-def _worth(mask: Tensor) -> tuple[int, bool, int]:
-    """Sort masks by what they tell of a layout: with sizes that differ, with padding behind tokens, with much of it."""
+def _probe_rank(mask: Tensor) -> tuple[int, bool, int]:
+    """Return a sort key; masks that show a layout best come first: unequal sizes, padding behind tokens, much of it."""
     partial, n_padding = part_padding(mask)
     n_alike = (mask.shape[0] == mask.shape[1]) * (1 if can_be_turned(mask) else 2)
     return n_alike, not bool(partial.any()), -int(n_padding.max())
 
 
-def _look(
+def _layouts(
     model: nn.Module, number: int, batch: Batch, name: str, places: Collection[Place]
 ) -> dict[Place, list[tuple[Layout, ...] | None]]:
-    """Look at the layouts of one mask in a batch, at the places that run; None stands for what cannot be told."""
+    """Return the layouts of one mask in a batch, for each call at each place with one; None for an unknown layout."""
     probes, mask = Probes(model, number, batch, name, places), batch.masks[name]
     if not probes.tokens:
         twins = any(torch.equal(other, mask) for key, other in batch.masks.items() if key != name)
@@ -140,41 +140,43 @@ def _look(
             for place, calls in probes.seen.items()
         }
     return {
-        place: [_fit(name, mask, call, probes, place, n_before) for n_before, call in enumerate(calls)]
+        place: [_layout_of_call(name, mask, call, probes, place, n_before) for n_before, call in enumerate(calls)]
         for place, calls in probes.seen.items()
     }
 
 
-def _fit(name: str, mask: Tensor, call: Call, probes: Probes, place: Place, n_before: int) -> tuple[Layout, ...] | None:
-    """Return the layout in which the rows that change are those of the padding of one sequence.
+def _layout_of_call(
+    name: str, mask: Tensor, call: Call, probes: Probes, place: Place, n_before: int
+) -> tuple[Layout, ...] | None:
+    """Return the layout with the changed rows as the padding of one sequence.
 
-    () if there is no padding among the rows, and None if it cannot be told where. Rows that stand for padding may
-    depend on none of it, as where a model sets it to zero: they change when it is no padding any more.
+    () for rows without padding, None for an unknown layout. A model may set padding to zero, so that its rows depend on
+    no token: they change only with the mask.
     """
     possible = _possible(name, mask, call.lead)
     if not possible:
         moved = probes.moved("everywhere", place, n_before)
-        one_each = len(call.values) == len(mask)  # a row for each sequence is no token
+        one_each = len(call.values) == len(mask)  # one row a sequence: no tokens
         return () if one_each or (moved is not None and not bool(moved.any())) else None
     moved, hidden = probes.moved("padding", place, n_before), False
     if moved is not None and not bool(moved.any()):
         moved, hidden = probes.moved("unmasked", place, n_before), True
     if moved is None or not bool(moved.any()):
         return None if moved is None else ()
-    exact, fits = _closest(possible, mask, probes.sequence, call, moved)
+    exact, closest = _closest(possible, mask, probes.sequence, call, moved)
     if hidden or not exact:
         others = probes.moved("others", place, n_before)
-        if others is None or bool(others.any()):  # they may be rows of another input, which looks at this one
+        if others is None or bool(others.any()):  # rows of another input may depend on this one
             return () if hidden else None
-    return tuple(fits) if len(fits) == 1 else None
+    return tuple(closest) if len(closest) == 1 else None
 
 
 def _closest(
     possible: list[Layout], mask: Tensor, sequence: int, call: Call, moved: Tensor
 ) -> tuple[bool, list[Layout]]:
-    """Return the different layouts in which all padding of the sequence has moved, and the fewest other rows.
+    """Return the distinct layouts with all padding of the sequence moved, and the fewest other rows.
 
-    Whether it is exact comes first: then no others have.
+    The first value is True for exact layouts: no other row has moved.
     """
     unknown = call.values.isnan()
     of_sequence = torch.zeros_like(mask)
@@ -186,12 +188,12 @@ def _closest(
             rank = 0 if not bool((moved & ~padding).any()) else 1 if not bool((moved & ~rows).any()) else 2
             fits.append((rank, layout))
     closest = min((rank for rank, _ in fits), default=2)
-    found: list[Layout] = []
+    distinct: list[Layout] = []
     for rank, layout in fits:
         rows = _spread(layout, mask, call.lead)
-        if rank == closest and not any(torch.equal(rows, _spread(other, mask, call.lead)) for other in found):
-            found.append(layout)
-    return closest == 0, found
+        if rank == closest and not any(torch.equal(rows, _spread(other, mask, call.lead)) for other in distinct):
+            distinct.append(layout)
+    return closest == 0, distinct
 
 
 def _spread(layout: Layout, tokens: Tensor, lead: Sequence[int]) -> Tensor:
@@ -201,7 +203,7 @@ def _spread(layout: Layout, tokens: Tensor, lead: Sequence[int]) -> Tensor:
 
 
 def _possible(name: str, mask: Tensor, lead: Sequence[int]) -> list[Layout]:
-    """Return every layout that the sizes allow."""
+    """Return every layout allowed by the sizes."""
     split = [Layout(name, p, q) for p, q in permutations(range(len(lead)), 2)]
     flat = [Layout(name, p, p, transposed) for p in range(len(lead)) for transposed in (False, True)]
     return [layout for layout in (*split, *flat) if layout.spread(mask, lead) is not None]

@@ -1,4 +1,4 @@
-"""Runs of a model on a batch in which something was changed, and the rows that change with it."""
+"""Probes for padding: runs of a model on a changed batch, and the rows that change."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from sparsify.layers import MaskedLayer
 Place = tuple[str, str]
 
 _CHUNK = 2**22  # values that are made float64 at once
-_TOLERANCE = 1e-6  # what a row may change by, relative to its size, where sums are taken in another order
-_NO_TOKENS = ("token_type_ids", "position_ids")  # of a mask's shape, but of the tokens that another argument holds
+_TOLERANCE = 1e-6  # change of a row, relative to its size, from another order of sums
+_NO_TOKENS = ("token_type_ids", "position_ids")  # of a mask's shape, but without tokens of their own
 
 
 @dataclass(frozen=True)
 class Call:
-    """A tensor that was seen: its leading dimensions, and for each row a number that changes with it, and its size."""
+    """A tensor seen in a run: its leading dimensions, and for each row a checksum and the size of its sum."""
 
     lead: tuple[int, ...]
     values: Tensor
@@ -32,10 +32,11 @@ class Call:
 
 
 class Probes:
-    """What changes in a batch with the padding that one of its masks marks: a run of the model for each question.
+    """Changed runs of a model on one batch, for the padding of one of its masks; each run is made when asked for.
 
-    `seen` is the batch as it is. `tokens` names the argument with the mask's tokens, "" if there is none. `sequence` is
-    the one of which padding is changed.
+    seen: the calls at each place, with the batch as it is
+    tokens: the name of the argument with the mask's tokens, "" without one
+    sequence: the index of the sequence with changed padding
     """
 
     def __init__(self, model: nn.Module, number: int, batch: Batch, name: str, places: Collection[Place]) -> None:
@@ -45,24 +46,28 @@ class Probes:
             self.seen = _run(model, batch.args, batch.kwargs, places)
         self.sequence = _sequence(self._mask)
         self.tokens, ways = _tokens(batch, name)
-        self._found: dict[str, dict[Place, list[Tensor | None]] | None] = {"padding": None}
+        self._runs: dict[str, dict[Place, list[Tensor | None]] | None] = {"padding": None}
         self._dims = (0, 1)
-        for dims in ways:  # of which padding reaches fewer rows than tokens would
-            found = self._compare({self.tokens: self._changed(dims, self._padding)})
-            before = self._found["padding"]
-            if found is not None and (before is None or _n_moved(found) < _n_moved(before)):
-                self._found["padding"], self._dims = found, dims
+        for dims in ways:  # changed padding reaches fewer rows than changed tokens would
+            moved = self._compare({self.tokens: self._changed(dims, self._padding)})
+            before = self._runs["padding"]
+            if moved is not None and (before is None or _n_moved(moved) < _n_moved(before)):
+                self._runs["padding"], self._dims = moved, dims
 
     def moved(self, change: str, place: Place, n_before: int) -> Tensor | None:
-        """Return which rows change with something; None where rows come or go, or where the model does not run.
+        """Return a bool for each row, True = changed; None if rows come or go, or the model does not run.
 
-        change: "padding" of one sequence becomes other tokens; "unmasked", these are marked as tokens as well;
-        "everywhere", the padding of all sequences does; "others", all arguments do but the mask's tokens.
+        change is one of
+
+        padding: the padding of one sequence becomes other tokens
+        unmasked: the same, and the mask calls them tokens
+        everywhere: the padding of all sequences becomes other tokens
+        others: all arguments change, but not the mask's tokens
         """
-        if change not in self._found:
-            self._found[change] = self._compare(self._change(change))
-        found = self._found[change]
-        return None if found is None else found[place][n_before]
+        if change not in self._runs:
+            self._runs[change] = self._compare(self._change(change))
+        moved = self._runs[change]
+        return None if moved is None else moved[place][n_before]
 
     @property
     def _padding(self) -> Tensor:
@@ -84,14 +89,14 @@ class Probes:
         return key != self.tokens and _is_input(key, value)
 
     def _changed(self, dims: tuple[int, int], where: Tensor) -> Tensor:
-        """Return a copy of the tokens, or of their features, with others at some places, (batch, length)."""
+        """Return a copy of the tokens, or of their features, with others where `where`, (batch, length), is True."""
         changed: Tensor = self._batch.named[self.tokens].clone()
         tokens = changed.movedim(dims, (0, 1))
         tokens[where] = _other(tokens[where], tokens[self._mask])
         return changed
 
     def _compare(self, changed: Mapping[str, Tensor]) -> dict[Place, list[Tensor | None]] | None:
-        """Run the model with other arguments; None if it does not run, as with tokens that are no text."""
+        """Run the model with some changed arguments; None if it does not run, as with tokens that are no text."""
         try:
             again = _run(self._model, *self._batch.replaced(changed), self._places)
         except Exception:  # whatever the model's own code raises
@@ -100,9 +105,9 @@ class Probes:
 
 
 def part_padding(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Return whether each sequence has padding behind several tokens, and how much padding tells its layout.
+    """Return for each sequence whether it has padding and several tokens, and its amount of telling padding.
 
-    Where there are as many sequences as tokens, that on the diagonal lies at the same place whichever comes first.
+    In a square mask, padding on the diagonal lies at the same place in either layout, and tells nothing.
     """
     n_padding = (~mask).sum(1)
     on_diagonal = (~mask).diagonal().to(n_padding) if mask.shape[0] == mask.shape[1] else torch.zeros_like(n_padding)
@@ -110,7 +115,7 @@ def part_padding(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def can_be_turned(mask: Tensor) -> bool:
-    """Return whether sequences and tokens could change places, so that the mask would mark others."""
+    """Return whether the transposed mask has the same shape, and other values."""
     return mask.shape[0] == mask.shape[1] and not torch.equal(mask, mask.T)
 
 
@@ -123,11 +128,11 @@ def _sequence(mask: Tensor) -> int:
 def _run(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], places: Collection[Place]
 ) -> dict[Place, list[Call]]:
-    """Run the model, and return what was seen at each place."""
-    found: dict[Place, list[Call]] = {}
+    """Run the model, and return the calls at each place."""
+    calls: dict[Place, list[Call]] = {}
 
     def note(place: Place, tensor: Tensor) -> None:
-        found.setdefault(place, []).append(_call(tensor))
+        calls.setdefault(place, []).append(_call(tensor))
 
     def before(name: str) -> Callable[..., None]:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -138,8 +143,8 @@ def _run(
 
     def after(name: str) -> Callable[..., None]:
         def see(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if (taken := split_hidden(output)) is not None and taken[0].dim() > 0:
-                note(("output", name), taken[0])
+            if (parts := split_hidden(output)) is not None and parts[0].dim() > 0:
+                note(("output", name), parts[0])
 
         return see
 
@@ -151,12 +156,12 @@ def _run(
             else:
                 hooks.callback(module.register_forward_hook(after(name)).remove)
         model(*args, **kwargs)
-    return found
+    return calls
 
 
 @contextlib.contextmanager
 def _same_draws(model: nn.Module) -> Iterator[None]:
-    """Let a model that draws random numbers draw the same ones each time."""
+    """Let a model draw the same random numbers each time."""
     devices = {parameter.device.index or 0 for parameter in model.parameters() if parameter.is_cuda}
     with torch.random.fork_rng(devices=list(devices)):
         torch.manual_seed(0)
@@ -164,7 +169,7 @@ def _same_draws(model: nn.Module) -> Iterator[None]:
 
 
 def _call(tensor: Tensor) -> Call:
-    """Note the rows of a tensor (..., features), by their products with one vector."""
+    """Return the checksums of the rows of a tensor (..., features): their products with one vector."""
     rows = tensor.detach().reshape(-1, tensor.shape[-1])
     vector = torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(0), device="cpu", dtype=torch.float64)
     vector = vector.to(rows.device)
@@ -175,7 +180,7 @@ def _call(tensor: Tensor) -> Call:
 
 
 def _moved(seen: Sequence[Call], again: Sequence[Call]) -> list[Tensor | None]:
-    """Return for each call which of its rows have changed; None where rows were added or left out."""
+    """Return a bool for each row of each call, True = changed; None for calls with rows added or left out."""
     pairs = zip(seen, [*again, *[None] * len(seen)], strict=False)
     return [
         None
@@ -190,9 +195,9 @@ def _n_moved(moved: Mapping[Place, Sequence[Tensor | None]]) -> int:
 
 
 def _tokens(batch: Batch, name: str) -> tuple[str, list[tuple[int, int]]]:
-    """Return the argument whose padding a mask marks, and the dimensions, (batch, length), that it may have in it.
+    """Return the name of the argument with a mask's tokens, and its possible dimensions (batch, length).
 
-    It is the first whose name begins as the mask's does, before "attention_mask", and whose sizes allow it.
+    It is the first with sizes that allow it and a name that begins like the mask's, before "attention_mask".
     """
     n_batch, n_length = batch.masks[name].shape
     start = name.removesuffix("attention_mask").removesuffix("key_padding_mask").rstrip("_")
@@ -219,7 +224,7 @@ def _is_input(key: str, value: Any) -> bool:
 
 
 def _other(values: Tensor, known: Tensor) -> Tensor:
-    """Return others in place of tokens, all of which are known somewhere, or of features of their size."""
+    """Return other tokens in place of these, of the known ones; or other features, of the known ones' size."""
     if values.is_floating_point():
         noise = torch.randn(values.shape, generator=torch.Generator().manual_seed(0), device="cpu")
         return (noise.to(values.device) * known.float().std().nan_to_num(1.0).clamp_min(1e-3)).to(values)
