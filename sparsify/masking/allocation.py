@@ -41,12 +41,12 @@ def uniform(n_units: Mapping[str, int], sparsity: float) -> dict[str, int]:
 
 
 def erk(n_units: Mapping[str, int], shapes: Mapping[str, tuple[int, int]], sparsity: float) -> dict[str, int]:
-    """Keep a density proportional to (in + out) / (in x out), so that large layers lose more.
+    """Keep a density proportional to (in + out) / (in x out): large layers lose more.
 
-    A layer whose share would exceed 1 stays dense and the others share the rest. The removed units of all layers add up
-    to exactly round(sparsity x their number). A higher sparsity never takes less from any layer: the one scale of all
-    shares, each rounded by itself, falls until the sum is right (Webster's method; giving what rounding leaves over to
-    the largest remainders can move a unit from one layer to another).
+    A layer with a density above 1 stays dense, and the others share the rest. The removed units of all layers add up
+    to exactly round(sparsity x their number). A higher sparsity never takes less from any layer: one scale of all
+    densities, each rounded by itself, falls until the sum is right (Webster's method; largest remainders would move
+    units from one layer to another).
 
     >>> erk({"a": 100, "b": 400}, {"a": (10, 10), "b": (20, 20)}, 0.8)
     {'a': 67, 'b': 333}
@@ -66,11 +66,11 @@ def erk(n_units: Mapping[str, int], shapes: Mapping[str, tuple[int, int]], spars
 
 
 def owl(n_units: Mapping[str, int], outliers: Mapping[str, float], sparsity: float) -> dict[str, int]:
-    """Keep more of layers whose scores have more outliers, within 0.08 of the target.
+    """Keep more of layers with more outliers among their scores, within 0.08 of the target.
 
-    outliers is the share of a layer's scores that are larger than five times their mean. Densities follow it linearly,
-    over a range of 0.16, and are moved together until the removed units of all layers add up to exactly
-    round(sparsity x their number).
+    outliers: for each layer, the fraction of its scores above five times their mean. Densities follow it linearly, over
+    a range of 0.16, and are moved together until the removed units of all layers add up to exactly round(sparsity x
+    their number).
 
     >>> owl({"a": 100, "b": 100}, {"a": 0.01, "b": 0.03}, 0.5)
     {'a': 58, 'b': 42}
@@ -89,11 +89,11 @@ def owl(n_units: Mapping[str, int], outliers: Mapping[str, float], sparsity: flo
 
 
 def least_error(curves: Mapping[str, Sequence[tuple[int, float]]], n_total: int) -> dict[str, int]:
-    """Remove `n_total` units where they cost least, from each layer's measured (removed units, error) points.
+    """Remove the `n_total` cheapest units, by each layer's measured (removed units, error) points.
 
     A curve begins with (0, 0.0) and ends with all units of the layer; between its points it is straight. Pieces are
-    taken cheapest first, by error per unit; a piece counts as at least as costly as those before it, so that each curve
-    is taken from its beginning.
+    taken cheapest first, by error per unit, each curve from its beginning: a piece counts as at least as costly as
+    those before it.
 
     >>> least_error({"a": [(0, 0.0), (5, 1.0), (10, 9.0)], "b": [(0, 0.0), (10, 4.0)]}, 12)
     {'a': 5, 'b': 7}
@@ -106,9 +106,9 @@ def least_error(curves: Mapping[str, Sequence[tuple[int, float]]], n_total: int)
             pieces.append((steepest, order, name, n_next - n))
     removed = dict.fromkeys(curves, 0)
     for _, _, name, n in sorted(pieces, key=lambda piece: piece[:2]):
-        taken = min(n, n_total)
-        removed[name] += taken
-        n_total -= taken
+        n_here = min(n, n_total)
+        removed[name] += n_here
+        n_total -= n_here
     return removed
 
 
@@ -118,7 +118,7 @@ def capped(
     sparsity: float,
     max_sparsity: float | None,
 ) -> dict[str, int]:
-    """Share a target between layers so that none loses more than `max_sparsity` of its units, rounded down.
+    """Share a target between layers; none loses more than `max_sparsity` of its units, rounded down.
 
     `allocate` shares a sparsity between layers with these units. A layer above its cap is held there, and the others
     share the rest, until no layer is. Raises ValueError if the caps leave no room for the target.
@@ -153,14 +153,15 @@ def check_room(n_units: Mapping[str, int], sparsity: float, max_sparsity: float 
 
 
 def _caps(n_units: Mapping[str, int], max_sparsity: float) -> dict[str, int]:
-    """Return the most units that each layer may lose."""
+    """Return the largest number of units to remove from each layer."""
     return {name: math.floor(max_sparsity * n + 1e-9) for name, n in n_units.items()}
 
 
 def _kept_in_total(kept_at: Callable[[float], dict[str, int]], low: float, high: float, n_keep: int) -> dict[str, int]:
-    """Find the level between `low` and `high` at which the layers keep `n_keep` units together, exactly.
+    """Return the units kept by each layer, `n_keep` in all, at a level between `low` and `high`.
 
-    kept_at never falls as the level rises. Where layers gain a unit at the same level, the first in order get theirs.
+    kept_at never falls as the level rises. If several layers gain a unit at the same level, the first in order get
+    theirs.
     """
     while low < (middle := (low + high) / 2) < high:
         low, high = (low, middle) if sum(kept_at(middle).values()) >= n_keep else (middle, high)

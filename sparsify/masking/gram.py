@@ -37,7 +37,7 @@ class Gram:
         for start in range(0, rows.shape[1], _BLOCK):
             left = rows[:, start : start + _BLOCK]
             product = left.T @ rows[:, start:]
-            if not torch.isfinite(product.diagonal()).all():  # a square is finite only where its row's values are
+            if not torch.isfinite(product.diagonal()).all():  # a sum of squares is finite only if its values are
                 hint = ": float16 ends at 65504; calibrate in float32 or bfloat16" if dtype == torch.float16 else ""
                 raise ValueError(f"holds NaN or Inf, or values whose squares overflow{hint}")
             self.sum[start : start + _BLOCK, start:] += product

@@ -29,11 +29,11 @@ def make_masks(
 ) -> dict[str, Tensor]:
     """Return a new bool mask (True = kept) for each weight (out, in); no argument is changed.
 
-    The target is absolute. `masks` are the present ones, and the weights that they remove are removed first: within one
-    pattern a higher target only takes away and a lower one only gives back (of weights that are all zero now, the
-    first in order). The removed units number exactly round(sparsity x units), over each layer, or over all layers
-    together for the allocations "global" and "erk". `statistics` has the method's TRAINING_STATISTICS of each layer.
-    Of several `ranks`, each gives and gets its own rows of everything.
+    The target is absolute. `masks` are the present ones; their removed weights are removed first. So, within one
+    pattern, a higher target only takes away and a lower one only gives back (of removed weights, the first in order).
+    The removed units number exactly round(sparsity x units), over each layer, or over all layers together for the
+    allocations "global" and "erk". `statistics` has the method's TRAINING_STATISTICS of each layer. Of several
+    `ranks`, each gives and gets its own rows of everything.
 
     Raises ValueError, naming the layer, for a specification that cannot be met exactly.
     """
@@ -68,7 +68,7 @@ def make_masks(
 def warn_removed_whole(whole: Mapping[str, bool], spec: PruningSpec) -> None:
     """Warn, naming them, if layers lose all their weights though the sparsity asked of them is not 1.
 
-    whole: True for each layer without a kept weight, False for the others that share the target.
+    whole: True for each layer without a kept weight, False for the other layers under the same target.
     """
     if isinstance(spec.allocation, Mapping):
         asked = {name for name, target in layer_targets(spec.allocation, whole).items() if target == 1}
@@ -101,7 +101,7 @@ def allocate_globally(
     *,
     ranks: Ranks = SINGLE,
 ) -> dict[str, int]:
-    """Rank the units of all layers in `n_units` against each other, and return the number that each layer loses."""
+    """Rank the units of all layers in `n_units` against each other, and return the removed units of each layer."""
     units = {name: (unit_scores(scores[name], pattern), unit_any(masks[name], pattern)) for name in n_units}
     total = sum(n_units.values())
     n_keep = total - n_removed(sparsity, total)

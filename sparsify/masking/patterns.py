@@ -1,7 +1,7 @@
-"""Which masks are allowed: turn scores into a mask of exactly the wanted sparsity.
+"""Patterns of masks: from scores to a mask of exactly the wanted sparsity.
 
-A *unit* is what is kept or removed as a whole: one weight, a block, a row or a column. All patterns but N:M rank
-units and remove the lowest; N:M ranks inside each group of M consecutive weights of a row.
+A *unit* is kept or removed as a whole: one weight, a block, a row or a column. All patterns but N:M rank units and
+remove the lowest; N:M ranks inside each group of M consecutive weights of a row.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Pattern:
 
     @property
     def is_nm(self) -> bool:
-        """Whether this is an N:M pattern, whose sparsity is fixed at 1 - N/M."""
+        """True for an N:M pattern; its sparsity is fixed at 1 - N/M."""
         return self.group > 0
 
     def unit_shape(self, shape: Sequence[int]) -> tuple[int, int]:
@@ -38,13 +38,13 @@ class Pattern:
         return self.block[0] or shape[0], self.block[1] or shape[1]
 
     def n_units(self, shape: Sequence[int]) -> int:
-        """Return how many units a weight of the given shape has."""
+        """Return the number of units in a weight of the given shape."""
         rows, columns = self.unit_shape(shape)
         return (shape[0] // max(rows, 1)) * (shape[1] // max(columns, 1))
 
 
 def parse_pattern(text: str) -> Pattern:
-    """Read a pattern as it is written in a recipe.
+    """Parse a pattern, in the words of a recipe.
 
     >>> parse_pattern("4x1").block, parse_pattern("2:4").keep, parse_pattern("rows").block
     ((4, 1), 2, (1, 0))
@@ -52,12 +52,12 @@ def parse_pattern(text: str) -> Pattern:
     named = {"unstructured": (1, 1), "rows": (1, 0), "columns": (0, 1)}
     if text in named:
         return Pattern(text, block=named[text])
-    if found := re.fullmatch(r"(\d+):(\d+)", text):
-        keep, group = int(found[1]), int(found[2])
+    if match := re.fullmatch(r"(\d+):(\d+)", text):
+        keep, group = int(match[1]), int(match[2])
         if 0 < keep < group:
             return Pattern(text, keep=keep, group=group)
-    if found := re.fullmatch(r"(\d+)x(\d+)", text):
-        rows, columns = int(found[1]), int(found[2])
+    if match := re.fullmatch(r"(\d+)x(\d+)", text):
+        rows, columns = int(match[1]), int(match[2])
         if rows > 0 and columns > 0:
             return Pattern(text, block=(rows, columns))
     raise ValueError(f"pattern {text!r} is none of: {', '.join(KINDS)} (N < M, block sides at least 1)")
@@ -81,7 +81,7 @@ def check_fits(pattern: Pattern, shape: Sequence[int], name: str) -> None:
 def unit_scores(scores: Tensor, pattern: Pattern) -> Tensor:
     """Sum the scores (out, in) over each unit; returns (out / rows, in / columns).
 
-    Blocks are summed in float64, so that the ranking does not depend on the order of the additions.
+    Blocks are summed in float64: the ranking does not depend on the order of the additions.
     """
     rows, columns = pattern.unit_shape(scores.shape)
     if (rows, columns) == (1, 1) or scores.numel() == 0:
@@ -91,7 +91,7 @@ def unit_scores(scores: Tensor, pattern: Pattern) -> Tensor:
 
 
 def unit_any(mask: Tensor, pattern: Pattern) -> Tensor:
-    """Say for each unit whether any of its weights is True in `mask`."""
+    """Return a bool for each unit, True if `mask` is True for any of its weights."""
     return unit_scores(mask.to(torch.uint8), pattern) > 0
 
 
@@ -106,9 +106,9 @@ def choose_mask(
 ) -> Tensor:
     """Keep all but the `n_removed` lowest units of a layer, or of each group the N best.
 
-    scores (out, in) rank the weights; what `mask` removes now ranks below what it keeps, so that within one pattern
-    masks nest. With `by_row` a unit competes with those of its row only: each row loses as many, and where that does
-    not come out even, the last rows lose one more. Of several `ranks` each has its own rows.
+    scores (out, in) rank the weights. Units that `mask` removes now rank below its kept ones: within one pattern, masks
+    nest. With `by_row` a unit competes with those of its row only: each row loses as many, and if that does not come
+    out even, the last rows lose one more. Of several `ranks` each has its own rows.
 
     >>> scores, mask = torch.tensor([[1.0, 2.0], [8.0, 9.0]]), torch.ones(2, 2, dtype=torch.bool)
     >>> choose_mask(scores, mask, parse_pattern("unstructured"), 2).int().tolist()
@@ -129,14 +129,14 @@ def choose_mask(
 
 
 def prefer_kept(scores: Tensor, kept: Tensor, n_keep: int, n_kept: int | None = None) -> Tensor:
-    """Rank what is kept now above what is not, and let the scores decide in whichever of both the cut falls."""
+    """Rank units that are kept now above the others; the scores decide among those on the side of the cut."""
     if n_kept is None:
         n_kept = int(kept.sum())
     return scores.masked_fill(~kept, -math.inf) if n_keep <= n_kept else scores.masked_fill(kept, math.inf)
 
 
 def _rank_in_row(scores: Tensor) -> Tensor:
-    """Return how many scores of its row each one beats; of equal ones the first counts as larger."""
+    """Return the number of smaller scores in the row of each one; of equal ones the first counts as larger."""
     order = scores.sort(dim=1, descending=True, stable=True).indices
     ranks = torch.arange(scores.shape[1] - 1, -1, -1, dtype=torch.float64, device=scores.device)
     return torch.empty_like(scores, dtype=torch.float64).scatter_(1, order, ranks.expand_as(order))
@@ -198,7 +198,7 @@ def _ordered_bits(values: Tensor) -> Tensor:
 
 
 def _radix_select(keys: Sequence[Tensor], n_keep: int, bits: int, ranks: Ranks) -> tuple[int, int]:
-    """Find the n_keep-th largest key, 16 bits at a time; also say how many keys equal to it are to be kept."""
+    """Return the n_keep-th largest key, found by 16 bits at a time, and the number of keys equal to it to be kept."""
     digit_range = 1 << 16
     prefix = 0
     for shift in range(bits - 16, -1, -16):

@@ -1,4 +1,4 @@
-"""Dynamic sparse training: the weakest kept weights give their places to masked ones, and their number stays."""
+"""Regrowth (dynamic sparse training): the weakest kept weights give their places to as many masked ones."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from sparsify.masking.patterns import Pattern, expand_units, keep_largest, unit_
 
 
 def regrow_fraction(fraction: float, progress: float) -> float:
-    """Return which fraction of the kept weights changes places, from `fraction` at progress 0 down to 0 at 1.
+    """Return the fraction of kept weights to exchange, from `fraction` at progress 0 down to 0 at 1.
 
-    >>> [round(fraction_at(0.3, progress), 3) for progress in (0, 0.5, 1)]
+    >>> [round(regrow_fraction(0.3, progress), 3) for progress in (0, 0.5, 1)]
     [0.3, 0.15, 0.0]
 
     Evci et al. 2020, arXiv:1911.11134 (the cosine).
@@ -27,11 +27,11 @@ def drop_and_grow(
 ) -> Tensor:
     """Drop round(fraction x kept units) of the lowest scores, and grow as many of the highest growth elsewhere.
 
-    mask, scores and growth are (out, in); returns a new mask with as many units. What was just dropped may grow back.
+    mask, scores and growth are (out, in); returns a new mask with as many units. Dropped units may grow back at once.
     Of several `ranks` each has its own rows.
 
     >>> mask = torch.tensor([[True, True, False, False]])
-    >>> exchange(mask, torch.tensor([[3.0, 1.0, 9.0, 9.0]]), torch.tensor([[0.0, 1.0, 2.0, 5.0]]), 0.5,
+    >>> drop_and_grow(mask, torch.tensor([[3.0, 1.0, 9.0, 9.0]]), torch.tensor([[0.0, 1.0, 2.0, 5.0]]), 0.5,
     ...          Pattern("unstructured")).tolist()
     [[True, False, False, True]]
 
@@ -49,6 +49,6 @@ def drop_and_grow(
 
 
 def random_growth_scores(mask: Tensor, seed: int) -> Tensor:
-    """Draw a growth for each weight, on the CPU: one seed gives one mask on every device."""
+    """Draw a growth score for each weight, on the CPU: one seed gives one mask on every device."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(mask.shape, generator=generator, device="cpu", dtype=torch.float32).to(mask.device)

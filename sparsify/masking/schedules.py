@@ -54,8 +54,8 @@ class Schedule:
         if self.unit not in get_args(Unit):
             raise ValueError(f"schedule unit {self.unit!r} is none of: {', '.join(get_args(Unit))}")
         for field in fields(self):
-            given = getattr(self, field.name) != field.default
-            if given and field.name not in _USES[self.kind] | {"kind", "unit"}:
+            is_set = getattr(self, field.name) != field.default
+            if is_set and field.name not in _USES[self.kind] | {"kind", "unit"}:
                 raise ValueError(f"{field.name!r} has no effect with kind {self.kind!r}; take it out")
         if not (math.isfinite(self.start) and self.start >= 0):
             raise ValueError(f"'start' must be a time of at least 0, got {self.start}")

@@ -1,4 +1,4 @@
-"""The options of a pruning as one object, and the specification of each layer that follows from them."""
+"""The options of a pruning as one object, and the specification of each layer derived from them."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ class LayerSpec:
         return 0 < self.pattern.n_units(shape) == self.n_removed
 
     def n_zeros(self, shape: tuple[int, int]) -> int:
-        """Return the number of weights that a layer of this shape loses."""
+        """Return the number of weights removed from a layer of this shape."""
         return self.n_removed * math.prod(self.pattern.unit_shape(shape))
 
 
 @dataclass(frozen=True)
 class PruningSpec:
-    """The options of `sparsify.prune` that decide masks and kept weights; `check_options` says if they go together."""
+    """The options of `sparsify.prune` for masks and kept weights; `check_options` refuses those that contradict."""
 
     sparsity: float | None = None
     method: str | Method = "magnitude"
@@ -77,19 +77,19 @@ class PruningSpec:
 
     @property
     def target(self) -> float:
-        """The sparsity that all layers share, where `check_options` asks for one."""
+        """The sparsity, in specifications that need one (`check_options`)."""
         assert self.sparsity is not None
         return float(self.sparsity)
 
     def for_layer(self, n_removed: int) -> LayerSpec:
-        """Return the specification of a layer that loses so many units."""
+        """Return the specification of a layer with so many removed units."""
         return LayerSpec(self.method, self.parsed_pattern, n_removed, self.refit, self.correct, self.seed)
 
 
 def layer_specs(
     spec: PruningSpec, shapes: Mapping[str, tuple[int, int]], allocate: Allocate | None = None
 ) -> dict[str, LayerSpec]:
-    """Return the specification of each layer, from the shapes (out, in) of all layers that share the target.
+    """Return the specification of each layer, from the shapes (out, in) of all layers under the target.
 
     A measured allocation is given as `allocate`. Raises ValueError as `check_spec` does, and for a measured allocation
     without `allocate`.
@@ -118,7 +118,7 @@ def layer_specs(
 
 
 def check_options(spec: PruningSpec) -> None:
-    """Raise ValueError for options that no model allows: unknown, contradictory, or without effect."""
+    """Raise ValueError for options wrong in any model: unknown, contradictory, or without effect."""
     if spec.method not in SOLVERS:
         resolve_method(spec.method)
         if spec.correct and not spec.refit:
@@ -163,7 +163,7 @@ def check_spec(spec: PruningSpec, shapes: Mapping[str, tuple[int, int]]) -> None
 
 
 def layer_targets(allocation: Mapping[str, float], names: Mapping[str, object]) -> dict[str, float]:
-    """Return each layer's sparsity: the first pattern that matches it decides; every layer and pattern must match."""
+    """Return each layer's sparsity, by the first matching pattern; every layer and pattern must match."""
     _check_covered(allocation, names)
     targets: dict[str, float] = {}
     for pattern, sparsity in allocation.items():

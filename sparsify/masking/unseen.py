@@ -1,4 +1,4 @@
-"""Layers of which nothing is known: neither data nor training has shown a method anything to choose by."""
+"""Errors for layers without information: neither data nor training gives a method anything to choose by."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ _N_NAMED = 20
 
 
 def refuse_unseen(reasons: Mapping[str, str], remedy: str) -> None:
-    """Raise ValueError, naming them all, if there are layers that nothing is known of, each with a reason.
+    """Raise ValueError, naming them all, for layers without information, each with a reason.
 
-    Every score of such a layer is the same, and its place alone would decide what it loses. The remedy says in a few
-    words how to get to know something.
+    All scores of such a layer are the same, and the position of a weight alone would decide. The remedy names the way
+    out in a few words.
 
     >>> refuse_unseen({"expert.up": "got no rows", "expert.down": "got no rows"}, "give data that reaches them")
     Traceback (most recent call last):
@@ -22,9 +22,9 @@ def refuse_unseen(reasons: Mapping[str, str], remedy: str) -> None:
     grouped: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         grouped.setdefault(reason, []).append(name or "(root)")
-    found = "; ".join(f"{named(names)}: {reason}" for reason, names in grouped.items())
+    layers = "; ".join(f"{named(names)}: {reason}" for reason, names in grouped.items())
     raise ValueError(
-        f"{found}, so that their position alone would choose what is removed; {remedy}, "
+        f"{layers}, so that their position alone would choose what is removed; {remedy}, "
         f"or leave them dense with exclude=[{named([repr(name) for name in reasons])}]"
     )
 

@@ -23,7 +23,7 @@ from sparsify.masking.methods.scoring import score
 from sparsify.masking.spec import Allocate, PruningSpec
 
 _OUTLIER = 5  # times the mean of a layer's scores: the paper's M for language models
-_STEPS = (-0.2, -0.1, 0.0, 0.1, 0.2)  # sparsities around the target at which a layer's error is measured
+_STEPS = (-0.2, -0.1, 0.0, 0.1, 0.2)  # from the target, to the sparsities of a layer's measured errors
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def allocate_owl(layers: Iterable[CalibratedLayer], spec: PruningSpec) -> Alloca
 
 
 def allocate_by_error(layers: Iterable[CalibratedLayer], spec: PruningSpec) -> Allocate:
-    """Measure each layer's squared relative output error at several sparsities, and remove where it costs least."""
+    """Measure each layer's squared relative output error at several sparsities, and remove the cheapest units."""
     curves: dict[str, list[tuple[int, float]]] = {}
     for layer in layers:
         n_units = spec.parsed_pattern.n_units(layer.weight.shape)

@@ -62,10 +62,10 @@ class LayerStore(Protocol):
     """The place for finished layers; also the source of unfinished ones, if the model's weights are on disk."""
 
     def fetch(self, module: nn.Module) -> None:
-        """Make sure that a layer's weight is in memory."""
+        """Read a layer's weight into memory, unless it is there."""
 
     def write(self, name: str, layer: MaskedLayer) -> None:
-        """Keep a layer that is finished."""
+        """Keep a finished layer."""
 
 
 def prune_sequentially(
@@ -90,7 +90,7 @@ def prune_sequentially(
     correct = any(spec.correct for spec in specs.values())
     with contextlib.ExitStack() as stack:
         undo = None
-        if keeper is None:  # where intermediates spill, the former state of the layers goes to disk as well
+        if keeper is None:  # if intermediates spill, the former state of the layers goes to disk as well
             copies = (
                 None if cache_bytes is None else stack.enter_context(SpillingTensorList(len(layers), MemoryBudget(0)))
             )

@@ -38,7 +38,7 @@ def prune(
 ) -> Model:
     """Mask the layers of a converted model to an absolute sparsity, in place, and return the model.
 
-    sparsity: fraction of zeros, 0 to 1; left out where the pattern ("2:4") or an allocation dict gives it
+    sparsity: fraction of zeros, 0 to 1; left out if the pattern ("2:4") or an allocation dict gives it
     method: "magnitude", "random", or a function `(weight) -> scores` (see sparsify.masking.methods.registry); with data
         also "wanda", "sparsegpt" and "alps", the best and slowest
     pattern: "unstructured", "rows", "columns", N:M ("2:4"), blocks rows x columns ("4x1")
@@ -46,16 +46,16 @@ def prune(
         {layer pattern: sparsity}, the first match counting; with data also "owl" (outliers among the inputs) and
         "error" (measured for each layer)
     include, exclude: layers by pattern or type, as for `convert`
-    max_sparsity: no layer loses more, where the allocation shares one target
-    seed: for methods that draw random numbers
+    max_sparsity: no layer loses more; for allocations with one target for all layers
+    seed: for methods with random numbers
 
     data: batches of the model's inputs, a few hundred samples in all: tensors, tuples of positional arguments, or dicts
         of keyword arguments (`sparsify.calibration.batches.read_batches`); read once
     refit: change the kept weights to those with the smallest change of the layer's outputs
     correct: aim at the outputs of the dense model instead, to make up for the losses of earlier layers
     cache_bytes: memory for intermediates on their way through the model; the rest, and the former state of the layers,
-        goes to a temporary file. Within cache_bytes, or 1 GiB if it is None, outputs of finished layers are kept, so
-        that these layers run once
+        goes to a temporary file. Within cache_bytes, or 1 GiB if it is None, outputs of finished layers are kept:
+        such layers run once
     progress: show a bar
 
     With data, layers are pruned in execution order, each on the inputs from pruned layers before it; the report has the

@@ -1,4 +1,4 @@
-"""Distil a pruned model towards the dense one: what is kept is tuned, what is masked stays masked.
+"""Distillation of a pruned model towards the dense one: kept weights are tuned, masked ones stay masked.
 
 One-shot methods mend each layer by itself. Here the kept weights of all layers, the biases and the norms move together,
 until the hidden states between the model's blocks are those of the dense model again, on the calibration data.
@@ -42,19 +42,24 @@ def recover(
     seed: int = 0,
     progress: bool = False,
 ) -> Model:
-    """Tune what a pruned model has kept until its hidden states are close to the teacher's, in place; return the model.
+    """Tune the kept weights of a pruned model towards the teacher's hidden states, in place; return the model.
 
-    model: converted and pruned. teacher: the dense model, of the same architecture; `copy.deepcopy(model)` before
-    pruning makes one. data: batches as for `prune`. The budget is a number of `steps`, one batch each, or `seconds`, or
-    both, whichever ends first; with steps alone the result is the same each time. lr: Adam's highest learning rate.
+    model: converted and pruned
+    teacher: the dense model, of the same architecture; `copy.deepcopy(model)` before pruning makes one
+    data: batches as for `prune`
+    steps, seconds: the budget, in batches, in time, or both, whichever ends first; with steps alone the result is the
+        same each time
+    lr: Adam's highest learning rate
+    seed: for the order of the batches
+    progress: show a bar
 
     Trained are the kept weights of the masked layers and every Parameter of one dimension: biases and norms. Masks hold
     exactly. The loss is the mean over the model's blocks (the repeated modules in a row, seen in a run) of the squared
     distance between both models' outputs of the block, relative to the variance of the teacher's; padding does not
     count. A model without such blocks is compared at its output.
 
-    Raises ValueError before training for a missing budget, a teacher that shares Parameters with the model, and data
-    that does not run; and if the loss becomes NaN or Inf, after which the model is as it was.
+    Raises ValueError before training for a missing budget, a teacher with Parameters of the model itself, and data
+    unfit for the model; also for a loss of NaN or Inf. After an error the model is as it was.
 
     >>> import copy
     >>> model = sparsify.convert(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)))
@@ -121,12 +126,12 @@ def _distil(
                 group["lr"] = lr * min(spent / WARM_UP + 0.1, 1.0, (1 - spent) / (1 - WARM_UP))
             batch = batches[next(order)]
             with torch.inference_mode(False), torch.enable_grad():
-                wanted = _teaching(teacher, places, batch)
+                wanted = _teacher_outputs(teacher, places, batch)
                 loss = _loss(_outputs(model, places, batch), wanted, batch, padding)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
             if not math.isfinite(value := float(loss.detach())):
-                _check_teaching(wanted)
+                _check_target(wanted)
                 raise ValueError(f"the loss became {value} in step {step + 1}; take a lower lr than {lr:g}")
             optimizer.step()
             bar.update(spent - bar.n)
@@ -134,7 +139,7 @@ def _distil(
 
 
 def _loss(outputs: Mapping[str, Tensor], wanted: Mapping[str, Tensor], batch: Batch, padding: Padding) -> Tensor:
-    """Average over the blocks the squared distance of the outputs, relative to the variance of what is wanted."""
+    """Average over the blocks the squared distance of the outputs, relative to the variance of the teacher's."""
     total = torch.zeros((), device=next(iter(outputs.values())).device)
     for place, output in outputs.items():
         counts = padding.counts(("output", place), 0, output.shape[:-1], batch)
@@ -144,8 +149,8 @@ def _loss(outputs: Mapping[str, Tensor], wanted: Mapping[str, Tensor], batch: Ba
     return total / len(outputs)
 
 
-def _check_teaching(wanted: Mapping[str, Tensor]) -> None:
-    """Raise ValueError, naming the block, if what the teacher returned is no number."""
+def _check_target(wanted: Mapping[str, Tensor]) -> None:
+    """Raise ValueError, naming the block, if the teacher's output holds NaN or Inf."""
     for place, target in wanted.items():
         if not torch.isfinite(target).all():
             raise ValueError(
@@ -154,18 +159,18 @@ def _check_teaching(wanted: Mapping[str, Tensor]) -> None:
             )
 
 
-def _teaching(teacher: nn.Module, places: Sequence[str], batch: Batch) -> dict[str, Tensor]:
+def _teacher_outputs(teacher: nn.Module, places: Sequence[str], batch: Batch) -> dict[str, Tensor]:
     with torch.no_grad():
         return _outputs(teacher, places, batch)
 
 
 def _outputs(model: nn.Module, places: Sequence[str], batch: Batch) -> dict[str, Tensor]:
-    """Run a batch and return the first tensor of what each named module returns."""
-    found: dict[str, Tensor] = {}
+    """Run a batch and return the first tensor in the output of each named module."""
+    outputs: dict[str, Tensor] = {}
 
     def see(name: str) -> Callable[..., None]:
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            found[name] = output_tensor(output)
+            outputs[name] = output_tensor(output)
 
         return after
 
@@ -173,12 +178,12 @@ def _outputs(model: nn.Module, places: Sequence[str], batch: Batch) -> dict[str,
         for name in places:
             hooks.callback(model.get_submodule(name).register_forward_hook(see(name)).remove)
         model(*batch.args, **batch.kwargs)
-    return {name: found[name] for name in places}
+    return {name: outputs[name] for name in places}
 
 
 @contextlib.contextmanager
 def _trained(model: nn.Module, layers: Sequence[MaskedLayer]) -> Iterator[list[nn.Parameter]]:
-    """Let gradients reach what is tuned and nothing else."""
+    """Let gradients reach the tuned parameters and no others, and yield these."""
     weights = {id(layer.weight) for layer in layers}
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     chosen = [parameter for parameter, _ in flags if id(parameter) in weights or parameter.dim() <= 1]
@@ -196,7 +201,7 @@ def _trained(model: nn.Module, layers: Sequence[MaskedLayer]) -> Iterator[list[n
 
 
 def _shuffled(n: int, seed: int) -> Iterator[int]:
-    """Draw every number below n once, in another order each time round."""
+    """Draw every number below n once, then again in another order, without end."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield from torch.randperm(n, generator=generator, device="cpu").tolist()

@@ -1,4 +1,4 @@
-"""How much the model's output suffers when one layer is pruned: measured, drawn, and turned into an allocation."""
+"""The sensitivity of a model's output to the pruning of single layers: measured, drawn, turned into an allocation."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ SPARSITIES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The damage that each layer does, pruned alone, at each of `sparsities`.
+    """The damage of each layer, pruned alone, at each of `sparsities`.
 
     Damage is the squared change of the model's output over all data, relative to the output's variance. Layers come in
-    the model's order; `n_units` is what a sparsity is a fraction of.
+    the model's order. `n_units` has the units of each layer; a sparsity is a fraction of them.
     """
 
     sparsities: tuple[float, ...]
@@ -45,11 +45,11 @@ class Sensitivity:
     n_units: Mapping[str, int]
 
     def allocate(self, sparsity: float, *, max_sparsity: float | None = None) -> dict[str, float]:
-        """Return a sparsity for each layer, so that the sum of all damages is least at this sparsity of all layers.
+        """Return a sparsity for each layer, with the least sum of damages at this sparsity of all layers.
 
-        Between what was measured, damage is taken as a straight line, and as one that never gets less steep; then
-        taking the cheapest piece first is exact. No layer gets more than max_sparsity, by default the highest measured
-        one. Raises ValueError if that leaves no room.
+        Between measurements, damage is taken as a straight line of never falling steepness; then the cheapest piece
+        first is exact. No layer gets more than max_sparsity, by default the highest measured one. Raises ValueError if
+        that leaves no room.
 
         >>> measured = Sensitivity((0.5, 0.9), {"a": (0.1, 1.0), "b": (0.0, 0.1)}, {"a": 100, "b": 100})
         >>> measured.allocate(0.6)
@@ -65,7 +65,7 @@ class Sensitivity:
         return {name: n / max(self.n_units[name], 1) for name, n in removed.items()}
 
     def _curve(self, name: str) -> list[tuple[int, float]]:
-        """Return (removed units, damage) up to all units, where the last slope goes on."""
+        """Return (removed units, damage) up to all units; beyond the last measurement its slope goes on."""
         n = self.n_units[name]
         points = [(0, 0.0), *((n_removed(s, n), d) for s, d in zip(self.sparsities, self.damage[name], strict=True))]
         (n_before, before), (n_last, last) = points[-2:]
@@ -84,12 +84,13 @@ def measure_sensitivity(
     refit: bool = False,
     progress: bool = False,
 ) -> Sensitivity:
-    """Prune each layer of a converted model alone, at each sparsity, and measure what the model's output becomes.
+    """Prune each layer of a converted model alone, at each sparsity, and measure the change of the model's output.
 
-    All layers are as they were afterwards. data: batches as for `prune`; the model runs on all of them once for each
-    layer and sparsity, so a few are enough. method, pattern and refit as for `prune`. The output is the first tensor
-    that the model returns; padding does not count. Raises ValueError for sparsities that do not rise within 0 and 1,
-    and for data that `prune` would refuse.
+    data: batches as for `prune`; the model runs on all of them once for each layer and sparsity, so a few are enough
+    method, pattern, refit: as for `prune`
+
+    The output is the first tensor of the model's return value; padding does not count. All layers are as they were
+    afterwards. Raises ValueError for sparsities that do not rise within 0 and 1, and for data refused by `prune`.
 
     >>> model = sparsify.convert(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)))
     >>> list(measure_sensitivity(model, [torch.randn(16, 8)], sparsities=(0.25, 0.5)).damage)
@@ -100,7 +101,7 @@ def measure_sensitivity(
     layers = sparse_layers(model)
     n_units = {name: parsed.n_units(layer.shape) for name, layer in layers.items()}
     batches = read_batches(model, data)
-    found: dict[str, tuple[float, ...]] = {}
+    measured: dict[str, tuple[float, ...]] = {}
     with Transaction(model), eval_without_cache(model), torch.inference_mode(False), torch.no_grad():
         padding = see_padding(model, batches, [("output", "")])
         dense = []
@@ -111,19 +112,19 @@ def measure_sensitivity(
                 raise ValueError(f"the model's output on batch {number} of the calibration data holds NaN or Inf")
         total = len(layers) * len(sparsities)
         with tqdm(total=total, desc="sensitivity", unit="run", disable=not progress) as bar:
-            for stop in calibrate_groups(model, list(layers), batches):
-                gram = stop.gram.matrix
-                for name in stop.names:
+            for group in calibrate_groups(model, list(layers), batches):
+                gram = group.gram.matrix
+                for name in group.names:
                     damages = []
                     for sparsity in sparsities:
-                        task = LayerSpec(method, parsed, n_removed(sparsity, n_units[name]), refit)
-                        with _pruned(name, layers[name], task, gram):
+                        spec = LayerSpec(method, parsed, n_removed(sparsity, n_units[name]), refit)
+                        with _pruned(name, layers[name], spec, gram):
                             outputs = [_output(model, batch, padding) for batch in batches]
                         damages.append(_damage(name, dense, outputs))
                         bar.set_postfix_str(f"{name}, {sparsity:g}: {damages[-1]:.4f}")
                         bar.update(1)
-                    found[name] = tuple(damages)
-    return Sensitivity(tuple(sparsities), {name: found[name] for name in layers}, n_units)
+                    measured[name] = tuple(damages)
+    return Sensitivity(tuple(sparsities), {name: measured[name] for name in layers}, n_units)
 
 
 def check_picture(path: str | os.PathLike[str]) -> None:
@@ -157,12 +158,12 @@ def plot_sensitivity(measured: Sensitivity, path: str | os.PathLike[str]) -> Non
 
 
 @contextlib.contextmanager
-def _pruned(name: str, layer: MaskedLayer, task: LayerSpec, gram: Tensor) -> Iterator[None]:
-    """Prune one layer, and put it back."""
+def _pruned(name: str, layer: MaskedLayer, spec: LayerSpec, gram: Tensor) -> Iterator[None]:
+    """Prune one layer, and restore it at the end."""
     with Transaction(layer) as undo:
         undo.keep([layer.weight])
         weight = layer.weight.detach().clone()
-        new, _ = prune_layer(name, layer.weight_matrix.detach(), layer.matrix(layer.mask), task, gram)
+        new, _ = prune_layer(name, layer.weight_matrix.detach(), layer.matrix(layer.mask), spec, gram)
         layer.matrix(layer.weight.detach()).copy_(new)
         yield
         layer.weight.copy_(weight)
@@ -181,7 +182,7 @@ def _damage(name: str, dense: Sequence[Tensor], outputs: Sequence[Tensor]) -> fl
 
 
 def _output(model: nn.Module, batch: Batch, padding: Padding) -> Tensor:
-    """Return the rows of the model's output that are no padding."""
+    """Return the rows of the model's output without padding."""
     output = output_tensor(model(*batch.args, **batch.kwargs))
     return input_rows(output, padding.counts(("output", ""), 0, output.shape[:-1], batch)).float()
 

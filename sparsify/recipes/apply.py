@@ -82,7 +82,7 @@ def check_applicable(recipe: Recipe, *, has_data: bool) -> None:
 def recipe_layer_specs(recipe: Recipe, model: nn.Module) -> dict[str, LayerSpec]:
     """Return the specification of each layer of a converted model, from shapes alone; the model may be on meta.
 
-    Raises ValueError for a measured allocation, a group that trains, and a group of held layers.
+    Raises ValueError for a measured allocation, a group with a training, and a group of held layers.
     """
     for number, group in enumerate(recipe.groups):
         if group.trains or group.method == HOLD:

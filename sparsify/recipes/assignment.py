@@ -1,10 +1,13 @@
-"""The layers of a model that belong to each group of a recipe."""
+"""The layers of a model in each group of a recipe."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor, nn
 
-from sparsify.conversion.convert import plan_convert
+from sparsify.conversion.convert import plan_convert, sparse_layers
+from sparsify.layers import MaskedLayer
 from sparsify.masking.spec import check_spec
 from sparsify.recipes.schema import HOLD, Recipe
 
@@ -34,3 +37,14 @@ def assign_layers(recipe: Recipe, model: nn.Module) -> list[dict[str, Tensor]]:
             owner[name] = number
         groups.append(weights)
     return groups
+
+
+def converted_layers(model: nn.Module, names: Iterable[str]) -> dict[str, MaskedLayer]:
+    """Return the masked layers of these names. Raises ValueError for a layer not converted."""
+    layers = sparse_layers(model)
+    chosen = {}
+    for name in names:
+        if name not in layers:
+            raise ValueError(f"{name}: not converted; call sparsify.convert(model) first")
+        chosen[name] = layers[name]
+    return chosen

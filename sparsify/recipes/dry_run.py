@@ -26,8 +26,8 @@ class PlannedLayer:
 
     targets: (time, sparsity) in the unit of the group's schedule, the last being the final one; of more than
     MAX_UPDATES updates so many, evenly spread from the first to the last
-    ranked: the layers of the group share one target, so that this layer's part may still move: it is taken from the
-    present weights or, where calibration data decides, from the target
+    ranked: the layers of the group share one target, and this layer's part may still move: it comes from the present
+    weights, or, before calibration data decides, from the target
     n_bytes: of the weight in the file, in its smallest format
     """
 
@@ -44,7 +44,7 @@ class PlannedLayer:
 def plan(recipe: Recipe, model: nn.Module) -> list[PlannedLayer]:
     """Plan each layer of a model under a recipe, without a change; the model is converted or not, on any device.
 
-    Raises ValueError for every fault that would stop the recipe itself.
+    Raises ValueError for every fault in the way of the recipe itself.
 
     >>> recipe = sparsify.Recipe(groups=[{"sparsity": 0.75}])
     >>> [(layer.name, layer.targets) for layer in plan(recipe, nn.Sequential(nn.Linear(8, 4)))]
@@ -83,7 +83,7 @@ def file_bytes(recipe: Recipe, model: nn.Module) -> int:
 
 
 def _zeros(model: nn.Module, group: Group, weights: dict[str, Tensor], time: float) -> dict[str, int]:
-    """Return the number of weights that each layer of a group lacks after the update at `time`."""
+    """Return the number of removed weights of each layer of a group after the update at `time`."""
     if group.method == HOLD:
         return {name: int((weight == 0).sum()) for name, weight in weights.items()}
     spec = group.spec(time)
@@ -99,7 +99,7 @@ def _zeros(model: nn.Module, group: Group, weights: dict[str, Tensor], time: flo
 
 
 def _present_masks(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the masks (out, in) of layers by name; all True for a layer that is not converted yet."""
+    """Return the masks (out, in) of layers by name; all True for a layer not converted yet."""
     layers = layers_of_type(model, MaskedLayer)
     return {
         name: layers[name].matrix(layers[name].mask) if name in layers else torch.ones_like(weight, dtype=torch.bool)

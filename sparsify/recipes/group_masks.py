@@ -8,11 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from sparsify.conversion.convert import sparse_layers
 from sparsify.distributed import SINGLE, Ranks
 from sparsify.layers.fsdp import cut_by_rows, own_rows
 from sparsify.masking.masks import make_masks
 from sparsify.masking.patterns import parse_pattern
+from sparsify.recipes.assignment import converted_layers
 from sparsify.recipes.schema import HOLD, Group
 
 
@@ -26,24 +26,22 @@ def group_masks(
 ) -> dict[str, Tensor]:
     """Return the masks (out, in) of a group's layers at a time (None: at the end); no layer is changed.
 
-    `statistics` has the TRAINING_STATISTICS of each layer, where the method takes them. Several `ranks` share the
+    `statistics` has the TRAINING_STATISTICS of each layer, for methods with some. Several `ranks` share the
     ranking, each its rows, and get the same masks: no rank holds the whole weight of a layer under FSDP2.
     """
-    layers = sparse_layers(model)
-    if missing := [name for name in names if name not in layers]:
-        raise ValueError(f"{missing[0]}: not converted; call sparsify.convert(model) first")
-    if not all(cut_by_rows(layers[name], parse_pattern(group.pattern), ranks) for name in names):
+    layers = converted_layers(model, names)
+    if not all(cut_by_rows(layer, parse_pattern(group.pattern), ranks) for layer in layers.values()):
         ranks = SINGLE  # every rank ranks all of it
-    weights = {name: own_rows(layers[name], ranks) for name in names}
+    weights = {name: own_rows(layer, ranks) for name, layer in layers.items()}
     _check_finite(weights, ranks)
-    masks = {name: ranks.rows(layers[name].matrix(layers[name].mask)) for name in names}
+    masks = {name: ranks.rows(layer.matrix(layer.mask)) for name, layer in layers.items()}
     sums = {name: {key: ranks.rows(value) for key, value in of.items()} for name, of in (statistics or {}).items()}
     rows = _mask_rows(group, weights, masks, time, sums, ranks)
     return {name: ranks.join(mask, layers[name].shape[0]) for name, mask in rows.items()}
 
 
 def _check_finite(rows: Mapping[str, Tensor], ranks: Ranks) -> None:
-    """Raise ValueError on all ranks if one of them has a weight that is not finite; alone it would wait for them."""
+    """Raise ValueError on all ranks if one of them has a weight with NaN or Inf; alone it would leave them waiting."""
     if ranks.n > 1:
         bad = ranks.sum(torch.tensor([int(not own.isfinite().all()) for own in rows.values()], device="cpu"))
         for name, n_bad in zip(rows, bad.tolist(), strict=True):

@@ -1,6 +1,6 @@
 """Recipe files: read, with variables put in, and checked.
 
-A fault becomes one RecipeError that names the file, the line, the key and the nearest valid word.
+A fault becomes one RecipeError, naming the file, the line, the key and the nearest valid word.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def load_recipe(path: str | os.PathLike[str], **variables: Value) -> Recipe:
 
 
 def _explain(file: YamlFile, error: ValidationError) -> RecipeError:
-    """Turn the first fault that pydantic reports into a sentence with file, line and key."""
+    """Turn the first fault in pydantic's report into a sentence with file, line and key."""
     first = error.errors(include_url=False)[0]
     place = tuple(
         key

@@ -75,7 +75,7 @@ class Group(BaseModel):
 
     @property
     def needs_data(self) -> str:
-        """The option of this group that needs calibration data, in words; "" if none does."""
+        """The reason for calibration data in this group, in words; "" without one."""
         if self.method != HOLD and needs_data(self.method):
             return f"method {self.method!r}"
         if self.refit or self.correct:
@@ -117,7 +117,7 @@ class Group(BaseModel):
 
     @model_validator(mode="after")
     def _reaches_its_target(self) -> Group:
-        """Refuse a group that cannot end at exactly its target, in any model."""
+        """Refuse a group without a way to exactly its target, in any model."""
         if self.method == HOLD:
             return self
         check_options(self.spec())

@@ -1,6 +1,6 @@
-"""Read a YAML file together with the line of every key, put variables in, and say what is wrong where.
+"""YAML files, read with the line of every key, and with variables put in; errors name file, line and key.
 
-Only plain YAML is read: no tags, no anchors (a few of which can stand for gigabytes), no key twice.
+Only plain YAML is read: no tags, no anchors (a few can stand for gigabytes), no key twice.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ MAX_DEPTH = 50
 _TOO_DEEP = f"more than {MAX_DEPTH} levels deep; that is no recipe"
 MAX_NUMBER = 100  # characters; a longer one takes longer to read than any recipe, and means none of its digits
 MAX_VALUES = 50_000  # keys too, and each variable where it is used
-_MAX_NAMES, _MAX_LETTERS = 200, 100  # which a misspelt word is compared with; the time is their product
+_MAX_NAMES, _MAX_LETTERS = 200, 100  # of the candidates for a misspelt word; the time is their product
 
-#: The parser in C, where PyYAML has it: seconds less for a file of the largest size.
+#: The parser in C, if PyYAML has it: seconds less for a file of the largest size.
 _Loader: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 _OPENING = (
@@ -37,7 +37,7 @@ _OPENING = (
 )
 _CLOSING = (yaml.BlockEndToken, yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken)
 
-#: Where YAML 1.1, which PyYAML reads, is not what anyone means: 2:4 would be 124 (base 60), and 1e-3 a text.
+#: Surprises of YAML 1.1, the version of PyYAML: 2:4 would be 124 (base 60), and 1e-3 a text.
 _BASE_60 = re.compile(r"[-+]?\d+(:\d+)+(\.\d*)?")
 _EXPONENT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+")
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
@@ -45,14 +45,14 @@ _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 @dataclass(frozen=True)
 class YamlFile:
-    """The content of a file, and the line on which each key or item of it begins (1 for the first)."""
+    """The content of a file, and the line of each key or item in it (1 for the first)."""
 
     path: str
     content: Value
     lines: Mapping[KeyPath, int]
 
     def error(self, place: KeyPath, message: str) -> RecipeError:
-        """Make the error that names this file, the line and the key."""
+        """Return an error with this file, the line and the key."""
         known = place
         while known not in self.lines:
             known = known[:-1]
@@ -79,7 +79,7 @@ def read_yaml(path: str | os.PathLike[str]) -> YamlFile:
 
 
 def read_text(text: str, path: str) -> YamlFile:
-    """Read YAML that is no file, such as a value on the command line; `path` stands for it in errors."""
+    """Read YAML outside of a file, such as a value on the command line; `path` stands for it in errors."""
     try:
         _check_tokens(text, path)
         node = yaml.compose(text, Loader=_Loader)
@@ -96,7 +96,7 @@ def read_text(text: str, path: str) -> YamlFile:
 
 
 def _check_tokens(text: str, path: str) -> None:
-    """Refuse what is not plain, and depths and lengths that reading would take seconds for."""
+    """Refuse tags and anchors, and depths and lengths with a reading time of seconds."""
     depth = n_values = 0
     for token in yaml.scan(text, Loader=_Loader):
         line = token.start_mark.line + 1
@@ -111,7 +111,7 @@ def _check_tokens(text: str, path: str) -> None:
 
 
 def substitute(file: YamlFile, content: Value, variables: Mapping[str, Value]) -> Value:
-    """Replace each string that is exactly "${name}" by the variable of that name.
+    """Replace each string "${name}", of nothing else, by the variable of that name.
 
     Raises RecipeError for an unknown one, and for more than MAX_VALUES values in the result.
     """
@@ -125,13 +125,13 @@ def substitute(file: YamlFile, content: Value, variables: Mapping[str, Value]) -
             return {key: replace(item, (*place, key)) for key, item in value.items()}
         if isinstance(value, list):
             return [replace(item, (*place, i)) for i, item in enumerate(value)]
-        if isinstance(value, str) and (found := re.fullmatch(r"\$\{([^}]*)\}", value)):
-            if found[1] not in variables:
-                raise file.error(place, f"there is no variable {found[1]!r}{nearest(found[1], variables)}")
-            n_left -= sizes[found[1]]
+        if isinstance(value, str) and (match := re.fullmatch(r"\$\{([^}]*)\}", value)):
+            if match[1] not in variables:
+                raise file.error(place, f"there is no variable {match[1]!r}{nearest(match[1], variables)}")
+            n_left -= sizes[match[1]]
             if n_left < 0:
                 raise file.error(place, f"over {MAX_VALUES} values, with its variables put in; that is no recipe")
-            return variables[found[1]]
+            return variables[match[1]]
         if isinstance(value, str) and "${" in value:
             raise file.error(place, f"a variable stands alone in its value, got {value!r}")
         return value

@@ -1,4 +1,4 @@
-"""New masks for layers that train: weights, gradients and the optimizer's state change with them, or nothing does."""
+"""New masks during a training: weights, gradients and the optimizer's state change with them, or nothing does."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ def change_masks(
     optimizer: torch.optim.Optimizer | None,
     undo: Transaction,
 ) -> None:
-    """Give layers their masks (out, in); what the optimizer knows of weights that go or come back is forgotten.
+    """Set the masks (out, in) of layers; the optimizer forgets weights on their way out or back.
 
-    masked_mode: what masked weights are from now on (recipe.Group.masked). Where they were zero until now, those that
-    come back begin there, whatever the optimizer has written to them; otherwise they have kept a value, and come back
-    with that. The transaction gets what is about to be overwritten: only the values that change.
+    masked_mode: the mode of masked weights from now on (recipe.Group.masked), by layer
+    undo: gets the values that change, before they are overwritten
+
+    In a layer with masked weights at zero until now, weights come back at zero, whatever the optimizer has written to
+    them; otherwise they come back with their own values.
     """
     for name, mask in masks.items():
         layer, new = layers[name], torch.empty_like(layers[name].mask)

@@ -1,4 +1,4 @@
-"""The layers of a training whose weights change places at an update (SET, RigL), with what their gradients say."""
+"""The exchange of kept and masked weights at an update of a training (SET, RigL), by chance or by gradient."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ def exchanged_masks(
     progress: float,
     ranks: Ranks,
 ) -> dict[str, Tensor]:
-    """Return masks in which the weakest weights of each layer have given their places to others.
+    """Return the masks after an exchange: the weakest weights of each layer have given their places to others.
 
-    progress: how far the schedule has come, 0 to 1. By gradient, a layer without one (AMP skipped the steps) keeps its
-    mask; so does one whose gradient is zero everywhere, and a ScheduleWarning names it.
+    gradients: sums by layer; a layer without one (AMP skipped the steps) keeps its mask, and so does a layer with a
+    gradient of zeros, named in a ScheduleWarning
+    progress: of the schedule, 0 to 1
     """
     assert group.regrow is not None
     growth = {}

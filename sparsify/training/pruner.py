@@ -10,18 +10,16 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from sparsify.conversion.convert import sparse_layers
 from sparsify.conversion.transaction import Transaction
 from sparsify.distributed import ranks_of
 from sparsify.errors import ScheduleWarning
 from sparsify.layers.fsdp import shard_like
 from sparsify.layers.sparse_training import SparseBackward, SparseTrainingKernels
 from sparsify.masking.masks import is_empty, warn_removed_whole
-from sparsify.masking.methods.registry import required_statistics
-from sparsify.recipes.assignment import assign_layers
+from sparsify.recipes.assignment import assign_layers, converted_layers
 from sparsify.recipes.group_masks import group_masks
-from sparsify.recipes.schema import HOLD, Group, Recipe
-from sparsify.training.gradient_statistics import Evidence, accumulate_gradients, from_loss, refuse_unknown
+from sparsify.recipes.schema import HOLD, Recipe
+from sparsify.training.gradient_statistics import GradientSums, group_statistics, request_statistics
 from sparsify.training.mask_change import change_masks
 from sparsify.training.mask_exchange import exchanged_masks
 from sparsify.training.optimizer_state import forget, learning_rate
@@ -33,23 +31,23 @@ from sparsify.training.timeline import falling_steps, last_time, rewind_step, up
 class Pruner:
     """Follow a recipe's schedules: call `step()` after each `optimizer.step()`.
 
-    Masks move when a schedule says so; in between, and whatever the optimizer does, masked weights are exactly zero
-    (or out of sight, where a group has them `frozen` or `trained`, until its schedule ends). With the `optimizer`
-    given, what it remembers of weights that go or come back (momentum, Adam's moments) is cleared.
+    Masks move at the times of the schedules. In between, whatever the optimizer does, masked weights are exactly zero;
+    or they have values outside of every output, if the group says `frozen` or `trained`, until its schedule ends.
 
-    A sparsity that the model comes with is never lowered, unless the schedule itself falls ("steps", "alternating"): a
-    layer keeps its mask until the target passes that. To begin lower, call `sparsify.prune` first. Masks that something
-    else changes on the way, as an earlier checkpoint does, are noticed. A call that fails changes nothing.
+    optimizer: its momentum, Adam's moments and the like of weights on their way out or back are cleared
+    steps_per_epoch: needed by schedules in epochs; call `end_epoch()` after each epoch to have it checked
+    total_steps: a schedule with a later end fails now, rather than miss its target
+    loss: a function without arguments to the loss of some batch, for methods with gradients of one moment (snip, grasp)
+    scaler: the GradScaler, if there is one
+    state: a saved `state_dict()` to go on from, as by `load_state_dict`; the model may have been loaded before
+    sparse_backward: training steps on the CPU touch kept weights only, forward and back: "never"; "auto", if measured
+        to be faster at the first step after a change of masks; "always", wherever possible. Results are the same up to
+        the order of additions; as "auto" chooses by time, two runs may round differently
 
-    `steps_per_epoch` is needed by schedules in epochs; say `end_epoch()` after each epoch to have it checked.
-    `total_steps` lets a schedule that would not end in time fail now rather than miss its target. `loss`, a function
-    without arguments that returns the loss of some batch, is for methods that look at gradients at one moment (snip,
-    grasp). `scaler` is the GradScaler, if there is one. `state` is a saved `state_dict()` to go on from: like
-    `load_state_dict`, but the model may have been loaded before.
-
-    `sparse_backward` lets training steps on the CPU touch kept weights only, forward and back: "auto" where a
-    measurement at the first step after a mask has changed finds that faster, "always" wherever it can be done. Results
-    are the same up to the order of additions; as "auto" chooses by time, two runs may round differently.
+    The sparsity of the model at the beginning is never lowered, unless the schedule itself falls ("steps",
+    "alternating"): a layer keeps its mask until the target passes its sparsity. To begin lower, call `sparsify.prune`
+    first. Changes of the masks by something else, such as an earlier checkpoint, are noticed. After an error, model,
+    optimizer and Pruner are as before the call.
 
     In a distributed training, every rank makes a Pruner, of the model in its DDP wrapper or after FSDP2's fully_shard:
     all get the same masks, from gradients averaged over ranks, and no rank sees another's weights.
@@ -84,12 +82,8 @@ class Pruner:
         self.steps_per_epoch, self.n_steps, self._epoch_began = steps_per_epoch, 0, 0
         if recipe.recover is not None:
             raise ValueError("'recover' follows one-shot pruning (sparsify.apply); in a training it has no effect")
-        names = assign_layers(recipe, model)
-        layers = sparse_layers(model)
-        if missing := [name for group in names for name in group if name not in layers]:
-            raise ValueError(f"{missing[0]}: not converted; call sparsify.convert(model) first")
-        self.groups = [list(group) for group in names]
-        self.layers = {name: layers[name] for group in self.groups for name in group}
+        self.groups = [list(weights) for weights in assign_layers(recipe, model)]
+        self.layers = converted_layers(model, [name for names in self.groups for name in names])
         if missing := [name for name, layer in self.layers.items() if layer.weight.is_meta]:
             raise ValueError(f"{missing[0]}: the weight is on the meta device and has no data; load the weights first")
         self.updates = [
@@ -104,14 +98,13 @@ class Pruner:
             raise ValueError("'decay' of masked weights follows the learning rate; give the optimizer")
         if sparse_backward not in get_args(SparseBackward):
             raise ValueError(f"sparse_backward {sparse_backward!r} is none of: {', '.join(get_args(SparseBackward))}")
-        self._movement: dict[str, Tensor] = {}
-        self._gradient: dict[str, Tensor] = {}
+        self._sums = GradientSums({}, {})
         self._start: dict[str, Tensor] = {}
-        self._fingerprints: dict[str, int] = {}
-        self._given: dict[str, tuple[Tensor, int]] = {}
+        self._saved_fingerprints: dict[str, int] = {}
+        self._mask_marks: dict[str, tuple[Tensor, int]] = {}
         if state is None:
-            for number, (group, found) in enumerate(zip(recipe.groups, self._counts(None), strict=True)):
-                check_beginning(number, group, self.layers, found)
+            for number, (group, group_counts) in enumerate(zip(recipe.groups, self._counts(None), strict=True)):
+                check_beginning(number, group, self.layers, group_counts)
         with self._all_or_nothing(changes_masks=True) as undo:
             for layer in self.layers.values():
                 layer.training_kernels = (
@@ -121,7 +114,7 @@ class Pruner:
                 self._go_on_from(state)
             else:
                 self._update(undo)
-            self._request_statistics()
+            self._prepare_step()
 
     @property
     def sparsity(self) -> float:
@@ -130,27 +123,27 @@ class Pruner:
         return sum(int((~layer.mask).sum()) for layer in self.layers.values()) / max(total, 1)
 
     def metrics(self) -> dict[str, float]:
-        """Return the sparsity, of all and of each layer, by names that loggers such as TensorBoard group."""
+        """Return the sparsity, of all and of each layer, by names in groups for loggers such as TensorBoard."""
         return {"sparsity": self.sparsity} | {f"sparsity/{name}": layer.sparsity for name, layer in self.layers.items()}
 
     def step(self) -> None:
-        """Say that one optimizer step is done: move the masks if it is time, and keep masked weights at zero."""
+        """Follow one optimizer step: move the masks if it is time, and keep masked weights at zero."""
         self._check_masks()
         self._notice_changes()
         due = any(self.n_steps + 1 in updates for updates in self.updates)
         with self._all_or_nothing(changes_masks=due) as undo:
             self.n_steps += 1
-            self._collect_statistics()
+            self._sums = self._sums.add_step(self.layers, self._scale, self.ranks)
             self._update(undo)
             for layer in self.layers.values():
                 layer.zero_masked()
             self._decay()
-            self._request_statistics()
+            self._prepare_step()
 
     def end_epoch(self) -> None:
-        """Say that an epoch is over; a ScheduleWarning tells if it had another length than schedules in epochs assume.
+        """End an epoch; a ScheduleWarning tells if its length is not the `steps_per_epoch` of the schedules.
 
-        Of a run that goes on in the middle of an epoch, the first epoch counts from its beginning.
+        After a run went on in the middle of an epoch, this epoch counts from its beginning.
         """
         n_seen, self._epoch_began = self.n_steps - self._epoch_began, self.n_steps
         if self.steps_per_epoch not in (None, n_seen):
@@ -164,10 +157,10 @@ class Pruner:
             )
 
     def finish(self) -> None:
-        """Say that training is over; masked weights are zero from here on.
+        """End the training; masked weights are zero from here on.
 
-        Raises RuntimeError, naming the target, if a schedule has not come to its end, or if the masks are not those of
-        its end, as after going back to an earlier checkpoint. A ScheduleWarning tells of masks that remove more.
+        Raises RuntimeError, naming the target, if a schedule has not come to its end, or if the masks are below its
+        final target, as after going back to an earlier checkpoint. A ScheduleWarning tells of masks above the target.
         """
         for number, (group, updates) in enumerate(zip(self.recipe.groups, self.updates, strict=True)):
             if self.n_steps < max(updates):
@@ -176,19 +169,19 @@ class Pruner:
                     f"groups.{number}: training ended at step {self.n_steps}, before the schedule did at step "
                     f"{max(updates)}; the target {target} was not reached, the sparsity is {self.sparsity:.4g}"
                 )
-        for number, found in enumerate(self._counts(None)):
-            check_end(number, found)
+        for number, group_counts in enumerate(self._counts(None)):
+            check_end(number, group_counts)
         for layer in self.layers.values():
             layer.zero_masked()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what is needed to go on later, between two steps; weights and masks are in the model's state_dict."""
+        """Return the state to go on from later, between two steps; weights and masks are in the model's state_dict."""
         return {
             "version": 1,
             "n_steps": self.n_steps,
             "epoch_began": self._epoch_began,
-            "movement": dict(self._movement),
-            "gradient": dict(self._gradient),
+            "movement": dict(self._sums.movement),
+            "gradient": dict(self._sums.gradient),
             "start": dict(self._start),
             "masks": {name: fingerprint(layer.mask) for name, layer in self.layers.items()},
         }
@@ -200,7 +193,7 @@ class Pruner:
         """
         with self._all_or_nothing(changes_masks=True):
             self._go_on_from(state)
-            self._request_statistics()
+            self._prepare_step()
 
     def _go_on_from(self, state: Mapping[str, Any]) -> None:
         """Check a saved state, and take it over."""
@@ -215,8 +208,8 @@ class Pruner:
             if name not in self.layers or value.shape != self.layers[name].mask.shape:
                 raise ValueError(f"the state is of another recipe or model: {name!r} has other weights there")
         self.n_steps, self._epoch_began = state["n_steps"], state["epoch_began"]
-        self._movement, self._gradient = dict(parts["movement"]), dict(parts["gradient"])
-        self._start, self._fingerprints, self._given = dict(parts["start"]), dict(parts["masks"]), {}
+        self._sums = GradientSums(dict(parts["movement"]), dict(parts["gradient"]))
+        self._start, self._saved_fingerprints, self._mask_marks = dict(parts["start"]), dict(parts["masks"]), {}
 
     @contextlib.contextmanager
     def _all_or_nothing(self, *, changes_masks: bool) -> Iterator[Transaction]:
@@ -233,39 +226,39 @@ class Pruner:
             raise
 
     def _counts(self, step: int | None) -> list[list[Count]]:
-        """Count, for each group, what its masks remove beside the target of a step (None: of the end)."""
-        found = []
+        """Count the removed units of each group beside the target of a step (None: of the end)."""
+        of_groups = []
         for group, names, updates in zip(self.recipe.groups, self.groups, self.updates, strict=True):
             time = last_time(updates, step) if step is not None else None
             begun = step is None or time is not None
-            found.append(counts(group, {name: self.layers[name] for name in names}, time) if begun else [])
-        return found
+            of_groups.append(counts(group, {name: self.layers[name] for name in names}, time) if begun else [])
+        return of_groups
 
     def _notice_changes(self) -> None:
         """Warn if something else than this Pruner has given weights back since the last step."""
-        changed = {name for name, mark in self._given.items() if not _same(mark, _mark(self.layers[name].mask))}
+        changed = {name for name, mark in self._mask_marks.items() if not _same(mark, _mark(self.layers[name].mask))}
         if not changed:
             return
         for name in changed:
             layer = self.layers[name]
             if layer.masked_mode != "trained":
                 forget(self.optimizer, layer.weight, ~layer.mask)
-        for number, found in enumerate(self._counts(self.n_steps)):
-            check_step(number, self.n_steps, [one for one in found if changed & set(one.names)])
-        self._given = {name: _mark(layer.mask) for name, layer in self.layers.items()}
+        for number, group_counts in enumerate(self._counts(self.n_steps)):
+            check_step(number, self.n_steps, [count for count in group_counts if changed & set(count.names)])
+        self._mask_marks = {name: _mark(layer.mask) for name, layer in self.layers.items()}
 
     def _check_masks(self) -> None:
-        """Compare the masks with those that a state was saved with, once."""
-        for name, expected in self._fingerprints.items():
+        """Compare the masks with the fingerprints of a loaded state, once."""
+        for name, expected in self._saved_fingerprints.items():
             if fingerprint(self.layers[name].mask) != expected:
                 raise ValueError(
                     f"{name}: its mask is not the one saved with the Pruner's state; load the model's state_dict after "
                     "making the Pruner, or give the state when making it: Pruner(..., state=...)"
                 )
-        self._fingerprints = {}
+        self._saved_fingerprints = {}
 
     def _update(self, undo: Transaction) -> None:
-        """Move the masks of the groups whose time has come; all are known before the first changes."""
+        """Move the masks of the groups with an update at this step; all are known before the first changes."""
         if self.n_steps == self._rewind_step:
             self._start = copy_state(self.model)
         due = [number for number, updates in enumerate(self.updates) if self.n_steps in updates]
@@ -285,29 +278,31 @@ class Pruner:
             restore_state(self.model, self._start, self.optimizer)
             for layer in self.layers.values():
                 layer.zero_masked()
-        self._given = {name: _mark(layer.mask) for name, layer in self.layers.items()}
+        self._mask_marks = {name: _mark(layer.mask) for name, layer in self.layers.items()}
 
     def _next_masks(self, number: int) -> dict[str, Tensor]:
-        """Return the masks that a group's layers get now; a sparsity that is there stays, unless the schedule falls."""
+        """Return the next masks of a group's layers; their sparsity does not fall, unless the schedule does."""
         group, names, updates = self.recipe.groups[number], self.groups[number], self.updates[number]
         time = updates[self.n_steps]
         present = {name: self.layers[name].matrix(self.layers[name].mask) for name in names}
-        masks = group_masks(self.model, group, names, time, self._evidence(group, names, time), self.ranks)
+        layers = {name: self.layers[name] for name in names}
+        statistics = group_statistics(group, layers, time, self._sums, self.loss, self.ranks)
+        masks = group_masks(self.model, group, names, time, statistics, self.ranks)
         if self.n_steps not in self._falls[number]:
             masks = {n: mask if mask.sum() <= present[n].sum() else present[n] for n, mask in masks.items()}
         first, last = min(updates), max(updates)
         if group.regrow and self.n_steps > first:
-            seen = {name: self._gradient.pop(name) for name in names if name in self._gradient}
-            progress = (self.n_steps - first) / (last - first)
-            layers = {name: self.layers[name] for name in names}
-            masks = exchanged_masks(group, layers, masks, seen, step=self.n_steps, progress=progress, ranks=self.ranks)
+            gradients, step = self._sums.gradient, self.n_steps
+            progress = (step - first) / (last - first)
+            masks = exchanged_masks(group, layers, masks, gradients, step=step, progress=progress, ranks=self.ranks)
+            self._sums = self._sums.without_gradients(names)
         lost = {name: is_empty(mask) and not is_empty(present[name]) for name, mask in masks.items()}
         if group.method != HOLD:
             warn_removed_whole(lost, group.spec())
         return masks
 
     def _check_ranks(self, masks: Mapping[str, Tensor]) -> None:
-        """Raise RuntimeError if processes that train one model have come to different masks."""
+        """Raise RuntimeError if the ranks of one training have come to different masks."""
         if self.ranks.n > 1 and masks:
             marks = self.ranks.gather(torch.tensor([fingerprint(mask) for mask in masks.values()], device="cpu"))
             for name, differs in zip(masks, (marks != marks[0]).any(0).tolist(), strict=True):
@@ -319,7 +314,7 @@ class Pruner:
 
     @torch.no_grad()
     def _decay(self) -> None:
-        """Shrink masked weights that are trained, as weight decay would (SR-STE)."""
+        """Shrink trained masked weights, as weight decay would (SR-STE)."""
         rates = {
             name: group.decay * learning_rate(self.optimizer, self.layers[name].weight)
             for group, names in zip(self.recipe.groups, self.groups, strict=True)
@@ -331,60 +326,25 @@ class Pruner:
             mask = shard_like(layer.mask, layer.weight)
             layer.weight.copy_(torch.where(mask, layer.weight, layer.weight * (1 - rate)))
 
-    def _evidence(self, group: Group, names: list[str], time: float) -> Evidence:
-        """Return what the group's method asks for, as far as it is known, as matrices (out, in)."""
-        asked = required_statistics(group.method) if group.method != HOLD else set()
-        layers = {name: self.layers[name] for name in names}
-        if not asked:
-            return {}
-        if self.loss is not None:
-            found = from_loss(layers, self.loss, curvature="curvature" in asked, ranks=self.ranks)
-        else:
-            found = {name: {"movement": self._movement[name]} for name in names if name in self._movement}
-        refuse_unknown(found, {name for one in counts(group, layers, time) if one.wanted for name in one.names})
-        return {name: {key: layers[name].matrix(value) for key, value in of.items()} for name, of in found.items()}
-
-    def _collect_statistics(self) -> None:
-        """Take over what the backward passes of this step added up."""
-        for name, layer in self.layers.items():
-            if layer.accumulator is not None:
-                self._accumulate(self._movement, name, layer.accumulator.movement)
-                self._accumulate(self._gradient, name, layer.accumulator.gradient)
-
-    def _accumulate(self, sums: dict[str, Tensor], name: str, seen: Tensor | None) -> None:
-        """Add the mean over ranks of what one step showed; nothing where it overflowed, and AMP skipped the step."""
-        seen = None if seen is None else self.ranks.mean(seen)
-        if seen is not None and bool(torch.isfinite(seen).all()):
-            sums[name] = (sums[name].to(seen.device) if name in sums else 0) + seen / self._scale
-
-    def _request_statistics(self) -> None:
-        """Ask the layers for what the next step has to show."""
+    def _prepare_step(self) -> None:
+        """Prepare the layers for the next step: its statistics, and the values of masked weights."""
         self._scale = self.scaler.get_scale() if self.scaler else 1.0
         for group, names, updates in zip(self.recipe.groups, self.groups, self.updates, strict=True):
-            last = max(updates)
-            gradient = bool(
-                group.regrow
-                and group.regrow.by == "gradient"
-                and any(self.n_steps + ahead in updates for ahead in range(1, group.regrow.steps + 1))
-            )
-            moves = group.method != HOLD and "movement" in required_statistics(group.method)
-            for name in names:
-                layer = self.layers[name]
-                layer.masked_mode = group.masked if min(updates) <= self.n_steps < last else "zero"
-                accumulate_gradients(
-                    layer, gradient=gradient, movement=moves and self.loss is None and self.n_steps < last
-                )
+            layers = {name: self.layers[name] for name in names}
+            request_statistics(group, layers, updates, self.n_steps, from_loss=self.loss is not None)
+            for layer in layers.values():
+                layer.masked_mode = group.masked if min(updates) <= self.n_steps < max(updates) else "zero"
 
 
 def fingerprint(mask: Tensor) -> int:
-    """Return a number that two different masks hardly share."""
+    """Return a checksum of a mask."""
     return int((mask.flatten().nonzero() * 2654435761 % 2147483647).sum())
 
 
 def _mark(mask: Tensor) -> tuple[Tensor, int]:
-    """Return what tells later whether a layer has got another mask, or this one other contents."""
+    """Return a mask and its version, to be compared later: another mask or other contents differ."""
     return mask, -1 if mask.is_inference() else mask._version
 
 
-def _same(one: tuple[Tensor, int], other: tuple[Tensor, int]) -> bool:
-    return one[0] is other[0] and one[1] == other[1]
+def _same(before: tuple[Tensor, int], now: tuple[Tensor, int]) -> bool:
+    return before[0] is now[0] and before[1] == now[1]

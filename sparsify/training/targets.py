@@ -50,7 +50,7 @@ def check_beginning(
 ) -> None:
     """Warn of layers that come to a training with more than their final sparsity; they keep it.
 
-    Raises ValueError where a mask of another pattern cannot become one of the group's without giving weights back.
+    Raises ValueError if a mask of another pattern cannot become one of the group's without giving weights back.
     """
     for count in group_counts:
         n_masked = sum(int((~layers[name].mask).sum()) for name in count.names)
@@ -71,7 +71,7 @@ def check_beginning(
 
 
 def check_step(number: int, step: int, group_counts: Sequence[Count]) -> None:
-    """Warn of masks that miss the target of the last step, because something else than a Pruner has changed them."""
+    """Warn of masks below the target of the last step, changed by something else than a Pruner."""
     if short := [count for count in group_counts if count.removed < count.wanted]:
         warnings.warn(
             f"groups.{number}: something has changed the masks since the last step, and they miss the target of step "

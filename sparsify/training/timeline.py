@@ -13,9 +13,9 @@ from sparsify.recipes.schema import Recipe
 def update_steps(
     number: int, schedule: Schedule, steps_per_epoch: int | None, total_steps: int | None
 ) -> dict[int, float]:
-    """Map each step after which the masks move to the time, in the schedule's unit, whose target they get.
+    """Map the step of each update to the time, in the schedule's unit, of its target.
 
-    Raises ValueError, naming the group by its number, for a schedule that cannot be followed to its end.
+    Raises ValueError, naming the group by its number, if the schedule cannot be followed to its end.
     """
     if schedule.unit == "epochs" and steps_per_epoch is None:
         raise ValueError(f"groups.{number}: the schedule is in epochs; give steps_per_epoch")
@@ -29,7 +29,7 @@ def update_steps(
 
 
 def falling_steps(schedule: Schedule, updates: Mapping[int, float]) -> set[int]:
-    """Return the steps at which the schedule itself lowers its target, and so asks to give weights back."""
+    """Return the steps of lower targets than before: there the schedule itself gives weights back."""
     if schedule.kind not in ("steps", "alternating"):
         return set()
     targets = [(step, schedule.sparsity_at(time, 1.0)) for step, time in sorted(updates.items())]
@@ -38,12 +38,12 @@ def falling_steps(schedule: Schedule, updates: Mapping[int, float]) -> set[int]:
 
 def last_time(updates: Mapping[int, float], step: int) -> float | None:
     """Return the time of the last update up to a step; None before the first."""
-    passed = [one for one in updates if one <= step]
+    passed = [update for update in updates if update <= step]
     return updates[max(passed)] if passed else None
 
 
 def rewind_step(recipe: Recipe, steps_per_epoch: int | None) -> int | None:
-    """Return the step to which the recipe goes back."""
+    """Return the step that the recipe goes back to; None without rewinding."""
     steps = {
         _step_of(group.rewind, group.schedule, steps_per_epoch) for group in recipe.groups if group.rewind is not None
     }
@@ -53,5 +53,5 @@ def rewind_step(recipe: Recipe, steps_per_epoch: int | None) -> int | None:
 
 
 def _step_of(time: float, schedule: Schedule, steps_per_epoch: int | None) -> int:
-    """Return the step after which a time has come."""
+    """Return the first step at or after a time."""
     return math.ceil(time * ((steps_per_epoch or 1) if schedule.unit == "epochs" else 1) - 1e-6)

@@ -15,12 +15,12 @@ _GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
 
 
 def alps(weight: Tensor, mask: Tensor, n_removed: int, pattern: Pattern, *, gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Choose what to remove from a weight (out, in) by ADMM, and refit what stays. Arguments as for `sparsegpt`.
+    """Choose the removed weights of a layer (out, in) by ADMM, and refit the others. Arguments as for `sparsegpt`.
 
-    Two copies of the weight are drawn together: A, which may be dense, lowers the error of the layer's outputs, and B,
-    which has the wanted zeros, is what A and the multiplier V project to. The penalty on their distance starts low and
-    grows faster while the mask still moves (section 3.2 and appendix B); when it rests, B's mask is the result.
-    Inputs are scaled to the same size first, so that one penalty fits all columns.
+    Two copies of the weight are drawn together. A, dense, lowers the error of the layer's outputs. B, with the wanted
+    zeros, is the projection of A and the multiplier V. The penalty on the distance of A and B starts low and grows
+    faster while the mask still moves (section 3.2 and appendix B); when the mask rests, B has the result. Inputs are
+    scaled to the same size first: one penalty fits all columns.
 
     Meng et al. 2024, arXiv:2406.07831.
     """
@@ -34,9 +34,9 @@ def alps(weight: Tensor, mask: Tensor, n_removed: int, pattern: Pattern, *, gram
     for _ in range(_MAX_ROUNDS):
         for _ in range(_ROUND):
             dense = (target - multiplier + penalty * sparse) @ vectors / (values + penalty) @ vectors.T
-            aim = dense + multiplier / penalty
-            chosen = choose_mask(aim.square(), mask, pattern, n_removed)
-            sparse = aim.masked_fill(~chosen, 0)
+            summed = dense + multiplier / penalty
+            chosen = choose_mask(summed.square(), mask, pattern, n_removed)
+            sparse = summed.masked_fill(~chosen, 0)
             multiplier += penalty * (dense - sparse)
         changed = int((chosen != last).sum()) / max(int(chosen.sum()), 1)
         if changed == 0:

@@ -1,4 +1,4 @@
-"""Random: every weight is as good as another. The baseline that any other method has to beat."""
+"""Random: every weight is as good as another. The baseline of all other methods."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Refit: the kept weights that reproduce a layer's outputs best, for a mask that stays as it is."""
+"""Refit: least-squares values of the kept weights, to reproduce a layer's outputs under a given mask."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _REFINEMENTS, _TOLERANCE = 3, 1e-9
 
 
 def refit(weight: Tensor, mask: Tensor, *, gram: Tensor) -> Tensor:
-    """Return the weight (out, in), zero where the mask is, whose outputs are nearest to those of `weight`.
+    """Return the weight (out, in) under the mask with the outputs nearest to those of `weight`.
 
-    gram is the sum H of x xᵀ over the inputs x, (in, in); 1% of its mean diagonal is added to the diagonal, which draws
-    the result towards `weight` where the data says little. Exact least squares for each row by itself, in float64: of
+    gram is the sum H of x xᵀ over the inputs x, (in, in). Damping draws the result towards `weight` in features with
+    little data. Exact least squares for each row by itself, in float64: of
     its kept weights k and the removed ones r,
 
         w_k + (H_kk)⁻¹ H_kr w_r,   or the same by   w_k - (H⁻¹)_kr ((H⁻¹)_rr)⁻¹ w_r,
@@ -40,9 +40,9 @@ def refit(weight: Tensor, mask: Tensor, *, gram: Tensor) -> Tensor:
 
 
 def _solve_rows(matrix: Tensor, target: Tensor, chosen: Tensor) -> Tensor:
-    """For each row, solve with the rows and columns of a symmetric matrix that are chosen there; elsewhere return 0."""
+    """Solve for the chosen columns of each row, by these rows and columns of a symmetric matrix; 0 elsewhere."""
     n_rows, n_columns = target.shape
-    padded = functional.pad(matrix, (0, 1, 0, 1))  # what rows with fewer choices point at
+    padded = functional.pad(matrix, (0, 1, 0, 1))  # rows with fewer choices point at the last index
     solution = torch.zeros(n_rows, n_columns + 1, dtype=matrix.dtype, device=matrix.device)
     n_chosen = chosen.sum(1)
     rows = n_chosen.argsort(stable=True)
@@ -58,9 +58,9 @@ def _solve_rows(matrix: Tensor, target: Tensor, chosen: Tensor) -> Tensor:
 
 
 class _Factors:
-    """Cholesky's factors, in float32, of parts of a matrix, in memory that is used again and again.
+    """Cholesky factors, in float32, of parts of a matrix, in memory used again for each batch of parts.
 
-    Fresh memory costs a page fault for every 4 KB, which takes longer than what is then done with it.
+    Fresh memory costs a page fault for every 4 KB; they take longer than the work in it.
     """
 
     def __init__(self, padded: Tensor, n_systems: int, largest: int) -> None:
@@ -69,7 +69,7 @@ class _Factors:
         self.memory = self.single.new_empty(max(1, min(n_systems, _BATCH_BYTES // (4 * n_entries))) * n_entries)
 
     def of(self, order: Tensor) -> Tensor:
-        """Return the lower factor of each part, of the rows and columns that a row of `order` lists."""
+        """Return the lower factor of each part; a row of `order` lists the rows and columns of one."""
         n_systems, size = order.shape
         lower = self.memory[: n_systems * size**2].view(n_systems, size, size)
         if self.single.is_cpu and native.available() and size <= _LARGEST_NATIVE:
@@ -81,18 +81,18 @@ class _Factors:
 
 
 def _part(padded: Tensor, rows: Tensor) -> Tensor:
-    """Return the rows and columns of a matrix, the last of which stands for those of the identity."""
+    """Return these rows and columns of a matrix; its last index stands for rows of the identity."""
     part = padded[rows][:, rows]
     part.diagonal().add_(rows == len(padded) - 1)
     return part
 
 
 def _solve_together(factors: _Factors, padded: Tensor, target: Tensor, order: Tensor, real: Tensor) -> Tensor:
-    """Solve one system for each row of `order`, the columns that it is about.
+    """Solve one system for each row of `order`, the list of its columns.
 
-    The systems are factorised in float32, twice as fast, and their solutions refined by what is left of the target,
-    taken in float64, to the digits that a factor in float64 gives; where that does not converge, as where a factor is
-    none, in float64.
+    The systems are factorised in float32, twice as fast. Their solutions are refined by the rest of the target, in
+    float64, to the digits of a factor in float64. If that does not converge, or a factor does not exist, all is
+    factorised in float64.
     """
     scale = target.abs().amax(1, keepdim=True)
     for single in (True, False):

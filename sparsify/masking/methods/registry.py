@@ -41,7 +41,7 @@ TRAINING_STATISTICS: dict[str, str] = {
     "curvature": "the Hessian of the loss times its gradient",
 }
 
-#: Methods whose scores are compared within a row only.
+#: Methods with scores compared within a row only.
 BY_ROW = ("wanda",)
 
 #: `(weight, mask, n_removed, pattern, *, gram) -> weight, mask`; see `sparsegpt`.
@@ -49,7 +49,7 @@ SOLVERS: dict[str, Solver] = {"sparsegpt": sparsegpt, "alps": alps}
 
 
 def resolve_method(method: str | Method) -> Method:
-    """Return the function behind the name of a method that gives scores; a function is returned as it is."""
+    """Return the function of a method with scores, by its name; a function is returned as it is."""
     if callable(method):
         return method
     if method in SOLVERS:
@@ -73,7 +73,7 @@ def takes_seed(method: str | Method) -> bool:
 
 
 def required_statistics(method: str | Method) -> set[str]:
-    """Return the TRAINING_STATISTICS that a method takes."""
+    """Return the names of a method's TRAINING_STATISTICS."""
     return {key for key in TRAINING_STATISTICS if takes(method, key)}
 
 

@@ -28,9 +28,9 @@ def score(
 ) -> Tensor:
     """Score the weight (out, in) of the layer called `name`.
 
-    gram: the Gram matrix (in, in), for methods that take calibration data
-    statistics: by name, for methods that take TRAINING_STATISTICS
-    seed: for methods that draw; mixed with the name, so that layers of one shape do not get one mask
+    gram: the Gram matrix (in, in), for calibrated methods
+    statistics: by name, for methods with TRAINING_STATISTICS
+    seed: for methods with random numbers; mixed with the name: layers of one shape get different masks
 
     Raises ValueError if the data or the statistics of the method are missing, if the weight or a score is not finite,
     or if the scores have another shape.
@@ -76,7 +76,7 @@ def check_finite(name: str, weight: Tensor) -> None:
 
 
 def check_memory(name: str, weight: Tensor) -> None:
-    """Raise ValueError, naming the layer, if entries of a weight share memory, so that none can be set alone."""
+    """Raise ValueError, naming the layer, if entries of a weight share memory: none can be set alone."""
     if any(stride == 0 and size > 1 for size, stride in zip(weight.shape, weight.stride(), strict=True)):
         where = f"{name}: " if name else ""
         raise ValueError(

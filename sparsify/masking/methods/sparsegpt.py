@@ -10,20 +10,21 @@ from torch import Tensor
 from sparsify.masking.gram import add_damping
 from sparsify.masking.patterns import Pattern, choose_mask, unit_any
 
-BLOCK = 128  # columns whose masks are chosen at once, and whose errors reach the columns behind them in one product
+BLOCK = 128  # columns with masks chosen at once; one product carries their errors to the columns behind
 
 
 def sparsegpt(weight: Tensor, mask: Tensor, n_removed: int, pattern: Pattern, *, gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Choose what to remove from a weight (out, in), and change what stays so that the outputs change little.
+    """Choose the removed weights of a layer (out, in), and change the others to keep its outputs.
 
-    mask is the present one: what it removes stays removed, and its units count among the n_removed. gram is the sum of
-    x xᵀ over the inputs x, (in, in); 1% of its mean diagonal is added to the diagonal. Returns the new weight, float64,
-    and mask.
+    mask: the present one; its removed weights stay removed, and its units count among the n_removed
+    gram: the sum of x xᵀ over the inputs x, (in, in); damping is added to its diagonal
 
-    With H = R Rᵀ, R upper triangular, and U = R⁻¹, the inverse of H without its first j rows and columns is that of
-    UᵀU, so one factor serves all columns. Removing w in column j costs w² / U_jj²; the columns behind get
+    Returns the new weight, float64, and mask.
+
+    With H = R Rᵀ, R upper triangular, and U = R⁻¹, the inverse of H without its first j rows and columns is the same
+    part of UᵀU: one factor serves all columns. Removing w in column j costs w² / U_jj²; the columns behind get
     w / U_jj times row j of U subtracted (sections 3.2 to 3.4). The removed units are spread over the blocks of columns
-    in proportion to what each block has left; N:M is chosen group by group.
+    in proportion to the kept units of each; N:M is chosen group by group.
 
     Frantar and Alistarh 2023, arXiv:2301.00774.
     """
@@ -66,7 +67,7 @@ def _inverse_lower(lower: Tensor) -> Tensor:
 
 
 def _blocks(mask: Tensor, n_removed: int, pattern: Pattern) -> Iterator[tuple[int, int, int]]:
-    """Cut the columns into blocks: first and last column, and how many units are removed in between."""
+    """Yield the blocks of columns: the first column, the end, and the number of removed units in between."""
     n_columns = mask.shape[1]
     width = pattern.group or pattern.unit_shape(mask.shape)[1]
     step = max(width, BLOCK // width * width)

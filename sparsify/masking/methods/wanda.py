@@ -1,4 +1,4 @@
-"""Wanda: a weight is worth its size times the size of the input that it multiplies."""
+"""Wanda: a weight is worth its size times the size of its input."""
 
 from torch import Tensor
 
