@@ -280,7 +280,7 @@ def _fill(names: Names, tensors: Mapping[str, Tensor], undo: Transaction) -> Non
     elif not on_meta:
         n_uses = Counter(id(tensor) for tensor in state.values())  # of names that were tied in the file
         for name, place in {id(place): (name, place) for name, place in places.items()}.values():
-            undo.drop_and_grow(place, state[name] if n_uses[id(state[name])] == 1 else state[name].clone())
+            undo.exchange(place, state[name] if n_uses[id(state[name])] == 1 else state[name].clone())
         state = {name: place.detach() for name, place in places.items()}
     names.load(state, assign=on_meta)
     for (first, first_key), *others in tied.values():

@@ -1,4 +1,4 @@
-"""From a dense model to one whose layers can be pruned, and back. Which modules convert, and how, is in kinds/."""
+"""Convert a dense model into one with masked layers, and back. converters/ has the rules for each type of module."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from sparsify.layers import MaskedLayer, PackedLayer, Tied
 from sparsify.layers.copies import warn_stale
 from sparsify.layers.fsdp import data_or_shape, refuse_flattened
 from sparsify.layers.functional_module import Functional
-from sparsify.layers.functional_module import undo as undo_layout
+from sparsify.layers.functional_module import undo as undo_unfuse
 from sparsify.layers.inference_mode import making_tensors
 from sparsify.layers.tied import tie, untie
 from sparsify.layers.transposed import Transposed
@@ -38,11 +38,13 @@ from sparsify.layers.transposed import Transposed
 
 @dataclass(frozen=True)
 class Plan:
-    """What `convert` would do.
+    """The changes of a `convert` before they are made.
 
-    swap: the modules it changes, and how. already: the chosen layers that are masked. left: those left dense, and why.
-    weights: the matrix (out_features, in_features) of every chosen layer that is masked, or will be.
-    shared: the modules that will use the weight and mask of another, and of which.
+    swap: the modules to change, each with its converter.
+    already: the chosen layers with a mask from before.
+    left: the modules left dense, each with the reason.
+    weights: the matrix (out_features, in_features) of every chosen layer, masked now or by this plan.
+    shared: the modules to be tied to a masked layer, each with the name of that owner.
     """
 
     swap: dict[str, Converter]
@@ -66,25 +68,25 @@ def convert(
     Nothing is pruned yet: all outputs stay as they were, bit for bit, and so do Parameter objects, names, devices,
     dtypes, flags and hooks. An nn.MultiheadAttention becomes a `UnfusedAttention` first, which adds up in another
     order: its outputs stay the same up to rounding. A Linear pruned by torch.nn.utils.prune or torch.ao.pruning keeps
-    its mask. Layers are chosen by globs over their names, "re:" patterns, or module types; see
-    `sparsify.layer_names.Selector`. `types` says which kinds of modules are
-    converted at all, by their dense type (default: every kind that is nothing but linear maps).
+    its mask. A subclass of nn.Linear without methods of its own is converted too, and comes back as nn.Linear. The
+    adapters of peft (LoRA) stay dense; the layers under them convert.
 
-    A subclass of nn.Linear without methods of its own is converted too, and comes back as nn.Linear. The adapters of
-    peft (LoRA) are left alone, the layers they are added to are not.
-    tied: what to do with a weight that other modules use too, such as an output head that shares its Embedding's:
-    "error", "skip" (it stays dense) or "share": the first linear layer among them gets the mask, and the other places
-    use the same masked weight.
+    include, exclude: layers by globs over their names, "re:" patterns, or module types; see
+        `sparsify.layer_names.Selector`.
+    types: the dense types to convert at all (default: every type made of linear maps only).
+    tied: for a weight used by several modules, such as an output head and its Embedding:
+        "error": raise ValueError.
+        "skip": leave the weight dense.
+        "share": the first linear layer among them gets the mask, and the others use the same masked weight.
+    functional: also convert Parameters multiplied by a module's own code, in F.linear(x, self.weight),
+        x @ self.weight and their like, found with torch.fx. Such a Parameter becomes a layer with its name and
+        "_layer", the code stays as it is, and a dense state_dict still loads. Modules with untraceable code stay dense.
 
-    functional=True also converts Parameters that a module's own code multiplies, in F.linear(x, self.weight),
-    x @ self.weight and their like, found with torch.fx; what cannot be traced is named. Such a Parameter becomes a
-    layer with its name and "_layer", the code stays as it is, and a dense state_dict still loads.
-
-    Layers that cannot be swapped stay dense, and one LeftDenseWarning names them and their share of the parameters. It
-    also names weights that are in no layer of a kind that converts (recurrent layers, convolutions, experts, einsum),
-    if these are the majority and neither `types` nor `include` says what to take.
-    Raises ValueError, before anything is changed, for a selector that matches nothing, for a weight shared with another
-    module, and if there is nothing to convert.
+    One LeftDenseWarning names the layers that stay dense because they cannot be swapped, and their share of the
+    parameters. It also names weights outside of all convertible layers (recurrent layers, convolutions, experts,
+    einsum), if they are the majority and neither `types` nor `include` is given.
+    Raises ValueError, before any change, for a selector without a match, for a weight shared with another module, and
+    for a model with nothing to convert.
 
     >>> convert(nn.Sequential(nn.Linear(4, 3), nn.ReLU()))[0]
     SparseLinear(in_features=4, out_features=3, bias=True, sparsity=0)
@@ -105,15 +107,15 @@ def convert(
 
 
 def _swap(model: nn.Module, plan: Plan, undo: Transaction) -> None:
-    """Do what a plan says."""
+    """Carry out a plan."""
     modules = dict(model.named_modules())
-    for name in plan.swap:  # a mask of torch's zeroes the weight that it was laid over
+    for name in plan.swap:  # set_mask zeroes a weight pruned by torch
         undo.keep(p for key, p in modules[name].named_parameters() if key.endswith(("_orig", ".original")))
     for name, converter in plan.swap.items():
         replace_in_place(modules[name], converter.to_sparse(modules[name]))
     for name in plan.weights:
         layer = model.get_submodule(name)
-        if not isinstance(layer, MaskedLayer) and (inner := converter_for(layer)):  # in a module that was only laid out
+        if not isinstance(layer, MaskedLayer) and (inner := converter_for(layer)):  # in an unfused module
             replace_in_place(layer, inner.to_sparse(layer))
     for name, owner in plan.shared.items():
         masked = modules[owner]
@@ -130,7 +132,7 @@ def plan_convert(
     tied: str = "error",
     functional: bool = False,
 ) -> Plan:
-    """Say what `convert` would do with the same arguments, and raise what it would raise; the model is not touched."""
+    """Return the plan of `convert` for the same arguments, with the same errors; the model is not changed."""
     owners, left = _owners(model, select_converters(types), functional)
     readers = {
         id(child): f"{type(owner).__name__} reads its weight directly"
@@ -179,10 +181,10 @@ def plan_convert(
 
 
 def to_dense(model: Model) -> Model:
-    """Turn every converted or exported layer into what it was before, with zeros, in place, and return the model.
+    """Turn every converted or exported layer back into its dense type, with zeros, in place, and return the model.
 
-    Masked weights become zero even in the middle of a schedule that would bring them back. Raises ValueError, before
-    anything is changed, for a layer that torch parametrized, pruned or quantized since it was converted.
+    Masked weights become zero even in the middle of a schedule. Raises ValueError, before any change, for a layer
+    parametrized, pruned or quantized by torch since `convert`.
 
     >>> to_dense(convert(nn.Sequential(nn.Linear(4, 3))))[0]
     Linear(in_features=4, out_features=3, bias=True)
@@ -205,8 +207,8 @@ def to_dense(model: Model) -> Model:
         for converter in converters():
             for module in layers_of_type(model, converter.sparse).values():
                 replace_in_place(module, converter.to_dense(module))
-        for laid_out in layers_of_type(model, Functional).values():
-            replace_in_place(laid_out, undo_layout(laid_out))
+        for unfused in layers_of_type(model, Functional).values():
+            replace_in_place(unfused, undo_unfuse(unfused))
         for module in model.modules():
             module.__dict__.pop("choice", None)  # of a form that the layer no longer has
     return model
@@ -229,7 +231,7 @@ def masks_from_zeros(
                 f"{name}: the weight is on the meta device and has no data; load the model's weights first"
             )
     for layer in layers.values():
-        layer.set_mask((layer.weight_matrix != 0) & layer.matrix(layer.mask))  # a masked weight is zero, whatever it is
+        layer.set_mask((layer.weight_matrix != 0) & layer.matrix(layer.mask))  # masked is zero
     return model
 
 
@@ -251,9 +253,9 @@ def sparse_layers(
 def _owners(
     model: nn.Module, chosen: Sequence[Converter], functional: bool
 ) -> tuple[dict[str, tuple[str, nn.Module, Converter | None]], dict[str, str]]:
-    """Return every layer that is masked or may become so, by name: the module it is in, and that module's kind.
+    """Return every masked or convertible layer by name, with its module's name, that module and the converter.
 
-    And the modules whose own code cannot be read, with the reason.
+    The second dict has the modules with untraceable code, each with the reason.
     """
     owners: dict[str, tuple[str, nn.Module, Converter | None]] = {}
     unread: dict[str, str] = {}
@@ -264,17 +266,17 @@ def _owners(
         if isinstance(module, MaskedLayer):
             owners[name] = name, module, None
             continue
-        found = [
+        matching = [
             converter
             for converter in chosen
             if isinstance(module, converter.dense) and not isinstance(module, converter.sparse)
         ]
         if functional and converter_for(module) is None and name not in owners:
             try:
-                found += [converter] if (converter := functional_kind(module)) else []
+                matching += [converter] if (converter := functional_kind(module)) else []
             except ValueError as error:
                 unread[name] = str(error)
-        for converter in found if name not in owners else ():
+        for converter in matching if name not in owners else ():
             owners |= {join(name, layer): (name, module, converter) for layer in converter.layers(module)}
     return owners, unread
 

@@ -1,7 +1,7 @@
-"""Foreign masks: those of torch.nn.utils.prune and torch.ao.pruning; and adapters and packed weights of other tools.
+"""Foreign masks, of torch.nn.utils.prune and torch.ao.pruning; checks for adapters and weights of other tools.
 
-`convert` calls `parameter_and_mask` on each layer, so models pruned by torch's own tools just convert. Zeros are no
-mask by themselves (a fresh bias-free layer may hold some): `masks_from_zeros` is asked for.
+`convert` calls `parameter_and_mask` on each layer, so models pruned by torch's own tools just convert. Zeros alone are
+no mask (any weight may have some): only `masks_from_zeros` makes a mask of them.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from sparsify.layers.fsdp import is_sharded
 
 
 class MaskedParts(NamedTuple):
-    """A weight taken apart: its own Parameter, and the mask another tool holds over it."""
+    """The Parameter of a weight, and another tool's mask over it."""
 
     weight: nn.Parameter
     mask: Tensor | None
 
 
 def parameter_and_mask(module: nn.Module, key: str = "weight") -> MaskedParts:
-    """Return the Parameter behind a weight of a module, and its mask if torch pruned it or its user keeps one.
+    """Return the Parameter behind a weight of a module, and its mask from torch's pruning or the user's buffer.
 
-    Raises ValueError, saying why, if the weight is computed in another way, or the bias is no Parameter either.
+    Raises ValueError, with the reason, for a weight computed in another way, and for a bias that is no Parameter.
     """
     if parametrize.is_parametrized(module):
         return _from_fake_sparsity(module)
@@ -46,7 +46,7 @@ def parameter_and_mask(module: nn.Module, key: str = "weight") -> MaskedParts:
 
 
 def check_plain(module: nn.Module, dense: type[nn.Module], name: str) -> None:
-    """Raise ValueError, saying why, if a module may compute something else than `dense`, the type called `name`."""
+    """Raise ValueError, with the reason, if a module may compute anything but `dense`, called `name` in the message."""
     own = plain_type(module)
     if own is not dense:
         raise ValueError(f"it is a {own.__name__}, a subclass of {name} that may compute something else")
@@ -54,21 +54,22 @@ def check_plain(module: nn.Module, dense: type[nn.Module], name: str) -> None:
 
 
 def check_forward(module: nn.Module) -> None:
-    """Raise ValueError, saying why, if a module's forward is not that of its class."""
+    """Raise ValueError, with the reason, if a module's forward is not its class's own."""
     if hasattr(module, "_hf_hook"):
         raise ValueError(
             "accelerate has put a hook on it (device_map, offloading), which replaces its forward and may hold its "
             "weight; take the hooks off first, with accelerate.hooks.remove_hook_from_module(model, recurse=True)"
         )
-    forward = module.__dict__.get("forward")  # accelerate leaves that of the class there when it takes its hooks off
+    forward = module.__dict__.get("forward")  # accelerate's removal of its hooks leaves the class's own there
     if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
         raise ValueError("its forward was replaced on the instance")
 
 
 def check_names(module: nn.Module, dense: type[nn.Module], *becomes: type[nn.Module], needs: Collection[str]) -> None:
-    """Raise ValueError, naming it, if something that a user put on a module has a name that the new layer needs.
+    """Raise ValueError, with the name, if anything put on a module by its user has a name needed by the new layer.
 
-    Such are the attributes of the classes in `becomes`, beyond those of `dense`, and what their instances need besides.
+    becomes: the classes of the layer's later life; their attributes, beyond those of `dense`, are needed.
+    needs: further names, of attributes of their instances.
     """
     own = {name for kind in dense.__mro__ for name in (*dir(kind), *vars(kind).get("__annotations__", ()))}
     names = {name for kind in becomes for name in dir(kind)} - own | set(needs)
@@ -81,7 +82,7 @@ def check_names(module: nn.Module, dense: type[nn.Module], *becomes: type[nn.Mod
 
 
 def check_plain_parameter(weight: Tensor) -> None:
-    """Raise ValueError, saying why, if a Parameter is not plain numbers: sharded, quantized, complex."""
+    """Raise ValueError, with the reason, if a Parameter is not plain numbers: sharded, quantized, complex."""
     if is_sharded(weight):
         raise ValueError(
             "its weight is sharded (a DTensor); convert the model before fully_shard or parallelize_module"
@@ -95,7 +96,7 @@ def check_plain_parameter(weight: Tensor) -> None:
 
 
 def check_shapes(weight: Tensor, bias: Tensor | None, n_dims: int, n_outputs: int) -> None:
-    """Raise ValueError, saying why, if a weight and a bias do not have the shapes that their layer needs."""
+    """Raise ValueError, with the reason, if a weight or a bias has not the shape needed by its layer."""
     if weight.ndim != n_dims:
         raise ValueError(f"its weight has the shape {tuple(weight.shape)}, where {n_dims} dimensions are needed")
     if bias is not None and bias.shape != (n_outputs,):
@@ -103,9 +104,9 @@ def check_shapes(weight: Tensor, bias: Tensor | None, n_dims: int, n_outputs: in
 
 
 def check_converted(layer: nn.Module) -> None:
-    """Raise ValueError, saying why and the way out, if a layer's weight or bias is no longer a Parameter of its own.
+    """Raise ValueError, with the reason and the way out, unless a layer's weight and bias are still its Parameters.
 
-    So it is where torch parametrized, pruned or quantized the layer after convert. A sharded weight passes.
+    They are not after torch has parametrized, pruned or quantized the layer. A sharded weight passes.
     """
     weight, mask = parameter_and_mask(layer)
     if mask is not None:
@@ -122,7 +123,7 @@ def check_converted(layer: nn.Module) -> None:
 
 
 def peft_adapters(model: nn.Module) -> set[nn.Module]:
-    """Return the modules that peft put beside the layers it wraps: low-rank deltas, not to be pruned."""
+    """Return the adapters put beside wrapped layers by peft: low-rank deltas, not to be pruned."""
     peft: Any = sys.modules.get("peft.tuners.tuners_utils")
     wrapped = [m for m in model.modules() if peft and isinstance(m, peft.BaseTunerLayer)]
     beside = [child for layer in wrapped for name, child in layer.named_children() if name != "base_layer"]
@@ -130,9 +131,9 @@ def peft_adapters(model: nn.Module) -> set[nn.Module]:
 
 
 def pruned_by_torch(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the name of each tensor of a module that torch.nn.utils.prune computes, and what it is now.
+    """Yield the name and present value of each tensor of a module computed by torch.nn.utils.prune.
 
-    The attribute of that name is only as new as the last call of the module.
+    The module's attribute of the same name is only as new as its last call.
     """
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, BasePruningMethod):
@@ -143,7 +144,7 @@ def pruned_by_torch(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def remove_prune_hook(module: nn.Module, key: str = "weight") -> None:
-    """Drop the hook by which torch.nn.utils.prune recomputes a weight, and the attribute it writes."""
+    """Drop torch.nn.utils.prune's hook for a weight, and the attribute written by the hook."""
     for number, hook in list(module._forward_pre_hooks.items()):
         if isinstance(hook, BasePruningMethod) and hook._tensor_name == key:
             del module._forward_pre_hooks[number]
@@ -162,7 +163,7 @@ def _from_fake_sparsity(module: nn.Module) -> MaskedParts:
 
 
 def _own_mask(module: nn.Module) -> Tensor | None:
-    """Return the mask in a module's buffer `mask`, if the weight follows it already."""
+    """Return the mask in a module's buffer `mask`. Raises ValueError unless the weight follows this mask."""
     mask = own_mask(module)
     if mask is None:
         return None
@@ -174,7 +175,7 @@ def _own_mask(module: nn.Module) -> Tensor | None:
 
 
 def _not_a_parameter(module: nn.Module, key: str) -> str:
-    """Say what a weight or bias is that is not among a module's Parameters."""
+    """Return the reason why a weight or bias is not among a module's Parameters, with the way out."""
     if key in module._buffers:
         return f"its {key} is a buffer, not a Parameter"
     if f"{key}_orig" in module._parameters and f"{key}_mask" in module._buffers:
@@ -188,7 +189,7 @@ def _not_a_parameter(module: nn.Module, key: str) -> str:
 
 
 def _is_fake_sparsity(module: nn.Module) -> bool:
-    """Know torch.ao.pruning's parametrization by its name: importing that package is slow, and it may go away."""
+    """Return whether a module is torch.ao.pruning's parametrization, known by name: that package is slow to import."""
     return type(module).__name__ == "FakeSparsity" and isinstance(getattr(module, "mask", None), Tensor)
 
 

@@ -1,4 +1,4 @@
-"""The notice of what stays dense: layers that cannot convert, and weights that are in no layer of a kind that does."""
+"""The notice about weights that stay dense: in layers that cannot convert, and outside of all convertible layers."""
 
 from __future__ import annotations
 
@@ -11,38 +11,39 @@ from sparsify.conversion.foreign_masks import peft_adapters
 from sparsify.conversion.module_surgery import plain_type
 from sparsify.layers import MaskedLayer, PackedLayer, Tied
 
-#: Tables of rows that are looked up, and never multiplied: nobody expects them to be pruned.
+#: Tables with looked-up rows and no product: nobody expects them to be pruned.
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
 
 
 def notice(model: nn.Module, left: Mapping[str, str], uncovered: Collection[str], functional: bool) -> str:
-    """Return what stays dense and how much of the model that is; "" if there is nothing to say.
+    """Return the notice about weights that stay dense, with their share of the model; "" if there are none.
 
-    left: layers that cannot convert, and why. uncovered: modules with weights of no kind that converts.
+    left: layers that cannot convert, each with the reason.
+    uncovered: modules with weights outside of all convertible layers.
     """
     modules, total = dict(model.named_modules()), max(_n_parameters(model.parameters()), 1)
-    said = []
+    sentences = []
     if left:
         share = _n_parameters(p for name in left for p in modules[name].parameters()) / total
         names = [f"{name or '(root)'} ({why})" for name, why in left.items()]
         count = "1 layer stays" if len(left) == 1 else f"{len(left)} layers stay"
-        said.append(f"{count} dense, {share:.1%} of the parameters: {_first(names)}")
+        sentences.append(f"{count} dense, {share:.1%} of the parameters: {_first(names)}")
     if uncovered:
         share = _n_parameters(p for name in uncovered for p in _weights(modules[name])) / total
         by_size = sorted(uncovered, key=lambda name: -_n_parameters(_weights(modules[name])))
         names = [_called(name, modules) for name in by_size]
-        said.append(
+        sentences.append(
             f"most weights stay dense, {share:.1%} of the parameters, as no layer that converts has them: "
             + f"{_first(names)}{_hint([modules[name] for name in uncovered], functional)}"
         )
-    return ". ".join(said)
+    return ". ".join(sentences)
 
 
 def uncovered(model: nn.Module, taken: Iterable[Tensor], left: Iterable[str]) -> tuple[str, ...]:
-    """Return the modules with weights that no kind covers, by name, if those weights are the model's majority.
+    """Return the names of modules with weights outside of all convertible layers, if these are the majority.
 
     A weight is a Parameter of two or more dimensions, outside of embeddings and adapters. Majority: more weights than
-    in all layers of the kinds that convert by default, whether they were chosen or not, and in those `taken` or `left`.
+    in `taken`, in `left`, and in all layers that convert by default, chosen or not.
     """
     modules = dict(model.named_modules())
     known = {_memory(weight) for weight in taken}
@@ -53,7 +54,7 @@ def uncovered(model: nn.Module, taken: Iterable[Tensor], left: Iterable[str]) ->
         ours = isinstance(module, (MaskedLayer, PackedLayer, Tied, *_TABLES)) or module in beside
         if ours or (converter is not None and converter.by_default):
             known |= {_memory(p) for p in module.parameters()}
-    found = {
+    weights_outside = {
         name: rest
         for name, module in modules.items()
         if (rest := [p for p in _weights(module) if _memory(p) not in known])
@@ -62,8 +63,8 @@ def uncovered(model: nn.Module, taken: Iterable[Tensor], left: Iterable[str]) ->
     weights = (p for module in modules.values() for p in _weights(module))
     n_known = _n_parameters(p for p in weights if _memory(p) in known - tables)
     n_known += sum(module.shape[0] * module.shape[1] for module in modules.values() if isinstance(module, PackedLayer))
-    n_found = _n_parameters(p for rest in found.values() for p in rest)
-    return tuple(found) if n_found > n_known else ()
+    n_outside = _n_parameters(p for rest in weights_outside.values() for p in rest)
+    return tuple(weights_outside) if n_outside > n_known else ()
 
 
 def _weights(module: nn.Module) -> list[nn.Parameter]:
@@ -73,13 +74,13 @@ def _weights(module: nn.Module) -> list[nn.Parameter]:
 
 
 def _called(name: str, modules: Mapping[str, nn.Module]) -> str:
-    """Return a module's name and type; of what torch put below a parametrized one, those of that module."""
+    """Return a module's name and type, or those of the parametrized module around it."""
     owner = name.partition(".parametrizations")[0]
     return f"{owner or '(root)'} ({plain_type(modules[owner]).__name__})"
 
 
 def _hint(modules: Collection[nn.Module], functional: bool) -> str:
-    """Return which options would take some of these modules."""
+    """Return the options that would convert some of these modules, as a clause."""
     hints = []
     if any(isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) for module in modules):
         hints.append("types=[torch.nn.Linear, torch.nn.Conv2d] takes 1x1 convolutions")
@@ -94,10 +95,10 @@ def _first(names: list[str]) -> str:
 
 
 def _memory(tensor: Tensor) -> int:
-    """Return by what the memory behind a tensor is known, on any device."""
+    """Return an identity of the memory behind a tensor, on any device."""
     return int(tensor.untyped_storage()._cdata) if type(tensor) in (Tensor, nn.Parameter) else id(tensor)
 
 
 def _n_parameters(parameters: Iterable[Tensor]) -> int:
-    """Count parameters, each once, and none where a lazy one has no shape yet."""
+    """Count parameters, each once, without lazy ones of no shape yet."""
     return sum(p.numel() for p in set(parameters) if not isinstance(p, nn.UninitializedParameter))

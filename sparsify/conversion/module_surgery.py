@@ -1,8 +1,7 @@
-"""Modules changed in place, and a model copied with some of them changed.
+"""Module surgery: modules changed in place, and a model copied with some modules changed.
 
-A changed module is the same object as before: its class and its contents change, its place does not. So hooks,
-optimizers, shared uses, references from outside and even a root that is itself a layer need no special case
-(torch.nn.utils.parametrize changes classes in the same way).
+A changed module is the same object with another class and contents. So hooks, optimizers, shared uses, references from
+outside and even a layer as the root need no special case (torch.nn.utils.parametrize changes classes in the same way).
 """
 
 from __future__ import annotations
@@ -18,16 +17,16 @@ from sparsify.layers import MaskedLayer, PackedLayer, Tied, UnfusedAttention
 from sparsify.layers.inference_mode import making_tensors, writing_to
 from sparsify.layers.transposed import Transposed
 
-#: State by which a dense layer holds its weight and bias: plain, parametrized, or pruned by torch.
+#: State with the weight and bias of a dense layer: plain, parametrized, or pruned by torch.
 _OF_DENSE = frozenset({"weight", "bias", "weight_orig", "weight_mask", "parametrizations"})
 _OF_PACKED = frozenset({"bias"} | {part for parts in FORMS.values() for part in parts})
 _OF_ATTENTION = frozenset(
     {f"{layer}_weight{end}" for layer in ("in_proj", "q_proj", "k_proj", "v_proj") for end in ("", "_orig", "_mask")}
     | {"out_proj", "in_proj_bias", "bias_k", "bias_v", "parametrizations"}
 )
-_OF_LAYERED = frozenset({"in_proj", "q_proj", "k_proj", "v_proj", "out_proj", "in_proj_bias", "bias_k", "bias_v"})
+_OF_UNFUSED = frozenset({"in_proj", "q_proj", "k_proj", "v_proj", "out_proj", "in_proj_bias", "bias_k", "bias_v"})
 
-#: Attributes of our layers that are no user's, and that mean nothing on what the layer becomes.
+#: Attributes of our layers that are no user's, and have no meaning after a change of the layer's type.
 _OURS: dict[type[nn.Module], tuple[str, ...]] = {
     MaskedLayer: ("masked_mode", "accumulator", "training_kernels", "origins", "n_set"),
     PackedLayer: ("in_features", "out_features", "n_kept", "wanted_form", "form", "activation", "masked_type"),
@@ -44,9 +43,9 @@ def layers_of_type(model: nn.Module, kind: type[Layer]) -> dict[str, Layer]:
 
 
 def replace_in_place(module: nn.Module, new: nn.Module) -> None:
-    """Let `module` be what `new` is, keeping its own hooks and whatever a user put on it: attributes, state, children.
+    """Give `module` the class and contents of `new`, and keep its hooks and the user's attributes, state and children.
 
-    What `new` has under the same name counts.
+    Where both have a name, the value of `new` counts.
     """
     state = {**_extra(module), **new.__dict__, **_own_state(module)}
     for key, put in beside(module).items():
@@ -58,29 +57,29 @@ def replace_in_place(module: nn.Module, new: nn.Module) -> None:
 
 
 def beside(module: nn.Module) -> dict[str, dict[str, Any]]:
-    """Return what is on a layer beside its weight and bias: _parameters, _buffers and _modules that a user put there.
+    """Return a user's own _parameters, _buffers and _modules on a layer, beside its weight and bias.
 
-    Empty for modules other than layers: what they become takes all over by itself.
+    Empty for modules other than layers: their converters copy all state by themselves.
     """
     own = _state_of(module)
-    converters = ("_parameters", "_buffers", "_modules") if own else ()
-    return {kind: {key: value for key, value in module.__dict__[kind].items() if key not in own} for kind in converters}
+    tables = ("_parameters", "_buffers", "_modules") if own else ()
+    return {table: {key: value for key, value in module.__dict__[table].items() if key not in own} for table in tables}
 
 
 def own_mask(module: nn.Module) -> Tensor | None:
-    """Return the mask that a user keeps for a dense layer: a buffer `mask` of its weight's shape."""
+    """Return the user's own mask of a dense layer: a buffer `mask` of its weight's shape."""
     mask, weight = module._buffers.get("mask"), module._parameters.get("weight")
     return mask if mask is not None and weight is not None and mask.shape == weight.shape else None
 
 
 def put_on(module: nn.Module) -> dict[str, Any]:
-    """Return all that a user may have put on a layer, by name: attributes, class attributes, state and children."""
+    """Return everything on a layer from its user, by name: attributes, class attributes, state and children."""
     attributes = {key: value for key, value in _extra(module).items() if f"{key}_orig" not in module._parameters}
     return attributes | {key: value for put in beside(module).values() for key, value in put.items()}
 
 
 def plain_type(module: nn.Module) -> type[nn.Module]:
-    """Return a module's class; of a parametrized one the class that it had before, which torch hides behind its own."""
+    """Return a module's class; for a parametrized one the class before torch put its own over it."""
     return type(module).__mro__[1] if parametrize.is_parametrized(module) else type(module)
 
 
@@ -95,7 +94,7 @@ def copy_replacing(model: Model, replacements: dict[nn.Module, nn.Module], *, sh
     """Copy a model, with some modules replaced; every other tensor is a copy, or a new tensor over the same memory.
 
     Either way converting the copy (`.half()`, `.to()`) leaves the original alone. A replacement gets copies of the
-    hooks and attributes of the module it stands for. Raises ValueError if a module cannot be copied.
+    hooks and attributes of its original. Raises ValueError if a module cannot be copied.
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
@@ -118,7 +117,7 @@ def copy_replacing(model: Model, replacements: dict[nn.Module, nn.Module], *, sh
 
 
 def _alias(tensor: Tensor) -> Tensor:
-    """Return another tensor over the same memory; of a class that is not torch's own, the tensor itself."""
+    """Return another tensor over the same memory, or the tensor itself if its class is not torch's own."""
     if type(tensor) is nn.Parameter:
         with writing_to(tensor):
             return nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
@@ -126,40 +125,44 @@ def _alias(tensor: Tensor) -> Tensor:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    """Return a copy that can be trained; of a class that is not torch's own, the tensor itself."""
+    """Return a trainable copy, or the tensor itself if its class is not torch's own."""
     if type(tensor) not in (nn.Parameter, Tensor):
         return tensor
     stretched = [n > 1 and stride == 0 for n, stride in zip(tensor.shape, tensor.stride(), strict=True)]
     with making_tensors():
         once = tensor.detach()[tuple(slice(1) if is_stretched else slice(None) for is_stretched in stretched)]
-        copied = once.clone().expand(tensor.shape)  # what was expanded takes no more memory than before
+        copied = once.clone().expand(tensor.shape)  # expanded like the original: no more memory
         return nn.Parameter(copied, tensor.requires_grad) if type(tensor) is nn.Parameter else copied
 
 
 def _extra(module: nn.Module) -> dict[str, Any]:
-    """Return what is on a module beyond what every module has: its class's own attributes, and the user's."""
+    """Return a module's attributes beyond those of every module: its class's own data, and the user's."""
     ours = next((names for kind, names in _OURS.items() if isinstance(module, kind)), ())
-    not_kept = {*nn.Module().__dict__, *ours, "forward"}  # the latter only where it is that of the class
-    found = _class_data(plain_type(module)) if _state_of(module) else {}
-    return found | {key: value for key, value in module.__dict__.items() if key not in not_kept}
+    not_kept = {
+        *nn.Module().__dict__,
+        *ours,
+        "forward",
+    }  # a forward on the instance is the class's own here (check_forward)
+    class_data = _class_data(plain_type(module)) if _state_of(module) else {}
+    return class_data | {key: value for key, value in module.__dict__.items() if key not in not_kept}
 
 
 def _class_data(kind: type[nn.Module]) -> dict[str, Any]:
-    """Return the data in a user's own subclass of a layer; what the layer becomes is of another class."""
-    found: dict[str, Any] = {}
+    """Return the data in a user's own subclass of a layer, lost otherwise with the change of class."""
+    data: dict[str, Any] = {}
     for ancestor in kind.__mro__:
         if ancestor.__module__.partition(".")[0] in ("torch", "sparsify"):
             break
         own = {name: value for name, value in vars(ancestor).items() if not name.startswith(("__", "_abc_"))}
-        data = {key: value for key, value in own.items() if not callable(value) and not hasattr(value, "__get__")}
-        found = data | found
-    return found
+        plain = {key: value for key, value in own.items() if not callable(value) and not hasattr(value, "__get__")}
+        data = plain | data
+    return data
 
 
 def _state_of(module: nn.Module) -> frozenset[str]:
-    """Return the names of the Parameters, buffers and children that make a layer what it is; empty if it is none."""
+    """Return the names of the Parameters, buffers and children of a layer by its type; empty for other modules."""
     if isinstance(module, nn.MultiheadAttention):
-        return _OF_LAYERED if isinstance(module, UnfusedAttention) else _OF_ATTENTION
+        return _OF_UNFUSED if isinstance(module, UnfusedAttention) else _OF_ATTENTION
     if isinstance(module, PackedLayer):
         return _OF_PACKED
     if isinstance(module, MaskedLayer):
@@ -170,7 +173,7 @@ def _state_of(module: nn.Module) -> frozenset[str]:
 
 
 def _not_persistent(old: nn.Module, new: nn.Module) -> set[str]:
-    """Return which buffers stay out of a state_dict when `old` becomes `new`."""
+    """Return the names of buffers to stay out of a state_dict after `old` becomes `new`."""
     put = beside(old).get("_buffers", {})
     return new._non_persistent_buffers_set | {key for key in old._non_persistent_buffers_set if key in put}
 

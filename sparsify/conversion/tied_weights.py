@@ -1,4 +1,4 @@
-"""Which Parameters of a model are one, the same object or the same memory, and what becomes of them."""
+"""Tied weights of a model, the same Parameter or the same memory, and their handling by `convert`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from sparsify.layers.tied import check_tieable
 
-#: What can be done with a weight that several modules use.
+#: Ways to handle a weight of several modules.
 TIED = ("error", "skip", "share")
 
 
 class ParameterRef(NamedTuple):
-    """Where a module holds a Parameter, under which key."""
+    """A Parameter, with the name of its module and its key there."""
 
     module: str
     key: str
@@ -27,10 +27,10 @@ class ParameterRef(NamedTuple):
 def resolve_tied_weights(
     model: nn.Module, weights: Mapping[str, Collection[Tensor]], tied: str
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Say what becomes of modules whose `weights`, about to be masked, other modules use too.
+    """Return the modules to leave dense, each with the reason, and the modules to tie, each with its owner's name.
 
-    Returns those to leave dense with the reason, and those that are to use another's mask with its name. Raises
-    ValueError for tied="error", and for what cannot share a mask.
+    weights: the weights about to be masked, by the names of their modules.
+    Raises ValueError for tied="error", and for a module that cannot share a mask.
     """
     if tied not in TIED:
         raise ValueError(f"tied={tied!r} is none of: {', '.join(TIED)}")
@@ -72,7 +72,7 @@ def _check_shareable(model: nn.Module, name: str, place: ParameterRef) -> None:
 
 
 def _ties(model: nn.Module, weights: Mapping[str, Collection[Tensor]]) -> Iterator[tuple[str, list[ParameterRef]]]:
-    """Yield each of the named modules with a weight that has several places, and those places."""
+    """Yield each of the named modules with a weight in several places, and those places."""
     places: dict[object, list[ParameterRef]] = {}
     for module_name, module in model.named_modules():
         for key, parameter in module._parameters.items():
@@ -86,7 +86,7 @@ def _ties(model: nn.Module, weights: Mapping[str, Collection[Tensor]]) -> Iterat
 
 
 def _memory(parameter: Tensor) -> tuple[object, int, int]:
-    """Return which memory a Parameter uses, from which byte to which; one without memory to point at is its own."""
+    """Return a Parameter's memory, as an identity and its range of bytes; without an address, the Parameter itself."""
     plain = type(parameter) in (nn.Parameter, Tensor)
     if not plain or parameter.is_meta or parameter.numel() == 0:
         return id(parameter), 0, 1
@@ -96,6 +96,6 @@ def _memory(parameter: Tensor) -> tuple[object, int, int]:
 
 
 def _overlap(one: Tensor, other: Tensor) -> bool:
-    """Say whether two Parameters use the same memory anywhere."""
+    """Return whether two Parameters share any memory."""
     (memory, start, end), (other_memory, other_start, other_end) = _memory(one), _memory(other)
     return memory == other_memory and start < other_end and other_start < end

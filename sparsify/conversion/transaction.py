@@ -1,4 +1,4 @@
-"""All or nothing: a model that a failed change leaves as it was."""
+"""Transaction: a change of a model, undone as a whole if it fails."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-_PART_BYTES = 2**24  # of a tensor whose contents are exchanged at a time
-_CONTAINERS = (dict, OrderedDict, list, set)  # of exactly these types: a user's own may do more than hold things
+_PART_BYTES = 2**24  # exchanged at a time
+_CONTAINERS = (dict, OrderedDict, list, set)  # of exactly these types: a subclass may do more
 
 
 class Copies(Protocol):
-    """A place for numbered tensors, a dict for one."""
+    """A store of numbered tensors, such as a dict."""
 
     def __getitem__(self, number: int, /) -> Tensor: ...
     def __setitem__(self, number: int, tensor: Tensor, /) -> None: ...
@@ -25,10 +25,10 @@ class Copies(Protocol):
 class Transaction:
     """Put a model back when the block raises: structure, attributes, hooks, and the contents of chosen tensors.
 
-    Back come each module's class and attributes, the very Parameters and buffers with their memory, gradients and
-    requires_grad. Contents are copied only for tensors given to `keep`, before anything writes into them. Of containers
-    in an attribute (dict, list, set) the first level comes back. A module stands for all its children as they are when
-    the block begins.
+    Restored are each module's class and attributes, and the same Parameters and buffers with their memory, gradients
+    and requires_grad. Contents are copied only for tensors given to `keep`, before the first write to them. Containers
+    in an attribute (dict, list, set) are restored at their first level. A model means all its modules at the begin of
+    the block.
 
     >>> model = nn.Linear(2, 2)
     >>> with Transaction(model) as undo:  # doctest: +IGNORE_EXCEPTION_DETAIL
@@ -44,11 +44,11 @@ class Transaction:
     """
 
     def __init__(self, *models: nn.Module, copies: Copies | None = None) -> None:
-        """Copies go to `copies`, numbered from 0, if they are not to take memory."""
+        """Prepare; copies go to `copies`, numbered from 0, or to memory."""
         self._models, self._copies = models, {} if copies is None else copies
 
     def keep(self, tensors: Iterable[Tensor]) -> None:
-        """Copy the contents of tensors that are about to be written; one that was given before is not copied again."""
+        """Copy the contents of tensors before a write to them; each tensor is copied once."""
         for tensor in tensors:
             if id(tensor) not in self._contents and _has_contents(tensor):
                 number = len(self._contents)
@@ -56,12 +56,12 @@ class Transaction:
                 self._contents[id(tensor)] = tensor, number
 
     def keep_where(self, tensor: Tensor, where: Tensor) -> None:
-        """Copy the contents of a tensor where `where`, a bool of its shape, is True: no others are about to change."""
+        """Copy a part of a tensor before a write to it: the elements with True in `where`, a bool of its shape."""
         self._places.append((tensor, where, tensor.detach()[where]))
 
     @torch.no_grad()
-    def drop_and_grow(self, tensor: Tensor, new: Tensor) -> None:
-        """Write `new` into a tensor, and keep what was there in the memory of `new`, where it takes no more room."""
+    def exchange(self, tensor: Tensor, new: Tensor) -> None:
+        """Write `new` into a tensor, and keep its old contents in the memory of `new`, without more memory."""
         n_parts = 1 if tensor.dim() == 0 else -(-tensor.nbytes // _PART_BYTES)
         for part, its_new in zip(_rows(tensor.detach(), n_parts), _rows(new, n_parts), strict=True):
             old = part.clone()
@@ -112,7 +112,7 @@ class _Tensor:
         self.grad = tensor.grad if tensor.is_leaf else None
 
     def restore(self) -> None:
-        """Give the tensor back what it was; one that is unchanged is not touched."""
+        """Restore memory, gradient and requires_grad; an unchanged tensor is not touched."""
         if self.data is not None and not _same_memory(self.tensor, self.data):
             self.tensor.data = self.data
         if self.tensor.is_leaf:
@@ -123,7 +123,7 @@ class _Tensor:
 
 
 def _copied(attributes: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return each attribute, and its items if it is a container."""
+    """Return each attribute, with a copy of its items if it is a container."""
     return {key: (value, value.copy() if type(value) in _CONTAINERS else None) for key, value in attributes.items()}
 
 
@@ -136,12 +136,12 @@ def _restored(value: Any, items: Any) -> Any:
 
 
 def _rows(tensor: Tensor, n_parts: int) -> Sequence[Tensor]:
-    """Return views of a tensor that hold its rows, in so many parts or fewer."""
+    """Return views of a tensor's rows, in this number of parts or fewer."""
     return tensor.chunk(n_parts) if n_parts > 1 else [tensor]
 
 
 def _has_contents(tensor: Tensor) -> bool:
-    """Return whether a tensor has contents that can be written: no shape without memory, no element seen twice."""
+    """Return whether a tensor has writable contents: memory behind its shape, and no element seen twice."""
     if tensor.is_meta or is_lazy(tensor):
         return False
     if tensor.layout is not torch.strided:
@@ -164,6 +164,6 @@ def _same_memory(one: Tensor, other: Tensor) -> bool:
 
 
 def _write(tensor: Tensor, contents: Tensor) -> None:
-    """Write contents back; memory made in inference mode can be written only there."""
+    """Write contents back; an inference tensor takes writes only in inference mode."""
     with torch.inference_mode(tensor.is_inference()), torch.no_grad():
         tensor.copy_(contents)

@@ -1,4 +1,4 @@
-"""Tensors that cannot be written, known before anything is: expanded, made in inference mode, in read-only memory."""
+"""Check, before any write, for tensors that take none: expanded, made in inference mode, or in read-only memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 
 def cannot_be_written(tensors: Mapping[str, Tensor]) -> Iterator[str]:
-    """Yield a sentence for each tensor that cannot be written in place now, with its name and the way out.
+    """Yield a sentence for each tensor not writable in place now, with its name and the way out.
 
     >>> next(cannot_be_written({"bias": torch.zeros(1).expand(3)}))
     'bias cannot be written: it is expanded, several elements are one; give it memory of its own with .clone()'
@@ -36,12 +36,12 @@ def cannot_be_written(tensors: Mapping[str, Tensor]) -> Iterator[str]:
 
 
 def _is_foreign(tensor: Tensor) -> bool:
-    """Return whether a tensor's memory comes from elsewhere than torch's allocator: a file or numpy."""
+    """Return whether a tensor's memory is not from torch's allocator, but from a file or numpy."""
     return type(tensor).__name__ != "DTensor" and not tensor.untyped_storage().resizable()
 
 
 def _writable_memory() -> list[tuple[int, int]]:
-    """Return where the process may write, as begin and end of each piece in order; nothing where no system says it."""
+    """Return the process's writable memory as ordered (begin, end) pieces; empty on systems without /proc."""
     maps = Path("/proc/self/maps")
     pieces: list[tuple[int, int]] = []
     for line in maps.read_text().splitlines() if maps.exists() else ():

@@ -37,8 +37,8 @@ class UnfusedAttention(nn.MultiheadAttention):
     mode; torch takes them in that kernel only.
 
     >>> attention = nn.MultiheadAttention(8, 2, batch_first=True)
-    >>> layered, x = UnfusedAttention(attention), torch.ones(1, 3, 8)
-    >>> torch.allclose(layered(x, x, x)[0], attention(x, x, x)[0])
+    >>> unfused, x = UnfusedAttention(attention), torch.ones(1, 3, 8)
+    >>> torch.allclose(unfused(x, x, x)[0], attention(x, x, x)[0])
     True
     """
 
@@ -131,7 +131,7 @@ class UnfusedAttention(nn.MultiheadAttention):
             causal = causal and padding is None
             output = F.scaled_dot_product_attention(q, k, v, None if causal else mask, dropout, causal)
         output = output.transpose(1, 2)  # (batch, sequence, heads, head_dim)
-        # In training laid out in memory as torch does it: the dropout that follows draws in that order.
+        # In training the memory layout is torch's: a dropout after this draws in that order.
         transposed = seq_first or (batched and self.training)
         output = self.out_proj((output.transpose(0, 1) if transposed else output).flatten(2))
         if not batched:

@@ -23,7 +23,7 @@ class Tied(nn.Module):
 
     @property
     def mask(self) -> Tensor:
-        """The owner's mask, laid out as the weight."""
+        """The owner's mask, in the layout of the weight."""
         return self.owner[0].mask
 
 

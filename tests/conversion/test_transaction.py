@@ -134,15 +134,15 @@ def test_exchanged_contents_come_back() -> None:
     views = [whole[:4], whole[2:]]  # which share memory
     new = [torch.full_like(tensor, 2 + number) for number, tensor in enumerate([*tensors, *views])]
 
-    def drop_and_grow(undo: Transaction) -> None:
+    def exchange(undo: Transaction) -> None:
         for tensor, other in zip([*tensors, *views], new, strict=True):
-            undo.drop_and_grow(tensor, other)
+            undo.exchange(tensor, other)
         assert [tensor.unique().tolist() for tensor in tensors] == [[2], [], [4], [5], [6], [7]]
         assert whole.tolist() == [8, 8, 9, 9, 9, 9]
 
     def run() -> None:
         with Transaction() as undo:
-            drop_and_grow(undo)
+            exchange(undo)
             raise Stop
 
     with pytest.raises(Stop):

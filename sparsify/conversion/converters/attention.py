@@ -1,4 +1,4 @@
-"""nn.MultiheadAttention becomes UnfusedAttention, whose projections are layers; the encoder around it follows."""
+"""Converters of nn.MultiheadAttention to UnfusedAttention, and of the encoder around it to UnfusedEncoder."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def _check(attention: nn.MultiheadAttention) -> None:
 
 
 def _matrices(attention: nn.MultiheadAttention) -> dict[str, Tensor]:
-    found = {layer: getattr(attention, f"{layer}_weight") for layer in _in_projections(attention)}
-    return {**found, "out_proj": attention.out_proj.weight}
+    in_weights = {layer: getattr(attention, f"{layer}_weight") for layer in _in_projections(attention)}
+    return {**in_weights, "out_proj": attention.out_proj.weight}
 
 
-def _to_layered(attention: nn.MultiheadAttention) -> UnfusedAttention:
-    """Lay an attention out: layers that torch pruned are masked, others still dense; out_proj is the same object."""
+def _to_unfused(attention: nn.MultiheadAttention) -> UnfusedAttention:
+    """Unfuse an attention: layers pruned by torch are masked, others still dense; out_proj is the same object."""
     masks = {}
     for holder, layer, key in (
         *((attention, layer, f"{layer}_weight") for layer in _in_projections(attention)),
@@ -62,34 +62,34 @@ def _to_layered(attention: nn.MultiheadAttention) -> UnfusedAttention:
     ):
         holder._parameters[key], masks[layer] = parameter_and_mask(holder, key)
         remove_prune_hook(holder, key)
-    layered = UnfusedAttention(attention)
+    unfused = UnfusedAttention(attention)
     for layer, mask in masks.items():
         if mask is not None:
-            layered.add_module(layer, SparseLinear.from_linear(getattr(layered, layer), mask))
-    replace_in_place(attention.out_proj, layered.out_proj)
-    layered.out_proj = attention.out_proj
-    return layered
+            unfused.add_module(layer, SparseLinear.from_linear(getattr(unfused, layer), mask))
+    replace_in_place(attention.out_proj, unfused.out_proj)
+    unfused.out_proj = attention.out_proj
+    return unfused
 
 
-def _to_attention(layered: UnfusedAttention) -> nn.MultiheadAttention:
-    """Undo that; an attention with a layer by now that nn.MultiheadAttention cannot hold stays as it is."""
-    if any(type(layered.get_submodule(layer)) is not nn.Linear for layer in layered.layers):
-        return layered
-    attention = layered.to_attention()
-    replace_in_place(layered.out_proj, attention.out_proj)
-    attention.out_proj = layered.out_proj
+def _to_attention(unfused: UnfusedAttention) -> nn.MultiheadAttention:
+    """Undo `_to_unfused`; an attention with a layer of a type foreign to nn.MultiheadAttention stays as it is."""
+    if any(type(unfused.get_submodule(layer)) is not nn.Linear for layer in unfused.layers):
+        return unfused
+    attention = unfused.to_attention()
+    replace_in_place(unfused.out_proj, attention.out_proj)
+    attention.out_proj = unfused.out_proj
     return attention
 
 
-def _to_layered_encoder(encoder: nn.TransformerEncoder) -> UnfusedEncoder:
-    layered = UnfusedEncoder.__new__(UnfusedEncoder)
-    layered.__dict__.update(encoder.__dict__)
-    return layered
+def _to_unfused_encoder(encoder: nn.TransformerEncoder) -> UnfusedEncoder:
+    unfused = UnfusedEncoder.__new__(UnfusedEncoder)
+    unfused.__dict__.update(encoder.__dict__)
+    return unfused
 
 
-def _to_encoder(layered: UnfusedEncoder) -> nn.TransformerEncoder:
+def _to_encoder(unfused: UnfusedEncoder) -> nn.TransformerEncoder:
     encoder = nn.TransformerEncoder.__new__(nn.TransformerEncoder)
-    encoder.__dict__.update(layered.__dict__)
+    encoder.__dict__.update(unfused.__dict__)
     return encoder
 
 
@@ -100,14 +100,14 @@ def _check_encoder(encoder: nn.TransformerEncoder) -> None:
         )
 
 
-ATTENTION = Converter(nn.MultiheadAttention, UnfusedAttention, _check, _matrices, _to_layered, _to_attention, _layers)
-#: It has no weights of its own: it is never asked for, and follows what is in it.
+ATTENTION = Converter(nn.MultiheadAttention, UnfusedAttention, _check, _matrices, _to_unfused, _to_attention, _layers)
+#: An encoder has no weights of its own: it is never chosen, and is changed for a change inside it.
 ENCODER = Converter(
     nn.TransformerEncoder,
     UnfusedEncoder,
     _check_encoder,
     lambda _: {},
-    _to_layered_encoder,
+    _to_unfused_encoder,
     _to_encoder,
     layers=lambda _: (),
     by_default=False,
@@ -115,32 +115,32 @@ ENCODER = Converter(
 
 
 def bypasses_its_layers(module: nn.Module) -> bool:
-    """Say whether a module uses the weights of its Linears without calling them, and cannot be kept from it."""
+    """Return whether a module reads the weights of its Linears without a call, and cannot be unfused."""
     if isinstance(module, nn.TransformerEncoderLayer):
-        return any(isinstance(m, nn.MultiheadAttention) and not _can_be_laid_out(m) for m in module.children())
+        return any(isinstance(m, nn.MultiheadAttention) and not _can_be_unfused(m) for m in module.children())
     return isinstance(module, nn.MultiheadAttention) and not isinstance(module, UnfusedAttention)
 
 
 def dependent_modules(model: nn.Module, changed: Set[nn.Module]) -> dict[str, Converter]:
-    """Return what else has to be laid out, by name, when the modules in `changed` are.
+    """Return the further modules to unfuse, by name, after a change of the modules in `changed`.
 
-    Torch's encoder layers and encoders have a fused inference kernel that reads the weights of all that is in them. A
-    laid out attention keeps a layer from it; an encoder does without.
+    Torch's encoder layers and encoders have a fused inference kernel, a reader of all weights inside. An encoder layer
+    with an unfused attention does not use the kernel; an UnfusedEncoder never does.
     """
-    found: dict[str, Converter] = {}
+    dependent: dict[str, Converter] = {}
     for name, module in model.named_modules():
         if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)):
             if changed.isdisjoint(module.modules()):
                 continue
             if type(module) is nn.TransformerEncoder:
-                found[name] = ENCODER
+                dependent[name] = ENCODER
             for child, attention in module.named_children():
                 if type(attention) is nn.MultiheadAttention:
-                    found[f"{name}.{child}".lstrip(".")] = ATTENTION
-    return found
+                    dependent[f"{name}.{child}".lstrip(".")] = ATTENTION
+    return dependent
 
 
-def _can_be_laid_out(attention: nn.MultiheadAttention) -> bool:
+def _can_be_unfused(attention: nn.MultiheadAttention) -> bool:
     try:
         if not isinstance(attention, UnfusedAttention):
             _check(attention)

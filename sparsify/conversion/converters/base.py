@@ -1,4 +1,4 @@
-"""Kind: what convert has to know of one type of module."""
+"""Converter: the code from one type of module to masked layers and back."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from torch import Tensor, nn
 from sparsify.kernels import FORMS
 from sparsify.layers import CSRLinear, PackedLayer
 
-#: What instances of Masked and Packed layers have, beside the attributes of their classes.
+#: Names on instances of masked and packed layers, beside the attributes of their classes.
 OF_LAYERS = frozenset(
     {"mask", "form", "wanted_form", "n_kept", "activation", "choice", "fit"}
     | {part for parts in FORMS.values() for part in parts}
 )
 
-#: The module is of the kind's own type; what stands here instead is Any, because functions of a type take that type.
+#: A module of the type `dense` or `sparse`. Any, so that each function can name its own type.
 _Of = Any
 
 
 @dataclass(frozen=True)
 class Converter:
-    """How modules of one type convert and come back. The functions change nothing outside the module they get.
+    """The rules for modules of one type. The functions change nothing outside of their argument.
 
-    dense, sparse: the type convert looks for, and the one it becomes.
-    check(dense): raise ValueError, saying why, if the module must stay dense.
-    matrices(dense): its weights as they are now, (out_features, in_features), for each of its layers.
-    to_sparse(dense): make what the module becomes, over the same Parameters; nothing is pruned yet.
-    to_dense(sparse): make what it was, with zeros.
-    layers(dense): the names of the layers with those weights, below the module; "" is the module itself. Layers below
-        it that to_sparse leaves dense are converted by a kind of their own.
-    packed: what each of those layers becomes when it is exported.
-    unasked: whether convert takes it without being told to by `types`.
+    dense, sparse: the type before `convert`, and the type after it.
+    check(dense): raise ValueError, with the reason, if the module must stay dense.
+    matrices(dense): the present weights, (out_features, in_features), of each of the module's layers.
+    to_sparse(dense): make the converted module, over the same Parameters; nothing is pruned yet.
+    to_dense(sparse): make the dense module, with zeros.
+    layers(dense): the names of the layers with those weights, below the module; "" is the module itself. A layer still
+        dense after to_sparse is converted by a converter of its own.
+    packed: the type of each of those layers after export.
+    by_default: True if convert needs no `types` to take such modules.
     """
 
     dense: type[nn.Module]

@@ -1,4 +1,4 @@
-"""transformers' Conv1D becomes SparseConv1D. Imported late, as transformers is."""
+"""Converter of transformers' Conv1D to SparseConv1D. Imported late, as transformers is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A pointwise nn.Conv2d becomes SparseConv2d, when asked for."""
+"""Converter of a pointwise nn.Conv2d to SparseConv2d, if chosen by `types`."""
 
 from __future__ import annotations
 

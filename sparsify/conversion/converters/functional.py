@@ -1,7 +1,6 @@
-"""Modules that multiply with Parameters of their own, as in F.linear(x, self.weight): found by tracing their code.
+"""Converter of modules with products in their own code, as in F.linear(x, self.weight): found by tracing.
 
-Each module is traced by itself, its children taken as they are, so that one that cannot be traced stands in no other's
-way.
+Each module is traced alone, without its children, so that one with untraceable code does not affect the others.
 """
 
 from __future__ import annotations
@@ -23,37 +22,37 @@ _MULTIPLY_METHODS = ("matmul", "mm", "__matmul__", "addmm")
 
 
 class _OwnCode(fx.Tracer):
-    """Traces one module's own code, not that of its children."""
+    """Tracer of one module's own code, without its children."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
 
 def multiplied(module: nn.Module) -> dict[str, bool]:
-    """Return the Parameters a module's own code multiplies its inputs with, and whether each is stored (in, out).
+    """Return the Parameters multiplied by a module's own code, each with True if stored (in, out).
 
     Raises ValueError if the code cannot be traced.
     """
     matrices = {name for name, p in module._parameters.items() if p is not None and p.ndim == 2}
-    found: dict[str, bool] = {}
+    transposed_of: dict[str, bool] = {}
     if not matrices:
-        return found
+        return transposed_of
     was_training = module.training
     try:
         for module.training in (was_training, not was_training):
             for node in _OwnCode().trace(module).nodes:
                 for name, transposed in _uses(node):
                     if name in matrices:
-                        found.setdefault(name, transposed)
-    except Exception as error:  # whatever its code does with a tensor that is none
+                        transposed_of.setdefault(name, transposed)
+    except Exception as error:  # of any kind: the code gets proxies instead of tensors
         raise ValueError(f"its code cannot be traced by torch.fx ({str(error).splitlines()[0]})") from None
     finally:
         module.training = was_training
-    return {name: found[name] for name in module._parameters if name in found}
+    return {name: transposed_of[name] for name in module._parameters if name in transposed_of}
 
 
 def functional_kind(module: nn.Module) -> Converter | None:
-    """Return how a module with multiplied Parameters converts, or None. Raises ValueError if it cannot be traced."""
+    """Return the converter of a module with multiplied Parameters, or None. Raises ValueError for untraceable code."""
     if isinstance(module, Functional) or not (transposed := multiplied(module)):
         return None
     layers = tuple(map(layer_name, transposed))
@@ -77,7 +76,7 @@ def functional_kind(module: nn.Module) -> Converter | None:
     )
 
 
-#: What a Parameter multiplied as `x @ self.weight` becomes inside a module that was laid out.
+#: For the layer of a Parameter multiplied as `x @ self.weight`, inside an unfused module.
 TRANSPOSED = Converter(
     Transposed,
     SparseTransposed,
@@ -89,7 +88,7 @@ TRANSPOSED = Converter(
 
 
 def _uses(node: fx.Node) -> list[tuple[str, bool]]:
-    """Return the attribute that a call multiplies its input with, and whether that is stored (in, out)."""
+    """Return the attribute multiplied with the input in a call, with True if stored (in, out)."""
     weight: Any = None
     if node.op == "call_function" and node.target is F.linear:
         weight = node.kwargs.get("weight", node.args[1] if len(node.args) > 1 else None)
@@ -107,7 +106,7 @@ def _uses(node: fx.Node) -> list[tuple[str, bool]]:
 
 
 def _turned(node: Any) -> fx.Node | None:
-    """Return the attribute of which a node is the transpose."""
+    """Return the attribute transposed by a node, or None."""
     if not isinstance(node, fx.Node) or not node.args or not _is_attribute(node.args[0]):
         return None
     name, rest = _name(node.target), tuple(node.args[1:])

@@ -1,4 +1,4 @@
-"""nn.Linear becomes SparseLinear."""
+"""Converter of nn.Linear to SparseLinear."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sparsify.conversion.module_surgery import plain_type
 from sparsify.layers import CSRLinear, SparseLinear
 from sparsify.layers.construct import linear_from_parameters
 
-#: What a subclass may define and still compute, and be used, as an nn.Linear is.
+#: Methods of a subclass that change neither the computation nor the use as an nn.Linear.
 _HARMLESS = {"__init__", "reset_parameters", "extra_repr", "__repr__"}
 
 
@@ -37,7 +37,7 @@ def _check(linear: nn.Linear) -> None:
 
 
 def _own_behaviour(subclass: type[nn.Module]) -> set[str]:
-    """Return the methods and properties that a subclass has beyond those of nn.Linear."""
+    """Return the names of a subclass's methods and properties beyond those of nn.Linear."""
     own: set[str] = set()
     for ancestor in subclass.__mro__[: subclass.__mro__.index(nn.Linear)]:
         if ancestor is not nn.LazyLinear and ancestor is not LazyModuleMixin:

@@ -1,4 +1,4 @@
-"""The kinds of modules that convert: one small file each, and the table of them all."""
+"""The table of all converters; each has a small file of its own."""
 
 from __future__ import annotations
 
@@ -28,48 +28,48 @@ __all__ = [
 
 
 def converters() -> tuple[Converter, ...]:
-    """Return every kind that a model can hold in this process; one that holds layers of other kinds comes after them.
+    """Return every converter; one for modules with layers inside comes after the converters of those layers.
 
-    Those of an optional package are among them once that is imported: no model holds one of its modules before.
+    Converters for an optional package are included once it is imported: before, no model has one of its modules.
     """
-    found = [LINEAR, TRANSPOSED, CONV2D]
+    table = [LINEAR, TRANSPOSED, CONV2D]
     if "transformers.pytorch_utils" in sys.modules:
         from sparsify.conversion.converters.conv1d import CONV1D
 
-        found.append(CONV1D)
-    return (*found, ATTENTION, ENCODER)
+        table.append(CONV1D)
+    return (*table, ATTENTION, ENCODER)
 
 
 def select_converters(types: type[nn.Module] | Sequence[type[nn.Module]] | None) -> tuple[Converter, ...]:
-    """Return the kinds of these dense types; of None, those that convert takes unasked. Raises ValueError."""
+    """Return the converters of these dense types, or the default ones for None. Raises ValueError."""
     if types is None:
         return tuple(converter for converter in converters() if converter.by_default)
     wanted = types if isinstance(types, Sequence) else (types,)
     known = {converter.dense: converter for converter in converters()}
-    if odd := [one for one in wanted if one not in known]:
-        names = ", ".join(one.__name__ for one in known if one is not TRANSPOSED.dense)
+    if odd := [dense for dense in wanted if dense not in known]:
+        names = ", ".join(dense.__name__ for dense in known if dense is not TRANSPOSED.dense)
         raise ValueError(f"types: {getattr(odd[0], '__name__', odd[0])} is none of the types that convert: {names}")
     if not wanted:
         raise ValueError("types is empty; leave it out for all types")
-    return tuple(known[one] for one in wanted)
+    return tuple(known[dense] for dense in wanted)
 
 
 def converter_for(module: nn.Module) -> Converter | None:
-    """Return the kind of a module, dense or converted, or None."""
-    found = [converter for converter in converters() if isinstance(module, (converter.dense, converter.sparse))]
-    return found[0] if found else None
+    """Return the converter of a module, dense or converted, or None."""
+    matching = (c for c in converters() if isinstance(module, (c.dense, c.sparse)))
+    return next(matching, None)
 
 
 def converter_of_layer(layer: MaskedLayer | PackedLayer) -> Converter:
-    """Return the kind of a layer that is masked, or was before it was exported."""
+    """Return the converter of a masked or packed layer."""
     masked_type = layer.masked_type if isinstance(layer, PackedLayer) else type(layer)
     return next(converter for converter in converters() if issubclass(masked_type, converter.sparse))
 
 
 def matrices(module: nn.Module) -> dict[str, Tensor]:
-    """Return the weights, (out_features, in_features), that a module is pruned in, or would be, by layer name below it.
+    """Return a module's weights to be pruned, (out_features, in_features), by layer name below the module.
 
-    Empty for a module of no kind.
+    Empty for a module without a converter.
     """
     if isinstance(module, MaskedLayer):
         return {"": module.weight_matrix}
@@ -78,7 +78,7 @@ def matrices(module: nn.Module) -> dict[str, Tensor]:
 
 
 def join(*names: str) -> str:
-    """Join names to a dotted one, leaving out those of the root.
+    """Join names with dots, without the empty name of the root.
 
     >>> join("", "0", "weight")
     '0.weight'
