@@ -29,7 +29,16 @@ _OF_UNFUSED = frozenset({"in_proj", "q_proj", "k_proj", "v_proj", "out_proj", "i
 #: Attributes of our layers that are no user's, and have no meaning after a change of the layer's type.
 _OURS: dict[type[nn.Module], tuple[str, ...]] = {
     MaskedLayer: ("masked_mode", "accumulator", "training_kernels", "origins", "n_set"),
-    PackedLayer: ("in_features", "out_features", "n_kept", "wanted_form", "form", "activation", "masked_type"),
+    PackedLayer: (
+        "in_features",
+        "out_features",
+        "n_kept",
+        "wanted_form",
+        "form",
+        "activation",
+        "masked_type",
+        "followed_by",
+    ),
     Tied: ("owner",),
 }
 

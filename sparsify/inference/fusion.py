@@ -1,54 +1,31 @@
 """Activations worked out by the layer before them: one pass over the outputs less.
 
 Where a module of the model calls an exported layer and passes its result to an activation and nowhere else, the layer
-applies the activation as it writes its outputs, and the activation passes on what it gets. What follows what is read
-off the module's own forward, traced with torch.fx; one that cannot be traced is left as it is.
+defers its output until the activation asks for it (`layers/deferred.py`). What follows what is read off the module's
+own forward, traced with torch.fx; one that cannot be traced is left as it is. The trace only says where deferring is
+worth it: whatever happens to an output, it is right.
 """
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Iterator
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn import functional as F
 
-from sparsify.conversion.module_surgery import Model, replace
+from sparsify.conversion.module_surgery import Model
 from sparsify.layers import PackedLayer
-
-
-class FusedActivation(nn.Module):
-    """Stands for an activation that the layer `layer_name` of `owner` applies by itself.
-
-    If there is another layer in that place by now, the activation is applied here, as before.
-    """
-
-    def __init__(self, activation: nn.Module, owner: nn.Module, layer_name: str, name: str) -> None:
-        super().__init__()
-        self.activation = activation
-        self.owner = (owner,)  # in a tuple, where nn.Module does not take it for a child
-        self.layer_name, self.name = layer_name, name
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the input as it is, or activated if its layer did not do that."""
-        layer = self.owner[0]._modules.get(self.layer_name)
-        applied = isinstance(layer, PackedLayer) and layer.activation == self.name
-        return input if applied else self.activation(input)
-
-    def extra_repr(self) -> str:
-        """Say where the activation is applied."""
-        return f"applied by {self.layer_name!r}"
+from sparsify.layers.deferred import begin, end
 
 
 def fuse_activations(model: Model) -> Model:
-    """Let every exported layer that can apply the activation that follows it, in place, and return the model.
+    """Let every exported layer work out the activation that follows it, if it can, in place, and return the model.
 
     A layer or activation that has hooks, or stands in several places of the model, stays as it is.
     """
     paths = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
-    replacements: dict[nn.Module, nn.Module] = {}
-    for owner in model.modules():
+    for owner in list(model.modules()):
         free = {name: m for name, m in owner.named_children() if paths[id(m)] == 1 and not _has_hooks(m)}
         layers = {name: m for name, m in free.items() if isinstance(m, PackedLayer) and m.activation == "none"}
         activations = {name: known for name, m in free.items() if (known := activation_name(m))} if layers else {}
@@ -56,19 +33,28 @@ def fuse_activations(model: Model) -> Model:
             continue
         for layer_name, name in _followed_by(owner):
             if layer_name in layers and name in activations:
-                layers[layer_name].activation = activations[name]
-                inner = copy.copy(free[name])
-                replacements[free[name]] = FusedActivation(inner, owner, layer_name, activations[name])
-    return replace(model, replacements)
+                layers[layer_name].followed_by = activations[name]
+                _let_defer(owner)
+    return model
 
 
 def unfuse_activations(model: Model) -> Model:
-    """Put every activation back that `fuse_activations` replaced, in place, and return the model."""
-    for owner in model.modules():
-        for name, child in owner._modules.items():
-            if isinstance(child, FusedActivation):
-                owner._modules[name] = child.activation
+    """Take back what `fuse_activations` did, in place, and return the model."""
+    for module in model.modules():
+        if isinstance(module, PackedLayer):
+            module.followed_by = "none"
+        for hooks, ours in ((module._forward_pre_hooks, begin), (module._forward_hooks, end)):
+            for key in [key for key, hook in hooks.items() if hook is ours]:
+                del hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
     return model
+
+
+def _let_defer(owner: nn.Module) -> None:
+    """Tell the layers of a module when it runs."""
+    if begin not in owner._forward_pre_hooks.values():
+        owner.register_forward_pre_hook(begin)
+        owner.register_forward_hook(end, always_call=True)
 
 
 def activation_name(module: nn.Module) -> str | None:
@@ -77,7 +63,7 @@ def activation_name(module: nn.Module) -> str | None:
     >>> activation_name(nn.GELU(approximate="tanh")), activation_name(nn.Tanh())
     ('gelu_tanh', None)
     """
-    if next(module.parameters(), None) is not None or isinstance(module, FusedActivation):
+    if next(module.parameters(), None) is not None:
         return None
     try:
         nodes = list(_Shallow().trace(module).nodes)

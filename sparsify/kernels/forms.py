@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from sparsify.kernels import gpu
 from sparsify.kernels.cpu import library as native
@@ -95,6 +96,12 @@ def usable_csr(csr: CSR, shape: tuple[int, int]) -> CSR:
     for index, other in ((crow, col), (col, crow)):
         trusted(index, check, id(other), values.numel(), shape)
     return csr
+
+
+def unpack_in_transform(form: str, parts: tuple[Tensor, ...], shape: tuple[int, int]) -> CSR:
+    """Turn a form back into CSR inside torch.func's transforms, which otherwise wrap every tensor that is made."""
+    with temporarily_clear_interpreter_stack():
+        return unpack(form, parts, shape)
 
 
 def unpack(form: str, parts: tuple[Tensor, ...], shape: tuple[int, int]) -> CSR:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparsify.kernels import reference
 from sparsify.kernels.cpu import library as native
-from sparsify.kernels.forms import unpack
+from sparsify.kernels.forms import unpack, unpack_in_transform
 from sparsify.kernels.torch_ops import (
     _ACTIVATION_IDS,
     _ACTIVATION_NAMES,
@@ -21,6 +21,9 @@ from sparsify.kernels.torch_ops import (
     _library,
     check_devices,
     check_exporter,
+    check_no_tangent,
+    grad_input,
+    is_transformed,
     linear,
     operands,
 )
@@ -42,9 +45,10 @@ def pointwise(
     RuntimeError for a tensor of another shape, dtype or device.
     """
     _check(x, parts[-1], bias, *shape)
-    if form == "csr":
+    if form == "csr" or is_transformed():
         check_devices(x, *parts, bias)
-        return reference.pointwise(x, unpack(form, parts, shape), bias, shape, activation)
+        csr = (unpack_in_transform if is_transformed() else unpack)(form, parts, shape)
+        return reference.pointwise(x, csr, bias, shape, activation)
     rows = x.permute(0, 2, 3, 1)
     if rows.is_contiguous() and (x.shape[2] * x.shape[3] == 1 or not x.is_contiguous()):
         return linear(rows, parts, form, shape, bias, activation).permute(0, 3, 1, 2)
@@ -75,6 +79,7 @@ def _pointwise_packed(
     x: Tensor, index: Tensor, values: Tensor, bias: Tensor | None, out: int, inner: int, activation: int
 ) -> Tensor:
     check_devices(x, index, values, bias)
+    check_no_tangent(x, values, bias)
     _check(x, values, bias, out, inner)
     index, values, bias = operands("panel", index, values, bias, (out, inner))
     return native.pointwise(x, index, values, bias, (out, inner), activation)
@@ -99,14 +104,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    ops = torch.ops.sparsify
     if ctx.activation:
         x, bias = ctx.saved_tensors
-        before = ops.pointwise_packed(x, *ctx.weight, bias, ctx.out, ctx.inner, 0)
+        before = pointwise(x, tuple(ctx.weight), "panel", (ctx.out, ctx.inner), bias)
         grad = _activation_grad(before, grad, _ACTIVATION_NAMES[ctx.activation])
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        rows = ops.grad_input_packed(grad.permute(0, 2, 3, 1), *ctx.weight, _PANEL, ctx.out, ctx.inner)
+        rows = grad_input(grad.permute(0, 2, 3, 1), (*ctx.weight, _PANEL), (ctx.out, ctx.inner))
         grad_x = rows.permute(0, 3, 1, 2)
     if ctx.needs_input_grad[3]:
         grad_bias = grad.sum((0, 2, 3))

@@ -8,15 +8,17 @@ strings: each of these costs a small layer microseconds a call.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sparsify.kernels import gpu, reference
 from sparsify.kernels.cpu import library as native
 from sparsify.kernels.csr import CSR
-from sparsify.kernels.forms import unpack, usable_csr, usable_index
+from sparsify.kernels.forms import unpack, unpack_in_transform, usable_csr, usable_index
 from sparsify.kernels.reference import ACTIVATIONS
 
 __all__ = ["ACTIVATIONS", "linear"]
@@ -58,10 +60,35 @@ def linear(
     from the first to before the second. The gradient reaches x and bias. Raises RuntimeError for a tensor of another
     shape, dtype or device.
     """
+    if is_transformed():
+        return _linear_by_torch(x, parts, form, shape, bias, activation, rows)
     ops: Any = torch.ops.sparsify if torch.compiler.is_compiling() else _eager
     if form == "csr":
         return ops.linear_csr(x, *parts, bias, *shape, _ACTIVATION_IDS[activation], *rows)  # type: ignore[no-any-return]
     return ops.linear_packed(x, *parts, FORM_IDS[form], bias, *shape, _ACTIVATION_IDS[activation], *rows)  # type: ignore[no-any-return]
+
+
+def is_transformed() -> bool:
+    """Return whether torch differentiates forwards, or runs one of torch.func's transforms.
+
+    The operators know neither, and would lose tangents; torch's own, on the unpacked weight, know both.
+    """
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def _linear_by_torch(
+    x: Tensor,
+    parts: tuple[Tensor, ...],
+    form: str,
+    shape: tuple[int, int],
+    bias: Tensor | None,
+    activation: str,
+    rows: tuple[int, int],
+) -> Tensor:
+    end = _check(x, parts[-1], bias, *shape, *rows)
+    check_devices(x, *parts, bias)
+    csr = unpack_in_transform(form, parts, shape)
+    return reference.linear(x, csr, bias, shape, slice(rows[0], end), activation)
 
 
 def check_exporter() -> None:
@@ -85,6 +112,17 @@ def _check(x: Tensor, values: Tensor, bias: Tensor | None, out: int, inner: int,
     if bias is not None and (bias.dtype != values.dtype or bias.shape != (out,)):
         raise RuntimeError(f"the bias must be {values.dtype} of shape ({out},), got {bias.dtype} {tuple(bias.shape)}")
     return end
+
+
+def check_no_tangent(*operands: Tensor | None) -> None:
+    """Raise RuntimeError for an operand of forward-mode differentiation: its tangent would be lost."""
+    if forward_ad._current_level < 0 or not torch._C._is_fwd_grad_enabled():
+        return
+    if any(operand is not None and forward_ad.unpack_dual(operand).tangent is not None for operand in operands):
+        raise RuntimeError(
+            "the operators of sparse layers have no forward-mode derivative; call the exported layers themselves, "
+            "which have one"
+        )
 
 
 def check_devices(x: Tensor, *of_layer: Tensor | None) -> None:
@@ -112,6 +150,7 @@ def _linear_csr(
 ) -> Tensor:
     rows = slice(first, _check(x, values, bias, out, inner, first, end))
     check_devices(x, crow, col, values, bias)
+    check_no_tangent(x, values, bias)
     csr = usable_csr(CSR(crow, col, values), (out, inner))
     return reference.linear(x, csr, bias, (out, inner), rows, _ACTIVATION_NAMES[activation])
 
@@ -131,6 +170,7 @@ def _linear_packed(
     rows, shape, name = (first, _check(x, values, bias, out, inner, first, end)), (out, inner), _FORM_NAMES[form]
     if not (x.is_cpu and index.is_cpu and values.is_cpu and (bias is None or bias.is_cpu)):
         check_devices(x, index, values, bias)
+    check_no_tangent(x, values, bias)
     index, values, bias = operands(name, index, values, bias, shape)
     if form >= _N_NATIVE:
         return gpu.linear(name, x, index, values, bias, shape, activation, rows)
@@ -153,6 +193,7 @@ def _grad_input_csr(
 ) -> Tensor:
     rows = slice(first, out if end == -1 else end)
     check_devices(grad, crow, col, values)
+    check_no_tangent(grad, values)
     return reference.linear_grad_input(grad, usable_csr(CSR(crow, col, values), (out, inner)), (out, inner), rows)
 
 
@@ -161,6 +202,7 @@ def _grad_input_packed(
 ) -> Tensor:
     name, shape = _FORM_NAMES[form], (out, inner)
     check_devices(grad, index, values)
+    check_no_tangent(grad, values)
     if form >= _N_NATIVE:
         index = usable_index(name, index, values, shape)
         with torch.autocast(grad.device.type, enabled=False):
@@ -217,31 +259,59 @@ for _kind in ("csr", "packed"):
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Keep the weight; with an activation also x and bias, to work out the sum before it again."""
     x, *ctx.weight, bias, ctx.out, ctx.inner, ctx.activation, ctx.first, ctx.end = inputs
-    ctx.is_csr = isinstance(ctx.weight[2], Tensor)
     ctx.save_for_backward(*((x, bias) if ctx.activation else ()))
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    ops = torch.ops.sparsify
     shape, rows = (ctx.out, ctx.inner), (ctx.first, ctx.end)
     if ctx.activation:
         x, bias = ctx.saved_tensors
-        multiply = ops.linear_csr if ctx.is_csr else ops.linear_packed
-        before = multiply(x, *ctx.weight, bias, *shape, 0, *rows)
+        before = _multiply(x, ctx.weight, bias, shape, rows)
         grad = _activation_grad(before, grad, _ACTIVATION_NAMES[ctx.activation])
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = (ops.grad_input_csr if ctx.is_csr else ops.grad_input_packed)(grad, *ctx.weight, *shape, *rows)
+        grad_x = grad_input(grad, ctx.weight, shape, rows)
     if ctx.needs_input_grad[4]:
         n_rows = grad.shape[-1]
         grad_bias = torch.nn.functional.pad(grad.reshape(-1, n_rows).sum(0), (ctx.first, ctx.out - ctx.first - n_rows))
     return grad_x, None, None, None, grad_bias, None, None, None, None, None
 
 
+def _multiply(
+    x: Tensor, weight: Sequence[Any], bias: Tensor | None, shape: tuple[int, int], rows: tuple[int, int]
+) -> Tensor:
+    """Multiply x by a weight as the operators take it: the parts of CSR, or index, values and the form's number."""
+    if is_transformed():
+        return _linear_by_torch(x, *_parts(weight), shape, bias, "none", rows)
+    multiply = torch.ops.sparsify.linear_csr if isinstance(weight[2], Tensor) else torch.ops.sparsify.linear_packed
+    return multiply(x, *weight, bias, *shape, 0, *rows)  # type: ignore[no-any-return]
+
+
+def grad_input(grad: Tensor, weight: Sequence[Any], shape: tuple[int, int], rows: tuple[int, int] = (0, -1)) -> Tensor:
+    """Multiply the gradient of the outputs by the transpose of such a weight."""
+    if is_transformed():
+        parts, form = _parts(weight)
+        part = slice(rows[0], shape[0] if rows[1] == -1 else rows[1])
+        return reference.linear_grad_input(grad, unpack_in_transform(form, parts, shape), shape, part)
+    ops = torch.ops.sparsify
+    multiply = ops.grad_input_csr if isinstance(weight[2], Tensor) else ops.grad_input_packed
+    return multiply(grad, *weight, *shape, *rows)  # type: ignore[no-any-return]
+
+
+def _parts(weight: Sequence[Any]) -> tuple[tuple[Tensor, ...], str]:
+    """Return the parts and the form of a weight as the operators take it."""
+    if isinstance(weight[2], Tensor):
+        return tuple(weight), "csr"
+    return tuple(weight[:2]), _FORM_NAMES[weight[2]]
+
+
 def _activation_grad(before: Tensor, grad: Tensor, activation: str) -> Tensor:
     aten: Any = torch.ops.aten
     if activation == "relu":
         return aten.threshold_backward(grad, before, 0)  # type: ignore[no-any-return]
+    if activation == "silu" and torch.is_grad_enabled():  # torch has no derivative of silu_backward
+        gate = before.sigmoid()
+        return grad * gate * (1 + before * (1 - gate))
     if activation == "silu":
         return aten.silu_backward(grad, before)  # type: ignore[no-any-return]
     kind = "tanh" if activation == "gelu_tanh" else "none"
@@ -254,9 +324,7 @@ def _setup_context_grad_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor)
 
 def _backward_grad_input(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """grad_input is linear in its first argument: the second derivative is the product itself, without bias."""
-    ops = torch.ops.sparsify
-    multiply = ops.linear_csr if isinstance(ctx.weight[2], Tensor) else ops.linear_packed
-    grad_grad = multiply(grad, *ctx.weight, None, ctx.out, ctx.inner, 0, ctx.first, ctx.end)
+    grad_grad = _multiply(grad, ctx.weight, None, (ctx.out, ctx.inner), (ctx.first, ctx.end))
     return grad_grad, None, None, None, None, None, None, None
 
 

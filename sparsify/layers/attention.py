@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sparsify.layers.construct import linear_from_parameters
 from sparsify.layers.csr_linear import CSRLinear
 from sparsify.layers.sparse_linear import SparseLinear
+from sparsify.layers.tracing import call_node, tracer_of
 
 #: The attributes of an nn.MultiheadAttention beside its Parameters.
 _SETTINGS = (
@@ -103,6 +104,9 @@ class UnfusedAttention(nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend, with the arguments and results of nn.MultiheadAttention."""
+        if (tracer := tracer_of(query, key, value)) is not None:
+            options = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+            return call_node(self, tracer, query, key, value, *options)  # type: ignore[no-any-return]
         if query.is_nested or key.is_nested or value.is_nested:
             if key_padding_mask is not None or attn_mask is not None or not self.batch_first:
                 raise AssertionError("nested inputs need batch_first=True, and take no key_padding_mask or attn_mask")

@@ -5,9 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from sparsify.kernels import pointwise
+from sparsify.layers.deferred import DeferredOutput
 from sparsify.layers.masked import MaskedLayer
 from sparsify.layers.packed import PackedLayer
 from sparsify.layers.sparse_conv2d import SparseConv2d
+from sparsify.layers.tracing import call_node, tracer_of
 
 
 class CSRConv2d(PackedLayer):
@@ -24,9 +26,21 @@ class CSRConv2d(PackedLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer to (n, in_channels, height, width), or to one image without n."""
+        bias, activation = self._parameters["bias"], self.activation
+        if type(input) is not Tensor and (tracer := tracer_of(input)) is not None:
+            if tracer.root is not self:
+                return call_node(self, tracer, input)  # type: ignore[no-any-return]
+            whole = (input, self.parts, self.form, self.shape, bias, activation)
+            return tracer.create_proxy("call_function", pointwise, whole, {})  # type: ignore[return-value]
         if input.dim() == 3:
             return self.forward(input.unsqueeze(0)).squeeze(0)
-        bias, activation = self._parameters["bias"], self.activation
+        if self.followed_by != "none" and input.dim() == 4 and self._may_defer(input, 1):
+            parts, form, shape = self.parts, self.form, self.shape
+            return DeferredOutput.make(
+                lambda activation: pointwise(input, parts, form, shape, bias, activation),
+                input,
+                (input.shape[0], self.out_features, *input.shape[2:]),
+            )
         autocast = self._autocast_dtype(input)
         if autocast is None:
             return pointwise(input, self.parts, self.form, self.shape, bias, activation)

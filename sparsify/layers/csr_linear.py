@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from sparsify.kernels import linear
+from sparsify.layers.deferred import DeferredOutput
 from sparsify.layers.masked import MaskedLayer
 from sparsify.layers.packed import PackedLayer
 from sparsify.layers.sparse_linear import SparseLinear
+from sparsify.layers.tracing import call_node, tracer_of
 from sparsify.layers.weight_view import WeightView
 
 
@@ -26,12 +28,24 @@ class CSRLinear(PackedLayer):
 
     def forward(self, input: Tensor, rows: tuple[int, int] = (0, -1)) -> Tensor:
         """Apply the layer to (..., in_features); returns (..., out_features), or the outputs rows[0] to rows[1] - 1."""
+        if type(input) is not Tensor and (tracer := tracer_of(input)) is not None and tracer.root is not self:
+            return call_node(self, tracer, input, rows=rows)  # type: ignore[no-any-return]
         # From _parameters: nn.Module's own look-up of `self.bias` takes a microsecond.
-        return self._multiply(input, self._parameters["bias"], self.activation, rows)
+        bias = self._parameters["bias"]
+        if self.followed_by != "none" and self._may_defer(input, input.dim() - 1) and rows == (0, -1):
+            return DeferredOutput.make(
+                lambda activation: self._multiply(input, bias, activation),
+                input,
+                (*input.shape[:-1], self.out_features),
+            )
+        return self._multiply(input, bias, self.activation, rows)
 
     def _multiply(
         self, input: Tensor, bias: Tensor | None, activation: str = "none", rows: tuple[int, int] = (0, -1)
     ) -> Tensor:
+        if type(input) is not Tensor and (tracer := tracer_of(input)) is not None:
+            whole = (input, self.parts, self.form, self.shape, bias, activation, rows)
+            return tracer.create_proxy("call_function", linear, whole, {})  # type: ignore[return-value]
         if input.is_nested:
             return self._multiply_nested(input, bias, activation, rows)
         autocast = self._autocast_dtype(input)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sparsify.layers.tracing import call_node, tracer_of
+
 
 class UnfusedEncoder(nn.TransformerEncoder):
     """An nn.TransformerEncoder with calls of its layers in inference too, and the same results.
@@ -26,6 +28,8 @@ class UnfusedEncoder(nn.TransformerEncoder):
         is_causal: bool | None = None,
     ) -> Tensor:
         """Pass the input through the layers, with the arguments and the result of nn.TransformerEncoder."""
+        if (tracer := tracer_of(src)) is not None:
+            return call_node(self, tracer, src, mask, src_key_padding_mask, is_causal)  # type: ignore[no-any-return]
         output = super().forward(src, mask, src_key_padding_mask, is_causal)
         if mask is not None or src_key_padding_mask is None or not self._would_pack(src, src_key_padding_mask):
             return output

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from sparsify.kernels import FORMS, form_for, pack, supports, unpack
 from sparsify.kernels.csr import CSR, check_csr, csr_to_dense, dense_to_csr
+from sparsify.layers.deferred import may_defer
 from sparsify.layers.inference_mode import making_tensors
 from sparsify.layers.masked import MaskedLayer
+from sparsify.layers.tracing import refuse_script
 
 
 class PackedLayer(nn.Module):
@@ -23,15 +25,18 @@ class PackedLayer(nn.Module):
     kernel of its form runs (another device, float16 on the CPU) the layer changes by itself to a form with kernels
     there, or to "csr", and back. A state_dict always has crow, col and values.
 
-    `bias` is a Parameter or None, `activation` follows it. Plain tensors survive deepcopy, pickle, state_dict, `.to()`,
-    torch.compile and torch.export. The gradient reaches the input and the bias, not the values: train a masked layer
-    instead. `masked_type` is the type of the masked layer before packing, and of the result of `to_sparse`.
+    `bias` is a Parameter or None, `activation` is applied to every output. Plain tensors survive deepcopy, pickle,
+    state_dict, `.to()`, torch.compile and torch.export. The gradient reaches the input and the bias, not the values:
+    train a masked layer instead. `masked_type` is the type of the masked layer before packing, and of the result of
+    `to_sparse`.
 
     A subclass computes with `parts` in its forward.
     """
 
     bias: nn.Parameter | None
     masked_type: type[MaskedLayer]
+    #: The activation that takes the layer's output in the module around it, and may be worked out together with it.
+    followed_by: str = "none"
 
     def __init__(
         self,
@@ -101,9 +106,10 @@ class PackedLayer(nn.Module):
         """Describe the layer as nn.Linear does, with its sparsity."""
         form = "" if self.form == "csr" else f", form={self.form!r}"
         activation = "" if self.activation == "none" else f", activation={self.activation!r}"
+        followed_by = "" if self.followed_by == "none" else f", followed_by={self.followed_by!r}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"sparsity={self.sparsity:.4g}{form}{activation}"
+            f"sparsity={self.sparsity:.4g}{form}{activation}{followed_by}"
         )
 
     def _autocast_dtype(self, input: Tensor) -> torch.dtype | None:
@@ -113,6 +119,19 @@ class PackedLayer(nn.Module):
             return None
         castable = input.is_floating_point() and input.dtype != torch.float64
         return torch.get_autocast_dtype(device) if castable else None
+
+    def _may_defer(self, input: Tensor, dim: int) -> bool:
+        """Return whether the output for an input with its features in this dimension may be deferred."""
+        return (
+            type(input) is Tensor
+            and not input.is_nested
+            and input.dim() > 1
+            and self.activation == "none"
+            and input.shape[dim] == self.in_features
+            and input.dtype == self.parts[-1].dtype
+            and may_defer(self, input, input.numel() // max(self.in_features, 1) * self.out_features)
+            and self._autocast_dtype(input) is None
+        )
 
     def _set_parts(self, form: str, parts: tuple[Tensor, ...]) -> None:
         for name in FORMS[self.form]:
@@ -127,6 +146,10 @@ class PackedLayer(nn.Module):
         self.n_kept = csr.values.numel()
         form = form_for(self.wanted_form, csr, self.shape)
         self._set_parts(form, pack(form, csr, self.shape))
+
+    def __prepare_scriptable__(self) -> None:
+        """Refuse torch.jit.script, which asks each module for this first."""
+        refuse_script()
 
     def _leave_inference_mode(self) -> None:
         """Replace inference tensors by plain ones: torch does not count the changes of inference tensors."""

@@ -110,8 +110,8 @@ def report(model: nn.Module) -> Report:
         choice = layer.__dict__.get("choice")
         measured = (_why(choice, layer), dict(choice.times_us)) if isinstance(choice, FormChoice) else ("", {})
         if isinstance(layer, PackedLayer):
-            if layer.activation != "none":
-                applies = f"applies {layer.activation}"
+            if (applied := layer.followed_by if layer.activation == "none" else layer.activation) != "none":
+                applies = f"applies {applied}"
                 measured = (f"{measured[0]}; {applies}" if measured[0] else applies, measured[1])
             dense_bytes = layer.shape[0] * layer.shape[1] * layer.parts[-1].element_size()
             n_bytes = _n_bytes(*layer.parts)

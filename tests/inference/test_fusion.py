@@ -1,7 +1,8 @@
-"""Activations that an exported layer applies by itself."""
+"""Activations that an exported layer works out together with its output, where nothing else may see that."""
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import sparsify
-from sparsify.inference.fusion import FusedActivation, activation_name
+from sparsify.inference.fusion import activation_name
+from sparsify.layers import csr_linear, deferred
+from sparsify.layers.deferred import DeferredOutput
 
 ACTIVATIONS = {"relu": nn.ReLU(inplace=True), "gelu": nn.GELU(), "gelu_tanh": nn.GELU("tanh"), "silu": nn.SiLU()}
 
@@ -27,6 +30,24 @@ class Block(nn.Module):
         return self.body(self, x)
 
 
+@pytest.fixture(autouse=True)
+def _small_outputs_count(monkeypatch):
+    monkeypatch.setattr(deferred, "FEWEST_OUTPUTS", 1)
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """Return the activations that kernels have worked out, as a list that grows."""
+    names, linear = [], csr_linear.linear
+
+    def spy(*args):
+        names.append(args[5])
+        return linear(*args)
+
+    monkeypatch.setattr(csr_linear, "linear", spy)
+    return names
+
+
 def masked(model, sparsity=0.5):
     torch.manual_seed(0)
     return sparsify.prune(sparsify.convert(model), sparsity, method="random").eval()
@@ -37,23 +58,217 @@ def mlp(act):
 
 
 def fused_in(model):
-    return [name for name, module in model.named_modules() if isinstance(module, FusedActivation)]
+    return {name: m.followed_by for name, m in model.named_modules() if getattr(m, "followed_by", "none") != "none"}
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize("form", ["csr", pytest.param("panel", marks=needs_native)])
-def test_the_layer_applies_what_follows_it(name, form):
+def test_the_layer_applies_what_follows_it(name, form, mode, computed):
     model = masked(mlp(ACTIVATIONS[name]))
     fast = sparsify.export(model, format=form)
-    assert fast[0].activation == name
-    assert fast[3].activation == "none"
+    assert fused_in(fast) == {"0": name}
     x = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(fast(x), model(x))
-    torch.testing.assert_close(fast[1](fast[0](x)), model[1](model[0](x)))
-    assert type(model[1]) is type(ACTIVATIONS[name]), "the model itself stays as it was"
+    with mode():
+        found = fast(x)
+    assert computed == [name, "none"]
+    assert type(found) is torch.Tensor
+    torch.testing.assert_close(found, model(x).detach())
+    assert [type(module) for module in fast[1:3]] == [type(module) for module in model[1:3]]
+    assert not model._forward_hooks, "the model itself stays as it was"
     assert list(fast.state_dict()) == [f"{i}.{key}" for i in (0, 3) for key in ("bias", "crow", "col", "values")], (
         "no key is added"
     )
+
+
+def test_a_convolution_applies_what_follows_it():
+    model = sparsify.convert(nn.Sequential(nn.Conv2d(8, 6, 1), nn.SiLU(), nn.Conv2d(6, 4, 1)).eval(), types=nn.Conv2d)
+    fast = sparsify.export(sparsify.prune(model, 0.5), format="csr")
+    assert fused_in(fast) == {"0": "silu"}
+    seen = []
+    fast[1].register_forward_pre_hook(lambda module, args: seen.append(type(args[0])))
+    for x in (torch.randn(2, 8, 3, 3), torch.randn(2, 8, 3, 3).contiguous(memory_format=torch.channels_last)):
+        with torch.no_grad():
+            torch.testing.assert_close(fast(x), model(x))
+            assert torch.equal(fast[0](x), sparsify.export(model, format="csr")[0](x))
+    assert seen == [DeferredOutput] * 2
+
+
+def close(found, wanted):
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_whoever_uses_a_part_gets_what_the_masked_model_gives(name, mode):
+    model, x = masked(mlp(ACTIVATIONS[name])), torch.randn(4, 16)
+    fast = sparsify.export(model, format="csr")
+    with mode():
+        close(fast[:1](x), model[:1](x))
+        close(fast[0](x), model[0](x))
+        close(fast[1](torch.tensor([-1.0, 2.0])), model[1](torch.tensor([-1.0, 2.0])))
+        seen, wanted = [], model[0](x)
+        handles = [
+            fast[0].register_forward_hook(lambda module, args, output: seen.append(output)),
+            fast[1].register_forward_pre_hook(lambda module, args: seen.append(args[0].clone())),
+        ]
+        close(fast(x), model(x))
+        close(seen[1], wanted)
+        if name != "relu":  # which works in place
+            close(seen[0], wanted)
+        for handle in handles:
+            handle.remove()
+        fast[1], other = nn.LeakyReLU(0.3), nn.Sequential(model[0], nn.LeakyReLU(0.3), *model[2:])
+        close(fast(x), other(x))
+        fast[1] = nn.Identity()
+        close(fast(x), nn.Sequential(model[0], *model[2:])(x))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_hooks_of_all_modules_see_the_output_before_the_activation(mode):
+    model, x, seen = masked(mlp(nn.GELU())), torch.randn(4, 16), []
+    fast = sparsify.export(model, format="csr")
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.append(output))
+    try:
+        with mode():
+            fast(x)
+    finally:
+        handle.remove()
+    with mode():
+        close(seen[0] + 0, model[0](x))
+        close(seen[1], model[1](model[0](x)))
+
+
+class Flagged(nn.Module):
+    """A block with a flag that says what becomes of its first layer's output."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.act, self.flag, self.kept = nn.Linear(16, 32), nn.ReLU(), "", None
+
+    def forward(self, x):
+        y = self.fc(x)
+        if self.flag == "features":
+            return y
+        if self.flag == "both":
+            return self.act(y), y
+        if self.flag == "keep":
+            self.kept = y
+        if self.flag == "sum":
+            return self.act(y) + y
+        if self.flag == "in place":
+            return y.add_(1), self.act(y), y
+        return self.act(y)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("flag", ["features", "both", "keep", "sum", "in place", ""])
+def test_flags_that_are_set_later_count(flag, mode, inplace):
+    model, x = masked(Flagged()), torch.randn(4, 16)
+    fast = sparsify.export(model, format="csr")
+    assert fused_in(fast) == {"fc": "relu"}
+    for block in (model, fast):
+        block.flag, block.act.inplace = flag, inplace
+    with mode():
+        given = x.clone()
+        found, wanted = fast(given), model(given)
+        given.zero_()  # a buffer that is used again
+    close(found, wanted)
+    if flag == "keep":
+        close(fast.kept + 0, model.kept)
+    close(fast.train()(x), model.train()(x))
+
+
+def test_an_input_changed_before_the_output_is_used_is_an_error():
+    def change(block, x):
+        y = block.fc1(x)
+        x.add_(1)
+        return block.fc2(block.act(y))
+
+    model = masked(Block(lambda block, x: block.fc2(block.act(block.fc1(x)))))
+    fast = sparsify.export(model, format="csr")
+    fast.body = change
+    with torch.no_grad(), pytest.raises(RuntimeError, match="changed in place before its output was used"):
+        fast(torch.randn(3, 16))
+
+
+def test_an_output_is_a_tensor_for_all_code():
+    fast = sparsify.export(masked(Flagged()), format="csr")
+    x, wanted = torch.randn(4, 16), fast.fc(torch.zeros(1, 16)).shape[1]
+    found = []
+    fast.act = nn.Identity()
+    fast.act.register_forward_pre_hook(lambda module, args: found.append(args[0]))
+    with torch.no_grad():
+        fast(x)
+        (y,), plain = found, fast.fc(x)
+    assert (y.shape, y.dtype, y.dim(), len(y), y.device) == ((4, wanted), torch.float32, 2, 4, x.device)
+    for made, expected in (
+        (y.relu(), plain.relu()),
+        (torch.relu(input=y), plain.relu()),
+        (F.gelu(y, approximate="tanh"), F.gelu(plain, approximate="tanh")),
+        (F.silu(y), F.silu(plain)),
+        (copy.deepcopy(y), plain),
+        (pickle.loads(pickle.dumps(y)), plain),
+        (torch.cat([y, y]), torch.cat([plain, plain])),
+        (torch.from_numpy(y.numpy()), plain),
+    ):
+        assert type(made) is torch.Tensor
+        close(made.detach(), expected.detach())
+
+
+def test_threads_do_not_defer_for_each_other():
+    model = masked(mlp(nn.GELU()))
+    fast, x, found = sparsify.export(model, format="csr"), torch.randn(4, 16), []
+
+    def alone():
+        with torch.no_grad():
+            found.append(fast[0](x))
+
+    def meanwhile(*_):
+        thread = threading.Thread(target=alone)
+        thread.start()
+        thread.join()
+
+    fast[2].register_forward_hook(meanwhile)
+    with torch.no_grad():
+        fast(x)
+    assert type(found[0]) is torch.Tensor
+
+
+def test_a_run_that_fails_leaves_nothing_deferred():
+    fast, x = sparsify.export(masked(mlp(nn.GELU())), format="csr"), torch.randn(4, 16)
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    handle = fast[2].register_forward_hook(fail)
+    for _ in range(3):
+        with torch.no_grad(), pytest.raises(KeyboardInterrupt):
+            fast(x)
+    handle.remove()
+    assert len(deferred._RUNS.stack) <= 1
+    with torch.no_grad():
+        fast(x)
+        assert type(fast[0](x)) is torch.Tensor
+    assert not deferred._RUNS.stack
+
+
+def test_small_outputs_are_not_deferred(monkeypatch, computed):
+    monkeypatch.setattr(deferred, "FEWEST_OUTPUTS", 5 * 32 + 1)
+    fast = sparsify.export(masked(mlp(nn.GELU())), format="csr")
+    with torch.no_grad():
+        fast(torch.randn(5, 16))
+        fast(torch.randn(6, 16))
+    assert computed == ["none", "none", "gelu", "none"]
+
+
+def test_under_autocast_an_activation_sees_the_dtype_of_autocast(computed):
+    model, x = masked(mlp(nn.GELU())), torch.randn(4, 16)
+    fast = sparsify.export(model, format="csr")
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fast(x).dtype == torch.bfloat16
+    assert computed == ["none", "none"]
 
 
 @pytest.mark.parametrize(
@@ -78,8 +293,7 @@ def test_left_alone_where_something_else_may_see_the_sum(body):
 def test_fused_in_a_module_of_ones_own():
     model = masked(Block(lambda m, x: m.fc2(m.act(m.fc1(x)))))
     fast = sparsify.export(model, format="csr")
-    assert fused_in(fast) == ["act"]
-    assert fast.fc1.activation == "gelu"
+    assert fused_in(fast) == {"fc1": "gelu"}
     x = torch.randn(3, 16)
     assert torch.equal(fast(x), model(x))
 
@@ -101,7 +315,9 @@ def test_another_layer_in_the_place_is_not_left_without_its_activation():
     for change in (lambda m: m.__setitem__(0, copy.deepcopy(model[0])), sparsify.to_dense):
         fast = sparsify.export(model, format="csr")
         change(fast)
-        assert torch.equal(fast(x), expected)
+        with torch.no_grad():
+            assert torch.equal(fast(x), expected)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in sparsify.to_dense(fast).modules())
 
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
@@ -109,7 +325,7 @@ def test_copies_are_their_own(again):
     model = masked(mlp(nn.GELU()))
     fast = sparsify.export(model, format="csr")
     other = again(fast)
-    assert other[1].owner[0] is other
+    assert fused_in(other) == {"0": "gelu"}
     other[0] = copy.deepcopy(model[0])
     x = torch.randn(4, 16)
     assert torch.equal(other(x), model(x))
@@ -127,7 +343,7 @@ def test_a_file_loads_fused(tmp_path):
     sparsify.save(fast, tmp_path / "m.safetensors")
     loaded = sparsify.load(tmp_path / "m.safetensors", mlp(nn.GELU()).eval())
     x = torch.randn(4, 16)
-    assert fused_in(loaded) == ["1"]
+    assert fused_in(loaded) == {"0": "gelu"}
     assert torch.equal(loaded(x), fast(x))
 
 

@@ -254,7 +254,7 @@ def test_to_dense_gives_the_convolution_back():
 
 def test_the_activation_that_follows_is_applied_by_the_layer():
     fast = sparsify.export(sparsify.prune(small(), 0.5), format=RUNNING[-1])
-    assert fast[0].activation == "relu"
+    assert fast[0].followed_by == "relu"
 
 
 def test_looks_like_a_convolution():

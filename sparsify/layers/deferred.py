@@ -1,0 +1,159 @@
+"""An output worked out when it is first used: by the kernel with the activation, if an activation is its first use.
+
+A layer cannot know what its output is for: the module around it may be sliced, hooked or told to return features. So
+while a module runs in which an activation follows a layer, the layer returns a DeferredOutput. An activation gets its
+result in one pass over memory, and anything else finds the plain output. Nothing is left to defer once the module ends.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from sparsify.kernels.torch_ops import is_transformed
+
+#: Below so many outputs a pass of its own over them costs less than deferring them.
+FEWEST_OUTPUTS = 8192
+
+#: Questions about an output that need no output.
+_CHEAP = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad")),
+    *(getattr(Tensor, name) for name in ("size", "dim", "numel", "is_floating_point", "__len__")),
+}
+
+_RELU_IN_PLACE = {torch.relu_, Tensor.relu_}
+_RELU = {F.relu, torch.relu, Tensor.relu, *_RELU_IN_PLACE}
+
+
+class _Runs(threading.local):
+    """The modules that run in this thread, innermost last, each with the outputs deferred in it."""
+
+    def __init__(self) -> None:
+        self.stack: list[tuple[nn.Module, list[weakref.ref[DeferredOutput]]]] = []
+
+
+_RUNS = _Runs()
+
+
+def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Let the layers of a module defer their outputs from now on: a forward pre-hook."""
+    if not torch.compiler.is_compiling():
+        # A run of this module that is still there was interrupted.
+        _RUNS.stack = [*(run for run in _RUNS.stack if run[0] is not module), (module, [])]
+
+
+def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Work out what was deferred while a module ran, and is still held by somebody: a forward hook."""
+    if torch.compiler.is_compiling():
+        return
+    ended = [run for run in _RUNS.stack if run[0] is module]
+    _RUNS.stack = [run for run in _RUNS.stack if run[0] is not module]
+    for deferred in (reference() for _, outputs in ended for reference in outputs):
+        if deferred is not None and output is not None:  # there is none if the module failed
+            deferred.settle()
+
+
+def may_defer(layer: nn.Module, input: Tensor, n_outputs: int) -> bool:
+    """Return whether a layer in the module that runs may defer this output: in inference, and where it is worth it."""
+    return (
+        n_outputs >= FEWEST_OUTPUTS
+        and bool(_RUNS.stack)
+        and not torch.is_grad_enabled()
+        and not layer._forward_hooks
+        and not torch.compiler.is_compiling()
+        and not torch._C._get_tracing_state()
+        and not is_transformed()
+    )
+
+
+class DeferredOutput(Tensor):
+    """The output of a layer before anybody has used it; see this file's docstring."""
+
+    compute: Callable[[str], Tensor]
+    input: Tensor
+    version: int | None
+    value: Tensor | None
+
+    @staticmethod
+    def make(compute: Callable[[str], Tensor], input: Tensor, shape: Sequence[int]) -> DeferredOutput:
+        """Defer `compute`, which takes the name of an activation, of an input: an output of this shape."""
+        made: DeferredOutput = Tensor._make_wrapper_subclass(
+            DeferredOutput, shape, dtype=input.dtype, device=input.device
+        )
+        made.compute, made.input, made.value = compute, input, None
+        made.version = None if input.is_inference() else input._version
+        _RUNS.stack[-1][1].append(weakref.ref(made))
+        return made
+
+    def settle(self) -> Tensor:
+        """Return the output, from now on the same tensor."""
+        if self.value is None:
+            if self.version is not None and self.version != self.input._version:
+                raise RuntimeError(
+                    "the input of an exported layer was changed in place before its output was used; copy the input, "
+                    "or use the output first"
+                )
+            self.value = self.compute("none")
+        return self.value
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Answer, compute together with an activation, or use the plain output."""
+        kwargs = dict(kwargs or {})
+        if func in _CHEAP:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        output = args[0] if args else kwargs.get("input")
+        if isinstance(output, DeferredOutput) and output.value is None:
+            name, is_in_place = _activation(func, args[1:], kwargs)
+            if name is not None:
+                if output.version is not None and output.version != output.input._version:
+                    output.settle()  # raises
+                activated = output.compute(name)
+                if is_in_place:
+                    output.value = activated
+                return activated
+        return _on_value(func, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Use the plain output: only calls from below Python arrive here."""
+        return _on_value(func, args, dict(kwargs or {}))
+
+
+def _activation(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str | None, bool]:
+    """Return the kernels' name of a call of an activation, None for any other, and whether it works in place."""
+    options = {key: value for key, value in kwargs.items() if key not in ("input", "inplace")}
+    in_place = bool(args[0] if args and func in (F.relu, F.silu) else kwargs.get("inplace", func in _RELU_IN_PLACE))
+    if func in _RELU or func is F.silu:
+        known = not options and len(args) <= int(func in (F.relu, F.silu))
+        return ("silu" if func is F.silu else "relu") if known else None, in_place
+    if func is F.gelu and not args:
+        approximate = options.pop("approximate", "none")
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(approximate) if not options else None, False
+    return None, False
+
+
+def _on_value(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a function with plain outputs."""
+    plain_args, plain_kwargs = tree_map_only(DeferredOutput, lambda deferred: deferred.settle(), (args, kwargs))
+    return func(*plain_args, **plain_kwargs)
