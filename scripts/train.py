@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Train small models on Fashion-MNIST sparsely, in every way, and write docs/results/training.md from what came out.
+"""Train small models on Fashion-MNIST sparsely, in every way, and write docs/results/training.md from the results.
 
-    scripts/train.py table                                    every run of the table that is not in the results yet
+    scripts/train.py table                                    every run of the table not in the results yet
     scripts/train.py row RigL --sparsity 0.95                 one row, three seeds
     scripts/train.py row "gradual magnitude" --model vit --sparsity 0.9
     scripts/train.py report                                   docs/results/training.md and docs/results/training.svg
 
-Results are added to docs/results/training.jsonl, a line for each run, so that a table can be stopped and continued. The
-data is fetched by `scripts/assets.py fashion-mnist`. A run takes half a minute on one core that it has for itself.
+Results are added to docs/results/training.jsonl, a line for each run: a table can be stopped and continued. The data is
+fetched by `scripts/assets.py fashion-mnist`. A run takes half a minute on a core of its own.
 """
 
 import argparse
@@ -30,7 +30,7 @@ Key = tuple[str, str, float, int]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train what is asked for, or write the page."""
+    """Train the named rows, or write the page."""
     options = _parser().parse_args(argv)
     try:
         if options.command == "report":
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(options: argparse.Namespace) -> None:
-    """Make the runs that are not there yet, and add each to the results when it is done."""
+    """Make the missing runs, and add each to the results when it is done."""
     rows = TABLE if options.command == "table" else (options.row,)
     wanted = [
         (options.model, row, sparsity, seed)

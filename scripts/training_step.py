@@ -4,7 +4,7 @@
     scripts/training_step.py --sparsity 0.95 --batch 128 --threads 2
 
 Dense is plain torch; "masked" the same with a mask in each layer; "sparse" touches kept weights only. A step is
-forward, loss and backward; then also that of SGD (momentum 0.9) and, where there is one, the Pruner's.
+forward, loss and backward; then also SGD's (momentum 0.9) and, with a Pruner, the Pruner's.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def main() -> None:
         steps = {kind: _step(kind, options, x, y, with_optimizer) for kind in ("dense", "masked", "sparse")}
         times: dict[str, list[float]] = {kind: [] for kind in steps}
         losses = {kind: [] for kind in steps}
-        for _ in range(N_STEPS):  # in turns, so that what disturbs one disturbs all
+        for _ in range(N_STEPS):  # in turns: a disturbance hits all alike
             for kind, step in steps.items():
                 start = time.perf_counter()
                 losses[kind].append(step())

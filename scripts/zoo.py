@@ -1,9 +1,9 @@
-"""Take every architecture of the zoo through the whole flow, and write docs/results/models.md from what came out.
+"""Take every architecture of the zoo through the whole flow, and write docs/results/models.md from the outcomes.
 
     scripts/zoo.py                     all of them, to docs/results/models.md
     scripts/zoo.py --only swin_t       some of them, printed
 
-tests/scripts/test_zoo.py goes through the same table, but for what takes a minute; here, what fails becomes a cell.
+tests/scripts/test_zoo.py goes through the same table, but for the slow models; here, a failure becomes a cell.
 """
 
 import argparse
@@ -48,20 +48,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def shares(model: Model) -> dict[str, Share]:
-    """Return the model's share by the arguments of convert: without types=, and with them where the zoo has some."""
+    """Return the model's share by the arguments of convert: without types=, and with the zoo's if it has some."""
     plain = {key: value for key, value in model.convert.items() if key != "types"}
     return {page.call(arguments): share(model, **arguments) for arguments in (plain, model.convert)}
 
 
 def check_all(model: Model) -> dict[str, str]:
-    """Return the outcome of every check, up to the first that fails."""
+    """Return the outcome of every check, up to the first failure."""
     outcomes = {}
     with tempfile.TemporaryDirectory() as folder:
         subject = Subject(model, Path(folder))
         for name, check in CHECKS.items():
             try:
                 outcomes[name] = check(subject)
-            except Exception as error:  # whatever goes wrong is what this is to find
+            except Exception as error:  # any failure is a finding
                 traceback.print_exc()
                 outcomes[name] = f"{page.FAILED}: {error}"
                 break

@@ -1,1 +1,1 @@
-"""What scripts/bench.py runs: one file per benchmark, the peers, and the page written from their results."""
+"""The benchmarks of scripts/bench.py, a file each, their peers, and the page written from their results."""

@@ -1,4 +1,4 @@
-"""What was promised, and what was measured beside it: ratios of medians, geometric means over cells."""
+"""Promised figures beside measured ones: ratios of medians, geometric means over cells."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,7 +10,7 @@ from benchmarks.peers import ENGINES
 
 Row = dict[str, Any]
 
-#: What layers are compared with: the fastest of these in each cell. The first needs at least one engine.
+#: Opponents of a layer: the fastest of these in each cell. The first needs at least one engine.
 OPPONENTS: dict[str, tuple[str, ...]] = {
     "best dense fp32": (*ENGINES, "torch fp32"),
     "torch fp32": ("torch fp32",),
@@ -65,7 +65,7 @@ LOAD_BAR = 4.0
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as fast as its opponent ours is in one cell."""
+    """The factor by which ours is faster than its opponent in one cell."""
 
     shape: tuple[int, int]
     tokens: int
@@ -96,12 +96,12 @@ def ratios(rows: Iterable[Row], bar: Bar, sparsity: float) -> list[Ratio]:
 
 
 def geometric_mean(values: Sequence[float]) -> float:
-    """Average ratios, so that 2x and 0.5x make 1x."""
+    """Average ratios geometrically: 2x and 0.5x make 1x."""
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
 def best_by(rows: Iterable[Row], *keys: str, largest: str) -> Iterator[Row]:
-    """Yield, of the rows that agree in `keys`, the one whose `largest` is."""
+    """Yield, of the rows with equal `keys`, the one with the largest value of the key `largest`."""
     best: dict[tuple[Any, ...], Row] = {}
     for row in rows:
         key = tuple(str(row[k]) for k in keys)
@@ -111,7 +111,7 @@ def best_by(rows: Iterable[Row], *keys: str, largest: str) -> Iterator[Row]:
 
 
 def against_bar(value: float, bar: float | None, *, at_most: bool = False) -> str:
-    """Write a value, and what it should be: "1.31x (1.2)", with a star if it falls short.
+    """Write a value beside its bar: "1.31x (1.2)", with a star if it falls short.
 
     >>> against_bar(1.314, 1.2), against_bar(1.1, 1.2), against_bar(3.0, None)
     ('1.31x (1.2)', '1.10x (1.2) *', '3.00x')

@@ -1,4 +1,4 @@
-"""What is measured: shapes (out, in), tokens, sparsities; the full grid and a quick one."""
+"""The measured cases: shapes (out, in), tokens, sparsities; the full grid and a quick one."""
 
 from dataclasses import dataclass
 

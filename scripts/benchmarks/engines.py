@@ -1,4 +1,4 @@
-"""Dense linear layers in ONNX Runtime and OpenVINO, in their fastest setting for one process that calls repeatedly.
+"""Dense linear layers in ONNX Runtime and OpenVINO, in their fastest setting for repeated calls from one process.
 
 Weights are packed when the layer is built; input and output live in fixed buffers: nothing is allocated or copied.
 """

@@ -34,8 +34,8 @@ def measure_roofs(device: torch.device) -> dict[str, float]:
 def run(grid: Grid, dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]]:
     """Yield a row for cuBLAS and each form, at each shape, number of tokens, pattern and sparsity.
 
-    `gbs` counts the bytes of the weight alone, `bytes_of_dense` what it takes of dense. Raises RuntimeError for a
-    wrong answer.
+    `gbs` counts the bytes of the weight alone; `bytes_of_dense` is their fraction of the dense weight's. Raises
+    RuntimeError for a wrong answer.
     """
     for shape in tqdm(grid.shapes, desc="gpu"):
         for pattern in PATTERNS:

@@ -25,7 +25,7 @@ def run(grid: Grid) -> Iterator[dict[str, Any]]:
     """Yield a row for each form, shape, number of tokens and sparsity, into a preallocated output.
 
     `gflops` counts kept weights only. `gbs` counts the bytes of the packed weight; large weights meet one token, in
-    rotation, so that each comes from memory.
+    rotation: each comes from memory.
     """
     cells: list[tuple[Shape, int, int | None]] = [(shape, tokens, 1) for shape in grid.shapes for tokens in grid.tokens]
     cells += [(shape, 1, None) for shape in grid.large]

@@ -24,7 +24,7 @@ _ITEM_BYTES = {"torch bf16": 2, "torch int8": 1}
 def run(grid: Grid) -> Iterator[dict[str, Any]]:
     """Yield a row for each candidate of each shape and number of tokens, at every sparsity it depends on.
 
-    Dense peers, which gain nothing from zeros, appear once, with sparsity None. All candidates of a shape and a number
+    Dense peers gain nothing from zeros: they appear once, with sparsity None. All candidates of a shape and a number
     of tokens are timed in turns. Raises RuntimeError if one of them gives a wrong answer.
     """
     cells = [(shape, tokens, CACHED) for shape in grid.shapes for tokens in grid.tokens]

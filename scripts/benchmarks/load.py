@@ -1,4 +1,4 @@
-"""How steady latency is: a layer's 99th percentile while another process keeps one core busy, its median without."""
+"""Latency under load: a layer's 99th percentile while another process keeps one core busy, its median without."""
 
 import subprocess
 import sys

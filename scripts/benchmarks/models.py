@@ -32,7 +32,7 @@ def bench_models(
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for each candidate of each model and batch size; the dense ones have sparsity None.
 
-    torchvision's weights are random, which changes no time.
+    torchvision's weights are random: the times do not depend on them.
     """
     for name, batches in models.items():
         model, spec = _build(name), f"torchvision:{name}" if name != MINILM else "hf:minilm"
@@ -82,7 +82,7 @@ def _call(model: nn.Module, inputs: Inputs) -> Callable[[], Any]:
 
 
 def _runs(model: nn.Module, inputs: Inputs) -> bool:
-    """Say whether a quantized model runs: torch's quantized Linear has a method in the place of its weight."""
+    """Return whether a quantized model runs: torch's quantized Linear has a method in the place of its weight."""
     try:
         run(model, inputs)
     except TypeError as error:

@@ -1,4 +1,4 @@
-"""The dense layers and other libraries that a sparse layer is compared with, each at its best setting.
+"""The peers of a sparse layer: dense layers and other libraries, each at its best setting.
 
 A peer makes one callable from a weight (out, in), a bias and an input (tokens, in); the call returns an array of
 (tokens, out), perhaps its own output buffer. It uses torch.get_num_threads() threads. Peers need torch.inference_mode.
@@ -27,7 +27,7 @@ def torch_fp32(weight: Tensor, bias: Tensor, x: Tensor) -> Callable[[], Any]:
 
 
 def torch_bf16(weight: Tensor, bias: Tensor, x: Tensor) -> Callable[[], Any]:
-    """Call torch's own layer in bfloat16, on input that is bfloat16 already."""
+    """Call torch's own layer in bfloat16, on bfloat16 input."""
     layer, x = _linear(weight, bias).bfloat16(), x.bfloat16()
     return lambda: layer(x)
 
@@ -45,12 +45,12 @@ def torch_csr(weight: Tensor, bias: Tensor, x: Tensor) -> Callable[[], Any]:
 
 
 def torch_csr_matmul(weight: Tensor, bias: Tensor, x: Tensor) -> Callable[[], Any]:
-    """Multiply a CSR weight with the transposed input, which torch does faster; the result stays transposed."""
+    """Multiply a CSR weight with the transposed input, torch's faster way; the result stays transposed."""
     csr = _csr(weight)
     return lambda: (csr @ x.t()).t().add_(bias)
 
 
-#: What does not profit from zeros, and what does. The best dense fp32 engine is one of ENGINES.
+#: Peers without a gain from zeros, and peers with one. The best dense fp32 engine is one of ENGINES.
 DENSE: dict[str, Peer] = {
     "torch fp32": torch_fp32,
     "torch bf16": torch_bf16,
@@ -68,7 +68,7 @@ FP32_TOLERANCE = 1e-5
 
 
 def absent() -> dict[str, str]:
-    """Say of each peer that cannot run here why not."""
+    """Return the reason why a peer cannot run here, by peer."""
     reasons = {}
     for name, packages in _REQUIRES.items():
         missing = [package for package in packages if version(package) is None]
@@ -80,7 +80,7 @@ def absent() -> dict[str, str]:
 
 
 def dense_peers() -> dict[str, Peer]:
-    """Return the DENSE peers that can run here."""
+    """Return the DENSE peers with all they need here."""
     return {name: peer for name, peer in DENSE.items() if name not in absent()}
 
 
@@ -124,5 +124,5 @@ def _csr(weight: Tensor) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse (CSR tensor support is in beta|invariant checks are)")
         csr = weight.to_sparse_csr()
-        # int32 indices: what torch's MKL wants, and half the memory
+        # int32 indices, as torch's MKL wants them, and half the memory
         return torch.sparse_csr_tensor(csr.crow_indices().int(), csr.col_indices().int(), csr.values(), csr.shape)

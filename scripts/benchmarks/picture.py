@@ -10,7 +10,7 @@ _COLORS = ("#000000", "#4477aa", "#66ccee", "#228833", "#ccbb44", "#aa3377")
 
 
 def draw(record: Record, file: Path) -> None:
-    """Draw how many times faster than each peer a sparse layer is, few tokens left, many right."""
+    """Draw a sparse layer's speed as a multiple of each peer's, few tokens left, many right."""
     import matplotlib
 
     matplotlib.use("svg")

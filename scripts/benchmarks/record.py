@@ -1,4 +1,4 @@
-"""A benchmark's results in a file: what ran, where and when, and one row per measurement.
+"""A benchmark's results in a file: command, machine and date, and one row per measurement.
 
     {"schema": 1, "benchmark": "layers", "command": ..., "date": ..., "machine": {...}, "versions": {...},
      "absent": {peer: why}, "roofs": {...}, "rows": [
@@ -59,7 +59,7 @@ def row(candidate: str, timing: Timing, **facts: Any) -> dict[str, Any]:
 
 
 def write(record: dict[str, Any], path: Path) -> None:
-    """Write a record with one row a line, so that two of them can be compared with diff."""
+    """Write a record with one row a line, for diff."""
     head = json.dumps({key: record[key] for key in HEADER if key != "rows"}, indent=1)
     rows = ",\n".join(json.dumps(r) for r in record["rows"])
     path.write_text(f'{head[:-2]},\n "rows": [\n{rows}\n]}}\n')
@@ -77,7 +77,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def llc_bytes() -> int:
-    """Return the size of the last-level cache, 32 MiB where the system does not tell."""
+    """Return the size of the last-level cache, 32 MiB if the system does not tell."""
     sizes = [_DEFAULT_LLC_BYTES]
     for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = file.read_text().strip()

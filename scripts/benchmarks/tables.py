@@ -28,14 +28,14 @@ def tables(record: Record) -> dict[str, Table]:
 
 
 def spread(record: Record) -> str:
-    """Say how far the samples scatter: half the distance of the quartiles, as a share of the median."""
+    """Return the spread of the samples: half the distance of the quartiles, as a share of the median."""
     shares = sorted((r["high_us"] - r["low_us"]) / 2 / r["median_us"] for r in record["rows"])
     middle, worst = shares[len(shares) // 2], shares[-1]
     return f"half of a candidate's samples lie within ±{middle:.1%} of its median (worst: ±{worst:.1%})"
 
 
 def losses(record: Record) -> list[str]:
-    """List, per opponent and sparsity, the cells in which a sparse layer is slower than a dense one."""
+    """List, per opponent and sparsity, the cells with a sparse layer slower than a dense one."""
     lines = []
     for bar in LAYER_BARS:
         if bar.against == "torch fp32":

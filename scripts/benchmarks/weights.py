@@ -1,4 +1,4 @@
-"""The weights and inputs that layers and kernels are measured with, and copies of them that no cache can hold."""
+"""The weights and inputs of the benchmarks of layers and kernels, and copies beyond any cache."""
 
 import math
 
@@ -14,7 +14,7 @@ TIMES_LLC = 4
 
 
 def pruned_layer(shape: Shape, sparsity: float, pattern: str = "unstructured") -> sparsify.SparseLinear:
-    """Make a layer with random weights of which exactly `sparsity`, or what 2:4 says, are zero, always the same."""
+    """Make a layer with random weights, always the same; exactly `sparsity` of them is zero, or half by 2:4."""
     torch.manual_seed(0)
     out, in_ = shape
     layer = sparsify.convert(nn.Linear(in_, out).eval())
@@ -35,5 +35,5 @@ def inputs(shape: Shape, tokens: int) -> Tensor:
 
 
 def n_copies(weight_bytes: int) -> int:
-    """Return how many layers of this size have to be called in rotation to find the cache cold."""
+    """Return the number of layers of this size to call in rotation for a cold cache."""
     return math.ceil(TIMES_LLC * llc_bytes() / max(weight_bytes, 1))

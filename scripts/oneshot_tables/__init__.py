@@ -1,1 +1,1 @@
-"""What scripts/oneshot.py measures: pretrained models, ways to prune them without training, and the page of results."""
+"""The parts of scripts/oneshot.py: pretrained models, ways to prune them without training, and the page of results."""

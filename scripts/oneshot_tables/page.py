@@ -1,4 +1,4 @@
-"""docs/results/oneshot.md, from the cells that were measured."""
+"""docs/results/oneshot.md, from the measured cells."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -27,7 +27,7 @@ def key(subject: str, line: str, column: str) -> str:
 
 
 def page(cells: Cells) -> str:
-    """Lay out all that was measured."""
+    """Lay out all measured cells."""
     text = [_INTRO]
     for name, subject in SUBJECTS.items():
         mine = {k: cell for k, cell in cells.items() if k.startswith(f"{name} | ")}
@@ -39,7 +39,7 @@ def page(cells: Cells) -> str:
             text += [filled(f"{meaning}.") + "\n", *table(mine, name, METHODS, partial(show, figure=figure)), ""]
         if any(_time(cell) for cell in mine.values()):
             text += ["Seconds.\n", *table(mine, name, METHODS, _time), ""]
-        # What was measured under another budget does not belong into one table.
+        # Cells measured under another budget do not belong into one table.
         peaks = {k: cell for k, cell in mine.items() if cell.get("cache_bytes") == subject.cache_bytes}
         text += ["Peak memory, GB.\n", *table(peaks, name, METHODS, partial(show, figure="peak_gb")), ""]
         text += _allocations(mine, name)
@@ -54,7 +54,7 @@ def table(
     text: Callable[[Any], str],
     columns: Iterable[str] = COLUMNS,
 ) -> list[str]:
-    """Lay out one figure of the cells that there are; a line or column without any is left out."""
+    """Lay out one figure of all cells; a line or column without any is left out."""
     columns = [column for column in columns if any(k.endswith(f" | {column}") for k in cells)]
     rows = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
     for line in lines:

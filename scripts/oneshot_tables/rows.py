@@ -1,8 +1,8 @@
-"""The rows and columns of the tables: what to ask `sparsify.prune` for."""
+"""The rows and columns of the tables: arguments of `sparsify.prune`."""
 
 from typing import Any
 
-#: Line -> how to prune. `recover_s`: then so many seconds of `sparsify.recover`.
+#: Line -> arguments of prune. `recover_s`: then so many seconds of `sparsify.recover`.
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"method": "magnitude"},
     "magnitude + refit": {"method": "magnitude", "refit": True},
@@ -13,20 +13,20 @@ METHODS: dict[str, dict[str, Any]] = {
     "ALPS, correcting": {"method": "alps", "correct": True},
     "ALPS, correcting, then recover for 4 min": {"method": "alps", "correct": True, "recover_s": 240.0},
 }
-#: Column -> how much.
+#: Column -> sparsity or pattern.
 COLUMNS: dict[str, dict[str, Any]] = {
     **{f"{n}%": {"sparsity": n / 100} for n in (50, 60, 70, 80, 90)},
     "2:4": {"pattern": "2:4"},
     "1x4, 50%": {"pattern": "1x4", "sparsity": 0.5},
 }
-#: How the layers share one sparsity; "sensitivity" is what `sparsify sensitivity` measures.
+#: Allocations of one sparsity to the layers; "sensitivity" is measured by `sparsify sensitivity`.
 ALLOCATIONS = ("uniform", "erk", "owl", "error", "sensitivity")
 ALLOCATED_METHODS = ("SparseGPT", "ALPS", "ALPS, correcting")
 ALLOCATED_COLUMN = "70%"
 
 
 def allocated(method: str, allocation: str) -> str:
-    """Name the line of a method that does not give all layers the same sparsity.
+    """Name the line of a method with an allocation other than uniform.
 
     >>> allocated("ALPS", "owl")
     'ALPS, owl'

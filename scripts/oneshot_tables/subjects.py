@@ -1,4 +1,4 @@
-"""The pretrained models that are pruned: how to get one, what to calibrate on, and how good a pruned one is."""
+"""The pretrained models to prune: their builders, their calibration data, and measures of quality."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,9 +20,9 @@ class Subject:
     batches: Callable[[int], list[dict[str, Tensor]]]
     #: Takes the dense model, returns a function that tells a pruned one's quality.
     judge: Callable[[nn.Module], Callable[[nn.Module], dict[str, Any]]]
-    #: Figure -> what it is.
+    #: Figure -> its meaning.
     figures: dict[str, str]
-    #: What calibration may keep in memory; None: all.
+    #: Bytes of data in memory during calibration; None: all.
     cache_bytes: int | None = None
 
 
@@ -41,7 +41,7 @@ def _minilm_judge(dense: nn.Module) -> Callable[[nn.Module], dict[str, Any]]:
 
 
 def _smollm_load() -> nn.Module:
-    from pretrained import smollm  # needs gguf, which MiniLM does not
+    from pretrained import smollm  # needs gguf; MiniLM does not
 
     return smollm.load_dense()
 

@@ -1,1 +1,1 @@
-"""Pretrained models that ship inside packages: building them, their data, and measures of their quality."""
+"""Pretrained models shipped inside packages: building them, their data, and measures of their quality."""

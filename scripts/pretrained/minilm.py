@@ -1,4 +1,4 @@
-"""MiniLM-L6 and how good its sentence embeddings are: shared by the demo, oneshot.py and tests/scripts/test_minilm.py.
+"""MiniLM-L6 and the quality of its sentence embeddings, for the demo, oneshot.py and tests/scripts/test_minilm.py.
 
 Quality is the correlation of embedding similarities with human ratings of the Lee news documents: 50 documents,
 1225 pairs, each rated by about ten people (Lee, Pincombe and Welsh 2005). `scripts/assets.py` fetches model and data.
@@ -23,7 +23,7 @@ DENSE_FILE = MODEL_FOLDER / "model.safetensors"
 LEE_FOLDER = ASSETS / "lee"
 
 ENCODER_LAYERS = ["encoder.layer.*"]  # 36 of the model's 37 Linears; the other is BertModel's pooler, unused here
-MAX_TOKENS = 256  # what the model was published with
+MAX_TOKENS = 256  # as published
 N_BACKGROUND, CALIBRATION_BATCH = 300, 8
 
 
@@ -35,13 +35,13 @@ def load_dense(folder: Path = MODEL_FOLDER) -> nn.Module:
 
 
 def build_fresh(folder: Path = MODEL_FOLDER) -> nn.Module:
-    """Build the same architecture with random weights, in eval mode: what a saved file is loaded onto."""
+    """Build the same architecture with random weights, in eval mode, to load a saved file onto it."""
     model: nn.Module = BertModel(BertConfig.from_pretrained(folder))
     return model.eval()
 
 
 def encoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return the 36 Linears that ENCODER_LAYERS names, by name, as far as they are Linears (a CSRLinear is none)."""
+    """Return the 36 Linears of ENCODER_LAYERS, by name, as far as they are Linears (a CSRLinear is none)."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -52,7 +52,7 @@ def encoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
 def load_tokenizer(max_tokens: int = MAX_TOKENS, folder: Path = MODEL_FOLDER) -> Tokenizer:
     """Load the tokenizer, cutting at `max_tokens` and padding to the longest text of a batch.
 
-    The file itself asks for exactly 128 tokens, which would cut the longer documents and pad the shorter ones.
+    The file itself asks for exactly 128 tokens: longer documents would be cut, and shorter ones padded.
     """
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.enable_truncation(max_tokens)
@@ -79,7 +79,7 @@ def embed(texts: Sequence[str], model: nn.Module, *, batch_size: int = 25, progr
 
 
 def calibration_batches(n_documents: int = N_BACKGROUND) -> list[dict[str, Tensor]]:
-    """Return the background documents as token ids, in batches of documents of one length, so that none is padded."""
+    """Return the background documents as token ids, in batches of documents of one length: none is padded."""
     documents = (LEE_FOLDER / "lee_background.cor").read_text(encoding="latin-1").splitlines()[:n_documents]
     tokenizer = load_tokenizer()
     tokenizer.no_padding()
@@ -115,9 +115,9 @@ def lee_correlation(embeddings: Tensor, ratings: NDArray[np.float64]) -> float:
 def lee_interval(
     embeddings: Tensor, ratings: NDArray[np.float64], *, n_samples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """Compute the 95% interval of `lee_correlation` over which documents happened to be rated.
+    """Compute the 95% interval of `lee_correlation` over the choice of documents.
 
-    A bootstrap over documents, not over pairs, since pairs that share a document are not independent. A document
+    A bootstrap over documents, not over pairs, since pairs with a document in common are not independent. A document
     drawn twice makes a pair with itself, similar by construction; such pairs are left out.
     """
     rows, columns = np.triu_indices(len(ratings), k=1)

@@ -1,4 +1,4 @@
-"""SmolLM2-135M and how well it predicts text: perplexity on two Brown files, calibration text from others.
+"""SmolLM2-135M and its quality in predicting text: perplexity on two Brown files, calibration text from others.
 
 The package ships the model as GGUF, its Linears rounded to 4 bits; here they are float32 again, so many weights of a
 layer are equal to the bit. `scripts/assets.py` fetches model and text.

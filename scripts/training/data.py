@@ -1,4 +1,4 @@
-"""Fashion-MNIST as two tensors, all in memory, and the order in which a training sees it."""
+"""Fashion-MNIST as two tensors, all in memory, and its order in a training."""
 
 import gzip
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The models that are trained: an MLP and a Vision Transformer small enough for two cores."""
+"""The models to train: an MLP and a Vision Transformer small enough for two cores."""
 
 import torch
 from torch import Tensor, nn

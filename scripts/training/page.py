@@ -61,7 +61,7 @@ def _table(cells: Cells) -> list[str]:
 
 
 def _recipes(rows: set[str]) -> list[str]:
-    """Say which recipe each row followed, and with which variables."""
+    """List the recipe and the variables of each row."""
     lines = []
     for name, row in ROWS.items():
         if row is not None and name in rows:

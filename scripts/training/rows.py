@@ -1,4 +1,4 @@
-"""The rows of the table: which recipe, with which of its variables, makes each."""
+"""The rows of the table: recipe and variables of each."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,7 +34,7 @@ ROWS: dict[str, Row | None] = {
     "GraSP": Row("grasp"),
 }
 
-#: What the table is about, in the order in which runs are made: first what the others are compared with.
+#: The rows of the table in the order of their runs: the baseline and the main methods come first.
 TABLE = (
     *("dense", "gradual magnitude", "RigL", "SET", "static random", "one-shot magnitude, no training after"),
     *("iterative with rewinding", "SNIP", "straight-through top-k"),

@@ -30,7 +30,7 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, float]]] = {
 def run(
     row: str, sparsity: float, seed: int, data: tuple[Examples, Examples], model_name: str = "mlp"
 ) -> list[dict[str, Any]]:
-    """Train one row; returns its result, and after the dense model those of the rows that prune it when it is done."""
+    """Train one row; returns its result, and after the dense model the results of the rows that prune it trained."""
     chosen, began = ROWS[row], time.time()
     torch.manual_seed(seed)
     model = MODELS[model_name]()
@@ -115,7 +115,7 @@ def _recipe(row: Row, sparsity: float, seed: int) -> sparsify.Recipe:
 
 
 def _counted(model: nn.Module) -> dict[str, Any]:
-    """Count what the recipe prunes, and the fraction of it that is zero in the weights themselves."""
+    """Count the weights under the recipe, and the fraction of zeros in them."""
     weights = [layer.masked_weight() for layer in model.modules() if isinstance(layer, MaskedLayer)]
     n_weights = sum(weight.numel() for weight in weights)
     return {"weights": n_weights, "zeros": sum(int((weight == 0).sum()) for weight in weights) / n_weights}

@@ -1,4 +1,4 @@
-"""The zoo of architectures, and what must hold for each: scripts/zoo.py and tests/scripts/test_zoo.py go through it."""
+"""The zoo of architectures and the checks of each, for scripts/zoo.py and tests/scripts/test_zoo.py."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ FILES = {
     "language": ("transformers",),
     "pretrained": ("transformers", "tokenizers", "gguf"),
 }
-#: What scripts/assets.py has to have fetched for the last.
+#: The folders of scripts/assets.py for the last of them.
 ASSETS = ("minilm", "smollm2")
 
 
 def models(file: str) -> dict[str, Model]:
-    """Return the models of a file by name. Raises ImportError where one of its packages is missing."""
+    """Return the models of a file by name. Raises ImportError if one of its packages is missing."""
     found: dict[str, Model] = importlib.import_module(f"zoo_models.{file}").MODELS
     return found
 
 
 def why_missing(file: str) -> str:
-    """Say what keeps the models of a file from being here; nothing if they are."""
+    """Return the reason why the models of a file cannot be built here, or ""."""
     if gone := [package for package in FILES[file] if importlib.util.find_spec(package) is None]:
         return f"{gone[0]} is missing: pip install 'sparsify-torch[test]'"
     if file == "pretrained" and (gone := [name for name in ASSETS if assets.missing_files(name)]):

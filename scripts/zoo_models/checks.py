@@ -1,4 +1,4 @@
-"""What must hold for every architecture, step by step: each check takes up where the one before it ended."""
+"""Checks of every architecture, step by step: each goes on from the state of the one before it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Subject:
 
 
 def convert(subject: Subject) -> str:
-    """Nothing changes: not a bit, or in an attention that is computed in another way, not beyond rounding."""
+    """Nothing changes: not a bit, or in an attention computed in another way, nothing beyond rounding."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", sparsify.LeftDenseWarning)
         subject.sparse = sparsify.convert(copy.deepcopy(subject.dense), **subject.model.convert)
@@ -62,8 +62,7 @@ def prune(subject: Subject) -> str:
 
 
 def export(subject: Subject) -> str:
-    """The exported model computes what the masked one does: the same bits by the reference, and by the kernels no less
-    exactly."""
+    """The exported model has the masked one's outputs: equal by the reference, no less exact by the kernels."""
     subject.fast = sparsify.export(subject.sparse, format="csr")
     assert same(outputs(subject.fast, subject.inputs), subject.masked), "the reference differs from the masked model"
     if subject.model.continuous:
@@ -113,7 +112,7 @@ def deepcopy(subject: Subject) -> str:
 
 
 def compile_(subject: Subject) -> str:
-    """Whatever torch.compile captures whole of the dense model, it captures of the exported one."""
+    """torch.compile captures the exported model whole if it captures the dense one whole."""
     compiled, why_not = _compiled(subject.fast, subject.inputs)
     if compiled is None:
         _, why_dense_not = _compiled(subject.dense, subject.inputs)
@@ -136,29 +135,29 @@ CHECKS: dict[str, Callable[[Subject], str]] = {
 
 
 def outputs(model: Callable[..., Any], inputs: Inputs) -> Outputs:
-    """Return the floating-point tensors that a model answers with."""
+    """Return the floating-point tensors of a model's answer."""
     with torch.no_grad():
         return floats(model(**inputs) if isinstance(inputs, dict) else model(*inputs))
 
 
 def floats(output: Any) -> Outputs:
-    """Return the floating-point tensors in an output of any structure, which must have some."""
+    """Return the floating-point tensors in an output of any structure. Raises AssertionError if there is none."""
     found = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     assert found, "the model answers with no floating-point tensor"
     return found
 
 
 def same(ours: Outputs, theirs: Outputs) -> bool:
-    """Say whether outputs are equal bit for bit, and finite."""
+    """Return whether outputs are equal bit for bit, and finite."""
     assert all(bool(tensor.isfinite().all()) for tensor in ours), "an output is not finite"
     return len(ours) == len(theirs) and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def assert_no_less_exact(ours: Outputs, theirs: Outputs, model: nn.Module, inputs: Inputs) -> None:
-    """Hold the root-mean-square error of an output against twice that of `theirs`, which `model` gave.
+    """Hold the root-mean-square error of `ours` against twice the error of `theirs`, the outputs of `model`.
 
     Both are errors against the model in float64. A kernel of ours is at most twice as far from the truth as torch's, so
-    a sum of their errors is too, to first order. Where torch makes no error at all, a last place is allowed.
+    a sum of their errors is too, to first order. If torch makes no error at all, a last place is allowed.
     """
     exact = outputs(copy.deepcopy(model).double(), tree_map_only(Tensor, _as_double, inputs))
     for mine, other, truth in zip(ours, theirs, exact, strict=True):
@@ -175,7 +174,7 @@ def _as_double(tensor: Tensor) -> Tensor:
 
 
 def _compiled(model: nn.Module, inputs: Inputs) -> tuple[Outputs | None, str]:
-    """Capture a model in one graph and run that, or say why it cannot be; what a backend makes of it is not ours."""
+    """Run a model captured in one graph, without a backend's optimizations, or return the reason why it cannot be."""
     torch._dynamo.reset()
     try:
         with warnings.catch_warnings():

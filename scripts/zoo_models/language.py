@@ -1,4 +1,4 @@
-"""transformers' models, by the class that people load. The full size is the default of its configuration."""
+"""transformers' models, by their class. The full size is the default of its configuration."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _model(
     full_inputs: Mapping[str, Make] | None = None,
     **options: Any,
 ) -> Model:
-    """Name a model, its configuration, the sizes of the small one, and how to make each input (batch, length)."""
+    """Name a model, its configuration, the sizes of the small one, and a maker (batch, length) of each input."""
 
     def build(**sizes: Any) -> nn.Module:
         model: nn.Module = getattr(transformers, name)(getattr(transformers, config)(**sizes))
@@ -54,7 +54,7 @@ def _model(
     return Model(
         small=partial(build, **sizes),
         inputs=partial(make, inputs, 2, 6),
-        # the other attentions look into the mask, which has no data there
+        # the other attentions look into the mask, and there it has no data
         full=partial(build, attn_implementation="eager"),
         full_inputs=partial(make, full_inputs or inputs, 1, 128),
         **options,

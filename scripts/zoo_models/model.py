@@ -1,4 +1,4 @@
-"""What the zoo knows of one architecture."""
+"""An entry of the zoo: one architecture."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from sparsify.reporting.model_bench import Inputs
 
 @dataclass(frozen=True)
 class Model:
-    """One architecture, in two sizes.
+    """One architecture, in two sizes, with its inputs and the arguments of sparsify.convert.
 
-    small() builds a few narrow layers of the same structure with random weights, to be run; inputs() is what it takes,
-    and train_inputs() what it takes in training where that is something else. full() builds the usual size, to be
-    called on the meta device: it says how much of the model is converted, and on full_inputs() (None where the work
-    depends on the data) how much of its work. fresh() builds what a file is loaded onto, where small() has its
-    own weights. `convert` holds the arguments that sparsify.convert needs here.
-    continuous is False where an output jumps with the last bit of a weight: which boxes survive, for one. reads_weights
-    is True where the model's own code reads the weight of a Linear that it does not call: only a Pruner then keeps
-    masked weights at zero. quick is False where the checks take a minute: those are for scripts/zoo.py.
+    - small: builds a few narrow layers of the same structure with random weights, to be run.
+    - inputs: the inputs of the small model; train_inputs: its inputs in training, if they differ.
+    - full: builds the usual size, to be called on the meta device, for the converted share of the parameters.
+    - full_inputs: its inputs, for the converted share of the work; None if the work depends on the data.
+    - fresh: builds a model to load a file onto, if small() has its own weights.
+    - quick: False if the checks take a minute: those are for scripts/zoo.py.
+    - convert: the arguments of sparsify.convert.
+    - continuous: False if an output jumps with the last bit of a weight, as the boxes of a detector do.
+    - bypasses_its_layers: True if the model's own code reads the weight of a Linear without a call of it: only a
+      Pruner then keeps masked weights at zero.
     """
 
     small: Callable[[], nn.Module]

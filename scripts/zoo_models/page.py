@@ -1,4 +1,4 @@
-"""docs/results/models.md: what came out, as a page."""
+"""docs/results/models.md: the outcomes as a page."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ What sparsify does with {len(rows)} models, each as it comes: nothing in the lib
 Written by `scripts/zoo.py` with {versions};
 `tests/scripts/test_zoo.py` goes through the same list.
 
-## How much becomes sparse
+## Sparse share
 
 Each model in its usual size (transformers: the default of its configuration), for one image of 224 pixels or 128
 tokens. *layers*: how many are swapped. *of parameters*, *of work*: their share of all parameters, and of the
@@ -42,7 +42,7 @@ tied to its embedding stays dense with it by `tied="skip"`, or has one mask with
 
 {table(rows)}
 
-## Whether it is right
+## Checks
 
 A small model of the same structure, with random weights, converted as in the last line above. MiniLM-L6 and
 SmolLM2-135M are whole, with their own weights.
@@ -78,7 +78,7 @@ def table(rows: Mapping[str, Row]) -> str:
 
 
 def outcomes(rows: Mapping[str, Row]) -> str:
-    """Lay out the outcomes; what takes more than a few words becomes a note."""
+    """Lay out the outcomes; one of more than a few words becomes a note."""
     lines = ["| model | " + " | ".join(CHECKS) + " |", "|" + "---|" * (1 + len(CHECKS))]
     for name, row in rows.items():
         cells = [_cell(row.outcomes.get(check, "not reached")) for check in CHECKS]
@@ -87,7 +87,7 @@ def outcomes(rows: Mapping[str, Row]) -> str:
 
 
 def notes(rows: Mapping[str, Row]) -> str:
-    """Say at length what the table has no room for."""
+    """Write the outcomes too long for the table as notes."""
     found = [(name, check, text) for name, row in rows.items() for check, text in row.outcomes.items()]
     return "".join(filled(f"- {name}, {check}: {text}") + "\n" for name, check, text in found if _cell(text) != text)
 

@@ -1,4 +1,4 @@
-"""Pretrained models, which scripts/assets.py fetches: what random weights do not have, outliers and equal values."""
+"""Pretrained models, fetched by scripts/assets.py, with outliers and equal values, unlike random weights."""
 
 from __future__ import annotations
 

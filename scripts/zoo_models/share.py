@@ -1,4 +1,4 @@
-"""How much of a model's parameters and work lies in the layers that convert swaps, at the usual size, without data."""
+"""The swapped layers' share of a model's parameters and work, at the usual size, without data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from zoo_models.model import Model
 
 @dataclass(frozen=True)
 class Share:
-    """The layers swapped, and their fractions; `of_work` is None where it depends on the data."""
+    """The layers swapped, and their fractions; `of_work` is None if it depends on the data."""
 
     n_parameters: int
     n_layers: int
@@ -36,7 +36,7 @@ class Share:
 
 
 def share(model: Model, **arguments: Any) -> Share:
-    """Convert the full size on the meta device, which takes no memory, with these arguments, and count."""
+    """Convert the full size on the meta device, without memory, with these arguments, and count."""
     with torch.device("meta"):
         full = model.full().eval()
         inputs = model.full_inputs() if model.full_inputs else None
@@ -59,7 +59,7 @@ def share(model: Model, **arguments: Any) -> Share:
 
 
 class _Work(TorchDispatchMode):
-    """Adds up multiply-adds: those that each memory takes part in, which a view of a weight shares, and all (None)."""
+    """Adds up multiply-adds by the memory of each tensor in them (a view shares its weight's), and all (None)."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -91,7 +91,7 @@ def _regnet() -> nn.Module:
 
 
 def _classifier(model: Any, *layers: tuple[int, int, int]) -> nn.Module:
-    """Put narrow Linears (index, in, out) into a classifier whose width the constructor fixes."""
+    """Put narrow Linears (index, in, out) into a classifier of a width fixed by its constructor."""
     for index, in_features, out_features in layers:
         model.classifier[index] = nn.Linear(in_features, out_features)
     assert isinstance(model, nn.Module)
