@@ -1,4 +1,4 @@
-"""What tests and benchmarks try: shapes, dtypes, patterns, masks, and how hypothesis is run."""
+"""Cases for tests and benchmarks: shapes, dtypes, patterns, masks, and the settings of hypothesis."""
 
 from __future__ import annotations
 

@@ -231,7 +231,7 @@ def test_nothing_is_left_of_the_look(one_thread: None) -> None:
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "alps", "magnitude"])
 def test_pruning_sees_no_padding(method: str) -> None:
-    """What stands in the padding changes no mask, though there are as many sequences as tokens."""
+    """The contents of the padding change no mask, with as many sequences as tokens."""
     tokens, mask = ids([4, 2, 1, 3], 4)
     masks = []
     for padding in (0, 7):

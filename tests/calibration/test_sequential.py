@@ -123,7 +123,7 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def inputs_by_hook(model: nn.Module, name: str) -> Tensor:
-    """What a layer gets over all batches: one plain run of the whole model under a hook."""
+    """Return a layer's inputs over all batches, by one plain run of the whole model under a hook."""
     rows: list[Tensor] = []
     layer = model.get_submodule(name)
     hook = layer.register_forward_pre_hook(lambda module, args: rows.append(args[0].detach().clone()))

@@ -46,7 +46,7 @@ def test_a_masked_model_comes_back_masked_and_trainable(tmp_path: Path) -> None:
 
 
 def test_tensors_come_in_the_order_of_the_header(tmp_path: Path) -> None:
-    """What is put together from files that were read is then the same, byte for byte, in every process."""
+    """A file put together from files read earlier is then the same, byte for byte, in every process."""
     model = sparsify.convert(nn.Sequential(*(nn.Linear(2, 2) for _ in range(20))))
     sparsify.save(sparsify.prune(model, 0.5), tmp_path / "a.safetensors")
     header, tensors = container.read(tmp_path / "a.safetensors")

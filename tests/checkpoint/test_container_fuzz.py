@@ -119,7 +119,7 @@ def random_lies(file: File, rng: random.Random) -> None:
 
 
 def test_random_lies(good: bytes, tmp_path: Path) -> None:
-    """Who can compute hashes can change values: what loads may be another model, but the one that the file says."""
+    """With all hashes right, a file may hold another model: then exactly that model is loaded."""
     rng = random.Random(1)
     path = tmp_path / "lie.safetensors"
     n, n_loaded = 2000, 0

@@ -1,4 +1,4 @@
-"""What save writes, load gives back on a model built anew; save refuses the rest, with the way out."""
+"""load gives back all that save writes, on a model built anew; save refuses the rest, with the way out."""
 
 import os
 import warnings

@@ -45,7 +45,7 @@ def test_a_bitmask_of_a_layer_that_the_model_has_not_is_not_unpacked(good: bytes
 
 
 def large(out_features: int, in_features: int, format: str) -> Lie:
-    """Say that layer `bits` is huge, without a kept weight."""
+    """Make layer `bits` huge, without a kept weight."""
     columns = "U8" if in_features <= 256 else "U16" if in_features <= 65536 else "I32"
     if format == "csr":
         parts = {"crow": i32(*[0] * (out_features + 1)), "col": (columns, [0], b"")}

@@ -1,4 +1,4 @@
-"""Whatever fails, the command line says it in one line, with an exit code, and before the work where that can be."""
+"""A failure on the command line is one line and an exit code, and comes before the work if it can."""
 
 import json
 import os

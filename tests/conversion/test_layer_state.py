@@ -1,4 +1,4 @@
-"""What a user put on a layer beside weight and bias stays, whatever the layer becomes; else it is left, and named."""
+"""Additions of a user to a layer, beside weight and bias, stay with it in every form; else the layer is left, named."""
 
 import copy
 import sys

@@ -185,7 +185,7 @@ def test_lora_added_to_a_converted_model_trains_beside_the_mask() -> None:
 
 
 def test_merging_keeps_the_mask() -> None:
-    """What the delta adds to a removed weight is lost: the mask decides, as it does for every other change."""
+    """The delta of a removed weight is lost: the mask decides, as it does for every other change."""
     model = prune(convert(adapted()), 0.5)
     layer = model.base_model.model.query
     base = layer.base_layer

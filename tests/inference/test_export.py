@@ -110,7 +110,7 @@ def test_the_export_owes_nothing_to_the_models_memory(format: str) -> None:
 
 @pytest.mark.parametrize("format", ["csr", "dense"])
 def test_the_export_shares_no_dictionary_with_the_model(format: str) -> None:
-    """What is registered on one later, a hook of calibration for one, does not run in the other."""
+    """A hook registered on one later, as calibration does, does not run in the other."""
     model, x = masked(), torch.randn(4, 12)
     model.body[0].notes = {"seen": 0}
     fast = sparsify.export(model, format=format)

@@ -32,7 +32,7 @@ def assert_same_bits(one: CSR, other: CSR) -> None:
 
 
 def compress(dense: torch.Tensor, alone: int) -> torch.Tensor:
-    """What cuSPARSELt's compression does, as far as it is documented; `alone` is where it puts a value on its own."""
+    """Compress as cuSPARSELt does, as far as it is documented; a single value of four goes to the place `alone`."""
     groups = dense.reshape(-1, 4)
     places = torch.zeros(len(groups), 2, dtype=dense.dtype)
     for place, group in zip(places, groups, strict=True):

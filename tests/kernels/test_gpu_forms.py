@@ -105,7 +105,7 @@ def test_two_of_four_come_back_exactly_and_are_multiplied_padded(alone: int, mon
 
 
 def test_two_of_four_are_compressed_anew_in_another_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What they are compressed to is not all numbers: converted it would be garbage."""
+    """Their compressed form is not all numbers: converted it would be garbage."""
     pretend_a_gpu(monkeypatch)
     monkeypatch.setattr(two_four, "why_missing", lambda _: "")
     monkeypatch.setattr(torch, "_cslt_compress", lambda weight: compress(weight, 0))

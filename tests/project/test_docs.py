@@ -1,4 +1,4 @@
-"""What the documents say is run: the README's code, the format page's recipe for reading, the recipe page's keys."""
+"""The documents are run: the README's code, the format page's recipe for reading, the recipe page's keys."""
 
 import hashlib
 import json
@@ -128,7 +128,7 @@ def test_the_recipe_page_names_every_key_and_no_other():
 
 
 def test_importing_sparsify_imports_no_optional_package():
-    """What a user may not have, or has to wait for, is imported where it is used."""
+    """An optional or slow package is imported at its use."""
     optional = {"accelerate", "gguf", "lightning", "matplotlib", "onnx", "onnxruntime", "openvino", "peft", "PIL"}
     optional |= {"sklearn", "tensorboard", "tokenizers", "torchvision", "transformers", "triton"}
     code = (

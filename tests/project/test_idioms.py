@@ -1,4 +1,4 @@
-"""What people do with PyTorch models keeps working on a converted one and on an exported one."""
+"""Everyday uses of PyTorch models keep working on a converted one and on an exported one."""
 
 import copy
 import io

@@ -94,7 +94,7 @@ def test_the_same_steps_give_the_same_model(pair: tuple[nn.Module, nn.Module], o
 
 
 def test_padding_does_not_count(pair: tuple[nn.Module, nn.Module], one_thread: None) -> None:
-    """Which token stands in the padding changes nothing: no block mixes positions."""
+    """The token of the padding changes nothing: no block mixes positions."""
     model, teacher = pair
     other = copy.deepcopy(model)
     mask = torch.ones(8, 5, dtype=torch.long)

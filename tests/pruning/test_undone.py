@@ -1,4 +1,4 @@
-"""Whatever fails while a model is pruned, and wherever, the model is as it was."""
+"""A failure anywhere in pruning leaves the model as it was."""
 
 import sys
 from collections.abc import Callable

@@ -323,7 +323,7 @@ def test_inputs_are_guessed_from_the_kind_of_model():
 
 @needs_native
 def test_the_gpu_benchmark_end_to_end_on_the_forms_of_the_cpu(monkeypatch):
-    """What needs a GPU has stand-ins; the flow, the check of answers and the table are the real ones."""
+    """The GPU has stand-ins; the flow, the check of answers and the table are the real ones."""
     monkeypatch.setattr(gpu.gpu_timing, "n_copies", lambda *_: 2)
     monkeypatch.setattr(gpu.gpu_timing, "measure_replays", lambda calls, _, rounds: measure(calls, rounds=rounds))
     grid = Grid(((128, 128),), (1, 5), (0.5, 0.75), rounds=1)

@@ -56,7 +56,7 @@ def scalars(folder: Path, tag: str) -> list[float]:
 
 
 class Wrapped(nn.Module):
-    """What transformers' Trainer trains: it takes named tensors and returns a loss."""
+    """A model for transformers' Trainer: it takes named tensors and returns a loss."""
 
     def __init__(self) -> None:
         super().__init__()

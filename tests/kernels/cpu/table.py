@@ -1,4 +1,4 @@
-"""What the kernel tests share: one table of cases, weights, the accuracy rule, and memory that must not be touched."""
+"""Shared parts of the kernel tests: one table of cases, weights, the accuracy rule, and guarded memory."""
 
 import ctypes
 import functools

@@ -1,4 +1,4 @@
-"""These tests run on a GPU, or under Triton's interpreter, in the process that test_gpu.py starts; else not at all."""
+"""Tests for a GPU or for Triton's interpreter, in the process started by test_gpu.py; else they are not collected."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""What is launched, seen from outside: each kernel by its name, with everything it is given."""
+"""Launches of kernels, seen from outside: each kernel by its name, with all its arguments."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
