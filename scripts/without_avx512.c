@@ -15,7 +15,8 @@
 enum { ARCH_CPUID = 0x1012 };  // arch_prctl: whether this thread may execute cpuid
 
 static int (*libc_sigaction)(int, const struct sigaction *, struct sigaction *);
-static struct sigaction of_the_program;  // its own handler of SIGSEGV, as Python's faulthandler installs one
+static sighandler_t (*libc_signal)(int, sighandler_t);
+static struct sigaction of_the_program;  // its own handler of SIGSEGV, as Python's faulthandler and gcc install one
 
 static void answer(unsigned leaf, unsigned subleaf, unsigned *a, unsigned *b, unsigned *c, unsigned *d) {
     __asm__ volatile("cpuid" : "=a"(*a), "=b"(*b), "=c"(*c), "=d"(*d) : "a"(leaf), "c"(subleaf));
@@ -38,7 +39,7 @@ static void on_fault(int number, siginfo_t *info, void *context) {
         else if (of_the_program.sa_handler != SIG_DFL && of_the_program.sa_handler != SIG_IGN)
             of_the_program.sa_handler(number);
         else
-            signal(SIGSEGV, SIG_DFL);  // the instruction faults again and ends the process
+            libc_signal(SIGSEGV, SIG_DFL);  // the instruction faults again and ends the process
         return;
     }
     unsigned a, b, c, d;
@@ -57,8 +58,16 @@ int sigaction(int number, const struct sigaction *wanted, struct sigaction *old)
     return 0;
 }
 
+sighandler_t signal(int number, sighandler_t wanted) {
+    if (number != SIGSEGV) return libc_signal(number, wanted);
+    sighandler_t old = of_the_program.sa_handler;
+    of_the_program = (struct sigaction){.sa_handler = wanted};
+    return old;
+}
+
 __attribute__((constructor)) static void hide(void) {
     libc_sigaction = (int (*)(int, const struct sigaction *, struct sigaction *))dlsym(RTLD_NEXT, "sigaction");
+    libc_signal = (sighandler_t(*)(int, sighandler_t))dlsym(RTLD_NEXT, "signal");
     struct sigaction ours = {.sa_sigaction = on_fault, .sa_flags = SA_SIGINFO | SA_NODEFER | SA_ONSTACK};
     libc_sigaction(SIGSEGV, &ours, NULL);
     if (syscall(SYS_arch_prctl, ARCH_CPUID, 0)) {

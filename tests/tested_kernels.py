@@ -36,9 +36,9 @@ class TestedKernels:
         if not (self.ran or self.skipped):
             return [f"native kernels tested: none, no test of one was selected; all tests ran on {self.in_use}"]
         counts = ", ".join(f"{kernel} ({self.ran[kernel]} tests)" for kernel in self.known if self.ran[kernel])
-        missed = [f"{kernel} ({why})" for kernel, why in self.skipped.items() if not self.ran[kernel]]
+        missed = [why for kernel, why in self.skipped.items() if not self.ran[kernel]]  # the reasons name the kernels
         lines = [f"native kernels tested: {counts or 'none'}; all other tests ran on {self.in_use}"]
-        return lines + ([f"native kernels not tested: {', '.join(missed)}"] if missed else [])
+        return lines + ([f"native kernels not tested: {'; '.join(missed)}"] if missed else [])
 
     def fault(self, *, whole_suite: bool) -> str:
         """Return the reason why the run must fail, or "".
