@@ -85,21 +85,25 @@ class Transaction:
         self._places: list[tuple[Tensor, Tensor, Tensor]] = []
         return self
 
+    def roll_back(self) -> None:
+        """Undo all changes so far; an error in the block does so by itself."""
+        for module, its_class, attributes in self._modules:
+            object.__setattr__(module, "__class__", its_class)
+            module.__dict__.clear()
+            module.__dict__.update({key: _restored(value, items) for key, (value, items) in attributes.items()})
+        for noted in self._tensors:
+            noted.restore()
+        for tensor, contents in reversed(self._exchanged):  # two tensors may share memory
+            _write(tensor, contents)
+        for tensor, number in self._contents.values():
+            _write(tensor, self._copies[number])
+        with torch.no_grad():
+            for tensor, where, values in reversed(self._places):
+                tensor[where] = values
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if error is not None:
-            for module, its_class, attributes in self._modules:
-                object.__setattr__(module, "__class__", its_class)
-                module.__dict__.clear()
-                module.__dict__.update({key: _restored(value, items) for key, (value, items) in attributes.items()})
-            for noted in self._tensors:
-                noted.restore()
-            for tensor, contents in reversed(self._exchanged):  # two tensors may share memory
-                _write(tensor, contents)
-            for tensor, number in self._contents.values():
-                _write(tensor, self._copies[number])
-            with torch.no_grad():
-                for tensor, where, values in reversed(self._places):
-                    tensor[where] = values
+            self.roll_back()
         self._modules, self._tensors, self._contents, self._exchanged, self._places = [], [], {}, [], []
 
 

@@ -1,4 +1,4 @@
-"""The sensitivity of a model's output to the pruning of single layers: measured, drawn, turned into an allocation."""
+"""Sensitivity: the damage to the model's output for each layer and sparsity; its picture, and an allocation from it."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ SPARSITIES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The damage of each layer, pruned alone, at each of `sparsities`.
+    """The damage of each layer, pruned alone, at each of `sparsities`; layers in the model's order.
 
-    Damage is the squared change of the model's output over all data, relative to the output's variance. Layers come in
-    the model's order. `n_units` has the units of each layer; a sparsity is a fraction of them.
+    Damage is the squared change of the model's output over all data, relative to the output's variance. A sparsity is a
+    fraction of the layer's `n_units`.
     """
 
     sparsities: tuple[float, ...]
@@ -45,11 +45,11 @@ class Sensitivity:
     n_units: Mapping[str, int]
 
     def allocate(self, sparsity: float, *, max_sparsity: float | None = None) -> dict[str, float]:
-        """Return a sparsity for each layer, with the least sum of damages at this sparsity of all layers.
+        """Return a sparsity for each layer, with the least sum of damages at this sparsity of all layers together.
 
-        Between measurements, damage is taken as a straight line of never falling steepness; then the cheapest piece
-        first is exact. No layer gets more than max_sparsity, by default the highest measured one. Raises ValueError if
-        that leaves no room.
+        Damage counts as a straight line between measured sparsities, and as never less steep later: then the cheapest
+        piece first is exact. No layer gets more than max_sparsity, by default the highest measured sparsity. Raises
+        ValueError if max_sparsity leaves no room.
 
         >>> measured = Sensitivity((0.5, 0.9), {"a": (0.1, 1.0), "b": (0.0, 0.1)}, {"a": 100, "b": 100})
         >>> measured.allocate(0.6)
@@ -65,7 +65,7 @@ class Sensitivity:
         return {name: n / max(self.n_units[name], 1) for name, n in removed.items()}
 
     def _curve(self, name: str) -> list[tuple[int, float]]:
-        """Return (removed units, damage) up to all units; beyond the last measurement its slope goes on."""
+        """Return points (removed units, damage) up to all units, the last slope continued."""
         n = self.n_units[name]
         points = [(0, 0.0), *((n_removed(s, n), d) for s, d in zip(self.sparsities, self.damage[name], strict=True))]
         (n_before, before), (n_last, last) = points[-2:]
@@ -86,11 +86,13 @@ def measure_sensitivity(
 ) -> Sensitivity:
     """Prune each layer of a converted model alone, at each sparsity, and measure the change of the model's output.
 
-    data: batches as for `prune`; the model runs on all of them once for each layer and sparsity, so a few are enough
+    data: batches as for `prune`; the model runs on all of them for each layer and sparsity, so a few are enough
+    sparsities: rising, between 0 and 1
     method, pattern, refit: as for `prune`
+    progress: show a bar
 
-    The output is the first tensor of the model's return value; padding does not count. All layers are as they were
-    afterwards. Raises ValueError for sparsities that do not rise within 0 and 1, and for data refused by `prune`.
+    All layers are unchanged afterwards. The output is the first tensor returned by the model; padding does not count.
+    Raises ValueError for other sparsities, and for data refused by `prune`.
 
     >>> model = sparsify.convert(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)))
     >>> list(measure_sensitivity(model, [torch.randn(16, 8)], sparsities=(0.25, 0.5)).damage)
@@ -101,7 +103,7 @@ def measure_sensitivity(
     layers = sparse_layers(model)
     n_units = {name: parsed.n_units(layer.shape) for name, layer in layers.items()}
     batches = read_batches(model, data)
-    measured: dict[str, tuple[float, ...]] = {}
+    damage: dict[str, tuple[float, ...]] = {}
     with Transaction(model), eval_without_cache(model), torch.inference_mode(False), torch.no_grad():
         padding = see_padding(model, batches, [("output", "")])
         dense = []
@@ -123,12 +125,12 @@ def measure_sensitivity(
                         damages.append(_damage(name, dense, outputs))
                         bar.set_postfix_str(f"{name}, {sparsity:g}: {damages[-1]:.4f}")
                         bar.update(1)
-                    measured[name] = tuple(damages)
-    return Sensitivity(tuple(sparsities), {name: measured[name] for name in layers}, n_units)
+                    damage[name] = tuple(damages)
+    return Sensitivity(tuple(sparsities), {name: damage[name] for name in layers}, n_units)
 
 
 def check_picture(path: str | os.PathLike[str]) -> None:
-    """Raise ValueError if a picture of this name cannot be drawn: matplotlib is missing, or does not know its kind."""
+    """Raise ValueError if such a picture cannot be drawn: matplotlib is missing, or does not know the suffix."""
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError:
@@ -159,23 +161,20 @@ def plot_sensitivity(measured: Sensitivity, path: str | os.PathLike[str]) -> Non
 
 @contextlib.contextmanager
 def _pruned(name: str, layer: MaskedLayer, spec: LayerSpec, gram: Tensor) -> Iterator[None]:
-    """Prune one layer, and restore it at the end."""
+    """Prune one layer inside the block only."""
     with Transaction(layer) as undo:
         undo.keep([layer.weight])
-        weight = layer.weight.detach().clone()
         new, _ = prune_layer(name, layer.weight_matrix.detach(), layer.matrix(layer.mask), spec, gram)
         layer.matrix(layer.weight.detach()).copy_(new)
         yield
-        layer.weight.copy_(weight)
+        undo.roll_back()
 
 
 def _damage(name: str, dense: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
     """Return the squared change of the outputs, relative to their variance."""
-    changes = [(output - before).square().sum() for output, before in zip(outputs, dense, strict=True)]
+    change = sum(float((output - before).square().sum()) for output, before in zip(outputs, dense, strict=True))
     rows = torch.cat(list(dense))
-    damage = float(sum(changes, torch.zeros((), device="cpu"))) / float(
-        (rows - rows.mean(0)).square().sum().clamp_min(1e-30)
-    )
+    damage = change / float((rows - rows.mean(0)).square().sum().clamp_min(1e-30))
     if not math.isfinite(damage):
         raise ValueError(f"{name or '(root)'}: pruned alone, it makes the model's output NaN or Inf")
     return damage
@@ -188,7 +187,7 @@ def _output(model: nn.Module, batch: Batch, padding: Padding) -> Tensor:
 
 
 def check_sparsities(sparsities: Sequence[float], pattern: Pattern) -> None:
-    """Raise ValueError for sparsities that do not rise within 0 and 1, or a pattern that fixes them."""
+    """Raise ValueError for sparsities that do not rise between 0 and 1, or a pattern that fixes them."""
     if pattern.is_nm:
         raise ValueError(f"pattern {pattern.text} fixes every layer's sparsity: there is nothing to allocate")
     if not sparsities or any(not 0 < s < 1 for s in sparsities) or list(sparsities) != sorted(set(sparsities)):

@@ -37,7 +37,7 @@ def state(net: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("method", [*METHODS, *NEED_DATA])
-@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.37, 0.5, 1.0])
+@pytest.mark.parametrize("sparsity", [0.0, 0.37, 1.0])
 @pytest.mark.parametrize("allocation", [*ALLOCATIONS, *MEASURED_ALLOCATIONS])
 def test_the_number_of_zeros_is_exact(method: str, sparsity: float, allocation: str) -> None:
     if allocation == "global" and method in SOLVERS:
@@ -208,7 +208,7 @@ def test_interrupted_anywhere_the_model_is_as_it_was(options: dict[str, Any], mo
             raise KeyboardInterrupt
         return linear(*args)
 
-    for at in range(1, 300):
+    for at in range(1, 300, 3):
         net, n_calls = model().train(), 0
         before = state(net)
         monkeypatch.setattr(nn.functional, "linear", functools.partial(interrupted, at=at))

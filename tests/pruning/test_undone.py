@@ -1,9 +1,11 @@
 """A failure anywhere in pruning leaves the model as it was."""
 
+import copy
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import pytest
@@ -15,10 +17,12 @@ from sparsify import Recipe, apply, convert, prune, recover
 from sparsify.pruning.sensitivity import measure_sensitivity
 
 PACKAGE = str(Path(sparsify.__file__).parent)
-#: Files whose functions put things back: one that fails itself cannot.
-PUTTING_BACK = (str(Path(PACKAGE) / "conversion" / "transaction.py"),)
+#: The file that undoes changes: a failure inside it cannot be undone.
+ROLLBACK = str(Path(PACKAGE) / "conversion" / "transaction.py")
 #: The end of a generator, and files closed when all is done.
 NO_STEPS = ("<genexpr>", "__exit__", "close", "_forget", "give_back")
+#: Steps of each verb that fail, from the first to the last at equal distances.
+N_FAILURES = 6
 X = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
 MASK = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
 
@@ -46,10 +50,15 @@ class Net(nn.Module):
 DATA = [{"x": X.view(2, 6, 8), "attention_mask": MASK}]
 
 
+@functools.cache
+def pruned_once() -> nn.Module:
+    torch.manual_seed(0)
+    return prune(convert(Net()), 0.25, method="wanda", data=DATA).train()
+
+
 def pruned() -> nn.Module:
     """A model that was pruned on data before, trains, and has a gradient and a hook."""
-    torch.manual_seed(0)
-    net = prune(convert(Net()), 0.25, method="wanda", data=DATA).train()
+    net = copy.deepcopy(pruned_once())
     net.blocks[0].up.weight.grad = torch.ones(8, 8)
     net.head.weight.requires_grad_(False)
     net.blocks[1].register_forward_hook(lambda *_: None)
@@ -57,6 +66,7 @@ def pruned() -> nn.Module:
 
 
 TEACHER = pruned()
+nn.init.ones_(TEACHER.blocks[0].down.weight)  # a teacher of its own: something to learn
 RECIPE: dict[str, Any] = {"groups": [{"sparsity": 0.5, "method": "wanda"}], "recover": {"steps": 1}}
 
 VERBS: dict[str, Callable[[nn.Module], object]] = {
@@ -83,31 +93,36 @@ def look(net: nn.Module) -> list[Any]:
     return found
 
 
-class Stop(BaseException):
+class Interrupt(BaseException):
     """Like KeyboardInterrupt: nothing but a clean-up sees it."""
 
 
-class At:
-    """Raise Stop at the n-th call of a function of the package; 0 only counts."""
+@functools.cache
+def is_step(code: CodeType) -> bool:
+    """Return whether a function is one of the package, and neither a clean-up nor the end of a generator."""
+    return code.co_filename.startswith(PACKAGE) and code.co_filename != ROLLBACK and code.co_name not in NO_STEPS
+
+
+class InterruptAt:
+    """Raise Interrupt at the n-th call of a function of the package; 0 only counts."""
 
     def __init__(self, n: int) -> None:
         self.n, self.n_seen, self.where = n, 0, ""
 
     def __call__(self, frame: FrameType, event: str, argument: object) -> None:
-        file = frame.f_code.co_filename
-        inside = file.startswith(PACKAGE) and file not in PUTTING_BACK
-        if event != "call" or self.where or not inside or frame.f_code.co_name in NO_STEPS:
+        if event != "call" or not is_step(frame.f_code):
             return
         self.n_seen += 1
         if self.n_seen == self.n:
-            self.where = f"step {self.n}, {file}: {frame.f_code.co_name}"
-            raise Stop
+            self.where = f"step {self.n}, {frame.f_code.co_filename}: {frame.f_code.co_name}"
+            sys.setprofile(None)  # the clean-up runs at full speed
+            raise Interrupt
 
     def run(self, call: Callable[[nn.Module], object], net: nn.Module) -> None:
         sys.setprofile(self)
         try:
             call(net)
-        except Stop:
+        except Interrupt:
             pass
         finally:
             sys.setprofile(None)
@@ -115,12 +130,12 @@ class At:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_failure_at_any_step_leaves_the_model_as_it_was(verb: str) -> None:
-    counter = At(0)
+    counter = InterruptAt(0)
     counter.run(VERBS[verb], pruned())
-    assert counter.n_seen > 5
+    assert counter.n_seen > N_FAILURES
     teacher = look(TEACHER)
-    for n in range(1, counter.n_seen + 1, max(counter.n_seen // 12, 1)):
-        net, at = pruned(), At(n)
+    for i in range(N_FAILURES):
+        net, at = pruned(), InterruptAt(1 + i * (counter.n_seen - 1) // (N_FAILURES - 1))
         before = look(net)
         at.run(VERBS[verb], net)
         assert at.where
