@@ -15,9 +15,9 @@ from sparsify.conversion.converters.table import join, matrices
 from sparsify.conversion.module_surgery import own_mask
 from sparsify.conversion.writable import cannot_be_written
 from sparsify.errors import CheckpointError
-from sparsify.inference.form_selection import FormChoice
 from sparsify.kernels.csr import CSR
 from sparsify.layers import MaskedLayer, PackedLayer
+from sparsify.layers.records import FormChoice
 
 
 def packed_state_keys(names: Names, layers: Mapping[str, LayerEntry]) -> set[str]:

@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from sparsify.checkpoint.tensor_file import DTYPES, TensorFile
 from sparsify.errors import CheckpointError
-from sparsify.inference.form_selection import FormChoice
+from sparsify.layers.records import FormChoice
 from sparsify.outputs import check_writable, new_file
 
 VERSION = 1

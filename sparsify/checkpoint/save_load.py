@@ -39,7 +39,6 @@ from sparsify.conversion.module_surgery import Model, layers_of_type, replace, r
 from sparsify.conversion.transaction import Transaction
 from sparsify.errors import CheckpointError, MeasuredElsewhereWarning, SavedParametrizedWarning
 from sparsify.hardware.machine import machine_name
-from sparsify.inference.form_selection import FormChoice
 from sparsify.inference.fusion import fuse_activations
 from sparsify.kernels import FORMS, form_for
 from sparsify.kernels.csr import CSR
@@ -48,6 +47,7 @@ from sparsify.layers.copies import warn_stale
 from sparsify.layers.fsdp import refuse_flattened
 from sparsify.layers.functional_module import layer_name
 from sparsify.layers.inference_mode import making_tensors
+from sparsify.layers.records import FormChoice, form_choice, set_form_choice
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -130,7 +130,7 @@ def load(path: str | os.PathLike[str], model: Model) -> Model:
         _fill(names, tensors, undo)
         fuse_activations(model)
         for name, choice in header.choices.items():
-            names.modules[name].__dict__["choice"] = choice
+            set_form_choice(names.modules[name], choice)
         here = machine_name(next((parameter.device for parameter in model.parameters()), None))
         elsewhere = sorted({choice.machine for choice in header.choices.values() if choice.times_us} - {here})
         if elsewhere:
@@ -237,8 +237,7 @@ def _linear_layers(names: Names) -> dict[str, nn.Module]:
 
 def _choices(names: Names) -> dict[str, FormChoice]:
     """Return the form choices of an export, by layer name."""
-    found = {name: module.__dict__.get("choice") for name, module in names.modules.items()}
-    return {name: choice for name, choice in found.items() if isinstance(choice, FormChoice)}
+    return {name: choice for name, module in names.modules.items() if (choice := form_choice(module)) is not None}
 
 
 @making_tensors()

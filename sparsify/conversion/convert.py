@@ -32,6 +32,7 @@ from sparsify.layers.fsdp import data_or_shape, refuse_flattened
 from sparsify.layers.functional_module import Functional
 from sparsify.layers.functional_module import undo as undo_unfuse
 from sparsify.layers.inference_mode import making_tensors
+from sparsify.layers.records import set_form_choice
 from sparsify.layers.tied import tie, untie
 from sparsify.layers.transposed import Transposed
 
@@ -210,7 +211,7 @@ def to_dense(model: Model) -> Model:
         for unfused in layers_of_type(model, Functional).values():
             replace_in_place(unfused, undo_unfuse(unfused))
         for module in model.modules():
-            module.__dict__.pop("choice", None)  # of a form that the layer no longer has
+            set_form_choice(module, None)  # the layer no longer has that form
     return model
 
 

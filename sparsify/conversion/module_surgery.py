@@ -26,21 +26,10 @@ _OF_ATTENTION = frozenset(
 )
 _OF_UNFUSED = frozenset({"in_proj", "q_proj", "k_proj", "v_proj", "out_proj", "in_proj_bias", "bias_k", "bias_v"})
 
-#: Attributes of our layers that are no user's, and have no meaning after a change of the layer's type.
-_OURS: dict[type[nn.Module], tuple[str, ...]] = {
-    MaskedLayer: ("masked_mode", "accumulator", "training_kernels", "origins", "n_set"),
-    PackedLayer: (
-        "in_features",
-        "out_features",
-        "n_kept",
-        "wanted_form",
-        "form",
-        "activation",
-        "masked_type",
-        "followed_by",
-    ),
-    Tied: ("owner",),
-}
+#: Classes with declared attributes of ours, without meaning after a change of a layer's type.
+_OURS = (MaskedLayer, PackedLayer, Tied)
+#: The exception: the record of a layer's pruning stays on the layer.
+_STAYS = "pruning_result"
 
 Model = TypeVar("Model", bound=nn.Module)
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -146,12 +135,9 @@ def _copy(tensor: Tensor) -> Tensor:
 
 def _extra(module: nn.Module) -> dict[str, Any]:
     """Return a module's attributes beyond those of every module: its class's own data, and the user's."""
-    ours = next((names for kind, names in _OURS.items() if isinstance(module, kind)), ())
-    not_kept = {
-        *nn.Module().__dict__,
-        *ours,
-        "forward",
-    }  # a forward on the instance is the class's own here (check_forward)
+    ours = {name for kind in _OURS if isinstance(module, kind) for name in kind.__annotations__} - {_STAYS}
+    # A forward on the instance is the class's own here (check_forward).
+    not_kept = {*nn.Module().__dict__, *ours, "forward"}
     class_data = _class_data(plain_type(module)) if _state_of(module) else {}
     return class_data | {key: value for key, value in module.__dict__.items() if key not in not_kept}
 

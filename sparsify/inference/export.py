@@ -12,7 +12,7 @@ from tqdm import tqdm
 from sparsify.calibration.layer_inputs import layer_inputs
 from sparsify.conversion.foreign_masks import check_converted
 from sparsify.conversion.module_surgery import Model, copy_replacing, layers_of_type
-from sparsify.inference.form_selection import FormChoice, FormSelector, exported_as
+from sparsify.inference.form_selection import FormSelector, exported_as
 from sparsify.inference.fusion import fuse_activations
 from sparsify.kernels import FORMS, PATTERNED, fits, supports
 from sparsify.kernels.csr import dense_to_csr
@@ -20,6 +20,7 @@ from sparsify.layers import CSRLinear, MaskedLayer, PackedLayer, Tied
 from sparsify.layers.copies import warn_stale
 from sparsify.layers.fsdp import check_whole, refuse_flattened
 from sparsify.layers.inference_mode import making_tensors
+from sparsify.layers.records import FormChoice, set_form_choice
 from sparsify.layers.tied import untie
 
 FORMATS = ("auto", "dense", *FORMS)
@@ -101,7 +102,7 @@ def export(
         for layer in tqdm(layers.values(), desc="measuring layers", disable=not progress or format != "auto"):
             choice = chooser.choose(layer, given.get(layer)) if format == "auto" else FormChoice(format, 0, {}, "")
             replacements[layer] = exported_as(layer, choice.form)
-            replacements[layer].__dict__["choice"] = choice
+            set_form_choice(replacements[layer], choice)
         for tied in layers_of_type(model, Tied).values():
             replacements[tied] = _export_tied(tied, replacements[tied.owner[0]])
         return fuse_activations(copy_replacing(model, replacements, share_memory=not copy))

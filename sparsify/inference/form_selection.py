@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,48 +15,14 @@ from sparsify.hardware.timing import Call, measure
 from sparsify.kernels import FORMS, fits, supports
 from sparsify.kernels.csr import dense_to_csr
 from sparsify.layers import MaskedLayer, PackedLayer
+from sparsify.layers.records import MARGIN, FormChoice
 
 #: Rounds in which each candidate is timed once, and the time each gets in a round.
 N_ROUNDS, SAMPLE_S = 7, 2e-3
 
-#: A sparse form must beat dense by this much: less is within the noise of the measurement.
-MARGIN = 0.97
-
 #: What a choice looks at first. "speed": the fastest form, of those as fast (within the margin) the smallest, and dense
 #: unless it is beaten by the margin. "memory": the smallest form, however fast, of several the fastest.
 PREFERENCES = ("speed", "memory")
-
-
-@dataclass(frozen=True)
-class FormChoice:
-    """A form, "dense" among them, and why: the median microseconds of every candidate for `tokens` rows of input."""
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # in a file, an unknown key is an error
-
-    form: str
-    tokens: int
-    times_us: Mapping[str, float]
-    machine: str
-
-    @property
-    def reason(self) -> str:
-        """The reason for this form, in a few words.
-
-        >>> FormChoice("panel", 64, {"dense": 300.0, "panel": 60.0}, "a machine").reason
-        '5.00x dense for 64 tokens (60 of 300 us)'
-        """
-        if not self.times_us:
-            return "asked for"
-        dense = self.times_us["dense"]
-        others = [(t, form) for form, t in self.times_us.items() if form != "dense"]
-        if self.form != "dense":
-            ours = self.times_us[self.form]
-            why = "" if ours < MARGIN * dense else ", taken for its memory"
-            return f"{dense / ours:.2f}x dense for {self.tokens} tokens ({ours:.0f} of {dense:.0f} us){why}"
-        if not others:
-            return "no sparse kernel runs here; see sparsify doctor"
-        time_us, form = min(others)
-        return f"sparse is no faster for {self.tokens} tokens: {form} {dense / time_us:.2f}x dense"
 
 
 def why_chosen(choice: FormChoice, weight: Tensor) -> str:

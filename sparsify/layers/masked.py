@@ -14,6 +14,7 @@ from sparsify.layers.copies import Origin, bits_of, origins_after, origins_of_co
 from sparsify.layers.fsdp import shard_like, whole
 from sparsify.layers.inference_mode import making_tensors, writing_to
 from sparsify.layers.masked_weight import GradientAccumulator, masked_weight
+from sparsify.layers.records import LayerResult
 from sparsify.layers.sparse_training import SparseTrainingKernels
 from sparsify.masking.masks import make_masks
 from sparsify.masking.methods.registry import Method, takes_seed
@@ -43,6 +44,8 @@ class MaskedLayer(nn.Module):
     origins: tuple[Origin, ...] = ()
     #: The number of weights kept by the last mask set through a method; a larger one now is such a sign too.
     n_set: int | None = None
+    #: The result of the last pruning on data.
+    pruning_result: LayerResult | None = None
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """View a tensor of the weight's shape as (out_features, in_features), over the same memory."""

@@ -13,6 +13,7 @@ from sparsify.kernels.csr import CSR, check_csr, csr_to_dense, dense_to_csr
 from sparsify.layers.deferred import may_defer
 from sparsify.layers.inference_mode import making_tensors
 from sparsify.layers.masked import MaskedLayer
+from sparsify.layers.records import FormChoice, LayerResult
 from sparsify.layers.tracing import refuse_script
 
 
@@ -34,9 +35,20 @@ class PackedLayer(nn.Module):
     """
 
     bias: nn.Parameter | None
+    in_features: int
+    out_features: int
+    n_kept: int
+    #: The form in use, and the form wanted where its kernels run.
+    form: str
+    wanted_form: str
+    activation: str
     masked_type: type[MaskedLayer]
-    #: The activation that takes the layer's output in the module around it, and may be worked out together with it.
+    #: The activation after the layer in the module around it, to be computed together with the layer's output.
     followed_by: str = "none"
+    #: The choice of the form, if `export` or `load` made the layer.
+    choice: FormChoice | None = None
+    #: The result of the masked layer's pruning on data.
+    pruning_result: LayerResult | None = None
 
     def __init__(
         self,

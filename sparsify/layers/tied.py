@@ -61,11 +61,12 @@ def tie(module: nn.Module, owner: MaskedLayer) -> None:
     """Let a module with the owner's weight use the owner's mask, in place."""
     check_tieable(module)
     module.__class__ = _TIED[type(module)]
-    module.__dict__["owner"] = (owner,)
+    assert isinstance(module, Tied)
+    module.owner = (owner,)
 
 
 def untie(module: Tied) -> None:
     """Make a tied module plain again, in place; the Parameter stays shared."""
     plain: Any = next(plain for plain, tied in _TIED.items() if type(module) is tied)
+    del module.owner
     module.__class__ = plain
-    del module.__dict__["owner"]

@@ -25,8 +25,8 @@ from sparsify.checkpoint.save_load import save
 from sparsify.checkpoint.weight_codec import decode_weight
 from sparsify.errors import CheckpointError
 from sparsify.layers import MaskedLayer
+from sparsify.layers.records import LayerResult
 from sparsify.outputs import is_temporary, write_text
-from sparsify.pruning.oneshot import LayerResult
 
 _LAYOUT = 2  # of the folder; one of another layout is of another run
 _ABOUT, _FINISHED = "run.json", "finished.jsonl"
@@ -90,8 +90,8 @@ class Journal:
             file = self._file(name)
             file.unlink(missing_ok=True)  # `save` would follow a link
             save(layer, file)
-            fit = layer.__dict__.get("fit")
-            notes = (fit.error, fit.time_s) if isinstance(fit, LayerResult) else (None, None)
+            result = layer.pruning_result
+            notes = (None, None) if result is None else (result.error, result.time_s)
             self._append(dict(zip(_LAYER_KEYS, (name, _digest(container.read(file)[0]), *notes), strict=True)))
         barrier()  # the next to read the layer finds it
         self._read_list()
@@ -119,9 +119,9 @@ class Journal:
         with torch.no_grad():
             layer.matrix(layer.weight.detach()).copy_(weight)
         layer.set_mask(mask, back_at_zero=False)
-        layer.__dict__["fit"] = self.fit(name)
+        layer.pruning_result = self.pruning_result(name)
 
-    def fit(self, name: str) -> LayerResult | None:
+    def pruning_result(self, name: str) -> LayerResult | None:
         """Return the pruning result of a finished layer."""
         line = self._layers[name]
         return None if line["error"] is None else LayerResult(line["error"], line["time_s"])

@@ -19,8 +19,9 @@ from sparsify.checkpoint.weight_codec import decode_weight, packed_bytes
 from sparsify.conversion.convert import sparse_layers
 from sparsify.conversion.converters.table import join
 from sparsify.inference.export import check_format
-from sparsify.inference.form_selection import FormChoice, FormSelector
+from sparsify.inference.form_selection import FormSelector
 from sparsify.kernels import FORMS
+from sparsify.layers.records import FormChoice
 from sparsify.masking.spec import LayerSpec
 from sparsify.offload.disk_offload import DiskOffload, largest_block_bytes, parameter_bytes
 from sparsify.offload.journal import Journal
@@ -153,7 +154,7 @@ def _write(
     rows = []
     for name, layer in layers.items():
         entry, tensors = finished.read(name)
-        choice, result = choices[name], journal.fit(name)
+        choice, result = choices[name], journal.pruning_result(name)
         exported_type = "CSRLinear" if choice.form in FORMS else "Linear"
         if (exported_type, entry.format) != ("Linear", "dense"):
             entries[name] = entry.model_copy(update={"module": exported_type})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -17,18 +16,11 @@ from sparsify.calibration.sequential import CalibratedGroup, calibrate_groups
 from sparsify.conversion.convert import sparse_layers
 from sparsify.conversion.transaction import Transaction
 from sparsify.layers import MaskedLayer
+from sparsify.layers.records import LayerResult
 from sparsify.masking.layer_solve import output_error, prune_layer, weight_for_dense_outputs
 from sparsify.masking.masks import warn_removed_whole
 from sparsify.masking.spec import LayerSpec, PruningSpec, check_spec, layer_specs
 from sparsify.pruning.measured_allocation import MEASURED, calibrated_layers
-
-
-@dataclass(frozen=True)
-class LayerResult:
-    """The outcome for one layer: the relative change of its outputs on the calibration data, and the time spent."""
-
-    error: float
-    time_s: float
 
 
 def prune_with_specs(
@@ -79,8 +71,8 @@ def prune_sequentially(
 ) -> None:
     """Prune each layer by its specification, in place and in execution order, on the inputs from pruned layers before.
 
-    Each layer then has its `LayerResult` as an attribute `fit`. An error leaves all layers as they were; with a
-    `keeper`, finished layers are kept there instead, and stay pruned.
+    Each layer then has its `LayerResult` as an attribute `pruning_result`. An error leaves all layers as they were;
+    with a `keeper`, finished layers are kept there instead, and stay pruned.
 
     cache_bytes: of the intermediates and of the layers' former state in memory; the rest goes to a file (None: all of
     it stays in memory)
@@ -123,5 +115,5 @@ def _prune(name: str, layer: MaskedLayer, spec: LayerSpec, group: CalibratedGrou
     error = output_error(wanted, weight, gram)
     matrix.copy_(weight)
     layer.set_mask(mask, back_at_zero=False)  # a solver may have given a value to weights that come back
-    result = layer.__dict__["fit"] = LayerResult(error, time.perf_counter() - started)
+    result = layer.pruning_result = LayerResult(error, time.perf_counter() - started)
     return result

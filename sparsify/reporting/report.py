@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from sparsify.conversion.converters.table import converter_for, join, matrices
 from sparsify.conversion.module_surgery import layers_of_type
-from sparsify.inference.form_selection import FormChoice, why_chosen
+from sparsify.inference.form_selection import why_chosen
 from sparsify.layers import MaskedLayer, PackedLayer
 from sparsify.layers.copies import warn_stale
-from sparsify.pruning.oneshot import LayerResult
+from sparsify.layers.records import FormChoice, form_choice, pruning_result
 
 #: Of the printed table; a column without any entry is left out.
 _COLUMNS = ("layer", "shape", "sparsity", "format", "bytes", "of dense", "error", "time", "why")
@@ -107,8 +107,8 @@ def report(model: nn.Module) -> Report:
     warn_stale(layers_of_type(model, MaskedLayer))
     rows = []
     for name, layer in layers_of_type(model, nn.Module).items():
-        choice = layer.__dict__.get("choice")
-        measured = (_why(choice, layer), dict(choice.times_us)) if isinstance(choice, FormChoice) else ("", {})
+        choice = form_choice(layer)
+        measured = (_why(choice, layer), dict(choice.times_us)) if choice is not None else ("", {})
         if isinstance(layer, PackedLayer):
             if (applied := layer.followed_by if layer.activation == "none" else layer.activation) != "none":
                 applies = f"applies {applied}"
@@ -117,7 +117,7 @@ def report(model: nn.Module) -> Report:
             n_bytes = _n_bytes(*layer.parts)
             rows.append(Row(name, layer.shape, layer.sparsity, layer.form, n_bytes, dense_bytes, *measured))
         kind = converter_for(layer)
-        by_default = kind is None or kind.by_default or isinstance(layer, MaskedLayer) or isinstance(choice, FormChoice)
+        by_default = kind is None or kind.by_default or isinstance(layer, MaskedLayer) or choice is not None
         for part, weight in matrices(layer).items() if by_default else ():
             shape, n_bytes = (weight.shape[0], weight.shape[1]), _n_bytes(weight)
             if isinstance(layer, MaskedLayer):
@@ -125,8 +125,8 @@ def report(model: nn.Module) -> Report:
             else:
                 row = Row(join(name, part), shape, _zeros(weight.detach()), "dense", n_bytes, n_bytes, *measured)
             rows.append(row)
-        if isinstance(fit := layer.__dict__.get("fit"), LayerResult):
-            rows[-1] = replace(rows[-1], error=fit.error, time_s=fit.time_s)
+        if (result := pruning_result(layer)) is not None:
+            rows[-1] = replace(rows[-1], error=result.error, time_s=result.time_s)
     return Report(tuple(rows), _n_parameters(model))
 
 

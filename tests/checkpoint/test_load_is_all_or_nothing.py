@@ -65,8 +65,8 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("saved") / "model"
     model = sparsify.prune(sparsify.convert(Net(0).eval(), tied="share"), 0.5)
     model.first = sparsify.export(nn.Sequential(model.first), format="csr")[0]
-    choice = dataclasses.replace(model.first.__dict__["choice"], times_us={"csr": 1.0}, machine="another machine")
-    model.first.__dict__["choice"] = choice
+    choice = dataclasses.replace(model.first.choice, times_us={"csr": 1.0}, machine="another machine")
+    model.first.choice = choice
     sparsify.save(model, made)
     return made
 

@@ -7,6 +7,7 @@ from torch import nn
 
 import sparsify
 from sparsify import SparseLinear, convert, masks_from_zeros, prune, to_dense
+from sparsify.layers.records import FormChoice, form_choice, pruning_result, set_form_choice
 
 
 def test_to_dense_is_plain_torch_with_zeros() -> None:
@@ -29,6 +30,21 @@ def test_to_dense_unpacks_an_exported_model() -> None:
     assert [type(layer) for layer in fast] == [nn.Linear, nn.ReLU, nn.Linear]
     assert torch.equal(fast(X), expected)
     assert isinstance(model[0], SparseLinear)
+
+
+def test_records_of_pruning_stay_and_those_of_the_form_go() -> None:
+    model = prune(convert(mlp()), 0.75, method="wanda", data=[X])
+    model[1].choice = "a user's own"
+    result = model[0].pruning_result
+    fast = sparsify.export(model, format="csr")
+    set_form_choice(fast[1], None)
+    assert result is not None
+    assert (fast[0].pruning_result, fast[0].choice.form, fast[1].choice) == (result, "csr", "a user's own")
+    set_form_choice(fast[2], FormChoice("dense", 1, {}, ""))  # as of a layer kept dense
+    to_dense(fast)
+    assert [form_choice(module) for module in fast] == [None] * 3
+    assert [hasattr(module, "choice") for module in fast] == [False, True, False]
+    assert pruning_result(fast[0]) == result
 
 
 def test_masks_from_zeros() -> None:

@@ -9,8 +9,9 @@ import sparsify
 from sparsify.hardware import gpu_timing
 from sparsify.hardware.timing import measure
 from sparsify.inference import form_selection as choose
-from sparsify.inference.form_selection import MARGIN, FormChoice, FormSelector
+from sparsify.inference.form_selection import FormSelector
 from sparsify.kernels.cpu import library as native
+from sparsify.layers.records import MARGIN, FormChoice
 
 
 def pruned(sparsity=0.9, sizes=(256, 256), dtype=torch.float32):

@@ -16,8 +16,8 @@ from torch import nn
 import sparsify
 from sparsify.errors import CheckpointError
 from sparsify.layers import MaskedLayer
+from sparsify.layers.records import LayerResult
 from sparsify.offload.journal import Journal, check_unused
-from sparsify.pruning.oneshot import LayerResult
 
 ABOUT = {"recipe": "wanda", "weights": "0123"}
 
@@ -38,7 +38,7 @@ def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 def finished(seed: int = 0) -> MaskedLayer:
     torch.manual_seed(seed)
     layer = sparsify.prune(sparsify.convert(nn.Linear(8, 4)), 0.5)
-    layer.__dict__["fit"] = LayerResult(0.25, 1.5)
+    layer.pruning_result = LayerResult(0.25, 1.5)
     return layer
 
 
@@ -71,7 +71,7 @@ def test_what_is_finished_comes_back_as_it_was(folder: Path) -> None:
         journal.restore(f"blocks.{number}", layer)
         assert torch.equal(layer.weight, expected.weight)
         assert torch.equal(layer.mask, expected.mask)
-        assert layer.fit == LayerResult(0.25, 1.5)
+        assert layer.pruning_result == LayerResult(0.25, 1.5)
 
 
 def test_a_journal_of_another_run_is_refused(folder: Path) -> None:

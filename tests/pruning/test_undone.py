@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import sparsify
 from sparsify import Recipe, apply, convert, prune, recover
+from sparsify.layers.records import pruning_result
 from sparsify.pruning.sensitivity import measure_sensitivity
 
 PACKAGE = str(Path(sparsify.__file__).parent)
@@ -85,7 +86,7 @@ def look(net: nn.Module) -> list[Any]:
     """Everything there is to a model, by value or identity."""
     found: list[Any] = []
     for name, module in net.named_modules():
-        found += [name, type(module), module.training, module.__dict__.get("forward"), module.__dict__.get("fit")]
+        found += [name, type(module), module.training, module.__dict__.get("forward"), pruning_result(module)]
         found += [list(module._forward_hooks), list(module._forward_pre_hooks)]
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:

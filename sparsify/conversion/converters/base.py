@@ -13,8 +13,7 @@ from sparsify.layers import CSRLinear, PackedLayer
 
 #: Names on instances of masked and packed layers, beside the attributes of their classes.
 OF_LAYERS = frozenset(
-    {"mask", "form", "wanted_form", "n_kept", "activation", "choice", "fit"}
-    | {part for parts in FORMS.values() for part in parts}
+    {"mask", "form", "wanted_form", "n_kept", "activation"} | {part for parts in FORMS.values() for part in parts}
 )
 
 #: A module of the type `dense` or `sparse`. Any, so that each function can name its own type.
