@@ -79,14 +79,14 @@ class Translator(nn.Module):
 
 def rows_seen(model: nn.Module, data: list[Any]) -> dict[str, int]:
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return {name: stop.gram.n_rows for stop in calibrate_groups(model, layers, data) for name in stop.names}
+    return {name: group.gram.n_rows for group in calibrate_groups(model, layers, data) for name in group.names}
 
 
 def same_grams(model: nn.Module, padded: list[Any], single: list[Any]) -> bool:
     """Return whether padded data and the same sequences one by one show every layer the same."""
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     one, two = (
-        {name: stop.gram for stop in calibrate_groups(model, layers, data) for name in stop.names}
+        {name: group.gram for group in calibrate_groups(model, layers, data) for name in group.names}
         for data in (padded, single)
     )
     for name in layers:

@@ -1,4 +1,4 @@
-"""The walk sees what each layer really gets, in execution order, with everything before it as it has become."""
+"""Calibration sees the true input of each layer, in execution order, after the changes of all layers before."""
 
 import copy
 from collections import OrderedDict
@@ -50,7 +50,7 @@ class Stack(nn.Module):
 
 
 class Skips(Stack):
-    """The last layer also gets what the first block returned: the blocks cannot stand still."""
+    """The last layer also gets the output of the first block: the blocks cannot be bypassed."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
@@ -153,24 +153,24 @@ def test_each_layer_is_seen_with_those_before_it_changed(kind: str) -> None:
     model = MODELS[kind]().eval()
     before = {name: layer.weight.detach().clone() for name, layer in linears(model).items()}
     seen: list[str] = []
-    for stop in calibrate_groups(model, linears(model), [batch.clone() for batch in BATCHES]):
-        for name in stop.names:
+    for group in calibrate_groups(model, linears(model), [batch.clone() for batch in BATCHES]):
+        for name in group.names:
             rows = inputs_by_hook(model, name)
-            torch.testing.assert_close(stop.gram.matrix, rows.T @ rows, rtol=1e-5, atol=1e-5)
-            assert stop.gram.n_rows == len(rows)
-        for name in stop.names:
+            torch.testing.assert_close(group.gram.matrix, rows.T @ rows, rtol=1e-5, atol=1e-5)
+            assert group.gram.n_rows == len(rows)
+        for name in group.names:
             with torch.no_grad():
                 model.get_submodule(name).weight.mul_(0.5)
-        seen += stop.names
+        seen += group.names
     assert sorted(seen) == sorted(before)
     assert not hooks_of(model)
 
 
 def test_execution_order_and_shared_inputs() -> None:
-    names = [stop.names for stop in calibrate_groups(Stack(), linears(Stack()), BATCHES)]
+    names = [group.names for group in calibrate_groups(Stack(), linears(Stack()), BATCHES)]
     blocks = [[(f"blocks.{i}.left", f"blocks.{i}.right"), (f"blocks.{i}.out",)] for i in range(3)]
     assert names == [("first",), *blocks[0], *blocks[1], *blocks[2], ("last",)]
-    assert [stop.names for stop in calibrate_groups(Twice(), linears(Twice()), BATCHES)][1:4] == [
+    assert [group.names for group in calibrate_groups(Twice(), linears(Twice()), BATCHES)][1:4] == [
         ("blocks.0.left",),  # it runs twice, so that its second input is not its neighbour's
         ("blocks.0.right",),
         ("blocks.0.out",),
@@ -197,7 +197,7 @@ def test_a_chain_costs_a_run_for_each_group_of_a_block_and_no_more() -> None:
     model.blocks[1].left.register_forward_hook(lambda *_: runs.append(1))
     list(calibrate_groups(model, linears(model), BATCHES))
     # Three runs of the model to see how it runs; then for each batch its second group and its output; the last layer
-    # is reached with the chain standing still.
+    # is reached with the chain bypassed.
     assert len(runs) == 2 + 2 * len(BATCHES)
 
 
@@ -211,8 +211,8 @@ def test_a_layer_that_runs_on_some_batches_only() -> None:
             return self.experts[which](x)
 
     model = Experts()
-    stops = list(calibrate_groups(model, linears(model), [(BATCHES[0], 0), (BATCHES[1], 2), (BATCHES[2], 1)]))
-    assert [(stop.names, stop.gram.n_rows) for stop in stops] == [
+    groups = list(calibrate_groups(model, linears(model), [(BATCHES[0], 0), (BATCHES[1], 2), (BATCHES[2], 1)]))
+    assert [(group.names, group.gram.n_rows) for group in groups] == [
         (("experts.0",), 5),
         (("experts.2",), 5),
         (("experts.1",), 5),
@@ -228,11 +228,11 @@ def test_flags_and_caches_are_put_back() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 8))
     model.config = Config()
     model[0].eval()
-    stops = calibrate_groups(model, linears(model), BATCHES)
-    next(stops)
+    groups = calibrate_groups(model, linears(model), BATCHES)
+    next(groups)
     assert not model.training
     assert not model.config.use_cache
-    stops.close()
+    groups.close()
     assert [module.training for module in model] == [False, True, True]
     assert model.training
     assert model.config.use_cache
@@ -253,8 +253,8 @@ def test_data_of_every_kind() -> None:
     model = nn.Linear(8, 3)
     x = BATCHES[0]
     for data in ([x], [(x,)], [[x, torch.zeros(5)]], [{"input": x}], iter([x]), torch.utils.data.DataLoader(x, 2)):
-        (stop,) = calibrate_groups(model, [""], data)
-        torch.testing.assert_close(stop.gram.matrix.float(), x.T @ x)
+        (group,) = calibrate_groups(model, [""], data)
+        torch.testing.assert_close(group.gram.matrix.float(), x.T @ x)
 
 
 @pytest.mark.parametrize(
@@ -324,10 +324,10 @@ class InPlace(Stack):
 
 @pytest.mark.parametrize("make", [Stack, InPlace, Two, Skips])
 @pytest.mark.parametrize("cache_bytes", [None, 0, 700, 10**6])
-def test_finished_layers_run_once_and_the_walk_sees_the_same(
+def test_finished_layers_run_once_and_the_inputs_are_the_same(
     make: Callable[[], nn.Module], cache_bytes: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def walked() -> tuple[list[Tensor], int]:
+    def calibrated() -> tuple[list[Tensor], int]:
         torch.manual_seed(0)
         model, n_runs = make(), 0
 
@@ -336,9 +336,9 @@ def test_finished_layers_run_once_and_the_walk_sees_the_same(
             n_runs += 1
 
         found = []
-        for stop in calibrate_groups(model, linears(model), BATCHES, cache_bytes=cache_bytes):
-            found.append(stop.gram.matrix)
-            for name in stop.names:
+        for group in calibrate_groups(model, linears(model), BATCHES, cache_bytes=cache_bytes):
+            found.append(group.gram.matrix)
+            for name in group.names:
                 model.get_submodule(name).weight.data *= 0.5
                 own = model.get_submodule(name).forward
                 monkeypatch.setattr(
@@ -346,9 +346,9 @@ def test_finished_layers_run_once_and_the_walk_sees_the_same(
                 )
         return found, n_runs
 
-    kept, n_runs = walked()
+    kept, n_runs = calibrated()
     monkeypatch.setattr("sparsify.calibration.output_cache.MemoryBudget.take", lambda *_: False)
-    again, n_all = walked()
+    again, n_all = calibrated()
     assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
     if cache_bytes is None or cache_bytes == 10**6:
         assert n_runs <= len(BATCHES) * len(linears(make())) < n_all

@@ -310,7 +310,7 @@ def test_the_layer_whose_errors_cost_least_loses_most() -> None:
     assert sparsities[1] == max(sparsities) > 0.6
 
 
-def test_a_recipe_prunes_all_groups_in_one_walk() -> None:
+def test_a_recipe_prunes_all_groups_in_one_calibration() -> None:
     recipe = Recipe(
         groups=[
             {"layers": ["2"], "method": "alps", "pattern": "2:4"},
