@@ -24,10 +24,10 @@ from sparsify.conversion.module_surgery import Model, layers_of_type, replace_in
 from sparsify.conversion.tied_weights import resolve_tied_weights
 from sparsify.conversion.transaction import Transaction
 from sparsify.errors import LeftDenseWarning
-from sparsify.inference.fusion import unfuse_activations
 from sparsify.layer_names import Selector, select
 from sparsify.layers import MaskedLayer, PackedLayer, Tied
 from sparsify.layers.copies import warn_stale
+from sparsify.layers.deferred import unfuse_activations
 from sparsify.layers.fsdp import data_or_shape, refuse_flattened
 from sparsify.layers.functional_module import Functional
 from sparsify.layers.functional_module import undo as undo_unfuse

@@ -1,9 +1,9 @@
-"""Activations worked out by the layer before them: one pass over the outputs less.
+"""Activations fused into the layer before them: one pass over the outputs less.
 
-Where a module of the model calls an exported layer and passes its result to an activation and nowhere else, the layer
-defers its output until the activation asks for it (`layers/deferred.py`). What follows what is read off the module's
-own forward, traced with torch.fx; one that cannot be traced is left as it is. The trace only says where deferring is
-worth it: whatever happens to an output, it is right.
+If a module calls an exported layer and passes its result to an activation only, the layer defers its output until the
+activation asks for it (`layers/deferred.py`). The order of calls is read off the module's own forward, traced with
+torch.fx; a module without a trace is left as it is. The trace only finds the outputs worth deferring: an output is
+right for any use.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from sparsify.layers.deferred import begin, end
 
 
 def fuse_activations(model: Model) -> Model:
-    """Let every exported layer work out the activation that follows it, if it can, in place, and return the model.
+    """Let exported layers apply the activation after them, in place, and return the model.
 
-    A layer or activation that has hooks, or stands in several places of the model, stays as it is.
+    A layer or activation with hooks, or in several places of the model, stays as it is.
     """
     paths = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     for owner in list(model.modules()):
@@ -38,18 +38,6 @@ def fuse_activations(model: Model) -> Model:
     return model
 
 
-def unfuse_activations(model: Model) -> Model:
-    """Take back what `fuse_activations` did, in place, and return the model."""
-    for module in model.modules():
-        if isinstance(module, PackedLayer):
-            module.followed_by = "none"
-        for hooks, ours in ((module._forward_pre_hooks, begin), (module._forward_hooks, end)):
-            for key in [key for key, hook in hooks.items() if hook is ours]:
-                del hooks[key]
-                module._forward_hooks_always_called.pop(key, None)
-    return model
-
-
 def _let_defer(owner: nn.Module) -> None:
     """Tell the layers of a module when it runs."""
     if begin not in owner._forward_pre_hooks.values():
@@ -58,7 +46,7 @@ def _let_defer(owner: nn.Module) -> None:
 
 
 def activation_name(module: nn.Module) -> str | None:
-    """Return which of the kernels' activations a module computes; None if it is something else.
+    """Return the name of a module's activation among the kernels'; None for another module.
 
     >>> activation_name(nn.GELU(approximate="tanh")), activation_name(nn.Tanh())
     ('gelu_tanh', None)
@@ -78,14 +66,14 @@ def activation_name(module: nn.Module) -> str | None:
 
 
 class _Shallow(fx.Tracer):
-    """Traces one module's own code, not that of its children."""
+    """Traces one module's own code, without its children's."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
 
 def _followed_by(owner: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield (child, child that gets its output and is the only one to), both called once, training or not."""
+    """Yield (child, the only reader of its output), both called once, training or not."""
     was_training = owner.training
     pairs = []
     try:

@@ -1,8 +1,8 @@
-"""An output worked out when it is first used: by the kernel with the activation, if an activation is its first use.
+"""Deferred outputs: computed at their first use, by the kernel with the activation if this use is an activation.
 
-A layer cannot know what its output is for: the module around it may be sliced, hooked or told to return features. So
-while a module runs in which an activation follows a layer, the layer returns a DeferredOutput. An activation gets its
-result in one pass over memory, and anything else finds the plain output. Nothing is left to defer once the module ends.
+A layer cannot know the use of its output: the module around it may be sliced, hooked or told to return features. So a
+layer followed by an activation returns a DeferredOutput while its module runs. An activation gets its result in one
+pass over memory, and any other use finds the plain output. Nothing is left to defer once the module ends.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
 
 
 def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Work out what was deferred while a module ran, and is still held by somebody: a forward hook."""
+    """Compute the deferred outputs of a module's run that are still referenced: a forward hook."""
     if torch.compiler.is_compiling():
         return
     ended = [run for run in _RUNS.stack if run[0] is module]
@@ -60,8 +60,19 @@ def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             deferred.settle()
 
 
+def unfuse_activations(model: nn.Module) -> None:
+    """Undo `fuse_activations` in place: layers give plain outputs, and modules lose their two hooks."""
+    for module in model.modules():
+        if getattr(module, "followed_by", "none") != "none":
+            module.followed_by = "none"  # type: ignore[assignment]  # a string, of a PackedLayer
+        for hooks, ours in ((module._forward_pre_hooks, begin), (module._forward_hooks, end)):
+            for key in [key for key, hook in hooks.items() if hook is ours]:
+                del hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
+
+
 def may_defer(layer: nn.Module, input: Tensor, n_outputs: int) -> bool:
-    """Return whether a layer in the module that runs may defer this output: in inference, and where it is worth it."""
+    """Return whether a layer of the running module may defer this output: a large one, in inference."""
     return (
         n_outputs >= FEWEST_OUTPUTS
         and bool(_RUNS.stack)

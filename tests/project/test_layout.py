@@ -19,11 +19,6 @@ ORDER = tuple(
     .split()
 )
 
-#: What still runs against the order.
-BACKWARD = {
-    ("conversion/convert.py", "inference"),
-}
-
 
 def part_of(file: Path) -> str:
     return file.relative_to(PACKAGE).with_suffix("").parts[0]
@@ -61,8 +56,7 @@ def test_imports_point_backwards(file: Path) -> None:
         return
     earlier = ORDER[: ORDER.index(part)]
     for imported in imports_of(file):
-        if (str(file.relative_to(PACKAGE)), imported) not in BACKWARD:
-            assert imported == part or imported in earlier, f"{part} imports {imported or 'the package itself'}"
+        assert imported == part or imported in earlier, f"{part} imports {imported or 'the package itself'}"
     if imports_of(file) & {part}:
         assert file.parent != PACKAGE, f"{part} imports itself"
 
