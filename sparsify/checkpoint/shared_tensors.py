@@ -19,7 +19,7 @@ from sparsify.layers.tied import check_tieable, tie
 
 def identity_tensor(module: nn.Module) -> Tensor | None:
     """Return the tensor that identifies a shared weight."""
-    return module.parts[-1] if isinstance(module, PackedLayer) else module._parameters.get("weight")
+    return module.values if isinstance(module, PackedLayer) else module._parameters.get("weight")
 
 
 def find_packed_source(

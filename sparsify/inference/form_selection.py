@@ -142,5 +142,5 @@ def _call(module: nn.Module, x: Tensor) -> Call:
 
 def _n_bytes(module: nn.Module) -> int:
     """Return the memory of the weight."""
-    tensors: Iterable[Tensor] = module.parts if isinstance(module, PackedLayer) else [module.weight]  # type: ignore[list-item]
+    tensors: Iterable[Tensor] = module.tensors if isinstance(module, PackedLayer) else [module.weight]  # type: ignore[list-item]
     return sum(tensor.nbytes for tensor in tensors)

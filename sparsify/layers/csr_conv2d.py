@@ -30,12 +30,12 @@ class CSRConv2d(PackedLayer):
         if type(input) is not Tensor and (tracer := tracer_of(input)) is not None:
             if tracer.root is not self:
                 return call_node(self, tracer, input)  # type: ignore[no-any-return]
-            whole = (input, self.parts, self.form, self.shape, bias, activation)
+            whole = (input, self.tensors, self.form, self.shape, bias, activation)
             return tracer.create_proxy("call_function", pointwise, whole, {})  # type: ignore[return-value]
         if input.dim() == 3:
             return self.forward(input.unsqueeze(0)).squeeze(0)
         if self.followed_by != "none" and input.dim() == 4 and self._may_defer(input, 1):
-            parts, form, shape = self.parts, self.form, self.shape
+            parts, form, shape = self.tensors, self.form, self.shape
             return DeferredOutput.make(
                 lambda activation: pointwise(input, parts, form, shape, bias, activation),
                 input,
@@ -43,9 +43,9 @@ class CSRConv2d(PackedLayer):
             )
         autocast = self._autocast_dtype(input)
         if autocast is None:
-            return pointwise(input, self.parts, self.form, self.shape, bias, activation)
-        input = input.to(self.parts[-1].dtype)
-        return pointwise(input, self.parts, self.form, self.shape, bias, activation).to(autocast)
+            return pointwise(input, self.tensors, self.form, self.shape, bias, activation)
+        input = input.to(self.values.dtype)
+        return pointwise(input, self.tensors, self.form, self.shape, bias, activation).to(autocast)
 
     @property
     def in_channels(self) -> int:

@@ -44,15 +44,15 @@ class CSRLinear(PackedLayer):
         self, input: Tensor, bias: Tensor | None, activation: str = "none", rows: tuple[int, int] = (0, -1)
     ) -> Tensor:
         if type(input) is not Tensor and (tracer := tracer_of(input)) is not None:
-            whole = (input, self.parts, self.form, self.shape, bias, activation, rows)
+            whole = (input, self.tensors, self.form, self.shape, bias, activation, rows)
             return tracer.create_proxy("call_function", linear, whole, {})  # type: ignore[return-value]
         if input.is_nested:
             return self._multiply_nested(input, bias, activation, rows)
         autocast = self._autocast_dtype(input)
         if autocast is None:
-            return linear(input, self.parts, self.form, self.shape, bias, activation, rows)
-        input = input.to(self.parts[-1].dtype)
-        return linear(input, self.parts, self.form, self.shape, bias, activation, rows).to(autocast)
+            return linear(input, self.tensors, self.form, self.shape, bias, activation, rows)
+        input = input.to(self.values.dtype)
+        return linear(input, self.tensors, self.form, self.shape, bias, activation, rows).to(autocast)
 
     def _multiply_nested(self, input: Tensor, bias: Tensor | None, activation: str, rows: tuple[int, int]) -> Tensor:
         """Multiply all sequences of a nested tensor as one."""
@@ -69,4 +69,4 @@ class CSRLinear(PackedLayer):
         """
         if torch.compiler.is_compiling():
             return self._unpack()
-        return WeightView.make(self.parts[-1], self.shape, self._multiply, self._unpack)
+        return WeightView.make(self.values, self.shape, self._multiply, self._unpack)

@@ -31,10 +31,12 @@ class PackedLayer(nn.Module):
     train a masked layer instead. `masked_type` is the type of the masked layer before packing, and of the result of
     `to_sparse`.
 
-    A subclass computes with `parts` in its forward.
+    A subclass computes with `tensors` in its forward.
     """
 
     bias: nn.Parameter | None
+    #: The buffer of every form with the layer's dtype.
+    values: Tensor
     in_features: int
     out_features: int
     n_kept: int
@@ -68,7 +70,7 @@ class PackedLayer(nn.Module):
         self.activation = activation
         if masked_type is not None:
             self.masked_type = masked_type
-        self._set_parts(form, pack(form, csr, self.shape))
+        self._set_tensors(form, pack(form, csr, self.shape))
         self.register_parameter("bias", bias)
 
     @classmethod
@@ -90,7 +92,7 @@ class PackedLayer(nn.Module):
         return self.out_features, self.in_features
 
     @property
-    def parts(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """The tensors of the packed weight, in the order of FORMS."""
         buffers = self._buffers
         return tuple([buffers[name] for name in FORMS[self.form]])  # type: ignore[misc]
@@ -98,7 +100,7 @@ class PackedLayer(nn.Module):
     @property
     def csr(self) -> CSR:
         """The weight as row pointers, column indices and values, whatever the form."""
-        return unpack(self.form, self.parts, self.shape)
+        return unpack(self.form, self.tensors, self.shape)
 
     def _unpack(self) -> Tensor:
         return csr_to_dense(self.csr, self.shape)[0]
@@ -140,16 +142,16 @@ class PackedLayer(nn.Module):
             and input.dim() > 1
             and self.activation == "none"
             and input.shape[dim] == self.in_features
-            and input.dtype == self.parts[-1].dtype
+            and input.dtype == self.values.dtype
             and may_defer(self, input, input.numel() // max(self.in_features, 1) * self.out_features)
             and self._autocast_dtype(input) is None
         )
 
-    def _set_parts(self, form: str, parts: tuple[Tensor, ...]) -> None:
+    def _set_tensors(self, form: str, tensors: tuple[Tensor, ...]) -> None:
         for name in FORMS[self.form]:
             self._buffers.pop(name, None)
         self.form = form
-        for name, tensor in zip(FORMS[form], parts, strict=True):
+        for name, tensor in zip(FORMS[form], tensors, strict=True):
             self.register_buffer(name, tensor)
         self._leave_inference_mode()
 
@@ -157,7 +159,7 @@ class PackedLayer(nn.Module):
         """Take another set of kept weights, in the wanted form if that form runs on their device."""
         self.n_kept = csr.values.numel()
         form = form_for(self.wanted_form, csr, self.shape)
-        self._set_parts(form, pack(form, csr, self.shape))
+        self._set_tensors(form, pack(form, csr, self.shape))
 
     def __prepare_scriptable__(self) -> None:
         """Refuse torch.jit.script, which asks each module for this first."""
@@ -178,17 +180,17 @@ class PackedLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or convert as any module does, and change to a form that runs there, the wanted one if possible."""
-        old = self.parts[-1]
+        before = self.values
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._leave_inference_mode()
-        dtype, values = old.dtype, self.parts[-1]
-        if old.is_meta and not values.is_meta:
+        values = self.values
+        if before.is_meta and not values.is_meta:
             # Memory without contents must not pass for a weight.
-            self.parts[0].fill_(-1 if self.form == "csr" else 0)
+            self.tensors[0].fill_(-1 if self.form == "csr" else 0)
             return self
         settled = self.form == self.wanted_form and supports(self.form, values.device, values.dtype)
         # Some values of "2:4" are bits, not numbers, and lose their meaning in another dtype.
-        stale = self.form == "2:4" and values.dtype != dtype
+        stale = self.form == "2:4" and values.dtype != before.dtype
         if not values.is_meta and (stale or not settled):
             self._set_csr(self.csr)
         return self
@@ -225,7 +227,7 @@ class PackedLayer(nn.Module):
         except ValueError as error:
             errors.append(f"{prefix.rstrip('.')}: {error}")
             return
-        values = self.parts[-1]
+        values = self.values
         device = csr.values.device if values.is_meta else values.device
         crow, col, new_values = (part.detach().to(device, copy=True) for part in csr)
         self._set_csr(CSR(crow, col, new_values.to(values.dtype)))

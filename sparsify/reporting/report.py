@@ -113,8 +113,8 @@ def report(model: nn.Module) -> Report:
             if (applied := layer.followed_by if layer.activation == "none" else layer.activation) != "none":
                 applies = f"applies {applied}"
                 measured = (f"{measured[0]}; {applies}" if measured[0] else applies, measured[1])
-            dense_bytes = layer.shape[0] * layer.shape[1] * layer.parts[-1].element_size()
-            n_bytes = _n_bytes(*layer.parts)
+            dense_bytes = layer.shape[0] * layer.shape[1] * layer.values.element_size()
+            n_bytes = _n_bytes(*layer.tensors)
             rows.append(Row(name, layer.shape, layer.sparsity, layer.form, n_bytes, dense_bytes, *measured))
         kind = converter_for(layer)
         by_default = kind is None or kind.by_default or isinstance(layer, MaskedLayer) or choice is not None

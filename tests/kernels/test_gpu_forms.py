@@ -114,4 +114,4 @@ def test_two_of_four_are_compressed_anew_in_another_dtype(monkeypatch: pytest.Mo
     layer = CSRLinear(48, 32, csr, form="2:4")
     assert layer.bfloat16().form == "2:4"
     expected = gpu.pack("2:4", CSR(csr.crow, csr.col, csr.values.bfloat16()), (32, 48))
-    assert all(torch.equal(one, other) for one, other in zip(layer.parts, expected, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(layer.tensors, expected, strict=True))

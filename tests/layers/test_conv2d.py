@@ -176,7 +176,7 @@ def test_gradients_reach_input_and_bias(form, activation, memory_format):
 def test_the_operator_keeps_torchs_rules():
     fast = CSRConv2d.from_sparse(SparseConv2d(8, 12, 0.5, seed=1), form="panel")
     for x in (torch.randn(2, 8, 3, 5), torch.randn(2, 8, 3, 5, requires_grad=True), torch.randn(0, 8, 3, 5)):
-        torch.library.opcheck(torch.ops.sparsify.pointwise_packed.default, (x, *fast.parts, fast.bias, 12, 8, 1))
+        torch.library.opcheck(torch.ops.sparsify.pointwise_packed.default, (x, *fast.tensors, fast.bias, 12, 8, 1))
 
 
 def test_an_input_that_does_not_fit_is_an_error():
@@ -189,7 +189,7 @@ def test_an_input_that_does_not_fit_is_an_error():
         with pytest.raises(RuntimeError, match=message):
             fast(bad)
     with pytest.raises(RuntimeError, match="the bias must be"):
-        pointwise(torch.randn(1, 8, 2, 2), fast.parts, "csr", (12, 8), torch.zeros(11))
+        pointwise(torch.randn(1, 8, 2, 2), fast.tensors, "csr", (12, 8), torch.zeros(11))
 
 
 @pytest.mark.parametrize("form", RUNNING)

@@ -120,4 +120,4 @@ def test_an_operator_that_would_lose_a_tangent_refuses(form: str) -> None:
         number = () if form == "csr" else (native.FORMS.index(form),)
         operator = ops.linear_csr if form == "csr" else ops.linear_packed
         with pytest.raises(RuntimeError, match="no forward-mode derivative"):
-            operator(dual, *layer.parts, *number, layer.bias, *layer.shape, 0)
+            operator(dual, *layer.tensors, *number, layer.bias, *layer.shape, 0)

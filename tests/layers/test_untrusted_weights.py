@@ -142,7 +142,7 @@ def test_values_that_do_not_fit_the_index_are_refused(form: str) -> None:
     layer = exported(form)[0]
     for values in (layer.values[:-1].clone(), torch.cat([layer.values, layer.values[:1]])):
         with pytest.raises(ValueError, match=CANNOT):
-            linear(torch.randn(2, 40), (*layer.parts[:-1], values), form, layer.shape)
+            linear(torch.randn(2, 40), (*layer.tensors[:-1], values), form, layer.shape)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -151,8 +151,8 @@ def test_values_and_bias_with_gaps_are_read_as_they_are(form: str) -> None:
     values, bias = (torch.stack([t, t * 0], dim=1)[:, 0].detach() for t in (layer.values, layer.bias))
     assert not values.is_contiguous()
     for given in (bias, torch.ones(1).expand(20)):
-        wanted = linear(x, layer.parts, form, layer.shape, given.clone())
-        assert torch.equal(linear(x, (*layer.parts[:-1], values), form, layer.shape, given), wanted)
+        wanted = linear(x, layer.tensors, form, layer.shape, given.clone())
+        assert torch.equal(linear(x, (*layer.tensors[:-1], values), form, layer.shape, given), wanted)
 
 
 @pytest.mark.parametrize("form", NATIVE)
