@@ -18,6 +18,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from sparsify.conversion.module_surgery import own_mask, plain_type, put_on
 from sparsify.layers import MaskedLayer
 from sparsify.layers.fsdp import is_sharded
+from sparsify.layers.own_forward import check_forward
 
 
 class MaskedParts(NamedTuple):
@@ -51,18 +52,6 @@ def check_plain(module: nn.Module, dense: type[nn.Module], name: str) -> None:
     if own is not dense:
         raise ValueError(f"it is a {own.__name__}, a subclass of {name} that may compute something else")
     check_forward(module)
-
-
-def check_forward(module: nn.Module) -> None:
-    """Raise ValueError, with the reason, if a module's forward is not its class's own."""
-    if hasattr(module, "_hf_hook"):
-        raise ValueError(
-            "accelerate has put a hook on it (device_map, offloading), which replaces its forward and may hold its "
-            "weight; take the hooks off first, with accelerate.hooks.remove_hook_from_module(model, recurse=True)"
-        )
-    forward = module.__dict__.get("forward")  # accelerate's removal of its hooks leaves the class's own there
-    if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
-        raise ValueError("its forward was replaced on the instance")
 
 
 def check_names(module: nn.Module, dense: type[nn.Module], *becomes: type[nn.Module], needs: Collection[str]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from sparsify.layers.construct import layer_from_parameters
 from sparsify.layers.masked import MaskedLayer
 
 _Layer = TypeVar("_Layer", bound=Conv1D)
@@ -25,14 +26,14 @@ class SparseConv1D(MaskedLayer, Conv1D):  # type: ignore[misc]
     @classmethod
     def from_conv1d(cls, layer: Conv1D, weight: nn.Parameter | None = None) -> Self:
         """Make a layer around the same Parameters, or around `weight` instead of its own; all weights are kept."""
-        made = _bare(cls, layer.weight if weight is None else weight, layer.bias)
+        made = conv1d_from_parameters(cls, layer.weight if weight is None else weight, layer.bias)
         made._keep_all()
         return made.train(layer.training)
 
     @classmethod
     def from_matrix(cls, weight: Tensor, mask: Tensor, bias: nn.Parameter | None) -> Self:
         """Make a layer of a weight and a mask, (out_features, in_features); the bias is shared."""
-        made = _bare(cls, nn.Parameter(weight.t().contiguous()), bias)
+        made = conv1d_from_parameters(cls, nn.Parameter(weight.t().contiguous()), bias)
         made._keep_all()
         made.set_mask(mask)
         return made
@@ -40,7 +41,7 @@ class SparseConv1D(MaskedLayer, Conv1D):  # type: ignore[misc]
     def to_conv1d(self) -> Conv1D:
         """Make a plain Conv1D around the same Parameters, with the masked weights set to zero."""
         self.clear_masked(self.weight)
-        return _bare(Conv1D, self.weight, self.bias).train(self.training)
+        return conv1d_from_parameters(Conv1D, self.weight, self.bias).train(self.training)
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """View a tensor of the weight's shape as (out_features, in_features)."""
@@ -59,11 +60,7 @@ class SparseConv1D(MaskedLayer, Conv1D):  # type: ignore[misc]
         return f"nf={self.nf}, nx={self.nx}" + super().extra_repr()
 
 
-def _bare(kind: type[_Layer], weight: Any, bias: Any) -> _Layer:
+def conv1d_from_parameters(kind: type[_Layer], weight: Any, bias: Any) -> _Layer:
     """Make a layer around these very Parameters; nothing is allocated or drawn."""
-    layer = kind.__new__(kind)
-    nn.Module.__init__(layer)
-    layer.nx, layer.nf = weight.shape
-    layer.register_parameter("weight", weight)
-    layer.register_parameter("bias", bias)
-    return layer
+    nx, nf = weight.shape
+    return layer_from_parameters(kind, weight, bias, nx=nx, nf=nf)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparsify.layers.construct import layer_from_parameters
 from sparsify.layers.masked import MaskedLayer
 from sparsify.masking.methods.registry import Method
 
@@ -108,10 +109,6 @@ def odd_setting(conv: nn.Conv2d) -> str:
 
 def conv2d_from_parameters(kind: type[_Conv2d], weight: Tensor, bias: Tensor | None) -> _Conv2d:
     """Make a pointwise convolution of the class `kind` around these very Parameters; nothing is allocated or drawn."""
-    layer = kind.__new__(kind)
-    nn.Module.__init__(layer)
-    layer.__dict__.update(POINTWISE | _REST)
-    layer.out_channels, layer.in_channels = weight.shape[:2]
-    layer.register_parameter("weight", weight)  # type: ignore[arg-type]
-    layer.register_parameter("bias", bias)  # type: ignore[arg-type]
-    return layer
+    out_channels, in_channels = weight.shape[:2]
+    channels = {"in_channels": in_channels, "out_channels": out_channels}
+    return layer_from_parameters(kind, weight, bias, **POINTWISE, **_REST, **channels)

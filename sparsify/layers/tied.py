@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsify.layers.masked import MaskedLayer
+from sparsify.layers.own_forward import check_forward
 
 
 class Tied(nn.Module):
@@ -51,8 +52,7 @@ def check_tieable(module: nn.Module) -> None:
     if type(module) not in _TIED:
         names = " and ".join(f"nn.{kind.__name__}" for kind in _TIED)
         raise ValueError(f"it is a {type(module).__name__}; only {names} can use another layer's mask")
-    if "forward" in module.__dict__:
-        raise ValueError("its forward was replaced on the instance")
+    check_forward(module)
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         raise ValueError("its max_norm changes the weight as it is used")
 
@@ -61,6 +61,7 @@ def tie(module: nn.Module, owner: MaskedLayer) -> None:
     """Let a module with the owner's weight use the owner's mask, in place."""
     check_tieable(module)
     module.__class__ = _TIED[type(module)]
+    module.__dict__.pop("forward", None)  # of the former class: accelerate leaves that there
     assert isinstance(module, Tied)
     module.owner = (owner,)
 

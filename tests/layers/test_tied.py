@@ -221,3 +221,16 @@ def test_what_cannot_share_says_so() -> None:
     bilinear[1].weight = bilinear[0].weight
     with pytest.raises(ValueError, match=r"it is a EmbeddingBag; only nn\.Linear and nn\.Embedding"):
         convert(bilinear, tied="share")
+
+
+def test_only_a_foreign_forward_on_the_instance_is_refused() -> None:
+    model = LM()
+    model.embedding.forward = model.embedding.forward  # the class's own, as accelerate leaves it there
+    prune(convert(model, tied="share"), 0.75)
+    with torch.no_grad():
+        model.head.weight.add_(1.0)
+    assert torch.equal(model.embedding(IDS), torch.where(model.head.mask, model.head.weight, 0.0))
+    odd = LM()
+    odd.embedding.forward = lambda ids: odd.embedding.weight[ids] + 1
+    with pytest.raises(ValueError, match="which cannot share its mask: its forward was replaced on the instance"):
+        convert(odd, tied="share")

@@ -9,7 +9,6 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from sparsify.conversion.converters.base import OF_LAYERS, Converter
 from sparsify.conversion.foreign_masks import (
-    check_forward,
     check_names,
     check_plain,
     check_plain_parameter,
@@ -18,6 +17,7 @@ from sparsify.conversion.foreign_masks import (
 )
 from sparsify.conversion.module_surgery import plain_type, replace_in_place
 from sparsify.layers import CSRLinear, SparseLinear, UnfusedAttention, UnfusedEncoder
+from sparsify.layers.own_forward import check_forward
 
 
 def _in_projections(attention: nn.MultiheadAttention) -> tuple[str, ...]:
@@ -94,10 +94,7 @@ def _to_encoder(unfused: UnfusedEncoder) -> nn.TransformerEncoder:
 
 
 def _check_encoder(encoder: nn.TransformerEncoder) -> None:
-    if type(encoder) is not nn.TransformerEncoder:
-        raise ValueError(
-            f"it is a {type(encoder).__name__}, a subclass of nn.TransformerEncoder that may compute something else"
-        )
+    check_plain(encoder, nn.TransformerEncoder, "nn.TransformerEncoder")
 
 
 ATTENTION = Converter(nn.MultiheadAttention, UnfusedAttention, _check, _matrices, _to_unfused, _to_attention, _layers)

@@ -7,7 +7,6 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from sparsify.conversion.converters.base import OF_LAYERS, Converter
 from sparsify.conversion.foreign_masks import (
-    check_forward,
     check_names,
     check_plain_parameter,
     check_shapes,
@@ -17,6 +16,7 @@ from sparsify.conversion.foreign_masks import (
 from sparsify.conversion.module_surgery import plain_type
 from sparsify.layers import CSRLinear, SparseLinear
 from sparsify.layers.construct import linear_from_parameters
+from sparsify.layers.own_forward import check_forward
 
 #: Methods of a subclass that change neither the computation nor the use as an nn.Linear.
 _HARMLESS = {"__init__", "reset_parameters", "extra_repr", "__repr__"}
