@@ -22,8 +22,8 @@ def make_plain(state: dict[str, Any], names: Names, layers: Mapping[str, LayerEn
 
     Another parametrized module keeps its state: a model built anew may be parametrized too.
     """
-    computed: dict[int, dict[str, Tensor]] = {}  # by module, which may have several names
-    raw: tuple[str, ...] = ()
+    computed: dict[int, dict[str, Tensor]] = {}  # by module: a module may have several names
+    sources: set[str] = set()  # names of tensors, and of modules
     for name, module in names.places.items():
         if id(module) not in computed:
             computed[id(module)] = dict(pruned_by_torch(module))
@@ -31,10 +31,17 @@ def make_plain(state: dict[str, Any], names: Names, layers: Mapping[str, LayerEn
                 keys: Any = module.parametrizations
                 computed[id(module)] |= {key: getattr(module, key).detach() for key in keys}
         for key, value in computed[id(module)].items():
-            raw += join(name, f"{key}_orig"), join(name, f"{key}_mask"), join(name, "parametrizations", f"{key}.")
+            sources |= {join(name, raw) for raw in (f"{key}_orig", f"{key}_mask", f"parametrizations.{key}")}
             state[join(name, key)] = value
-    for name in [name for name in state if name.startswith(raw)]:
+    for name in [name for name in state if sources and not sources.isdisjoint(_with_owners(name))]:
         del state[name]
+
+
+def _with_owners(name: str) -> Iterator[str]:
+    """Yield a dotted name, and the names of all modules around it."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
 
 
 def check_computed(name: str, layer: nn.Module) -> None:

@@ -27,8 +27,8 @@ from sparsify.checkpoint.shared_tensors import (
     check_tied,
     entries_with_tensors,
     expand_shared,
-    find_packed_source,
     identity_tensor,
+    packed_embeddings,
     restore_sharing,
 )
 from sparsify.checkpoint.state_names import Names
@@ -84,10 +84,11 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     make_plain(state, names, layers)
     for name in packed_state_keys(names, layers):
         state.pop(name, None)
+    packed = packed_embeddings(names, layers) | packed
     first: dict[int, str] = {}
     for name, value in state.items():
-        if owner := find_packed_source(names, name, value, layers, packed):
-            aliases[name] = join(owner, "weight")
+        if id(value) in packed:
+            aliases[name] = join(packed[id(value)], "weight")
         elif first.setdefault(id(value), name) != name:
             aliases[name] = first[id(value)]
         elif name in tensors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Mapping
 
 import torch
@@ -22,22 +23,21 @@ def identity_tensor(module: nn.Module) -> Tensor | None:
     return module.values if isinstance(module, PackedLayer) else module._parameters.get("weight")
 
 
-def find_packed_source(
-    names: Names, name: str, value: object, layers: Mapping[str, LayerEntry], packed: Mapping[int, str]
-) -> str | None:
-    """Return the layer with the packed weight of a state's tensor: a tied one, or the Embedding of an export."""
-    if id(value) in packed:
-        return packed[id(value)]
-    owner = names.modules.get(name.rpartition(".")[0])
-    if type(owner) is not nn.Embedding or value is not owner.weight:
-        return None
-    for layer, entry in layers.items():
-        module = names.modules[layer]
-        if entry.module == "CSRLinear" and isinstance(module, PackedLayer) and entry.shape == owner.weight.shape:
-            dense = csr_to_dense(module.csr, module.shape)[0]
-            if dense.dtype == owner.weight.dtype and torch.equal(as_bytes(dense), as_bytes(owner.weight.detach())):
-                return layer
-    return None
+def packed_embeddings(names: Names, layers: Mapping[str, LayerEntry]) -> dict[int, str]:
+    """Return the exported layers with the very weights of an Embedding, by the id of its weight: once tied, they are
+    equal bit for bit.
+    """
+    embeddings = {id(m.weight): m.weight for m in names.modules.values() if type(m) is nn.Embedding}
+    shapes = {weight.shape for weight in embeddings.values()}
+    layer_of: dict[tuple[torch.dtype, tuple[int, ...], bytes], str] = {}
+    for name, entry in layers.items():
+        module = names.modules[name]
+        if entry.module == "CSRLinear" and isinstance(module, PackedLayer) and entry.shape in shapes:
+            layer_of.setdefault(_content(csr_to_dense(module.csr, module.shape)[0]), name)
+    if not layer_of:
+        return {}
+    found = {identity: layer_of.get(_content(weight.detach())) for identity, weight in embeddings.items()}
+    return {identity: layer for identity, layer in found.items() if layer is not None}
 
 
 def entries_with_tensors(header: Header) -> dict[str, LayerEntry]:
@@ -105,6 +105,11 @@ def _tied_to_masked(header: Header) -> dict[str, str]:
         for alias, name in header.aliases.items()
         if name in layers and alias not in layers and alias.rpartition(".")[2] == "weight"
     }
+
+
+def _content(tensor: Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
+    """Return dtype, shape and SHA-256 of a tensor, the same for equal bits only."""
+    return tensor.dtype, tuple(tensor.shape), hashlib.sha256(as_bytes(tensor).cpu().numpy().data).digest()
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

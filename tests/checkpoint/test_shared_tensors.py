@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import sparsify
 from sparsify import CSRLinear
+from sparsify.kernels.csr import CSR, csr_to_dense
 
 
 class Tied(nn.Module):
@@ -89,3 +90,23 @@ def test_tensors_that_overlap_in_memory_are_saved(tmp_path: Path) -> None:
     loaded = sparsify.load(saved(tmp_path, model), Views(9))
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)
+
+
+def test_each_exported_layer_is_unpacked_once_whatever_the_number_of_embeddings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = sparsify.convert(nn.Sequential(*[nn.Linear(8, 10, bias=False) for _ in range(4)]))
+    fast = sparsify.export(sparsify.prune(layers, 0.5), format="csr")
+    model = nn.Sequential(fast, *[nn.Embedding(10, 8) for _ in range(5)])
+    with torch.no_grad():
+        model[3].weight.copy_(csr_to_dense(fast[2].csr, fast[2].shape)[0])
+    unpacked: list[tuple[int, int]] = []
+
+    def counted(csr: CSR, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        unpacked.append(shape)
+        return csr_to_dense(csr, shape)
+
+    monkeypatch.setattr("sparsify.checkpoint.shared_tensors.csr_to_dense", counted)
+    stored = safetensors.torch.load_file(saved(tmp_path, model))
+    assert unpacked == [(10, 8)] * 4
+    assert [name for name in stored if name.endswith(".weight")] == [f"{n}.weight" for n in (1, 2, 4, 5)]

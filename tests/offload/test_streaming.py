@@ -117,6 +117,22 @@ def test_the_file_is_that_of_the_model_in_memory(folder: Path, tmp_path: Path) -
         assert torch.equal(loaded.state_dict()[name], tensor), name
 
 
+def test_the_state_is_listed_once_whatever_the_number_of_tensors(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_lists = 0
+    state_dict = Small.state_dict
+
+    def counted(self: Small, *args: Any, **options: Any) -> Any:
+        nonlocal n_lists
+        n_lists += 1
+        return state_dict(self, *args, **options)
+
+    monkeypatch.setattr(Small, "state_dict", counted)
+    from_disk(folder, tmp_path / "out.safetensors")
+    assert n_lists == 1
+
+
 def test_only_a_block_is_in_memory(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[DiskOffload] = []
     fetch = DiskOffload.fetch
