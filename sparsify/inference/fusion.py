@@ -18,6 +18,9 @@ from sparsify.conversion.module_surgery import Model
 from sparsify.layers import PackedLayer
 from sparsify.layers.deferred import begin, end
 
+#: Below so many outputs a row telling the layer when to defer costs as much as the activation by itself.
+FEWEST_FEATURES = 256
+
 
 def fuse_activations(model: Model) -> Model:
     """Let exported layers apply the activation after them, in place, and return the model.
@@ -27,7 +30,7 @@ def fuse_activations(model: Model) -> Model:
     paths = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     for owner in list(model.modules()):
         free = {name: m for name, m in owner.named_children() if paths[id(m)] == 1 and not _has_hooks(m)}
-        layers = {name: m for name, m in free.items() if isinstance(m, PackedLayer) and m.activation == "none"}
+        layers = {name: m for name, m in free.items() if isinstance(m, PackedLayer) and _is_worth_it(m)}
         activations = {name: known for name, m in free.items() if (known := activation_name(m))} if layers else {}
         if not activations:
             continue
@@ -36,6 +39,10 @@ def fuse_activations(model: Model) -> Model:
                 layers[layer_name].followed_by = activations[name]
                 _let_defer(owner)
     return model
+
+
+def _is_worth_it(layer: PackedLayer) -> bool:
+    return layer.activation == "none" and layer.out_features >= FEWEST_FEATURES
 
 
 def _let_defer(owner: nn.Module) -> None:

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 from sparsify.kernels.torch_ops import is_transformed
 
 #: Below so many outputs a pass of its own over them costs less than deferring them.
-FEWEST_OUTPUTS = 8192
+FEWEST_OUTPUTS = 4096
 
 #: Questions about an output that need no output.
 _CHEAP = {

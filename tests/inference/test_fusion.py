@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import sparsify
+from sparsify.inference import fusion
 from sparsify.inference.fusion import activation_name
 from sparsify.layers import csr_linear, deferred
 from sparsify.layers.deferred import DeferredOutput
@@ -32,6 +33,7 @@ class Block(nn.Module):
 
 @pytest.fixture(autouse=True)
 def _small_outputs_count(monkeypatch):
+    monkeypatch.setattr(fusion, "FEWEST_FEATURES", 1)
     monkeypatch.setattr(deferred, "FEWEST_OUTPUTS", 1)
 
 
@@ -261,6 +263,13 @@ def test_small_outputs_are_not_deferred(monkeypatch, computed):
         fast(torch.randn(5, 16))
         fast(torch.randn(6, 16))
     assert computed == ["none", "none", "gelu", "none"]
+
+
+def test_layers_with_few_outputs_a_row_are_not_fused(monkeypatch):
+    model = masked(mlp(nn.GELU()))
+    for fewest, found in ((32, {"0": "gelu"}), (33, {})):
+        monkeypatch.setattr(fusion, "FEWEST_FEATURES", fewest)
+        assert fused_in(sparsify.export(model, format="csr")) == found
 
 
 def test_under_autocast_an_activation_sees_the_dtype_of_autocast(computed):

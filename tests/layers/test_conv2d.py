@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import sparsify
 from sparsify import CSRConv2d, LeftDenseWarning, SparseConv2d
+from sparsify.inference import fusion
 from sparsify.kernels import FORMS, PATTERNED, pointwise, supports
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -252,7 +253,8 @@ def test_to_dense_gives_the_convolution_back():
         assert torch.equal(dense(x), expected)
 
 
-def test_the_activation_that_follows_is_applied_by_the_layer():
+def test_the_activation_that_follows_is_applied_by_the_layer(monkeypatch):
+    monkeypatch.setattr(fusion, "FEWEST_FEATURES", 1)
     fast = sparsify.export(sparsify.prune(small(), 0.5), format=RUNNING[-1])
     assert fast[0].followed_by == "relu"
 
