@@ -12,8 +12,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import regex
 from torch import nn
 
-#: A glob over dotted names ("encoder.*.query"), "re:" and a regular expression for the whole name, or a module type:
-#: then every layer of that type, or inside a module of that type, is meant.
+#: A glob over dotted names ("encoder.*.query"); "re:" and a regular expression for the whole name; or a module type,
+#: for every layer of the type, or inside a module of the type.
 Selector = str | type[nn.Module]
 
 #: Processor time of one regular expression for all names together.
@@ -21,6 +21,15 @@ MAX_MATCH_S = 1.0
 
 #: Letters of one regular expression with its required repetitions written out, as `regex` compiles them.
 MAX_LETTERS = 50_000
+
+
+def join(*names: str) -> str:
+    """Join names with dots, without the empty name of the root.
+
+    >>> join("", "0", "weight")
+    '0.weight'
+    """
+    return ".".join(name for name in names if name)
 
 
 def matching(pattern: str, names: Collection[str]) -> list[str]:
@@ -115,11 +124,11 @@ def _as_sequence(selectors: Selector | Sequence[Selector] | None) -> Sequence[Se
 
 def _of_type(kind: type[nn.Module], model: nn.Module, layers: Mapping[str, nn.Module]) -> set[str]:
     inside = {id(child) for module in model.modules() if isinstance(module, kind) for child in module.modules()}
-    found = {name for name, layer in layers.items() if id(layer) in inside}
-    if not found:
+    names = {name for name, layer in layers.items() if id(layer) in inside}
+    if not names:
         types = sorted({type(module).__name__ for module in model.modules()})
         raise ValueError(f"type {kind.__name__} matches no layer; the model has: {', '.join(types)}")
-    return found
+    return names
 
 
 def _near(pattern: str, names: Iterable[str]) -> str:

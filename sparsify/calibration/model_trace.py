@@ -21,6 +21,7 @@ from sparsify.calibration.batches import Batch, naming_batch
 from sparsify.calibration.block_call import BlockCall, first_tensor, hidden_state, split_hidden, split_output
 from sparsify.calibration.output_cache import OutputCache
 from sparsify.calibration.replay import ModelReplay, run_module
+from sparsify.layer_names import join
 
 #: Reasons for a layer without evidence.
 NEVER_RAN = "never ran on the calibration data"
@@ -247,7 +248,7 @@ def _chain_of(layer: str, chains: Collection[tuple[str, ...]]) -> tuple[str, ...
 def _sequences(model: nn.Module) -> list[tuple[str, ...]]:
     """Return the names of the children of every ModuleList and Sequential, outer ones first."""
     return [
-        tuple(f"{name}.{child}".lstrip(".") for child, _ in module.named_children())
+        tuple(join(name, child) for child, _ in module.named_children())
         for name, module in model.named_modules()
         if isinstance(module, (nn.ModuleList, nn.Sequential))
     ]

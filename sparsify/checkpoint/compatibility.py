@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from sparsify.checkpoint.container import Header, LayerEntry
 from sparsify.checkpoint.shared_tensors import as_bytes
 from sparsify.checkpoint.state_names import Names
-from sparsify.conversion.converters.table import join, matrices
+from sparsify.conversion.converters.table import matrices
 from sparsify.conversion.module_surgery import own_mask
 from sparsify.conversion.writable import cannot_be_written
 from sparsify.errors import CheckpointError
 from sparsify.kernels.csr import CSR
+from sparsify.layer_names import join
 from sparsify.layers import MaskedLayer, PackedLayer
 from sparsify.layers.records import FormChoice
 

@@ -12,8 +12,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from sparsify.checkpoint.container import LayerEntry
 from sparsify.checkpoint.state_names import Names
-from sparsify.conversion.converters.table import join
 from sparsify.conversion.foreign_masks import pruned_by_torch
+from sparsify.layer_names import join
 from sparsify.layers import MaskedLayer, PackedLayer
 
 

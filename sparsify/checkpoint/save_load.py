@@ -34,7 +34,7 @@ from sparsify.checkpoint.shared_tensors import (
 from sparsify.checkpoint.state_names import Names
 from sparsify.checkpoint.weight_codec import decode_weights, encode_weight, other_tensors
 from sparsify.conversion.converters.functional import functional_kind
-from sparsify.conversion.converters.table import Converter, converter_for, converters, dependent_modules, join, matrices
+from sparsify.conversion.converters.table import Converter, converter_for, converters, dependent_modules, matrices
 from sparsify.conversion.module_surgery import Model, layers_of_type, replace, replace_in_place
 from sparsify.conversion.transaction import Transaction
 from sparsify.errors import CheckpointError, MeasuredElsewhereWarning, SavedParametrizedWarning
@@ -42,6 +42,7 @@ from sparsify.hardware.machine import machine_name
 from sparsify.inference.fusion import fuse_activations
 from sparsify.kernels import FORMS, form_for
 from sparsify.kernels.csr import CSR
+from sparsify.layer_names import join
 from sparsify.layers import MaskedLayer, PackedLayer
 from sparsify.layers.copies import warn_stale
 from sparsify.layers.fsdp import refuse_flattened

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from sparsify.checkpoint.container import Header, LayerEntry
 from sparsify.checkpoint.state_names import Names
-from sparsify.conversion.converters.table import join
 from sparsify.errors import CheckpointError
 from sparsify.kernels import FORMS
 from sparsify.kernels.csr import CSR, csr_to_dense
+from sparsify.layer_names import join
 from sparsify.layers import MaskedLayer, PackedLayer
 from sparsify.layers.tied import check_tieable, tie
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsify.checkpoint.container import Header
-from sparsify.conversion.converters.table import join
+from sparsify.layer_names import join
 
 #: The name under which a wrapper holds the module it wraps, and the types of wrapper that do so. Names that begin with
 #: an underscore are torch's alone.

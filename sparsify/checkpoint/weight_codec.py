@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.checkpoint.container import LayerEntry
-from sparsify.conversion.converters.table import join, matrices
+from sparsify.conversion.converters.table import matrices
 from sparsify.conversion.foreign_masks import pruned_by_torch
 from sparsify.errors import CheckpointError
 from sparsify.kernels.csr import (
@@ -24,6 +24,7 @@ from sparsify.kernels.csr import (
     dense_to_csr,
     pack_bitmask,
 )
+from sparsify.layer_names import join
 from sparsify.layers import MaskedLayer, PackedLayer
 from sparsify.layers.fsdp import whole
 

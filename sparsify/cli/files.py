@@ -26,10 +26,10 @@ def check_output(arguments: argparse.Namespace, option: str, *, reads: tuple[str
     old = os.stat(path)
     for file in _files_read(arguments, reads):
         try:
-            found = file.stat()
+            new = file.stat()
         except OSError:
             continue
-        if (found.st_dev, found.st_ino) == (old.st_dev, old.st_ino):
+        if (new.st_dev, new.st_ino) == (old.st_dev, old.st_ino):
             raise ValueError(f"{label}{path}: this command reads {file}, which it would replace; name another file")
 
 

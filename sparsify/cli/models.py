@@ -49,13 +49,13 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         if isinstance(wanted := own.get(name), Tensor) and not is_lazy(wanted):
             check_weights(path, name, tensor, wanted)
     with blaming(str(path)):
-        found = model.load_state_dict(state, strict=False)
+        keys = model.load_state_dict(state, strict=False)
     covered = {id(own[name]) for name in state if name in own}  # a tied tensor may be stored once
-    missing = [name for name in found.missing_keys if id(own.get(name)) not in covered]
-    if missing or found.unexpected_keys:
+    missing = [name for name in keys.missing_keys if id(own.get(name)) not in covered]
+    if missing or keys.unexpected_keys:
         raise ValueError(
             f"{path}: not for this model: {len(missing)} tensors are missing {missing[:3]}, "
-            f"{len(found.unexpected_keys)} are too many {found.unexpected_keys[:3]}"
+            f"{len(keys.unexpected_keys)} are too many {keys.unexpected_keys[:3]}"
         )
 
 
@@ -105,8 +105,8 @@ def _hf_kind(folder: str) -> tuple[Any, Any]:
         _check_runs_no_code(content)
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     named = content.get("architectures") or []
-    found = [getattr(transformers, str(name), None) for name in (named if isinstance(named, list) else [named])]
-    kinds = (kind for kind in found if isinstance(kind, type) and issubclass(kind, PreTrainedModel))
+    types = [getattr(transformers, str(name), None) for name in (named if isinstance(named, list) else [named])]
+    kinds = (kind for kind in types if isinstance(kind, type) and issubclass(kind, PreTrainedModel))
     return config, next(kinds, AutoModel)
 
 

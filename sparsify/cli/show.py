@@ -41,11 +41,11 @@ def inspect(arguments: argparse.Namespace) -> None:
         example = inputs_of(arguments, model, what or spec)
     elif given_inputs(arguments):
         raise ValueError("--batch, --seq, --shape and --inputs have no effect without --run")
-    found = sparsify.inspect(model, example)
+    inspection = sparsify.inspect(model, example)
     if not arguments.json:
-        print(found)
+        print(inspection)
         return
-    print_json({"model": what or spec, **dataclasses.asdict(found)})
+    print_json({"model": what or spec, **dataclasses.asdict(inspection)})
 
 
 def _is_file(what: str) -> bool:
@@ -116,11 +116,11 @@ def schema(arguments: argparse.Namespace) -> None:
 
 def run_doctor(arguments: argparse.Namespace) -> None:
     """Print the facts about this machine that decide the speed of exported layers."""
-    found_here = doctor()
+    findings = doctor()
     if arguments.json:
-        print_json([dict(zip(("what", "found", "do"), row, strict=True)) for row in found_here])
+        print_json([dict(zip(("what", "found", "do"), row, strict=True)) for row in findings])
         return
-    for what, found, to_do in found_here:
+    for what, found, to_do in findings:
         print(f"{what + ':':16}{found}" + (f"\n{'':16}-> {to_do}" if to_do else ""))
 
 
@@ -128,12 +128,12 @@ def _plan_table(layers: Sequence[PlannedLayer]) -> str:
     """Show a group's layers; of many updates the first, some between, and the last."""
     n = len(layers[0].targets)
     step = -(-n // _MAX_COLUMNS)
-    shown = sorted({*range(0, n, step), n - 1})
-    head = ["layer", "shape", *(f"{layers[0].unit} {layers[0].targets[i][0]:g}" for i in shown), "bytes", "of dense"]
+    columns = sorted({*range(0, n, step), n - 1})
+    head = ["layer", "shape", *(f"{layers[0].unit} {layers[0].targets[i][0]:g}" for i in columns), "bytes", "of dense"]
     lines = [head]
     for x in layers:
         mark = "~" if x.ranked else ""
-        targets = [f"{mark}{x.targets[i][1]:.4f}" for i in shown]
+        targets = [f"{mark}{x.targets[i][1]:.4f}" for i in columns]
         share = f"{x.n_bytes / max(x.dense_bytes, 1):.3f}"
         lines.append([x.name or "(root)", f"{x.shape[0]}x{x.shape[1]}", *targets, f"{x.n_bytes:,}", share])
     return table(lines)

@@ -15,7 +15,6 @@ from sparsify.conversion.converters.table import (
     converter_for,
     converters,
     dependent_modules,
-    join,
     select_converters,
 )
 from sparsify.conversion.foreign_masks import check_converted, peft_adapters
@@ -24,7 +23,7 @@ from sparsify.conversion.module_surgery import Model, layers_of_type, replace_in
 from sparsify.conversion.tied_weights import resolve_tied_weights
 from sparsify.conversion.transaction import Transaction
 from sparsify.errors import LeftDenseWarning
-from sparsify.layer_names import Selector, select
+from sparsify.layer_names import Selector, join, select
 from sparsify.layers import MaskedLayer, PackedLayer, Tied
 from sparsify.layers.copies import warn_stale
 from sparsify.layers.deferred import unfuse_activations

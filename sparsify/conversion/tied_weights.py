@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from sparsify.layer_names import join
 from sparsify.layers.tied import check_tieable
 
 #: Ways to handle a weight of several modules.
@@ -21,7 +22,7 @@ class ParameterRef(NamedTuple):
     parameter: nn.Parameter
 
     def __str__(self) -> str:
-        return f"{self.module}.{self.key}".lstrip(".")
+        return join(self.module, self.key)
 
 
 def resolve_tied_weights(

@@ -16,6 +16,7 @@ from sparsify.inference.form_selection import FormSelector, exported_as
 from sparsify.inference.fusion import fuse_activations
 from sparsify.kernels import FORMS, PATTERNED, fits, supports
 from sparsify.kernels.csr import dense_to_csr
+from sparsify.layer_names import join
 from sparsify.layers import CSRLinear, MaskedLayer, PackedLayer, Tied
 from sparsify.layers.copies import warn_stale
 from sparsify.layers.fsdp import check_whole, refuse_flattened
@@ -80,7 +81,7 @@ def export(
             check_converted(layer)
         except ValueError as error:
             raise ValueError(f"{name or '(root)'}: {error}") from None
-        check_whole(f"{name}.weight".lstrip("."), layer.weight)
+        check_whole(join(name, "weight"), layer.weight)
         if layer.weight.is_meta:
             raise ValueError(
                 f"{name}: the weight is on the meta device and has no data; load the model's weights first"

@@ -16,6 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from sparsify.checkpoint.dense_weights import check_dtype
 from sparsify.checkpoint.weight_codec import decode_weight
+from sparsify.layer_names import join
 from sparsify.layers import MaskedLayer
 from sparsify.offload.journal import Journal
 from sparsify.offload.lazy_safetensors import LazySafetensors
@@ -31,14 +32,14 @@ def parameters_on_meta() -> Iterator[None]:
     built by other threads meanwhile are as ever.
     """
     thread = threading.get_ident()
-    made = WeakIdKeyDictionary()  # so that a Parameter in two modules stays one
+    twins = WeakIdKeyDictionary()  # a Parameter in two modules stays one
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
         if threading.get_ident() != thread or type(parameter) is not nn.Parameter or parameter.is_meta:
             return None
-        if parameter not in made:
-            made[parameter] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-        twin: nn.Parameter = made[parameter]
+        if parameter not in twins:
+            twins[parameter] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+        twin: nn.Parameter = twins[parameter]
         return twin
 
     hook = register_module_parameter_registration_hook(on_meta)  # type: ignore[arg-type]
@@ -208,22 +209,22 @@ def _make_placeholders(model: nn.Module, weights: LazySafetensors, keys: dict[in
 
     Returns the names in the file by the new Parameters.
     """
-    old = list(model.parameters())  # kept until the end, so that no new one gets the id of an old one
-    made: dict[int, nn.Parameter] = {}
+    old = list(model.parameters())  # alive until the end: no new one gets the id of an old one
+    placeholders: dict[int, nn.Parameter] = {}
     for name, module in model.named_modules():
         for key, parameter in _own(module):
-            if id(parameter) not in made:
+            if id(parameter) not in placeholders:
                 dtype = weights.dtype(keys[id(parameter)])
-                made[id(parameter)] = nn.Parameter(_placeholder(parameter, dtype), requires_grad=False)
-            module._parameters[key] = made[id(parameter)]
+                placeholders[id(parameter)] = nn.Parameter(_placeholder(parameter, dtype), requires_grad=False)
+            module._parameters[key] = placeholders[id(parameter)]
         if isinstance(module, MaskedLayer):
             module.mask = _placeholder(module.mask, fill=True)
         for key, buffer in module._buffers.items():
-            full = f"{name}.{key}".lstrip(".")
+            full = join(name, key)
             if buffer is not None and full in weights:
                 _check_fits(weights, full, buffer)
                 module._buffers[key] = weights.read(full)
-    return {id(made[id(parameter)]): keys[id(parameter)] for parameter in old}
+    return {id(placeholders[id(parameter)]): keys[id(parameter)] for parameter in old}
 
 
 def _return_memory() -> None:

@@ -17,10 +17,10 @@ from sparsify.checkpoint import container
 from sparsify.checkpoint.container import LayerEntry
 from sparsify.checkpoint.weight_codec import decode_weight, packed_bytes
 from sparsify.conversion.convert import sparse_layers
-from sparsify.conversion.converters.table import join
 from sparsify.inference.export import check_format
 from sparsify.inference.form_selection import FormSelector
 from sparsify.kernels import FORMS
+from sparsify.layer_names import join
 from sparsify.layers.records import FormChoice
 from sparsify.masking.spec import LayerSpec
 from sparsify.offload.disk_offload import DiskOffload, largest_block_bytes, parameter_bytes

@@ -8,8 +8,8 @@ from sparsify.checkpoint import container
 from sparsify.checkpoint.container import LayerEntry
 from sparsify.checkpoint.shared_tensors import check_aliases, entries_with_tensors
 from sparsify.checkpoint.weight_codec import check_weight, other_tensors, part_names
-from sparsify.conversion.converters.table import join
 from sparsify.errors import CheckpointError
+from sparsify.layer_names import join
 from sparsify.reporting.report import Report, Row
 
 

@@ -15,8 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sparsify.calibration.batches import read_example
 from sparsify.calibration.eval_mode import eval_without_cache
 from sparsify.conversion.convert import Plan, plan_convert
-from sparsify.conversion.converters.table import join
-from sparsify.layer_names import Selector
+from sparsify.layer_names import Selector, join
 from sparsify.reporting.file_report import inspect_file
 from sparsify.reporting.report import Report, table
 
@@ -111,8 +110,8 @@ def inspect(
     parameters. With an example input (a tensor, a tuple of arguments, or a dict of them) the model runs on it once, and
     the share in the multiply-adds is listed too. The model does not change.
 
-    >>> found = inspect(nn.Sequential(nn.Linear(8, 4), nn.Conv1d(4, 4, 1)), functional=False)
-    >>> [(part.name, part.becomes) for part in found], found.share()
+    >>> parts = inspect(nn.Sequential(nn.Linear(8, 4), nn.Conv1d(4, 4, 1)), functional=False)
+    >>> [(part.name, part.becomes) for part in parts], parts.share()
     ([('0', 'SparseLinear'), ('1 x Conv1d', '')], (0.6428571428571429, None))
     """
     if not isinstance(model, nn.Module):

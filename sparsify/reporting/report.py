@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
-from sparsify.conversion.converters.table import converter_for, join, matrices
+from sparsify.conversion.converters.table import converter_for, matrices
 from sparsify.conversion.module_surgery import layers_of_type
 from sparsify.inference.form_selection import why_chosen
+from sparsify.layer_names import join
 from sparsify.layers import MaskedLayer, PackedLayer
 from sparsify.layers.copies import warn_stale
 from sparsify.layers.records import FormChoice, form_choice, pruning_result
@@ -87,8 +88,8 @@ class Report(Sequence[Row]):
             columns["error"].append("" if row.error is None else f"{row.error:.4f}")
             columns["time"].append("" if row.time_s is None else f"{row.time_s:.2f} s")
             columns["why"].append(row.reason)
-        shown = {name: cells for name, cells in columns.items() if any(cells)}
-        text = table([tuple(shown), *zip(*shown.values(), strict=True)])
+        filled = {name: cells for name, cells in columns.items() if any(cells)}
+        text = table([tuple(filled), *zip(*filled.values(), strict=True)])
         n_weights = self.total.shape[1]
         if 2 * n_weights >= self.n_parameters:
             return text

@@ -16,6 +16,7 @@ from sparsify.conversion.foreign_masks import (
     remove_prune_hook,
 )
 from sparsify.conversion.module_surgery import plain_type, replace_in_place
+from sparsify.layer_names import join
 from sparsify.layers import CSRLinear, SparseLinear, UnfusedAttention, UnfusedEncoder
 from sparsify.layers.own_forward import check_forward
 
@@ -133,7 +134,7 @@ def dependent_modules(model: nn.Module, changed: Set[nn.Module]) -> dict[str, Co
                 dependent[name] = ENCODER
             for child, attention in module.named_children():
                 if type(attention) is nn.MultiheadAttention:
-                    dependent[f"{name}.{child}".lstrip(".")] = ATTENTION
+                    dependent[join(name, child)] = ATTENTION
     return dependent
 
 

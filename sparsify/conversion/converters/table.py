@@ -21,7 +21,6 @@ __all__ = [
     "converter_of_layer",
     "converters",
     "dependent_modules",
-    "join",
     "matrices",
     "select_converters",
 ]
@@ -75,12 +74,3 @@ def matrices(module: nn.Module) -> dict[str, Tensor]:
         return {"": module.weight_matrix}
     converter = None if isinstance(module, Tied) else converter_for(module)
     return {} if converter is None or isinstance(module, converter.sparse) else converter.matrices(module)
-
-
-def join(*names: str) -> str:
-    """Join names with dots, without the empty name of the root.
-
-    >>> join("", "0", "weight")
-    '0.weight'
-    """
-    return ".".join(name for name in names if name)
