@@ -18,25 +18,27 @@ from sparsify.errors import StaleMaskWarning
 
 
 class Origin(NamedTuple):
-    """The original of a copied layer: its buffers with its present mask, and the copy's weight at the time of copying.
+    """The original of a copied layer: its buffers with its present mask, and both layers at the time of copying.
 
-    bits: the sum of the weight's bits; None after a change of the weight.
+    bits: the sum of the bits of the copy's weight; None after a change of the weight.
+    n_kept: the number of weights kept by the original.
     """
 
     buffers: dict[str, Tensor | None]
     bits: int | None
+    n_kept: int
 
 
 def origins_of_copy(layer: Any) -> tuple[Origin, ...]:
     """Return the origins of a copy made of a masked layer now."""
     bits = bits_of(layer.weight)
-    return () if bits is None else (*layer.origins, Origin(layer._buffers, bits))
+    return () if bits is None else (*layer.origins, Origin(layer._buffers, bits, int(layer.mask.sum())))
 
 
 def origins_after(origins: tuple[Origin, ...], before: int | None, weight: Tensor) -> tuple[Origin, ...]:
     """Return the origins after a move or cast, no change, of a weight with the bits `before` until then."""
     now = bits_of(weight)
-    return tuple(Origin(buffers, now if bits == before else None) for buffers, bits in origins)
+    return tuple(origin._replace(bits=now if origin.bits == before else None) for origin in origins)
 
 
 def bits_of(weight: Tensor) -> int | None:
@@ -48,16 +50,21 @@ def bits_of(weight: Tensor) -> int | None:
 
 
 def stale(layer: Any) -> str:
-    """Return the sign of a stale mask in a layer, as a clause of a message; "" if there is none."""
+    """Return the sign of a stale mask in a layer, as a clause of a message; "" if there is none.
+
+    Of a copy of a copy, the latest original with other masks than at the time of copying decides.
+    """
     mask = layer.mask
     if mask.is_meta:
         return ""
-    for buffers, bits in layer.origins:
+    for buffers, bits, n_kept in reversed(layer.origins):
         latest = buffers.get("mask")
         if latest is None or latest.is_meta or bits == bits_of(layer.weight):
             continue
         if n_more := int((mask & ~latest.to(mask.device)).sum()):
             return f"its weight was written since it was copied, and it keeps {n_more:,} weights that its original lost"
+        if int(latest.sum()) != n_kept:
+            break
     if not layer.origins and layer.n_set is not None and (n_more := int(mask.sum()) - layer.n_set) > 0:
         return f"its mask was written over in place, and keeps {n_more:,} weights more than it was set to keep"
     return ""

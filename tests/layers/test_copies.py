@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import sparsify
 from sparsify import Pruner, Recipe, StaleMaskWarning, convert, export, prune, report, save, to_dense
+from sparsify.layers.copies import stale
 
 
 def mlp() -> nn.Sequential:
@@ -191,3 +192,18 @@ def test_a_copy_is_as_the_layer_was() -> None:
     assert torch.equal(copied[0](X), layer(X))
     assert isinstance(copied[0].mask, Tensor)
     assert copied[0].mask.data_ptr() != layer.mask.data_ptr()
+
+
+def test_of_a_copy_of_a_copy_the_latest_original_with_new_masks_decides() -> None:
+    original = nn.Sequential(sparsify.SparseLinear(8, 8, 0.5, seed=0))
+    first = copy.deepcopy(original)
+    with torch.no_grad():
+        first[0].weight.add_(0.1)
+    second = copy.deepcopy(first)
+    first[0].set_mask(torch.ones(8, 8, dtype=torch.bool))  # more than the original keeps, and on purpose
+    with torch.no_grad():
+        second[0].mask.copy_(first[0].mask)  # as an average takes the buffers of its model
+        second[0].weight.add_(0.1)
+    assert stale(second[0]) == ""
+    first[0].sparse_update(0.75)
+    assert "its original lost" in stale(second[0])
