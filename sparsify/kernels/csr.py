@@ -81,7 +81,8 @@ def csr_to_dense(csr: CSR, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     flat = csr_positions(csr, shape[1])
     # index_put, not scatter: on the CPU scatter rewrites the payload of a bfloat16 NaN.
     weight = csr.values.new_zeros(math.prod(shape)).index_put((flat,), csr.values)
-    mask = torch.zeros(math.prod(shape), dtype=torch.bool, device=flat.device).scatter(0, flat, True)
+    # 1, not True: torch.jit.trace knows no scatter of a bool.
+    mask = torch.zeros(math.prod(shape), dtype=torch.bool, device=flat.device).scatter(0, flat, 1)
     return weight.reshape(shape), mask.reshape(shape)
 
 

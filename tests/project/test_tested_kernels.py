@@ -6,7 +6,10 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import pytest
 from tested_kernels import TestedKernels
+
+from sparsify.kernels.cpu import library as native
 
 KNOWN = ["avx512", "avx2", "portable"]
 LACKS = "avx512: this processor lacks the instructions of the kernel"
@@ -41,6 +44,7 @@ def test_only_a_machine_without_a_compiler_may_test_none():
     assert "not there" in broken.fault(whole_suite=False)
 
 
+@pytest.mark.skipif(not native.available(), reason=f"no native kernels: {native.why_missing()}")
 def test_a_run_without_its_library_skips_kernel_tests_and_fails():
     """The hooks of pytest use all that: the skips give the reason, the last line too, and the exit status is 1."""
     folder = Path(__file__).parents[1]
