@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import fields
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 import sparsify
+from sparsify import cli
 from sparsify.masking.schedules import Kind, Schedule
 from sparsify.recipes.schema import Group, Recipe
 
@@ -57,6 +59,12 @@ def test_the_guide_runs(tmp_path, monkeypatch, capsys):
     assert names["pruner"].sparsity == pytest.approx(0.9, abs=0.01)
     assert (tmp_path / "small.safetensors").exists()
     assert "50%: magnitude" in capsys.readouterr().out
+    (tmp_path / "small.safetensors").unlink()
+    (tmp_path / ".assets").symlink_to(assets.ASSETS)
+    for block in re.findall(r"```sh\n(.*?)```", (ROOT / "docs/guide.md").read_text(), re.DOTALL):
+        for line in block.splitlines():
+            assert cli.main(shlex.split(line)[1:]) == 0, line
+    assert (tmp_path / "small.safetensors").exists()
 
 
 def read_with_the_page_alone(path):
