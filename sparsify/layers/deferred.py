@@ -106,13 +106,17 @@ class DeferredOutput(Tensor):
     def settle(self) -> Tensor:
         """Return the output, from now on the same tensor."""
         if self.value is None:
-            if self.version is not None and self.version != self.input._version:
-                raise RuntimeError(
-                    "the input of an exported layer was changed in place before its output was used; copy the input, "
-                    "or use the output first"
-                )
-            self.value = self.compute("none")
+            self.value = self.computed_with("none")
         return self.value
+
+    def computed_with(self, activation: str) -> Tensor:
+        """Compute the output with an activation. Raises RuntimeError if the input was changed in place meanwhile."""
+        if self.version is not None and self.version != self.input._version:
+            raise RuntimeError(
+                "the input of an exported layer was changed in place before its output was used; copy the input, "
+                "or use the output first"
+            )
+        return self.compute(activation)
 
     @classmethod
     def __torch_function__(
@@ -131,9 +135,7 @@ class DeferredOutput(Tensor):
         if isinstance(output, DeferredOutput) and output.value is None:
             name, is_in_place = _activation(func, args[1:], kwargs)
             if name is not None:
-                if output.version is not None and output.version != output.input._version:
-                    output.settle()  # raises
-                activated = output.compute(name)
+                activated = output.computed_with(name)
                 if is_in_place:
                     output.value = activated
                 return activated
