@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sparsify.kernels import FORMS
+from sparsify.kernels.forms import SCALE
 from sparsify.layers import MaskedLayer, PackedLayer, Tied, UnfusedAttention
 from sparsify.layers.inference_mode import making_tensors, writing_to
 from sparsify.layers.transposed import Transposed
 
 #: State with the weight and bias of a dense layer: plain, parametrized, or pruned by torch.
 _OF_DENSE = frozenset({"weight", "bias", "weight_orig", "weight_mask", "parametrizations"})
-_OF_PACKED = frozenset({"bias"} | {part for parts in FORMS.values() for part in parts})
+_OF_PACKED = frozenset({"bias", SCALE} | {part for parts in FORMS.values() for part in parts})
 _OF_ATTENTION = frozenset(
     {f"{layer}_weight{end}" for layer in ("in_proj", "q_proj", "k_proj", "v_proj") for end in ("", "_orig", "_mask")}
     | {"out_proj", "in_proj_bias", "bias_k", "bias_v", "parametrizations"}

@@ -1,7 +1,34 @@
 """Multiplication with packed weights: one operator, one entry per form and device; the reference defines the answer."""
 
-from sparsify.kernels.forms import FORMS, PATTERNED, fits, form_for, pack, supports, unpack
+from sparsify.kernels.forms import (
+    FORMS,
+    INT8_FORMS,
+    PATTERNED,
+    fits,
+    form_for,
+    pack,
+    part_names,
+    quantizes_inputs,
+    supports,
+    unpack,
+    unpack_as,
+)
 from sparsify.kernels.pointwise_op import pointwise
 from sparsify.kernels.torch_ops import ACTIVATIONS, linear
 
-__all__ = ["ACTIVATIONS", "FORMS", "PATTERNED", "fits", "form_for", "linear", "pack", "pointwise", "supports", "unpack"]
+__all__ = [
+    "ACTIVATIONS",
+    "FORMS",
+    "INT8_FORMS",
+    "PATTERNED",
+    "fits",
+    "form_for",
+    "linear",
+    "pack",
+    "part_names",
+    "pointwise",
+    "quantizes_inputs",
+    "supports",
+    "unpack",
+    "unpack_as",
+]

@@ -23,7 +23,7 @@ class CSR(NamedTuple):
 
     crow: Tensor  # int32 (out_features + 1)
     col: Tensor  # uint8, uint16 or int32 (n_kept)
-    values: Tensor  # (n_kept)
+    values: Tensor  # (n_kept), floating or int8
 
 
 class Bitmask(NamedTuple):
@@ -33,7 +33,7 @@ class Bitmask(NamedTuple):
     """
 
     bits: Tensor  # uint8 (ceil(out_features * in_features / 8))
-    values: Tensor  # (n_kept)
+    values: Tensor  # (n_kept), floating or int8
 
 
 def col_dtype(in_features: int) -> torch.dtype:
@@ -88,16 +88,23 @@ def csr_to_dense(csr: CSR, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 def csr_positions(csr: CSR, in_features: int) -> Tensor:
     """Return the position of each kept value in the row-major dense weight, int64 (n_kept)."""
+    return csr_rows(csr) * in_features + csr.col.to(torch.int64)
+
+
+def csr_rows(csr: CSR) -> Tensor:
+    """Return the row of each kept value, int64 (n_kept)."""
     crow = csr.crow.to(torch.int64)
     n_rows = crow.numel() - 1
-    rows = torch.repeat_interleave(
+    return torch.repeat_interleave(
         torch.arange(n_rows, device=crow.device), crow.diff(), output_size=csr.values.numel()
     )
-    return rows * in_features + csr.col.to(torch.int64)
 
 
 def check_csr(csr: CSR, shape: tuple[int, int]) -> None:
-    """Raise ValueError, with the reason, unless this is a well-formed CSR weight of the given shape."""
+    """Raise ValueError, with the reason, unless this is a well-formed CSR weight of the given shape.
+
+    Values are floating or int8; `int8.check_quantized` checks the latter.
+    """
     crow, col, values = csr
     out, inner = shape
     if out < 0 or inner < 0 or inner > MAX_INT32:
@@ -106,7 +113,7 @@ def check_csr(csr: CSR, shape: tuple[int, int]) -> None:
         raise ValueError(f"row pointers must be int32 of shape ({out + 1},), got {crow.dtype} {tuple(crow.shape)}")
     if col.dtype != col_dtype(inner):
         raise ValueError(f"column indices for {inner} columns must be {col_dtype(inner)}, got {col.dtype}")
-    if not values.is_floating_point() or values.dim() != 1 or values.shape != col.shape:
+    if not _is_storable(values) or values.dim() != 1 or values.shape != col.shape:
         raise ValueError(
             "values and column indices must be one list each, of one length, "
             f"got {values.dtype} {tuple(values.shape)} and {tuple(col.shape)}"
@@ -123,6 +130,10 @@ def check_csr(csr: CSR, shape: tuple[int, int]) -> None:
         raise ValueError(f"column indices must lie in [0, {inner}), got {int(columns.min())} to {int(columns.max())}")
     if bool((csr_positions(csr, inner).diff() <= 0).any()):
         raise ValueError("column indices must be strictly increasing in each row")
+
+
+def _is_storable(values: Tensor) -> bool:
+    return values.is_floating_point() or values.dtype == torch.int8
 
 
 def pack_bitmask(weight: Tensor, mask: Tensor) -> Bitmask:
@@ -165,7 +176,7 @@ def check_bitmask(packed: Bitmask, shape: tuple[int, int]) -> None:
     if n % 8 and as_bytes[-1] >> n % 8:
         raise ValueError("the padding bits of a bitmask must be 0")
     n_kept = int(_BITS_SET[as_bytes].sum(dtype=np.int64))
-    if not values.is_floating_point() or values.shape != (n_kept,):
+    if not _is_storable(values) or values.shape != (n_kept,):
         raise ValueError(
             f"the bitmask keeps {n_kept} weights, but there are {values.dtype} {tuple(values.shape)} values"
         )

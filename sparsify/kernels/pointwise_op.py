@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparsify.kernels import reference
 from sparsify.kernels.cpu import library as native
-from sparsify.kernels.forms import unpack, unpack_in_transform
+from sparsify.kernels.forms import is_quantized, unpack_as, unpack_in_transform
 from sparsify.kernels.torch_ops import (
     _ACTIVATION_IDS,
     _ACTIVATION_NAMES,
@@ -44,15 +44,16 @@ def pointwise(
     Returns (n, out, height, width), channels last if x is, else channels first. The gradient reaches x and bias. Raises
     RuntimeError for a tensor of another shape, dtype or device.
     """
-    _check(x, parts[-1], bias, *shape)
+    quantized = is_quantized(form, parts)
+    _check(x, x if quantized else parts[-1], bias, *shape)
     if form == "csr" or is_transformed():
         check_devices(x, *parts, bias)
-        csr = (unpack_in_transform if is_transformed() else unpack)(form, parts, shape)
+        csr = (unpack_in_transform if is_transformed() else unpack_as)(x.dtype, form, parts, shape)
         return reference.pointwise(x, csr, bias, shape, activation)
     rows = x.permute(0, 2, 3, 1)
     if rows.is_contiguous() and (x.shape[2] * x.shape[3] == 1 or not x.is_contiguous()):
         return linear(rows, parts, form, shape, bias, activation).permute(0, 3, 1, 2)
-    if form == "panel":
+    if form == "panel" and not quantized:
         ops: Any = torch.ops.sparsify
         return ops.pointwise_packed(x, *parts, bias, *shape, _ACTIVATION_IDS[activation])  # type: ignore[no-any-return]
     return linear(rows, parts, form, shape, bias, activation).permute(0, 3, 1, 2).contiguous()

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from sparsify.kernels import gpu, reference
 from sparsify.kernels.cpu import library as native
 from sparsify.kernels.csr import CSR
-from sparsify.kernels.forms import unpack, unpack_in_transform, usable_csr, usable_index
+from sparsify.kernels.forms import is_quantized, unpack, unpack_as, unpack_in_transform, usable_csr, usable_index
 from sparsify.kernels.reference import ACTIVATIONS
 
 __all__ = ["ACTIVATIONS", "linear"]
@@ -56,12 +56,14 @@ def linear(
 ) -> Tensor:
     """Multiply x (..., in) by a weight (out, in) in one of the FORMS, add the bias, apply one of the ACTIVATIONS.
 
-    x, values and bias have one dtype and device; the bias always has all entries. With `rows`, the outputs are those
-    from the first to before the second. The gradient reaches x and bias. Raises RuntimeError for a tensor of another
-    shape, dtype or device.
+    x, values and bias have one dtype and device, but for int8 values, which have their scales behind them; the bias
+    always has all entries. With `rows`, the outputs are those from the first to before the second. The gradient reaches
+    x and bias. Raises RuntimeError for a tensor of another shape, dtype or device.
     """
     if is_transformed():
         return _linear_by_torch(x, parts, form, shape, bias, activation, rows)
+    if is_quantized(form, parts):  # widened for the reference kernel
+        parts, form = unpack_as(x.dtype, form, parts, shape), "csr"
     ops: Any = torch.ops.sparsify if torch.compiler.is_compiling() else _eager
     if form == "csr":
         return ops.linear_csr(x, *parts, bias, *shape, _ACTIVATION_IDS[activation], *rows)  # type: ignore[no-any-return]
@@ -85,9 +87,9 @@ def _linear_by_torch(
     activation: str,
     rows: tuple[int, int],
 ) -> Tensor:
-    end = _check(x, parts[-1], bias, *shape, *rows)
+    end = _check(x, x if is_quantized(form, parts) else parts[-1], bias, *shape, *rows)
     check_devices(x, *parts, bias)
-    csr = unpack_in_transform(form, parts, shape)
+    csr = unpack_in_transform(x.dtype, form, parts, shape)
     return reference.linear(x, csr, bias, shape, slice(rows[0], end), activation)
 
 
@@ -292,7 +294,7 @@ def grad_input(grad: Tensor, weight: Sequence[Any], shape: tuple[int, int], rows
     if is_transformed():
         parts, form = _parts(weight)
         part = slice(rows[0], shape[0] if rows[1] == -1 else rows[1])
-        return reference.linear_grad_input(grad, unpack_in_transform(form, parts, shape), shape, part)
+        return reference.linear_grad_input(grad, unpack_in_transform(grad.dtype, form, parts, shape), shape, part)
     ops = torch.ops.sparsify
     multiply = ops.grad_input_csr if isinstance(weight[2], Tensor) else ops.grad_input_packed
     return multiply(grad, *weight, *shape, *rows)  # type: ignore[no-any-return]

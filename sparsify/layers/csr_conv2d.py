@@ -43,8 +43,10 @@ class CSRConv2d(PackedLayer):
             )
         autocast = self._autocast_dtype(input)
         if autocast is None:
+            if self.own_dtype is not None:
+                self._check_dtype(input)
             return pointwise(input, self.tensors, self.form, self.shape, bias, activation)
-        input = input.to(self.values.dtype)
+        input = input.to(self.float_dtype)
         return pointwise(input, self.tensors, self.form, self.shape, bias, activation).to(autocast)
 
     @property

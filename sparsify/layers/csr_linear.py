@@ -50,8 +50,10 @@ class CSRLinear(PackedLayer):
             return self._multiply_nested(input, bias, activation, rows)
         autocast = self._autocast_dtype(input)
         if autocast is None:
+            if self.own_dtype is not None:
+                self._check_dtype(input)
             return linear(input, self.tensors, self.form, self.shape, bias, activation, rows)
-        input = input.to(self.values.dtype)
+        input = input.to(self.float_dtype)
         return linear(input, self.tensors, self.form, self.shape, bias, activation, rows).to(autocast)
 
     def _multiply_nested(self, input: Tensor, bias: Tensor | None, activation: str, rows: tuple[int, int]) -> Tensor:
@@ -69,4 +71,4 @@ class CSRLinear(PackedLayer):
         """
         if torch.compiler.is_compiling():
             return self._unpack()
-        return WeightView.make(self.values, self.shape, self._multiply, self._unpack)
+        return WeightView.make(self.shape, self.float_dtype, self.values.device, self._multiply, self._unpack)

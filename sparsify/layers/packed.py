@@ -8,8 +8,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from sparsify.kernels import FORMS, form_for, pack, supports, unpack
+from sparsify.kernels import FORMS, form_for, pack, part_names, supports, unpack, unpack_as
 from sparsify.kernels.csr import CSR, check_csr, csr_to_dense, dense_to_csr
+from sparsify.kernels.forms import SCALE
+from sparsify.kernels.int8 import check_quantized, quantize
 from sparsify.layers.deferred import may_defer
 from sparsify.layers.inference_mode import making_tensors
 from sparsify.layers.masked import MaskedLayer
@@ -26,6 +28,9 @@ class PackedLayer(nn.Module):
     kernel of its form runs (another device, float16 on the CPU) the layer changes by itself to a form with kernels
     there, or to "csr", and back. A state_dict always has crow, col and values.
 
+    A quantized layer has int8 `values` and besides `weight_scale`, float32 (out_features): a weight is their product.
+    Its own dtype, of inputs, outputs and bias, is then in `own_dtype`, and moves with `.half()` and the like.
+
     `bias` is a Parameter or None, `activation` is applied to every output. Plain tensors survive deepcopy, pickle,
     state_dict, `.to()`, torch.compile and torch.export. The gradient reaches the input and the bias, not the values:
     train a masked layer instead. `masked_type` is the type of the masked layer before packing, and of the result of
@@ -35,8 +40,10 @@ class PackedLayer(nn.Module):
     """
 
     bias: nn.Parameter | None
-    #: The buffer of every form with the layer's dtype.
+    #: The buffer of every form with the kept weights: in the layer's dtype, or int8.
     values: Tensor
+    #: The dtype of inputs, outputs and bias, if the values are int8; None if the values have it.
+    own_dtype: torch.dtype | None = None
     in_features: int
     out_features: int
     n_kept: int
@@ -59,10 +66,13 @@ class PackedLayer(nn.Module):
         csr: CSR,
         bias: nn.Parameter | None = None,
         *,
+        scale: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
         form: str = "csr",
         activation: str = "none",
         masked_type: type[MaskedLayer] | None = None,
     ) -> None:
+        """csr: the kept weights; int8 ones come with their `scale`, and the `dtype` of the layer's inputs."""
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.n_kept = csr.values.numel()
@@ -70,16 +80,23 @@ class PackedLayer(nn.Module):
         self.activation = activation
         if masked_type is not None:
             self.masked_type = masked_type
-        self._set_tensors(form, pack(form, csr, self.shape))
+        self.own_dtype = None if scale is None else dtype
+        self._set_tensors(form, pack(form, csr, self.shape, scale, self.own_dtype))
         self.register_parameter("bias", bias)
 
     @classmethod
-    def from_sparse(cls, layer: MaskedLayer, *, form: str = "csr") -> Self:
-        """Pack the kept weights of a masked layer (kept zeros included); the bias is shared."""
+    def from_sparse(cls, layer: MaskedLayer, *, form: str = "csr", quantized: bool = False) -> Self:
+        """Pack the kept weights of a masked layer (kept zeros included), rounded to int8 if `quantized`.
+
+        The bias is shared.
+        """
         csr = dense_to_csr(layer.weight_matrix, layer.matrix(layer.mask))
         out_features, in_features = layer.shape
-        packed = cls(in_features, out_features, csr, layer._parameters.get("bias"), form=form, masked_type=type(layer))
-        return packed.train(layer.training)
+        options: dict[str, Any] = {"form": form, "masked_type": type(layer)}
+        if quantized:
+            csr, options["scale"] = quantize(csr, out_features)
+            options["dtype"] = layer.weight.dtype
+        return cls(in_features, out_features, csr, layer._parameters.get("bias"), **options).train(layer.training)
 
     def to_sparse(self) -> MaskedLayer:
         """Unpack into a masked layer, to be trained; the bias is shared, an activation left out."""
@@ -93,13 +110,24 @@ class PackedLayer(nn.Module):
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """The tensors of the packed weight, in the order of FORMS."""
+        """The tensors of the packed weight, in the order of FORMS, and the scale behind them if there is one."""
         buffers = self._buffers
-        return tuple([buffers[name] for name in FORMS[self.form]])  # type: ignore[misc]
+        names = FORMS[self.form] if self.own_dtype is None else part_names(self.form, quantized=True)
+        return tuple([buffers[name] for name in names])  # type: ignore[misc]
+
+    @property
+    def float_dtype(self) -> torch.dtype:
+        """The layer's own dtype, of its inputs, outputs and bias."""
+        return self.values.dtype if self.own_dtype is None else self.own_dtype
 
     @property
     def csr(self) -> CSR:
-        """The weight as row pointers, column indices and values, whatever the form."""
+        """The weight as row pointers, column indices and values in the layer's dtype, whatever the form."""
+        return unpack_as(self.float_dtype, self.form, self.tensors, self.shape)
+
+    @property
+    def stored_csr(self) -> CSR:
+        """The weight as `csr`, with int8 values as they are."""
         return unpack(self.form, self.tensors, self.shape)
 
     def _unpack(self) -> Tensor:
@@ -119,6 +147,7 @@ class PackedLayer(nn.Module):
     def extra_repr(self) -> str:
         """Describe the layer as nn.Linear does, with its sparsity."""
         form = "" if self.form == "csr" else f", form={self.form!r}"
+        form += "" if self.own_dtype is None else ", values=int8"
         activation = "" if self.activation == "none" else f", activation={self.activation!r}"
         followed_by = "" if self.followed_by == "none" else f", followed_by={self.followed_by!r}"
         return (
@@ -142,24 +171,35 @@ class PackedLayer(nn.Module):
             and input.dim() > 1
             and self.activation == "none"
             and input.shape[dim] == self.in_features
-            and input.dtype == self.values.dtype
+            and input.dtype == self.float_dtype
             and may_defer(self, input, input.numel() // max(self.in_features, 1) * self.out_features)
             and self._autocast_dtype(input) is None
         )
 
+    def _check_dtype(self, input: Tensor) -> None:
+        """Raise RuntimeError unless an input has the dtype of a layer with int8 values; operators check any other."""
+        if input.dtype != self.own_dtype:
+            raise RuntimeError(f"the layer's own dtype is {self.own_dtype}, but the input is {input.dtype}")
+
+    def _part_names(self) -> tuple[str, ...]:
+        return part_names(self.form, quantized=self.own_dtype is not None)
+
+    def _without_parts(self) -> dict[str, Tensor | None]:
+        """Return the buffers beside the packed weight."""
+        return {key: value for key, value in self._buffers.items() if key not in (*FORMS[self.form], SCALE)}
+
     def _set_tensors(self, form: str, tensors: tuple[Tensor, ...]) -> None:
-        for name in FORMS[self.form]:
-            self._buffers.pop(name, None)
+        self._buffers = self._without_parts()
         self.form = form
-        for name, tensor in zip(FORMS[form], tensors, strict=True):
+        for name, tensor in zip(self._part_names(), tensors, strict=True):
             self.register_buffer(name, tensor)
         self._leave_inference_mode()
 
-    def _set_csr(self, csr: CSR) -> None:
+    def _set_csr(self, csr: CSR, scale: Tensor | None) -> None:
         """Take another set of kept weights, in the wanted form if that form runs on their device."""
-        self.n_kept = csr.values.numel()
-        form = form_for(self.wanted_form, csr, self.shape)
-        self._set_tensors(form, pack(form, csr, self.shape))
+        self.own_dtype, self.n_kept = None if scale is None else self.float_dtype, csr.values.numel()
+        form = form_for(self.wanted_form, csr, self.shape, self.own_dtype)
+        self._set_tensors(form, pack(form, csr, self.shape, scale, self.own_dtype))
 
     def __prepare_scriptable__(self) -> None:
         """Refuse torch.jit.script, which asks each module for this first."""
@@ -168,7 +208,7 @@ class PackedLayer(nn.Module):
     def _leave_inference_mode(self) -> None:
         """Replace inference tensors by plain ones: torch does not count the changes of inference tensors."""
         with making_tensors():
-            for name in FORMS[self.form]:
+            for name in self._part_names():
                 tensor = self._buffers[name]
                 if tensor is not None and tensor.is_inference():
                     self._buffers[name] = tensor.clone()
@@ -180,54 +220,70 @@ class PackedLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or convert as any module does, and change to a form that runs there, the wanted one if possible."""
-        before = self.values
+        before, scale = self.values, self._buffers.get(SCALE)
+        if self.own_dtype is not None:
+            self.own_dtype = fn(torch.empty(0, dtype=self.own_dtype, device=before.device)).dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if scale is not None and (moved := self._buffers[SCALE]) is not None and moved.dtype != scale.dtype:
+            self._buffers[SCALE] = scale.to(moved.device)  # scales are float32 whatever the layer is
         self._leave_inference_mode()
-        values = self.values
+        values, quantized = self.values, self.own_dtype is not None
         if before.is_meta and not values.is_meta:
             # Memory without contents must not pass for a weight.
             self.tensors[0].fill_(-1 if self.form == "csr" else 0)
             return self
-        settled = self.form == self.wanted_form and supports(self.form, values.device, values.dtype)
+        runs = supports(self.form, values.device, self.float_dtype, quantized=quantized)
+        settled = self.form == self.wanted_form and runs
         # Some values of "2:4" are bits, not numbers, and lose their meaning in another dtype.
         stale = self.form == "2:4" and values.dtype != before.dtype
         if not values.is_meta and (stale or not settled):
-            self._set_csr(self.csr)
+            self._set_csr(self.stored_csr, self._buffers.get(SCALE) if quantized else None)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Save the weight as CSR in any form, to be loaded on any machine."""
-        own = self._buffers
-        self._buffers = {key: value for key, value in own.items() if key not in FORMS[self.form]}
+        """Save the weight as CSR in any form, to be loaded on any machine; int8 values with their scale."""
+        own, parts = self._buffers, self.stored_csr._asdict()
+        if self.own_dtype is not None:
+            parts[SCALE] = self._buffers[SCALE]
+        self._buffers = self._without_parts()
         try:
             super()._save_to_state_dict(destination, prefix, keep_vars)
         finally:
             self._buffers = own
-        for name, tensor in self.csr._asdict().items():
+        for name, tensor in parts.items():
             destination[prefix + name] = tensor
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load another set of kept weights for the same layer shape, checked to be a valid CSR weight."""
+        """Load another set of kept weights for the same layer shape, checked to be a valid CSR weight.
+
+        The layer becomes quantized, or no longer so, as the state is.
+        """
         _, _, missing_keys, _, errors = args
-        tensors = {name: state_dict.get(prefix + name) for name in CSR._fields}
+        tensors = {name: state_dict.get(prefix + name) for name in (*CSR._fields, SCALE)}
+        scale, values = tensors.pop(SCALE), tensors["values"]
+        lacks_scale = scale is None and isinstance(values, Tensor) and values.dtype == torch.int8
         missing_keys.extend(prefix + name for name, tensor in tensors.items() if tensor is None)
-        if all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-            self._load_csr(CSR(**tensors), prefix, errors)  # type: ignore[arg-type]
-        others = {key: value for key, value in state_dict.items() if key.removeprefix(prefix) not in CSR._fields}
-        own = self._buffers
-        self._buffers = {key: value for key, value in own.items() if key not in FORMS[self.form]}
+        missing_keys.extend([prefix + SCALE] * lacks_scale)
+        if all(isinstance(tensor, Tensor) for tensor in tensors.values()) and not lacks_scale:
+            self._load_csr(CSR(**tensors), scale, prefix, errors)  # type: ignore[arg-type]
+        own = {prefix + name for name in (*CSR._fields, SCALE)}
+        others = {key: value for key, value in state_dict.items() if key not in own}
+        buffers = self._buffers
+        self._buffers = self._without_parts()
         try:
             super()._load_from_state_dict(others, prefix, *args)
         finally:
-            self._buffers = own | self._buffers
+            self._buffers = buffers | self._buffers
 
-    def _load_csr(self, csr: CSR, prefix: str, errors: list[str]) -> None:
+    def _load_csr(self, csr: CSR, scale: Tensor | None, prefix: str, errors: list[str]) -> None:
         try:
             check_csr(csr, self.shape)
+            if scale is not None:
+                check_quantized(csr.values, scale, self.out_features)
         except ValueError as error:
             errors.append(f"{prefix.rstrip('.')}: {error}")
             return
-        values = self.values
-        device = csr.values.device if values.is_meta else values.device
-        crow, col, new_values = (part.detach().to(device, copy=True) for part in csr)
-        self._set_csr(CSR(crow, col, new_values.to(values.dtype)))
+        device = csr.values.device if self.values.is_meta else self.values.device
+        crow, col, values = (part.detach().to(device, copy=True) for part in csr)
+        values = values if scale is not None else values.to(self.float_dtype)
+        self._set_csr(CSR(crow, col, values), None if scale is None else scale.detach().to(device, copy=True))

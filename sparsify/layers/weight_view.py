@@ -42,24 +42,25 @@ class WeightView(Tensor):
 
     @staticmethod
     def make(
-        values: Tensor,
         shape: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
         run_sparse: Callable[[Tensor, Tensor | None], Tensor],
         unpack: Callable[[], Tensor],
     ) -> WeightView:
-        """Make a view of a weight with the dtype and device of `values`.
+        """Make a view of a weight.
 
         run_sparse(x, bias): multiply with the weight.
         unpack(): return the dense weight.
         """
-        view: WeightView = Tensor._make_wrapper_subclass(WeightView, shape, dtype=values.dtype, device=values.device)
+        view: WeightView = Tensor._make_wrapper_subclass(WeightView, shape, dtype=dtype, device=device)
         view.run_sparse, view.unpack, view.turned = run_sparse, unpack, False
         return view
 
     def turn(self) -> WeightView:
         """Return the transpose of this view."""
         shape = (self.size(1), self.size(0))
-        view = WeightView.make(self, shape, self.run_sparse, lambda: self.unpack().t())
+        view = WeightView.make(shape, self.dtype, self.device, self.run_sparse, lambda: self.unpack().t())
         view.turned = not self.turned
         return view
 

@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparsify.kernels import FORMS
+from sparsify.kernels import FORMS, part_names
 from sparsify.layers import CSRLinear, PackedLayer
 
 #: Names on instances of masked and packed layers, beside the attributes of their classes.
 OF_LAYERS = frozenset(
-    {"mask", "form", "wanted_form", "n_kept", "activation"} | {part for parts in FORMS.values() for part in parts}
+    {"mask", "form", "wanted_form", "n_kept", "activation"}
+    | {part for form in FORMS for part in part_names(form, quantized=True)}
 )
 
 #: A module of the type `dense` or `sparse`. Any, so that each function can name its own type.
