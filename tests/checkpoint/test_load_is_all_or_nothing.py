@@ -136,7 +136,7 @@ def test_an_unknown_kernel(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise ValueError("SPARSIFY_KERNEL=nonsense")
 
-    monkeypatch.setattr("sparsify.checkpoint.save_load.form_for", fail)
+    monkeypatch.setattr("sparsify.checkpoint.saved_layers.form_for", fail)
     refused(path, Net(), ValueError, "nonsense")
 
 

@@ -223,7 +223,7 @@ def test_a_checkpoint_keeps_the_form_and_says_where_it_was_chosen(tmp_path, monk
     ]
     x = torch.randn(32, 64)
     assert torch.equal(loaded(x), fast(x))
-    monkeypatch.setattr("sparsify.checkpoint.save_load.machine_name", lambda _: "another machine")
+    monkeypatch.setattr("sparsify.checkpoint.saved_layers.machine_name", lambda _: "another machine")
     with pytest.warns(sparsify.MeasuredElsewhereWarning, match="another machine"):
         sparsify.load(tmp_path / "model.safetensors", fresh())
 
