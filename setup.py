@@ -2,7 +2,8 @@
 
 The library is plain C++ behind a C interface, loaded with ctypes: it needs a C++ compiler and nothing else, neither
 torch nor Python headers. Without a compiler the installation still succeeds, without it; the reason is written next to
-where it would be, and `sparsify.kernels.cpu.library.why_missing()` reads it.
+where it would be, and `sparsify.kernels.cpu.library.why_missing()` reads it. A wheel without the library is for any
+platform and has the build tag `0nokernels`, so that its name differs from that of a wheel with it.
 
     pip install .                  builds it into the wheel
     pip install -e .               builds it in place, as sparsify/_native.so
@@ -11,6 +12,7 @@ where it would be, and `sparsify.kernels.cpu.library.why_missing()` reads it.
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -35,6 +37,11 @@ ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "sparsify" / "csrc"
 LIBRARY = "_native.so"
 REASON = "_native.missing.txt"
+#: The recipes of ours, and their place in an installed package.
+RECIPES, INSTALLED_RECIPES = ROOT / "recipes", Path("recipes", "given")
+#: The address of the project, for links on an index page; whoever hosts the project sets it.
+URL_VARIABLE = "SPARSIFY_PROJECT_URL"
+NO_KERNELS = "0nokernels"
 
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # g++ 12 calls the undefined registers of its own AVX-512 headers "maybe uninitialized" (GCC bug 105593).
@@ -115,16 +122,24 @@ class BuildNative(Command):
 
 
 class BuildPy(build_py):
-    """Copy the package, then build the library into the copy, or in place for an editable installation."""
+    """Copy the package and its recipes, then build the library; an editable installation has all of it in place."""
 
     def run(self):
         """Build both."""
         super().run()
-        build_or_explain(ROOT / "sparsify" if self.editable_mode else Path(self.build_lib) / "sparsify")
+        if self.editable_mode:
+            build_or_explain(ROOT / "sparsify")
+            return
+        package = Path(self.build_lib) / "sparsify"
+        shutil.rmtree(package / INSTALLED_RECIPES, ignore_errors=True)
+        shutil.copytree(RECIPES, package / INSTALLED_RECIPES)
+        build_or_explain(package)
 
     def get_outputs(self, include_bytecode=True):
         """List what run wrote, for the record of the installation."""
-        made = [] if self.editable_mode else [Path(self.build_lib) / "sparsify" / f for f in (LIBRARY, REASON)]
+        package = Path(self.build_lib) / "sparsify"
+        recipes = (package / INSTALLED_RECIPES / file.name for file in RECIPES.glob("*.yaml"))
+        made = [] if self.editable_mode else [package / LIBRARY, package / REASON, *recipes]
         return super().get_outputs(include_bytecode) + [str(f) for f in made if f.exists()]
 
 
@@ -132,7 +147,11 @@ class BdistWheel(bdist_wheel):
     """A wheel for this platform and, as the library uses no CPython interface, any Python 3."""
 
     def get_tag(self):
-        """Name the Pythons and platforms the wheel is for."""
+        """Name the Pythons and platforms the wheel is for: without the library any platform, under another name."""
+        built = self.distribution.get_command_obj("build_py")
+        if getattr(built, "build_lib", None) and (Path(built.build_lib) / "sparsify" / REASON).exists():
+            self.build_number, self.root_is_pure = NO_KERNELS, True
+            return "py3", "none", "any"
         return "py3", "none", super().get_tag()[2]
 
 
@@ -144,8 +163,29 @@ class PlatformDistribution(Distribution):
         return True
 
 
+def description(readme: str, url: str) -> str:
+    """Return the README for the page of an index: links lead to `url`, and without one are plain words.
+
+    >>> description("[guide](docs/guide.md), [torch](https://pytorch.org), ![A picture](speed.svg)", "")
+    'guide, [torch](https://pytorch.org), '
+    """
+
+    def link(match: re.Match[str]) -> str:
+        picture, text, target = match.groups()
+        if "://" in target or target.startswith("#"):
+            return match[0]
+        if not url:
+            return "" if picture else text
+        return f"{picture}[{text}]({url.rstrip('/')}/{'raw' if picture else 'blob'}/main/{target})"
+
+    return re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", link, readme)
+
+
 if __name__ == "__main__":
+    url = os.environ.get(URL_VARIABLE, "")
     setup(
+        long_description=description((ROOT / "README.md").read_text(encoding="utf-8"), url),
+        project_urls={"Source": url, "Issues": f"{url.rstrip('/')}/issues"} if url else {},
         distclass=PlatformDistribution,
         cmdclass={"build_native": BuildNative, "build_py": BuildPy, "bdist_wheel": BdistWheel},
     )

@@ -24,7 +24,7 @@ from benchmarks import cases, gpu, kernels, layers, load, models, page, picture,
 
 from sparsify.hardware.machine import machine_name
 from sparsify.hardware.timing import LoadMeter, disturbance
-from sparsify.reporting.report import table
+from sparsify.reporting.table import table
 
 RESULTS_FOLDER = Path(__file__).resolve().parent.parent / "docs" / "results"
 MODEL_ROUNDS, QUICK_MODEL_ROUNDS = 9, 3

@@ -29,7 +29,7 @@ from torch import nn
 from tqdm import tqdm
 
 import sparsify
-from sparsify.reporting.report import table
+from sparsify.reporting.table import table
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ASSETS / "demo"

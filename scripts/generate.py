@@ -24,7 +24,7 @@ from transformers import StaticCache
 import sparsify
 from sparsify.hardware.machine import machine_name
 from sparsify.hardware.timing import LoadMeter, disturbance
-from sparsify.reporting.report import table
+from sparsify.reporting.table import table
 
 PROMPT = "The most important thing about a garden is"
 ROUNDS = 5

@@ -34,6 +34,8 @@ from sparsify.reporting.inspection import inspect
 from sparsify.reporting.report import report
 from sparsify.training.pruner import Pruner
 
+__version__ = "0.1.0"
+
 __all__ = [
     "CSRConv2d",
     "CSRLinear",

@@ -1,4 +1,4 @@
-"""The command line: sparsify compress | sensitivity | inspect | plan | bench | doctor | schema.
+"""The command line: sparsify compress | sensitivity | inspect | plan | recipes | bench | doctor | schema.
 
 Exit codes:
     0: done

@@ -12,7 +12,7 @@ from sparsify.cli.user_code import load_function
 from sparsify.offload.journal import Journal
 from sparsify.offload.lazy_safetensors import LazySafetensors
 from sparsify.offload.streaming import offloaded
-from sparsify.reporting.report import table
+from sparsify.reporting.table import table
 
 Qualities = dict[str, float]
 

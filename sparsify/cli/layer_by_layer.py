@@ -7,13 +7,13 @@ import copy
 import hashlib
 import warnings
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+import sparsify
 from sparsify.calibration.data_parallel import barrier, is_rank_zero
 from sparsify.checkpoint.save_load import save
 from sparsify.cli.evaluation import Qualities, evaluate_offloaded, evaluation
@@ -112,7 +112,7 @@ def _about(arguments: argparse.Namespace, recipe: Recipe, data: Sequence[Any], m
     source, _, folder = arguments.model.partition(":")
     name = "" if source == "hf" else f"{arguments.model} "
     about = {
-        "sparsify": _version(),
+        "sparsify": sparsify.__version__,
         "torch": torch.__version__,
         "model": name + structure_fingerprint(model),
         "recipe": recipe.model_dump_json(exclude={"description", "vars"}),
@@ -122,13 +122,6 @@ def _about(arguments: argparse.Namespace, recipe: Recipe, data: Sequence[Any], m
     if source == "hf":
         about["config.json"] = hashlib.sha256((Path(folder) / "config.json").read_bytes()).hexdigest()
     return about
-
-
-def _version() -> str:
-    try:
-        return version("sparsify-torch")
-    except PackageNotFoundError:  # run from its folder
-        return "unknown"
 
 
 def _clean_up(journal: Journal, out: Path) -> Compressed:

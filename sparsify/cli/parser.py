@@ -6,8 +6,10 @@ import argparse
 import math
 from collections.abc import Callable
 
+import sparsify
 from sparsify.cli.calibration_data import SAMPLES, TOKENS
 from sparsify.cli.compress import compress
+from sparsify.cli.recipes import recipes
 from sparsify.cli.sensitivity import sensitivity
 from sparsify.cli.show import bench_model, inspect, plan_recipe, run_doctor, schema
 from sparsify.conversion.tied_weights import TIED
@@ -32,6 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="sparsify", description="Prune a PyTorch model and keep only what is left.", epilog=_EPILOG
     )
     parser.add_argument("--debug", action="store_true", help=_DEBUG_HELP)
+    parser.add_argument("--version", action="version", version=f"sparsify {sparsify.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, run, text, add_arguments in _COMMANDS:
         command = commands.add_parser(name, help=text, description=text, epilog=_EPILOG)
@@ -44,7 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
 def _compress(add: Add) -> None:
     _model(add)
     _set(add)
-    add("--recipe", metavar="FILE", help="a YAML recipe; or say it all with the options below")
+    add("--recipe", metavar="RECIPE", help="a YAML file, or a name of `sparsify recipes`")
     add("--sparsity", type=float, help="fraction of zeros, 0 to 1")
     add("--method", help=f"one of: {', '.join((*METHODS, *CALIBRATED, *SOLVERS))} (default: magnitude)")
     add("--pattern", help='unstructured (default), rows, columns, "2:4", "4x1" ...')
@@ -91,7 +94,7 @@ def _inspect(add: Add) -> None:
 
 
 def _plan(add: Add) -> None:
-    add("recipe", metavar="RECIPE")
+    add("recipe", metavar="RECIPE", help="a YAML file, or a name of `sparsify recipes`")
     _model(add)
     _set(add)
     _json(add)
@@ -144,6 +147,11 @@ def _json(add: Add) -> None:
     add("--json", action="store_true", help="print JSON instead of a table")
 
 
+def _recipes(add: Add) -> None:
+    add("name", nargs="?", metavar="NAME", help="print this recipe, to copy it")
+    _json(add)
+
+
 def _nothing(add: Add) -> None:
     """Add no argument."""
 
@@ -154,6 +162,7 @@ _COMMANDS: tuple[tuple[str, Callable[[argparse.Namespace], None], str, Callable[
     ("sensitivity", sensitivity, "Measure what each layer can lose, and write a recipe for a budget.", _sensitivity),
     ("inspect", inspect, "List the layers in a file, or what convert would do with a model.", _inspect),
     ("plan", plan_recipe, "Show what a recipe would do to a model, and do nothing.", _plan),
+    ("recipes", recipes, "List the recipes that come with the package, or print one to copy.", _recipes),
     ("bench", bench_model, "Time a model here, dense against pruned and exported, whole and by layer.", _bench),
     ("doctor", run_doctor, "Say what this machine has for sparse layers, and what is missing.", _json),
     ("schema", schema, "Print the JSON schema of recipes, for editors.", _nothing),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from typing import Any
 
 from sparsify.reporting.report import Report
@@ -16,3 +18,8 @@ def rows(report: Report) -> list[dict[str, Any]]:
 def print_json(value: Any) -> None:
     """Print a value as JSON for people and programs."""
     print(json.dumps(value, indent=2))
+
+
+def terminal_width() -> int | None:
+    """Return the letters of a line on a terminal; None where standard output is a file or a pipe, for whole tables."""
+    return shutil.get_terminal_size().columns if sys.stdout is not None and sys.stdout.isatty() else None

@@ -22,7 +22,7 @@ from sparsify.pruning.sensitivity import (
     measure_sensitivity,
     plot_sensitivity,
 )
-from sparsify.reporting.report import table
+from sparsify.reporting.table import table
 
 
 def sensitivity(arguments: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ from sparsify.recipes.dry_run import PlannedLayer, plan
 from sparsify.recipes.loading import load_recipe
 from sparsify.recipes.schema import Recipe
 from sparsify.reporting.model_bench import bench
-from sparsify.reporting.report import table
+from sparsify.reporting.table import table
 
 _MAX_COLUMNS = 6
 _MAX_THREADS = 1024

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from sparsify.hardware.installation import rebuild_command
 from sparsify.kernels import gpu
 from sparsify.kernels.cpu import library as native
 
@@ -39,7 +40,7 @@ def doctor() -> list[tuple[str, str, str]]:
             (
                 "native kernels",
                 f"none: {native.why_missing()}",
-                "install a C++ compiler (apt-get install g++) and reinstall sparsify-torch; until then exported layers "
+                f"install a C++ compiler (apt-get install g++), then: {rebuild_command()}; until then exported layers "
                 "run on the torch reference, and export(format='auto') keeps them dense",
             )
         )

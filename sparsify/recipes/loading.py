@@ -12,16 +12,18 @@ from pydantic import ValidationError
 
 from sparsify.errors import RecipeError
 from sparsify.masking.schedules import Schedule
+from sparsify.recipes.given import recipe_file
 from sparsify.recipes.schema import Group, Recipe, Recover, Regrow
 from sparsify.recipes.yaml_file import Value, YamlFile, nearest, nested_values, read_yaml, substitute
 
 
 def load_recipe(path: str | os.PathLike[str], **variables: Value) -> Recipe:
-    """Read and check a recipe file; keyword arguments override its variables.
+    """Read and check a recipe file, or one of ours by its name; keyword arguments override its variables.
 
+    path: a file, or a name in the list of `sparsify recipes`, without ".yaml". A file of that name comes first.
     Raises RecipeError, naming file, line and key, and OSError if the file cannot be opened.
     """
-    file = read_yaml(path)
+    file = read_yaml(recipe_file(path))
     if not isinstance(file.content, dict):
         raise file.error((), f"a recipe is a mapping with the keys {', '.join(Recipe.model_fields)}")
     declared = file.content.get("vars") or {}

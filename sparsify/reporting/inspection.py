@@ -17,7 +17,8 @@ from sparsify.calibration.eval_mode import eval_without_cache
 from sparsify.conversion.convert import Plan, plan_convert
 from sparsify.layer_names import Selector, join
 from sparsify.reporting.file_report import inspect_file
-from sparsify.reporting.report import Report, table
+from sparsify.reporting.report import Report
+from sparsify.reporting.table import table
 
 
 @dataclass(frozen=True)

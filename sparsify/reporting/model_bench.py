@@ -22,7 +22,8 @@ from sparsify.hardware.timing import LoadMeter, Timing, disturbance, measure
 from sparsify.inference.export import export
 from sparsify.layers import PackedLayer
 from sparsify.pruning.prune import prune
-from sparsify.reporting.report import report, table
+from sparsify.reporting.report import report
+from sparsify.reporting.table import table
 
 #: Positional arguments of the model's forward, or keyword arguments.
 Inputs = tuple[Any, ...] | dict[str, Any]

@@ -14,6 +14,7 @@ from sparsify.layer_names import join
 from sparsify.layers import MaskedLayer, PackedLayer
 from sparsify.layers.copies import warn_stale
 from sparsify.layers.records import FormChoice, form_choice, pruning_result
+from sparsify.reporting.table import table
 
 #: Of the printed table; a column without any entry is left out.
 _COLUMNS = ("layer", "shape", "sparsity", "format", "bytes", "of dense", "error", "time", "why")
@@ -129,24 +130,6 @@ def report(model: nn.Module) -> Report:
         if (result := pruning_result(layer)) is not None:
             rows[-1] = replace(rows[-1], error=result.error, time_s=result.time_s)
     return Report(tuple(rows), _n_parameters(model))
-
-
-def table(lines: Sequence[Sequence[str]]) -> str:
-    """Return rows of text in columns, the first left-aligned, the others right-aligned, with a rule under the head.
-
-    >>> print(table([("a", "n"), ("long", "1")]))
-    a     n
-    -------
-    long  1
-    """
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = [
-        "  ".join(
-            cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
-    return "\n".join([text[0], "-" * max(map(len, text)), *text[1:]])
 
 
 def _why(choice: FormChoice, layer: nn.Module) -> str:

@@ -182,7 +182,7 @@ def test_other_inputs_are_refused_and_the_same_in_another_place_are_not(
     with monkeypatch.context() as patch:
         patch.setattr(torch, "__version__", "2.99.0")
         refused("torch", *STREAM)
-        patch.setattr("sparsify.cli.layer_by_layer.version", lambda _: "0.0.1")
+        patch.setattr(sparsify, "__version__", "0.0.1")
         refused("sparsify", *STREAM)
     assert compress(here, "out", "--stream", "--weights", "same.safetensors") == 0
     assert Path("out").read_bytes() == Path("whole").read_bytes()

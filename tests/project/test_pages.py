@@ -87,7 +87,7 @@ def test_the_tree_shows_every_package_and_no_file_that_is_gone() -> None:
 
 def commands(page: Path) -> list[str]:
     """Return the arguments of each line of code that calls sparsify."""
-    blocks = re.findall(r"^```sh\n(.*?)^```|((?:^ {4}.*\n)+)", page.read_text(), re.DOTALL | re.MULTILINE)
+    blocks = re.findall(r"^```sh\n(.*?)^```|((?:^ {4}[^\n]*\n)+)", page.read_text(), re.DOTALL | re.MULTILINE)
     return re.findall(r"^(?: {4})?sparsify (.*)$", "\n".join(map("".join, blocks)), re.MULTILINE)
 
 

@@ -8,6 +8,7 @@ tensors: `index` (uint8) and `values` (float32 or bfloat16).
 import ctypes
 import os
 import struct
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,12 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 
 _library, _why_missing = _load()
+if _library is None:
+    warnings.warn(
+        "sparsify has no native kernels: exported layers run on the slow reference in plain torch, and "
+        "export(format='auto') keeps layers dense. `sparsify doctor` says why, and what to do",
+        stacklevel=2,
+    )
 
 
 def _loaded() -> ctypes.CDLL:
