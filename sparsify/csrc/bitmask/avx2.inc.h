@@ -7,36 +7,45 @@
 
 namespace {
 
-template <int N, bool EXACT, typename T>
-void bitmask_tile(const BitmaskView &view, const T *values, int64_t tile, const float *x, int64_t x_stride,
-                  float *sums) {
+// TILES neighbours at once: as many independent streams of values and chains of additions.
+template <int TILES, int N, bool EXACT, typename T>
+void bitmask_tiles(const BitmaskView &view, const T *values, int64_t tile, const float *x, int64_t x_stride,
+                   float *sums) {
     const int64_t in = view.header->in;
     const uint16_t *masks = view.masks + tile * in;
-    const T *value = values + view.tile_values[tile];
     const int64_t columns_per_sum = bitmask_columns_per_sum(view.header);
-    Vec total[N][2] = {};
+    const T *next[TILES];
+#pragma GCC unroll 2
+    for (int t = 0; t < TILES; ++t) next[t] = values + view.tile_values[tile + t];
+    Vec total[TILES][N][2] = {};
     for (int64_t first = 0; first < in; first += columns_per_sum) {
         const int64_t end = first + columns_per_sum < in ? first + columns_per_sum : in;
-        Vec part[N][2] = {};
+        Vec part[TILES][N][2] = {};
         for (int64_t k = first; k < end; ++k) {
 #pragma GCC unroll 2
-            for (int half = 0; half < 2; ++half) {
-                const unsigned mask = masks[k] >> (8 * half) & 0xff;
-                const Vec lanes = lanes_of(mask), w = expand(load(value), mask, lanes);
-                value += _mm_popcnt_u32(mask);
+            for (int t = 0; t < TILES; ++t) {
+                const unsigned mask = masks[t * in + k], low = mask & 0xff, high = mask >> 8;
+                const Vec w[2] = {expand(next[t], low), expand(next[t] + _mm_popcnt_u32(low), high)};
+                next[t] += _mm_popcnt_u32(mask);
 #pragma GCC unroll 4
                 for (int n = 0; n < N; ++n) {
-                    Vec a = broadcast(x + n * x_stride + k);
-                    if (EXACT) a = _mm256_and_ps(a, lanes);
-                    part[n][half] = fma(w, a, part[n][half]);
+                    const Vec a = broadcast(x + n * x_stride + k);
+                    part[t][n][0] = fma(w[0], EXACT ? keep(a, lanes_of(low)) : a, part[t][n][0]);
+                    part[t][n][1] = fma(w[1], EXACT ? keep(a, lanes_of(high)) : a, part[t][n][1]);
                 }
             }
         }
-        for (int n = 0; n < N; ++n)
-            for (int half = 0; half < 2; ++half) total[n][half] = add(total[n][half], part[n][half]);
+#pragma GCC unroll 2
+        for (int t = 0; t < TILES; ++t)
+#pragma GCC unroll 4
+            for (int n = 0; n < N; ++n)
+#pragma GCC unroll 2
+                for (int half = 0; half < 2; ++half) total[t][n][half] = add(total[t][n][half], part[t][n][half]);
     }
-    for (int n = 0; n < N; ++n)
-        for (int half = 0; half < 2; ++half) store(sums + n * BLOCK_ROWS + 8 * half, total[n][half]);
+    for (int t = 0; t < TILES; ++t)
+        for (int n = 0; n < N; ++n)
+            for (int half = 0; half < 2; ++half)
+                store(sums + n * BLOCK_ROWS + t * BITMASK_LANES + 8 * half, total[t][n][half]);
 }
 
 struct Bitmask {
@@ -50,9 +59,14 @@ struct Bitmask {
     template <int N, bool EXACT, typename T>
     static void block(const View &view, const T *values, int64_t block, const float *x, int64_t x_stride, float *sums) {
         constexpr int TILES_PER_BLOCK = BLOCK_ROWS / BITMASK_LANES;
-        const int64_t first = block * TILES_PER_BLOCK, n_tiles = view.header->n_tiles;
-        for (int t = 0; t < TILES_PER_BLOCK && first + t < n_tiles; ++t)
-            bitmask_tile<N, EXACT>(view, values, first + t, x, x_stride, sums + t * BITMASK_LANES);
+        constexpr int TILES = N <= 2 ? 2 : 1;  // at most 8 accumulators
+        const int64_t first = block * TILES_PER_BLOCK, left = view.header->n_tiles - first;
+        const int n_tiles = left < TILES_PER_BLOCK ? int(left) : TILES_PER_BLOCK;
+        int t = 0;
+        for (; t + TILES <= n_tiles; t += TILES)
+            bitmask_tiles<TILES, N, EXACT>(view, values, first + t, x, x_stride, sums + t * BITMASK_LANES);
+        for (; t < n_tiles; ++t)
+            bitmask_tiles<1, N, EXACT>(view, values, first + t, x, x_stride, sums + t * BITMASK_LANES);
     }
 };
 

@@ -37,18 +37,12 @@ void gather_tile(const GatherView &view, const T *values, int64_t tile, const fl
 #pragma GCC unroll 2
             for (int half = 0; half < 2; ++half) {
                 const unsigned mask = taking >> (8 * half) & 0xff;
-                const Vec lanes = lanes_of(mask);
-                Vec w = load(value);
-                if (PADDED) {
-                    value += 8;
-                } else {
-                    w = expand(w, mask, lanes);
-                    value += _mm_popcnt_u32(mask);
-                }
+                const Vec w = PADDED ? load(value) : expand(value, mask);
+                value += PADDED ? 8 : _mm_popcnt_u32(mask);
 #pragma GCC unroll 4
                 for (int n = 0; n < N; ++n) {
                     Vec a = look_up(x + n * x_stride, columns[half]);
-                    if (EXACT) a = _mm256_and_ps(a, lanes);
+                    if (EXACT) a = keep(a, lanes_of(mask));
                     part[n][half] = fma(w, a, part[n][half]);
                 }
                 columns[half] = _mm256_srli_epi32(columns[half], GATHER_COLUMN_BITS);
