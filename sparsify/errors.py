@@ -19,6 +19,10 @@ class LeftDenseWarning(UserWarning):
     """Some layers were left dense on purpose. The message names them, the reason, and their share of the parameters."""
 
 
+class LeftFloatWarning(UserWarning):
+    """Some layers were not rounded to int8: their outputs would change by more than allowed. The message names them."""
+
+
 class MeasuredElsewhereWarning(UserWarning):
     """A checkpoint's forms were chosen on another machine: the answers are right, the speed may not be the best."""
 

@@ -17,10 +17,13 @@ from sparsify.conversion.module_surgery import layers_of_type
 from sparsify.layers import MaskedLayer
 
 
-def layer_inputs(model: nn.Module, example: Any) -> dict[nn.Module, Tensor]:
+def layer_inputs(
+    model: nn.Module, example: Any, look: Callable[[nn.Module, Tensor], None] | None = None
+) -> dict[nn.Module, Tensor]:
     """Run a model once, and return each masked layer's input: shape, layout and dtype, on the meta device.
 
     example: a tensor, a tuple of positional arguments, or a dict of keyword arguments
+    look: called with each layer and each of its inputs, as they come
 
     Of several inputs of a layer, the largest is here; a layer without a call has none. A call of F.linear with a
     layer's weight counts as a call of the layer. The model runs in eval mode, without gradients. Raises ValueError if
@@ -33,6 +36,8 @@ def layer_inputs(model: nn.Module, example: Any) -> dict[nn.Module, Tensor]:
     inputs: dict[nn.Module, Tensor] = {}
 
     def record(layer: nn.Module, x: Tensor) -> None:
+        if look is not None:
+            look(layer, x)
         if layer not in inputs or x.numel() > inputs[layer].numel():
             inputs[layer] = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from sparsify.checkpoint.container import Header, LayerEntry
 from sparsify.checkpoint.shared_tensors import as_bytes
 from sparsify.checkpoint.state_names import Names
+from sparsify.checkpoint.weight_codec import StoredWeight
 from sparsify.conversion.converters.table import matrices
 from sparsify.conversion.module_surgery import own_mask
 from sparsify.conversion.writable import cannot_be_written
 from sparsify.errors import CheckpointError
 from sparsify.kernels.csr import CSR
+from sparsify.kernels.forms import SCALE
 from sparsify.layer_names import join
 from sparsify.layers import MaskedLayer, PackedLayer
 from sparsify.layers.records import FormChoice
@@ -37,7 +39,7 @@ def packed_state_keys(names: Names, layers: Mapping[str, LayerEntry]) -> set[str
 
 def _own_state(layer: nn.Module, entry: LayerEntry) -> tuple[str, ...]:
     if isinstance(layer, PackedLayer):
-        return CSR._fields
+        return (*CSR._fields, SCALE)
     masked = isinstance(layer, MaskedLayer) or (own_mask(layer) is not None and entry.module != "Linear")
     return ("weight", "mask") if masked else ("weight",)
 
@@ -80,11 +82,11 @@ def check_state_names(names: Names, header: Header, others: Collection[str]) -> 
 
 
 def check_state(
-    names: Names, layers: Mapping[str, LayerEntry], weights: Mapping[str, CSR], tensors: Mapping[str, Tensor]
+    names: Names, layers: Mapping[str, LayerEntry], weights: Mapping[str, StoredWeight], tensors: Mapping[str, Tensor]
 ) -> None:
     """Raise CheckpointError unless shapes and dtypes fit, and every tensor has a writable place."""
-    for name, csr in weights.items():
-        _check_dtype(name, csr.values, matrices(names.modules[name])[""])
+    for name, stored in weights.items():
+        _check_dtype(name, stored.dtype, matrices(names.modules[name])[""])
     for prefix, module in names.places.items():
         for key in module._non_persistent_buffers_set:
             if (buffer := module._buffers.get(key)) is not None and buffer.is_meta:
@@ -99,7 +101,7 @@ def check_state(
                 f"for another architecture: {name} is {tuple(tensors[name].shape)} in the file, "
                 f"{tuple(value.shape)} in the model"
             )
-        _check_dtype(name, tensors[name], value)
+        _check_dtype(name, tensors[name].dtype, value)
     _check_ties(expected, tensors)
     if reason := next(cannot_be_written(expected), None):
         raise CheckpointError(reason)
@@ -141,8 +143,8 @@ def _check_ties(state: Mapping[str, object], tensors: Mapping[str, Tensor]) -> N
             )
 
 
-def _check_dtype(name: str, stored: Tensor, wanted: Tensor) -> None:
-    if stored.dtype != wanted.dtype:
+def _check_dtype(name: str, stored: torch.dtype, wanted: Tensor) -> None:
+    if stored != wanted.dtype:
         raise CheckpointError(
-            f"{name} is {stored.dtype} in the file, {wanted.dtype} in the model; make it model.to({stored.dtype})"
+            f"{name} is {stored} in the file, {wanted.dtype} in the model; make it model.to({stored})"
         )

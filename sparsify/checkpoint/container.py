@@ -23,20 +23,25 @@ from sparsify.errors import CheckpointError
 from sparsify.layers.records import FormChoice
 from sparsify.outputs import check_writable, new_file
 
-VERSION = 1
+#: The newest version, and the first one with int8 values. A file without them is written in version 1.
+VERSION = INT8_VERSION = 2
 
 _Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 _Size = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
 class LayerEntry(BaseModel):
-    """Entry of one layer in the header: its module when loaded, and the format of its weight."""
+    """Entry of one layer in the header: its module when loaded, and the format of its weight.
+
+    dequantized: the dtype of the weight that int8 values stand for; "" if the values themselves are the weight.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
     module: Literal["SparseLinear", "CSRLinear", "Linear"]
     format: Literal["csr", "bitmask", "dense"]
     out_features: _Size
     in_features: _Size
+    dequantized: Literal["", "F64", "F32", "F16", "BF16"] = ""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -78,8 +83,9 @@ def write(
         hashes[name], widths[name] = _sha256(tensor), tensor.element_size()
     # Safetensors' own order: the widest first, so that each tensor lies at a multiple of its element's size.
     order = sorted(tensors, key=lambda name: (-widths[name], name))
-    header = Header(version=VERSION, layers=dict(layers), aliases=dict(aliases), choices=dict(choices), tensors=hashes)
-    text = header.model_dump_json()
+    version = INT8_VERSION if any(entry.dequantized for entry in layers.values()) else 1
+    header = Header(version=version, layers=dict(layers), aliases=dict(aliases), choices=dict(choices), tensors=hashes)
+    text = header.model_dump_json(exclude_unset=True)
     metadata = {"format": "pt", "sparsify": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
     with new_file(path, "cannot save to ") as file:
         file.write(_safetensors_header({name: places[name] for name in order}, metadata))
@@ -151,8 +157,10 @@ def _read_header(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> H
         raise
     except ValueError as error:
         raise CheckpointError(f"{path}: the header is no valid JSON ({error})") from None
-    if header.version != VERSION:
+    if header.version < 1:
         raise CheckpointError(f"{path}: there is no format version {header.version}")
+    if header.version < INT8_VERSION and any(entry.dequantized for entry in header.layers.values()):
+        raise CheckpointError(f"{path}: the header is wrong: version {header.version} has no int8 values")
     return header
 
 

@@ -26,12 +26,11 @@ from sparsify.checkpoint.shared_tensors import (
     expand_shared,
 )
 from sparsify.checkpoint.state_names import Names
-from sparsify.checkpoint.weight_codec import decode_weights, other_tensors
+from sparsify.checkpoint.weight_codec import StoredWeight, decode_weights, other_tensors
 from sparsify.conversion.module_surgery import Model
 from sparsify.conversion.transaction import Transaction
 from sparsify.errors import CheckpointError
 from sparsify.inference.fusion import fuse_activations
-from sparsify.kernels.csr import CSR
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -78,7 +77,7 @@ def load(path: str | os.PathLike[str], model: Model) -> Model:
     return model
 
 
-def _checked(names: Names, header: Header, tensors: dict[str, Tensor]) -> dict[str, CSR]:
+def _checked(names: Names, header: Header, tensors: dict[str, Tensor]) -> dict[str, StoredWeight]:
     """Check everything about a file and a model; return the packed weights, with their parts taken out of `tensors`.
 
     Names and sizes come first: a file of few bytes may claim to stand for many large tensors.

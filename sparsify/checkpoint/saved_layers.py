@@ -12,6 +12,7 @@ from torch import nn
 from sparsify.checkpoint.container import Header, LayerEntry
 from sparsify.checkpoint.shared_tensors import restore_sharing
 from sparsify.checkpoint.state_names import Names
+from sparsify.checkpoint.weight_codec import StoredWeight
 from sparsify.conversion.converters.functional import functional_kind
 from sparsify.conversion.converters.table import Converter, converter_for, dependent_modules, matrices
 from sparsify.conversion.module_surgery import replace, replace_in_place
@@ -27,7 +28,7 @@ from sparsify.layers.inference_mode import making_tensors
 from sparsify.layers.records import FormChoice, set_form_choice
 
 
-def make_layers(names: Names, header: Header, weights: dict[str, CSR]) -> None:
+def make_layers(names: Names, header: Header, weights: dict[str, StoredWeight]) -> None:
     """Let the model's Linears be the layers of the file; each packed weight is let go when its layer is made."""
     made = {}
     for name, entry in header.layers.items():
@@ -90,7 +91,7 @@ def _any_below(layers: Iterable[str], ordered: list[str]) -> bool:
 
 
 @making_tensors()
-def _make(entry: LayerEntry, old: nn.Module, csr: CSR, choice: FormChoice | None) -> nn.Module:
+def _make(entry: LayerEntry, old: nn.Module, stored: StoredWeight, choice: FormChoice | None) -> nn.Module:
     """Build the saved layer around the old one's bias, on its device, in the form chosen at export.
 
     On a device without kernels for it, another form stands in, until the layer is moved to a device with them.
@@ -98,15 +99,21 @@ def _make(entry: LayerEntry, old: nn.Module, csr: CSR, choice: FormChoice | None
     converter, weight, bias = converter_for(old), matrices(old)[""], old._parameters.get("bias")
     assert converter is not None
     assert issubclass(converter.sparse, MaskedLayer)
-    device = next(iter(csr)).device if weight.is_meta else weight.device
+    device = stored.csr.values.device if weight.is_meta else weight.device
     wanted = choice.form if choice and entry.module == "CSRLinear" and choice.form in FORMS else "csr"
-    on_device = CSR(*(part.to(device) for part in csr))
-    form = form_for(wanted, on_device, entry.shape)
+    packed = entry.module == "CSRLinear"
+    on_device = CSR(*(part.to(device) for part in (stored.csr if packed else stored.plain)))
+    scale = stored.scale.to(device) if packed and stored.scale is not None else None
+    form = form_for(wanted, on_device, entry.shape, stored.dtype)
     layer = converter.packed(
-        entry.in_features, entry.out_features, on_device, bias, form=form, masked_type=converter.sparse
+        *(entry.in_features, entry.out_features, on_device, bias),
+        scale=scale,
+        dtype=stored.dtype,
+        form=form,
+        masked_type=converter.sparse,
     )
     layer.wanted_form = wanted
-    if entry.module == "CSRLinear":
+    if packed:
         return layer
     sparse = layer.to_sparse()
     sparse.weight.requires_grad_(weight.requires_grad)

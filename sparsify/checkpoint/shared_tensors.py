@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from sparsify.checkpoint.container import Header, LayerEntry
 from sparsify.checkpoint.state_names import Names
+from sparsify.checkpoint.weight_codec import StoredWeight
 from sparsify.errors import CheckpointError
-from sparsify.kernels import FORMS
-from sparsify.kernels.csr import CSR, csr_to_dense
+from sparsify.kernels import part_names
+from sparsify.kernels.csr import csr_to_dense
 from sparsify.layer_names import join
 from sparsify.layers import MaskedLayer, PackedLayer
 from sparsify.layers.tied import check_tieable, tie
@@ -59,7 +60,7 @@ def check_aliases(header: Header, others: Collection[str]) -> None:
             raise CheckpointError(f"the header says {alias!r} is packed as {name!r} is, which cannot be")
 
 
-def expand_shared(header: Header, tensors: dict[str, Tensor], weights: dict[str, CSR]) -> None:
+def expand_shared(header: Header, tensors: dict[str, Tensor], weights: dict[str, StoredWeight]) -> None:
     """Give every tensor and every packed weight its other names too; a packed one is unpacked once at most."""
     layers = {join(name, "weight"): name for name in header.layers}
     dense: dict[str, Tensor] = {}
@@ -71,7 +72,7 @@ def expand_shared(header: Header, tensors: dict[str, Tensor], weights: dict[str,
         elif name in dense:
             dense[alias] = dense[name]
         else:
-            dense[alias] = dense[name] = csr_to_dense(weights[layers[name]], header.layers[layers[name]].shape)[0]
+            dense[alias] = dense[name] = csr_to_dense(weights[layers[name]].plain, header.layers[layers[name]].shape)[0]
     tensors |= {alias: dense[alias] for alias in header.aliases if alias not in layers}
 
 
@@ -94,7 +95,8 @@ def restore_sharing(header: Header, modules: Mapping[str, nn.Module]) -> None:
     for alias, name in header.aliases.items():
         one, other = modules.get(alias.rpartition(".")[0]), modules.get(name.rpartition(".")[0])
         if isinstance(one, PackedLayer) and isinstance(other, PackedLayer) and one.form == other.form:
-            one._buffers |= {part: other._buffers[part] for part in FORMS[other.form]}
+            names = part_names(other.form, quantized=other.own_dtype is not None)
+            one._buffers |= {part: other._buffers[part] for part in names}
 
 
 def _tied_to_masked(header: Header) -> dict[str, str]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sparsify.checkpoint.container import LayerEntry
+from sparsify.checkpoint.tensor_file import DTYPES
 from sparsify.conversion.converters.table import matrices
 from sparsify.conversion.foreign_masks import pruned_by_torch
 from sparsify.errors import CheckpointError
@@ -24,6 +26,7 @@ from sparsify.kernels.csr import (
     dense_to_csr,
     pack_bitmask,
 )
+from sparsify.kernels.int8 import check_quantized, dequantize
 from sparsify.layer_names import join
 from sparsify.layers import MaskedLayer, PackedLayer
 from sparsify.layers.fsdp import whole
@@ -31,12 +34,34 @@ from sparsify.layers.fsdp import whole
 #: The tensors that hold the weight of layer NAME: NAME.weight.PART, or NAME.weight itself for "dense".
 _PARTS: dict[str, tuple[str, ...]] = {"csr": CSR._fields, "bitmask": Bitmask._fields, "dense": ()}
 
+#: And behind them, of int8 values.
+_SCALE = "scale"
+
+_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+
+
+class StoredWeight(NamedTuple):
+    """A weight from a file: its values as they are, and scales if they are int8."""
+
+    csr: CSR
+    scale: Tensor | None
+    #: Of the weight, and of its layer.
+    dtype: torch.dtype
+
+    @property
+    def plain(self) -> CSR:
+        """The weight in its own dtype."""
+        return self.csr if self.scale is None else dequantize(self.csr, self.scale, self.dtype)
+
 
 def encode_weight(module: nn.Module) -> tuple[LayerEntry, dict[str, Tensor]]:
     """Choose the smallest format for a layer's weight, and pack it."""
+    dequantized, scale = {}, {}
     if isinstance(module, PackedLayer):
         becomes = "CSRLinear"
-        weight, mask = csr_to_dense(module.csr, module.shape)
+        weight, mask = csr_to_dense(module.stored_csr, module.shape)
+        if module.own_dtype is not None:
+            dequantized, scale = {"dequantized": DTYPES[module.own_dtype]}, {_SCALE: module.tensors[-1]}
     elif isinstance(module, MaskedLayer):
         becomes = "SparseLinear"
         own = dict(pruned_by_torch(module)).get("weight", module.weight)
@@ -51,11 +76,17 @@ def encode_weight(module: nn.Module) -> tuple[LayerEntry, dict[str, Tensor]]:
         sizes["dense"] = weight.numel() * itemsize
     chosen = min(sizes, key=lambda name: sizes[name])
     entry = LayerEntry.model_validate(
-        {"module": becomes, "format": chosen, "out_features": shape[0], "in_features": shape[1]}
+        {
+            "module": becomes,
+            "format": chosen,
+            "out_features": shape[0],
+            "in_features": shape[1],
+            **dequantized,
+        }
     )
     if chosen == "dense":
-        return entry, {"": weight}
-    return entry, (dense_to_csr if chosen == "csr" else pack_bitmask)(weight, mask)._asdict()
+        return entry, {"": weight, **scale}
+    return entry, (dense_to_csr if chosen == "csr" else pack_bitmask)(weight, mask)._asdict() | scale
 
 
 def packed_bytes(shape: tuple[int, int], n_kept: int, itemsize: int) -> int:
@@ -67,30 +98,33 @@ def packed_bytes(shape: tuple[int, int], n_kept: int, itemsize: int) -> int:
 def decode_weight(entry: LayerEntry, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return the weight and the mask, both (out_features, in_features), of a packed weight from a file."""
     other_tensors({"": entry}, tensors)
-    csr = decode_weights({"": entry}, dict(tensors))[""]
-    return csr_to_dense(csr, entry.shape)
+    stored = decode_weights({"": entry}, dict(tensors))[""]
+    return csr_to_dense(stored.plain, entry.shape)
 
 
-def decode_weights(layers: Mapping[str, LayerEntry], tensors: dict[str, Tensor]) -> dict[str, CSR]:
+def decode_weights(layers: Mapping[str, LayerEntry], tensors: dict[str, Tensor]) -> dict[str, StoredWeight]:
     """Take the parts of every packed weight out of `tensors`, check them, and return them as CSR."""
     weights = {}
     for name, entry in layers.items():
         parts = [tensors.pop(key) for key in part_names(name, entry)]
         with _naming(name):
-            weights[name] = _as_csr(entry, parts)
+            scale = _check_parts(entry, parts)
+            csr = _as_csr(entry, parts)
+            weights[name] = StoredWeight(csr, scale, _DTYPES.get(entry.dequantized, csr.values.dtype))
     return weights
 
 
-def check_weight(name: str, entry: LayerEntry, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+def check_weight(name: str, entry: LayerEntry, tensors: Mapping[str, Tensor]) -> tuple[int, torch.dtype]:
     """Check a packed weight as `decode_weights` does, without unpacking anything.
 
-    Returns the number of kept weights, and the bytes of each.
+    Returns the number of kept weights, and the dtype of the weight.
     """
     parts = [tensors[key] for key in part_names(name, entry)]
     with _naming(name):
         _check_parts(entry, parts)
-    n_kept = parts[-1].numel() if entry.format != "dense" else int(_not_zero(parts[0]).sum())
-    return n_kept, parts[-1].element_size()
+    values = parts[len(_PARTS[entry.format] or [""]) - 1]
+    n_kept = values.numel() if entry.format != "dense" else int(_not_zero(values).sum())
+    return n_kept, _DTYPES.get(entry.dequantized, values.dtype)
 
 
 def other_tensors(layers: Mapping[str, LayerEntry], tensors: Mapping[str, Tensor]) -> set[str]:
@@ -105,7 +139,8 @@ def other_tensors(layers: Mapping[str, LayerEntry], tensors: Mapping[str, Tensor
 
 def part_names(name: str, entry: LayerEntry) -> list[str]:
     """Return the names of the tensors of a layer's weight."""
-    return [join(name, "weight", part) for part in _PARTS[entry.format]] or [join(name, "weight")]
+    parts = [join(name, "weight", part) for part in _PARTS[entry.format]] or [join(name, "weight")]
+    return parts + [join(name, "weight", _SCALE)] * bool(entry.dequantized)
 
 
 @contextlib.contextmanager
@@ -117,24 +152,28 @@ def _naming(name: str) -> Iterator[None]:
         raise CheckpointError(f"{name or '(root)'}: {error}") from None
 
 
-def _check_parts(entry: LayerEntry, parts: list[Tensor]) -> None:
+def _check_parts(entry: LayerEntry, parts: list[Tensor]) -> Tensor | None:
+    """Check the parts of a weight, and return its scales."""
+    parts, scale = (parts[:-1], parts[-1]) if entry.dequantized else (parts, None)
+    values = parts[-1]
+    if scale is not None:
+        check_quantized(values, scale, entry.out_features)
     if entry.format == "csr":
         check_csr(CSR(*parts), entry.shape)
     elif entry.format == "bitmask":
         check_bitmask(Bitmask(*parts), entry.shape)
-    elif parts[0].shape != entry.shape or not parts[0].is_floating_point():
-        raise ValueError(
-            f"a dense weight must be floating of shape {entry.shape}, got {parts[0].dtype} {tuple(parts[0].shape)}"
-        )
+    elif values.shape != entry.shape:
+        raise ValueError(f"a dense weight must be of shape {entry.shape}, got {values.dtype} {tuple(values.shape)}")
+    if scale is None and not values.is_floating_point():
+        raise ValueError(f"values must be floating, got {values.dtype} {tuple(values.shape)}")
+    return scale
 
 
 def _as_csr(entry: LayerEntry, parts: list[Tensor]) -> CSR:
+    """Return the parts of a weight, which must be right, as CSR."""
     if entry.format == "bitmask":
-        return bitmask_to_csr(Bitmask(*parts), entry.shape)
-    _check_parts(entry, parts)
-    if entry.format == "csr":
-        return CSR(*parts)
-    return dense_to_csr(parts[0], _not_zero(parts[0]))
+        return bitmask_to_csr(Bitmask(*parts[:2]), entry.shape)
+    return CSR(*parts[:3]) if entry.format == "csr" else dense_to_csr(parts[0], _not_zero(parts[0]))
 
 
 def _not_zero(weight: Tensor) -> Tensor:

@@ -14,14 +14,16 @@ from sparsify.conversion.foreign_masks import check_converted
 from sparsify.conversion.module_surgery import Model, copy_replacing, layers_of_type
 from sparsify.inference.form_selection import FormSelector, exported_as
 from sparsify.inference.fusion import fuse_activations
-from sparsify.kernels import FORMS, PATTERNED, fits, supports
-from sparsify.kernels.csr import dense_to_csr
+from sparsify.inference.rounding import MAX_ERROR, QUANTIZE, RoundingJudge, warn_left_float
+from sparsify.kernels import FORMS, PATTERNED, fits, quantizes_inputs, supports
+from sparsify.kernels.csr import csr_to_dense, dense_to_csr
 from sparsify.layer_names import join
 from sparsify.layers import CSRLinear, MaskedLayer, PackedLayer, Tied
 from sparsify.layers.copies import warn_stale
+from sparsify.layers.deferred import unfuse_activations
 from sparsify.layers.fsdp import check_whole, refuse_flattened
 from sparsify.layers.inference_mode import making_tensors
-from sparsify.layers.records import FormChoice, set_form_choice
+from sparsify.layers.records import FormChoice, rounding_of, set_form_choice, set_rounding
 from sparsify.layers.tied import untie
 
 FORMATS = ("auto", "dense", *FORMS)
@@ -35,6 +37,8 @@ def export(
     example: Any = None,
     prefer: str = "speed",
     device: torch.device | str | None = None,
+    quantize: str | None = None,
+    max_error: float = MAX_ERROR,
     progress: bool = False,
     copy: bool = True,
 ) -> Model:
@@ -43,7 +47,7 @@ def export(
     The model itself stays as it was, and its later changes do not reach the copy: they share no memory and no hooks.
     copy=False lets both share the memory of biases, norms, embeddings and layers without a mask, for a model with no
     training or loading ahead. Outputs equal the masked model's. An activation with a layer's output as its only input,
-    and no other reader of this output, is applied by the layer.
+    and no other reader of this output, is applied by the layer. Layers exported before are exported anew.
 
     format: the form of the weights in memory. "auto" measures each layer here and takes the fastest form, dense if
     no sparse one is faster: no layer is left slower than dense. Or one form for all layers: "csr" (runs anywhere,
@@ -58,6 +62,11 @@ def export(
     fast.
     device: the device of the copy, if not the model's; the copy is measured (on a GPU as replays of a CUDA graph),
     packed and put there.
+    quantize: "int8" rounds kept weights to int8, with a scale for each output, and where it is faster also the inputs
+    of a layer, each row by itself as it comes; "int8-weights" rounds no inputs. A layer that "auto" keeps dense is not
+    rounded.
+    max_error: a layer stays as it is if rounding changes its outputs by more than this share of their size, on the
+    example or else on random rows. A LeftFloatWarning and `report` name it.
 
     Raises ValueError if there is nothing to export, a form does not run here, or the model cannot be copied.
 
@@ -65,59 +74,104 @@ def export(
     >>> export(sparsify.prune(model, 0.75), format="csr")[0]
     CSRLinear(in_features=8, out_features=4, bias=True, sparsity=0.75)
     """
-    check_format(format, tokens)
-    if format != "auto" and example is not None:
+    check_format(format, tokens, quantize=quantize)
+    if format != "auto" and example is not None and quantize is None:
         raise ValueError(f"example has no effect with format {format!r}; only 'auto' measures")
     if format != "auto" and prefer != "speed":
         raise ValueError(f"prefer={prefer!r} has no effect with format {format!r}; only 'auto' chooses")
+    model = _with_masks(model)
     if device is not None:
         model = copy_replacing(model, {}, share_memory=True).to(device)
     layers = layers_of_type(model, MaskedLayer)
     if not layers:
         raise ValueError("the model has no SparseLinear to export; call sparsify.convert(model) and prune it first")
     for name, layer in layers.items():
-        refuse_flattened(name, layer)
-        try:
-            check_converted(layer)
-        except ValueError as error:
-            raise ValueError(f"{name or '(root)'}: {error}") from None
-        check_whole(join(name, "weight"), layer.weight)
-        if layer.weight.is_meta:
-            raise ValueError(
-                f"{name}: the weight is on the meta device and has no data; load the model's weights first"
-            )
-        if format in FORMS and not supports(format, layer.weight.device, layer.weight.dtype):
-            raise ValueError(
-                f"{name}: the form {format!r} does not run on {layer.weight.device.type} in {layer.weight.dtype} here; "
-                "see 'sparsify doctor', or use format='csr'"
-            )
-        if format in PATTERNED:
-            csr = dense_to_csr(layer.weight_matrix, layer.matrix(layer.mask))
-            if not fits(format, csr, layer.shape):
-                raise ValueError(f"{name}: its mask does not fit the form {format!r}; use format='auto' or 'tiles'")
+        _check_layer(name, layer, format, quantize)
     warn_stale(layers)
     chooser = FormSelector(128 if tokens is None else tokens, prefer)
     with making_tensors():
-        given = {} if example is None else layer_inputs(model, example)
+        judge = RoundingJudge(model, quantize, max_error, example) if quantize is not None else None
+        given = judge.inputs if judge else {} if example is None else layer_inputs(model, example)
         replacements: dict[nn.Module, nn.Module] = {}
         for layer in tqdm(layers.values(), desc="measuring layers", disable=not progress or format != "auto"):
-            choice = chooser.choose(layer, given.get(layer)) if format == "auto" else FormChoice(format, 0, {}, "")
-            replacements[layer] = exported_as(layer, choice.form)
-            set_form_choice(replacements[layer], choice)
+            rounding = judge.judge(layer, chooser.tokens) if judge else None
+            allowed = rounding.allowed if rounding else ""
+            auto = format == "auto"
+            form = chooser.choose(layer, given.get(layer), allowed) if auto else _asked_for(layer, format, allowed)
+            replacements[layer] = exported_as(layer, form.form, quantized=allowed != "" and form.form != "dense")
+            set_form_choice(replacements[layer], form)
+            set_rounding(replacements[layer], rounding)
         for tied in layers_of_type(model, Tied).values():
             replacements[tied] = _export_tied(tied, replacements[tied.owner[0]])
-        return fuse_activations(copy_replacing(model, replacements, share_memory=not copy))
+        fast = fuse_activations(copy_replacing(model, replacements, share_memory=not copy))
+    warn_left_float({name: r for name, layer in layers.items() if (r := rounding_of(replacements[layer])) is not None})
+    return fast
 
 
-def check_format(format: str, tokens: int | None = None, device: torch.device | None = None) -> None:
+def _with_masks(model: Model) -> Model:
+    """Return a model with masked layers in the place of packed ones, over the same memory; itself if it has none."""
+    packed = [layer for layer in layers_of_type(model, PackedLayer).values() if layer.activation == "none"]
+    if not packed:
+        return model
+    with making_tensors():
+        masked = copy_replacing(model, {layer: layer.to_sparse() for layer in packed}, share_memory=True)
+    unfuse_activations(masked)
+    return masked
+
+
+def _check_layer(name: str, layer: MaskedLayer, format: str, quantize: str | None) -> None:
+    """Raise ValueError unless a layer can be exported in a form."""
+    refuse_flattened(name, layer)
+    try:
+        check_converted(layer)
+    except ValueError as error:
+        raise ValueError(f"{name or '(root)'}: {error}") from None
+    check_whole(join(name, "weight"), layer.weight)
+    weight = layer.weight
+    if weight.is_meta:
+        raise ValueError(f"{name}: the weight is on the meta device and has no data; load the model's weights first")
+    if format in FORMS and not supports(format, weight.device, weight.dtype, quantized=quantize is not None):
+        rounded = "" if quantize is None else " with int8 values"
+        raise ValueError(
+            f"{name}: the form {format!r} does not run on {weight.device.type} in {weight.dtype}{rounded} here; "
+            "see 'sparsify doctor', or use format='csr'"
+        )
+    if format in PATTERNED:
+        csr = dense_to_csr(layer.weight_matrix, layer.matrix(layer.mask))
+        if not fits(format, csr, layer.shape):
+            raise ValueError(f"{name}: its mask does not fit the form {format!r}; use format='auto' or 'tiles'")
+
+
+def _asked_for(layer: MaskedLayer, format: str, allowed: str) -> FormChoice:
+    """Return the form asked for, or one that runs for a layer that may not be rounded as much as that form needs."""
+    form = format
+    if quantizes_inputs(format) and allowed != "int8":
+        weight = layer.weight
+        quantized = bool(allowed)
+        form = "panel" if supports("panel", weight.device, weight.dtype, quantized=quantized) else "csr"
+    return FormChoice(form, 0, {}, "")
+
+
+def check_format(
+    format: str, tokens: int | None = None, device: torch.device | None = None, quantize: str | None = None
+) -> None:
     """Raise ValueError for an unknown format, rows without effect, or a device without support for the format."""
     if format not in FORMATS:
         raise ValueError(f"format {format!r} is none of: {', '.join(FORMATS)}")
     if format != "auto" and tokens is not None:
         raise ValueError(f"tokens={tokens} has no effect with format {format!r}; only 'auto' measures")
+    if quantize is not None and quantize not in QUANTIZE:
+        raise ValueError(f"quantize={quantize!r} is none of: {', '.join(QUANTIZE)}")
+    if quantize is not None and format == "dense":
+        raise ValueError(f"quantize={quantize!r} has no effect with format 'dense', whose weights are plain")
+    if quantize == "int8-weights" and quantizes_inputs(format):
+        raise ValueError(f"the form {format!r} rounds the inputs of a layer; use quantize='int8', or another form")
+    if quantize is None and quantizes_inputs(format):
+        raise ValueError(f"the form {format!r} is for int8 values; use quantize='int8'")
     if tokens is not None and tokens < 1:
         raise ValueError(f"tokens must be at least 1, got {tokens}")
-    if device is not None and format in FORMS and not supports(format, device, torch.float32):
+    quantized = quantize is not None
+    if device is not None and format in FORMS and not supports(format, device, torch.float32, quantized=quantized):
         raise ValueError(f"the form {format!r} does not run here; see 'sparsify doctor', or use format='csr'")
 
 
@@ -132,6 +186,8 @@ def _export_tied(tied: Tied, owner: nn.Module) -> nn.Module:
     untie(plain)
     weight: Any = owner.weight
     if isinstance(owner, PackedLayer):
-        weight = nn.Parameter(tied.owner[0].masked_weight().detach(), requires_grad=tied.weight.requires_grad)
+        rounded = csr_to_dense(owner.csr, owner.shape)[0] if owner.own_dtype is not None else None
+        weight = tied.owner[0].masked_weight().detach() if rounded is None else rounded
+        weight = nn.Parameter(weight, requires_grad=tied.weight.requires_grad)
     plain._parameters = {**plain._parameters, "weight": weight}
     return plain

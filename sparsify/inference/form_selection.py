@@ -12,7 +12,7 @@ from sparsify.conversion.converters.table import converter_of_layer
 from sparsify.hardware import gpu_timing
 from sparsify.hardware.machine import machine_name
 from sparsify.hardware.timing import Call, measure
-from sparsify.kernels import FORMS, fits, supports
+from sparsify.kernels import FORMS, INT8_FORMS, fits, quantizes_inputs, supports
 from sparsify.kernels.csr import dense_to_csr
 from sparsify.layers import MaskedLayer, PackedLayer
 from sparsify.layers.records import MARGIN, FormChoice
@@ -36,8 +36,8 @@ def why_chosen(choice: FormChoice, weight: Tensor) -> str:
 class FormSelector:
     """Measures layers one by one, each distinct layer once.
 
-    Layers are alike with the same type, shape, dtype, device, bias or none, kept weights in percent, fitting forms and
-    input.
+    Layers are alike with the same type, shape, dtype, device, bias or none, kept weights in percent, fitting forms,
+    input and permission to round.
     """
 
     def __init__(self, tokens: int, prefer: str = "speed") -> None:
@@ -49,17 +49,20 @@ class FormSelector:
         self._known: dict[object, FormChoice] = {}
 
     @torch.inference_mode()
-    def choose(self, layer: MaskedLayer, given: Tensor | None = None) -> FormChoice:
+    def choose(self, layer: MaskedLayer, given: Tensor | None = None, rounded: str = "") -> FormChoice:
         """Return the form for a layer: see PREFERENCES.
 
         given: a tensor of the shape and layout of its input, on any device; else `tokens` rows of input.
+        rounded: "int8" for forms of int8 values, "int8-weights" for those of them that leave inputs as they are.
         """
         shape = layer.input_shape(self.tokens) if given is None else tuple(given.shape)
         strides = None if given is None else given.stride()
         weight, bias = layer.weight, layer._parameters.get("bias")
         sparsity = round(100 * layer.sparsity)
         csr = dense_to_csr(layer.weight_matrix, layer.matrix(layer.mask))
-        here = [form for form in FORMS if form != "csr" and supports(form, weight.device, weight.dtype)]
+        here = _forms_here(weight, rounded)
+        if rounded and not here:
+            return FormChoice("csr", self.tokens, {}, machine_name(weight.device))
         forms = tuple(form for form in here if fits(form, csr, layer.shape))
         converter = (
             type(layer),
@@ -71,6 +74,7 @@ class FormSelector:
             forms,
             shape,
             strides,
+            bool(rounded),
         )
         if converter not in self._known:
             # A stride of 0 is an expanded tensor, which takes no values.
@@ -78,7 +82,7 @@ class FormSelector:
             if strides is not None and 0 not in strides:
                 x = torch.empty_strided(shape, strides, device="cpu")
             x.normal_(generator=torch.Generator().manual_seed(0))  # the user's random numbers are not ours to draw
-            candidates = _candidates(layer, forms)
+            candidates = _candidates(layer, forms, quantized=bool(rounded))
             times = self._measure(candidates, x.to(weight))
             n_bytes = {form: _n_bytes(module) for form, module in candidates.items()}
             form = _best(times, n_bytes, self.prefer)
@@ -99,9 +103,17 @@ class FormSelector:
         return {form: timing.median_s * 1e6 for form, timing in timings.items()}
 
 
-def _candidates(layer: MaskedLayer, forms: Iterable[str]) -> dict[str, nn.Module]:
+def _forms_here(weight: Tensor, rounded: str) -> list[str]:
+    """Return the forms to measure for a weight: those with kernels here."""
+    if not rounded:
+        return [form for form in FORMS if form != "csr" and supports(form, weight.device, weight.dtype)]
+    known = [form for form in INT8_FORMS if supports(form, weight.device, weight.dtype, quantized=True)]
+    return [form for form in known if rounded == "int8" or not quantizes_inputs(form)]
+
+
+def _candidates(layer: MaskedLayer, forms: Iterable[str], *, quantized: bool = False) -> dict[str, nn.Module]:
     """Make the dense layer, and a layer in each form with less memory than dense."""
-    packed = {form: exported_as(layer, form) for form in forms}
+    packed = {form: exported_as(layer, form, quantized=quantized) for form in forms}
     return {
         "dense": exported_as(layer, "dense"),
         **{form: module for form, module in packed.items() if _n_bytes(module) < layer.weight.nbytes},
@@ -125,11 +137,14 @@ def _best(times: Mapping[str, float], n_bytes: Mapping[str, int], prefer: str) -
     return min(close, key=lambda form: (n_bytes.get(form, 0), times[form]))
 
 
-def exported_as(layer: MaskedLayer, form: str) -> nn.Module:
-    """Make the exported layer of a masked layer in a form; "dense" is the layer before `convert`, with zeros."""
+def exported_as(layer: MaskedLayer, form: str, *, quantized: bool = False) -> nn.Module:
+    """Make the exported layer of a masked layer in a form; "dense" is the layer before `convert`, with zeros.
+
+    quantized: with int8 values; not for "dense".
+    """
     converter = converter_of_layer(layer)
     if form != "dense":
-        return converter.packed.from_sparse(layer, form=form)
+        return converter.packed.from_sparse(layer, form=form, quantized=quantized)
     zeroed = copy.copy(layer)  # the layer itself may be in a schedule that brings its masked values back
     weight = nn.Parameter(layer.masked_weight().detach(), requires_grad=layer.weight.requires_grad)
     zeroed._parameters = {**layer._parameters, "weight": weight}

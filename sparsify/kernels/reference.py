@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -44,3 +45,27 @@ def pointwise(x: Tensor, csr: CSR, bias: Tensor | None, shape: tuple[int, int], 
     weight, _ = csr_to_dense(csr, shape)
     with torch.autocast(x.device.type, enabled=False):
         return ACTIVATIONS[activation](F.conv2d(x, weight[:, :, None, None], bias))
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Round each row of x (..., in) to 0..255: (q uint8, step float32 (...), zero_point int32 (...)).
+
+    x is about step * (q - zero_point), and 0 is exactly zero_point. In float32, each operation rounded once. A row
+    whose values are all 0, or so near that 255 divided by their range is infinite, has step 0. A row with Inf or NaN,
+    or whose range is no float32, has step NaN.
+
+    >>> quantize_rows(torch.tensor([[-1.0, 0.0, 1.55]]))
+    (tensor([[  0, 100, 255]], dtype=torch.uint8), tensor([0.0100]), tensor([100], dtype=torch.int32))
+    """
+    x = x.float()
+    zero = x.new_zeros((*x.shape[:-1], 1))
+    low, high = (torch.cat([x, zero], -1).aminmax(dim=-1, keepdim=True)) if x.dim() else (x, x)
+    span = high - low
+    inverse = torch.div(torch.full_like(span, 255.0), span)
+    finite = x.isfinite().all(-1, keepdim=True) & span.isfinite()
+    usable = finite & inverse.isfinite()
+    inverse = torch.where(usable, inverse, 0.0)
+    zero_point = torch.where(usable, (-low * inverse).round().clamp(max=255), 0.0)
+    q = torch.where(usable, (x * inverse).round() + zero_point, 0.0).clamp(0, 255)
+    step = torch.where(usable, span / 255.0, torch.where(finite, 0.0, math.nan))
+    return q.to(torch.uint8), step.squeeze(-1), zero_point.squeeze(-1).to(torch.int32)

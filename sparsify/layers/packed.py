@@ -15,7 +15,7 @@ from sparsify.kernels.int8 import check_quantized, quantize
 from sparsify.layers.deferred import may_defer
 from sparsify.layers.inference_mode import making_tensors
 from sparsify.layers.masked import MaskedLayer
-from sparsify.layers.records import FormChoice, LayerResult
+from sparsify.layers.records import FormChoice, LayerResult, Rounding
 from sparsify.layers.tracing import refuse_script
 
 
@@ -56,6 +56,8 @@ class PackedLayer(nn.Module):
     followed_by: str = "none"
     #: The choice of the form, if `export` or `load` made the layer.
     choice: FormChoice | None = None
+    #: The change by rounding to int8, if `export` was asked for it.
+    rounding: Rounding | None = None
     #: The result of the masked layer's pruning on data.
     pruning_result: LayerResult | None = None
 

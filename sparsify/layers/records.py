@@ -1,4 +1,4 @@
-"""Records on a layer: the result of its pruning on data, and the form chosen for it at export.
+"""Records on a layer: the result of its pruning on data, and its form and rounding at export.
 
 Masked and packed layers declare them as attributes. A dense layer can have them too: one that `export` keeps dense has
 its form choice, and one made by `to_dense` its pruning result.
@@ -43,7 +43,7 @@ class FormChoice:
         '5.00x dense for 64 tokens (60 of 300 us)'
         """
         if not self.times_us:
-            return "asked for"
+            return "no kernel for int8 values runs here; see sparsify doctor" if self.tokens else "asked for"
         dense = self.times_us["dense"]
         others = [(t, form) for form, t in self.times_us.items() if form != "dense"]
         if self.form != "dense":
@@ -56,6 +56,48 @@ class FormChoice:
         return f"sparse is no faster for {self.tokens} tokens: {form} {dense / time_us:.2f}x dense"
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """The relative change of a layer's outputs by rounding to int8, and the most allowed.
+
+    by_weights: by int8 weights alone. by_inputs: by int8 weights and inputs; None if inputs were not to be rounded.
+    on_example: measured on the layer's inputs in the example, else on random rows.
+    """
+
+    by_weights: float
+    by_inputs: float | None
+    limit: float
+    on_example: bool
+
+    @property
+    def allowed(self) -> str:
+        """The part that may be int8: "int8" (inputs too), "int8-weights" or "" for nothing.
+
+        >>> Rounding(0.01, 0.2, 0.05, True).allowed
+        'int8-weights'
+        """
+        if self.by_inputs is not None and self.by_inputs <= self.limit:
+            return "int8"
+        return "int8-weights" if self.by_weights <= self.limit else ""
+
+    @property
+    def reason(self) -> str:
+        """The reason for what stays as it is, in a few words; "" if all that was asked for may be int8."""
+        if self.by_inputs is None or self.by_inputs <= self.limit:
+            left, error = "weights", self.by_weights
+        else:
+            left, error = ("inputs", self.by_inputs) if self.allowed else ("weights", self.by_weights)
+        return (
+            "" if error <= self.limit else f"int8 {left} would change its outputs by {error:.2g}, over {self.limit:g}"
+        )
+
+
+def rounding_of(module: nn.Module) -> Rounding | None:
+    """Return the record of a layer's rounding by `export`; None for any other module."""
+    rounding = vars(module).get("rounding")
+    return rounding if isinstance(rounding, Rounding) else None
+
+
 def form_choice(module: nn.Module) -> FormChoice | None:
     """Return the form choice of a layer, packed or kept dense; None for any other module, or an attribute of a user."""
     choice = vars(module).get("choice")
@@ -63,12 +105,25 @@ def form_choice(module: nn.Module) -> FormChoice | None:
 
 
 def set_form_choice(module: nn.Module, choice: FormChoice | None) -> None:
-    """Set or remove the form choice of a layer; an attribute of the same name by a user stays."""
+    """Set or remove the form choice of a layer; an attribute of the same name by a user stays.
+
+    Without a form choice there is no record of rounding either.
+    """
     layer: Any = module
     if choice is not None:
         layer.choice = choice
     elif form_choice(module) is not None:
         del layer.choice
+        set_rounding(module, None)
+
+
+def set_rounding(module: nn.Module, rounding: Rounding | None) -> None:
+    """Set or remove the record of a layer's rounding."""
+    layer: Any = module
+    if rounding is not None:
+        layer.rounding = rounding
+    elif rounding_of(module) is not None:
+        del layer.rounding
 
 
 def pruning_result(module: nn.Module) -> LayerResult | None:

@@ -160,7 +160,7 @@ def _write(
             entries[name] = entry.model_copy(update={"module": exported_type})
         n_kept = int(decode_weight(entry, tensors)[1].sum())
         n_bytes = sum(tensor.nbytes for key, tensor in tensors.items() if key.startswith("weight"))
-        row = entry_row(name, entry, n_kept, layer.weight.element_size(), n_bytes)
+        row = entry_row(name, entry, n_kept, layer.weight.dtype, n_bytes)
         row = replace(row, reason=choice.reason, times_us=dict(choice.times_us))
         rows.append(row if result is None else replace(row, error=result.error, time_s=result.time_s))
         readers |= {join(name, key): partial(finished.tensor, name, key) for key in tensors}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+import torch
+
 from sparsify.checkpoint import container
 from sparsify.checkpoint.container import LayerEntry
 from sparsify.checkpoint.shared_tensors import check_aliases, entries_with_tensors
@@ -28,14 +30,15 @@ def inspect_file(path: str | os.PathLike[str]) -> Report:
     rows = []
     for name, entry in header.layers.items():
         key = join(name, "weight")
-        n_kept, itemsize = weights[header.aliases.get(key, key)]
+        n_kept, dtype = weights[header.aliases.get(key, key)]
         n_bytes = sum(tensors[part].nbytes for part in part_names(name, entry)) if name in layers else 0
-        rows.append(entry_row(name, entry, n_kept, itemsize, n_bytes))
+        rows.append(entry_row(name, entry, n_kept, dtype, n_bytes))
     return Report(tuple(rows))
 
 
-def entry_row(name: str, entry: LayerEntry, n_kept: int, itemsize: int, n_bytes: int) -> Row:
-    """Return the row of a layer in a file, with `n_kept` weights of `itemsize` bytes each in `n_bytes` bytes."""
+def entry_row(name: str, entry: LayerEntry, n_kept: int, dtype: torch.dtype, n_bytes: int) -> Row:
+    """Return the row of a layer in a file, with `n_kept` weights of a dtype, or int8 instead, in `n_bytes` bytes."""
     n_weights = entry.out_features * entry.in_features
     sparsity = 1 - n_kept / n_weights if n_weights else 0.0
-    return Row(name, entry.shape, sparsity, entry.format, n_bytes, n_weights * itemsize)
+    numbers = "int8 weights" if entry.dequantized else str(dtype).removeprefix("torch.")
+    return Row(name, entry.shape, sparsity, entry.format, n_bytes, n_weights * dtype.itemsize, numbers=numbers)

@@ -10,14 +10,27 @@ from torch import Tensor, nn
 from sparsify.conversion.converters.table import converter_for, matrices
 from sparsify.conversion.module_surgery import layers_of_type
 from sparsify.inference.form_selection import why_chosen
+from sparsify.kernels import quantizes_inputs
 from sparsify.layer_names import join
 from sparsify.layers import MaskedLayer, PackedLayer
 from sparsify.layers.copies import warn_stale
-from sparsify.layers.records import FormChoice, form_choice, pruning_result
+from sparsify.layers.records import FormChoice, form_choice, pruning_result, rounding_of
 from sparsify.reporting.table import table
 
 #: Of the printed table; a column without any entry is left out.
-_COLUMNS = ("layer", "shape", "sparsity", "format", "bytes", "of dense", "error", "time", "why")
+_COLUMNS = (
+    "layer",
+    "shape",
+    "sparsity",
+    "format",
+    "numbers",
+    "bytes",
+    "of dense",
+    "error",
+    "int8 error",
+    "time",
+    "why",
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +40,10 @@ class Row:
     format: "dense", "masked" for a layer in training, the form of an exported layer, or the format in a file.
     n_bytes, dense_bytes: those of the weight alone, as it is and dense in the same dtype.
     reason, times_us: the reason of export for the form, and the times measured for each.
+    numbers: those that the layer computes with: "int8", "int8 weights" (with inputs as they are), or the name of a
+    dtype; in a file, "int8 weights" or the dtype of the weights.
+    int8_error: the relative change of the outputs by rounding, on the example of `export` or on random rows; of a
+    layer left as it is, the change that was too much.
     error, time_s: of pruning on calibration data, the relative change of the outputs there, and the seconds for mask
     and weights.
     """
@@ -41,6 +58,8 @@ class Row:
     times_us: Mapping[str, float] = field(default_factory=dict)
     error: float | None = None
     time_s: float | None = None
+    numbers: str = ""
+    int8_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +105,9 @@ class Report(Sequence[Row]):
             columns["format"].append(row.format)
             columns["bytes"].append(f"{row.n_bytes:,}")
             columns["of dense"].append(f"{row.n_bytes / row.dense_bytes:.3f}" if row.dense_bytes else "-")
+            columns["numbers"].append(row.numbers if any("int8" in row.numbers for row in self.rows) else "")
             columns["error"].append("" if row.error is None else f"{row.error:.4f}")
+            columns["int8 error"].append("" if row.int8_error is None else f"{row.int8_error:.4f}")
             columns["time"].append("" if row.time_s is None else f"{row.time_s:.2f} s")
             columns["why"].append(row.reason)
         filled = {name: cells for name, cells in columns.items() if any(cells)}
@@ -115,7 +136,7 @@ def report(model: nn.Module) -> Report:
             if (applied := layer.followed_by if layer.activation == "none" else layer.activation) != "none":
                 applies = f"applies {applied}"
                 measured = (f"{measured[0]}; {applies}" if measured[0] else applies, measured[1])
-            dense_bytes = layer.shape[0] * layer.shape[1] * layer.values.element_size()
+            dense_bytes = layer.shape[0] * layer.shape[1] * layer.float_dtype.itemsize
             n_bytes = _n_bytes(*layer.tensors)
             rows.append(Row(name, layer.shape, layer.sparsity, layer.form, n_bytes, dense_bytes, *measured))
         kind = converter_for(layer)
@@ -129,12 +150,29 @@ def report(model: nn.Module) -> Report:
             rows.append(row)
         if (result := pruning_result(layer)) is not None:
             rows[-1] = replace(rows[-1], error=result.error, time_s=result.time_s)
+        if isinstance(layer, PackedLayer) or rounding_of(layer) is not None:
+            rows[-1] = _with_rounding(rows[-1], layer)
     return Report(tuple(rows), _n_parameters(model))
 
 
 def _why(choice: FormChoice, layer: nn.Module) -> str:
     weight = layer._parameters.get("weight")
     return choice.reason if weight is None else why_chosen(choice, weight)
+
+
+def _with_rounding(row: Row, layer: nn.Module) -> Row:
+    """Return the row of an exported layer with the numbers that it computes with, and its rounding."""
+    quantized = isinstance(layer, PackedLayer) and layer.own_dtype is not None
+    inputs = quantized and isinstance(layer, PackedLayer) and quantizes_inputs(layer.form)
+    dtype = layer.float_dtype if isinstance(layer, PackedLayer) else layer._parameters["weight"].dtype  # type: ignore[union-attr]
+    numbers = "int8" if inputs else "int8 weights" if quantized else str(dtype).removeprefix("torch.")
+    rounding = rounding_of(layer)
+    if rounding is None:
+        return replace(row, numbers=numbers)
+    why = "; ".join(filter(None, (row.reason, rounding.reason)))
+    error = rounding.by_inputs if inputs else rounding.by_weights
+    shown = error if quantized or not rounding.allowed else None
+    return replace(row, numbers=numbers, int8_error=shown, reason=why)
 
 
 def _n_parameters(model: nn.Module) -> int:

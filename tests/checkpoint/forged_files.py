@@ -25,12 +25,13 @@ ITEM_SIZE = {
     "U64": 8,
     "U16": 2,
     "U8": 1,
+    "I8": 1,
     "BOOL": 1,
 }
 
 
 class Net(nn.Module):
-    """Small: every format and kind of layer, a tied weight, a buffer, a scalar."""
+    """Small: every format and kind of layer, int8 values, a tied weight, a buffer, a scalar."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -38,17 +39,18 @@ class Net(nn.Module):
         self.embedding = nn.Embedding(7, 6)
         self.csr, self.bits, self.masked = nn.Linear(60, 5), nn.Linear(6, 5), nn.Linear(5, 3, bias=False)
         self.full, self.head = nn.Linear(4, 3), nn.Linear(6, 7, bias=False)
+        self.rounded = nn.Linear(6, 4)
         self.head.weight = self.embedding.weight
         self.register_buffer("count", torch.tensor(seed))
 
 
 def source() -> Net:
-    model = sparsify.convert(Net(), include=["csr", "bits", "masked", "full"])
-    for name, sparsity in {"csr": 0.97, "bits": 0.5, "masked": 0.4, "full": 0.0}.items():
+    model = sparsify.convert(Net(), include=["csr", "bits", "masked", "full", "rounded"])
+    for name, sparsity in {"csr": 0.97, "bits": 0.5, "masked": 0.4, "full": 0.0, "rounded": 0.5}.items():
         layer = model.get_submodule(name)
         layer.sparse_update(sparsity)
         if name != "masked":
-            setattr(model, name, CSRLinear.from_sparse(layer))
+            setattr(model, name, CSRLinear.from_sparse(layer, quantized=name == "rounded"))
     return model
 
 

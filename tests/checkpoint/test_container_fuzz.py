@@ -95,7 +95,7 @@ def random_lies(file: File, rng: random.Random) -> None:
         name = rng.choice(list(file.tensors))
         dtype, shape, raw = file.tensors[name]
         layer = rng.choice(list(file.header["layers"]))
-        kind = rng.randrange(7)
+        kind = rng.randrange(8)
         if kind == 0 and raw:
             changed = bytearray(raw)
             changed[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
@@ -113,6 +113,8 @@ def random_lies(file: File, rng: random.Random) -> None:
             file.header["layers"][layer][key] = rng.choice([0, 1, 5, 6, 59, 60, 61, 256, 65536, 2**31 - 1, -1])
         elif kind == 5:
             file.header["layers"][layer]["format"] = rng.choice(["csr", "bitmask", "dense"])
+        elif kind == 6:
+            file.header["layers"][layer]["dequantized"] = rng.choice(["", "F32", "F16", "I8"])
         else:
             file.header["aliases"][rng.choice(list(file.tensors))] = name
     file.hash_tensors()
@@ -160,11 +162,16 @@ def assert_holds_the_file(model: nn.Module, file: File) -> None:
         else:
             bits, values = file.tensors[f"{name}.weight.bits"][2], iter(floats(file.tensors[f"{name}.weight.values"]))
             wanted = [next(values) if bits[k // 8] >> (k % 8) & 1 else 0.0 for k in range(rows * columns)]
+        if entry.get("dequantized"):
+            scale = floats(file.tensors[f"{name}.weight.scale"])
+            wanted = [float(torch.tensor(w) * torch.tensor(scale[k // columns])) for k, w in enumerate(wanted)]
         assert isinstance(layer, SparseLinear)
         assert same(layer.weight, wanted), name
 
 
 def floats(stored: tuple[str, list[int], bytes]) -> list[float]:
+    if stored[0] == "I8":
+        return [float(value) for value in struct.unpack(f"<{len(stored[2])}b", stored[2])]
     assert stored[0] == "F32"
     return list(struct.unpack(f"<{len(stored[2]) // 4}f", stored[2]))
 
