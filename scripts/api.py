@@ -21,6 +21,7 @@ the way through them, [glossary.md](glossary.md) the words.
 """
 SECTIONS = {
     "From a dense model to a fast one": (
+        "compress",
         "convert",
         "prune",
         "apply",

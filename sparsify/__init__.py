@@ -28,6 +28,7 @@ from sparsify.masking.schedules import Schedule
 from sparsify.pruning.prune import prune
 from sparsify.pruning.recover import recover
 from sparsify.recipes.apply import apply
+from sparsify.recipes.compress import compress
 from sparsify.recipes.loading import load_recipe
 from sparsify.recipes.schema import Recipe
 from sparsify.reporting.inspection import inspect
@@ -54,6 +55,7 @@ __all__ = [
     "SparseLinear",
     "StaleMaskWarning",
     "apply",
+    "compress",
     "convert",
     "export",
     "inspect",

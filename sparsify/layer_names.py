@@ -1,4 +1,4 @@
-"""Choice of layers by globs, `re:` patterns and types, with an error for a selector without a match."""
+"""Choice of layers by globs, `re:` patterns, types and functions, with an error for a selector without a match."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import fnmatch
 import math
 import re
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import regex
 from torch import nn
 
-#: A glob over dotted names ("encoder.*.query"); "re:" and a regular expression for the whole name; or a module type,
-#: for every layer of the type, or inside a module of the type.
-Selector = str | type[nn.Module]
+#: A glob over dotted names ("encoder.*.query"); "re:" and a regular expression for the whole name; a module type, for
+#: every layer of the type, or inside a module of the type; or a function of a layer's name and module to true or false.
+Selector = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 
 #: Processor time of one regular expression for all names together.
 MAX_MATCH_S = 1.0
@@ -72,8 +72,10 @@ def select(
         for selector in _as_sequence(selectors):
             if isinstance(selector, str):
                 selected |= {aliases[alias] for alias in matching(selector, aliases)}
-            else:
+            elif isinstance(selector, type):
                 selected |= _of_type(selector, model, layers)
+            else:
+                selected |= _by_function(selector, layers)
         return selected
 
     chosen = set(layers) if include is None else meant(include)
@@ -117,8 +119,15 @@ def _as_sequence(selectors: Selector | Sequence[Selector] | None) -> Sequence[Se
         return ()
     sequence = tuple(selectors) if isinstance(selectors, Iterable) and not isinstance(selectors, str) else (selectors,)
     for selector in sequence:
-        if not isinstance(selector, str) and not (isinstance(selector, type) and issubclass(selector, nn.Module)):
-            raise TypeError(f"a layer is selected by a pattern or a module type, got {selector!r}")
+        valid = (
+            issubclass(selector, nn.Module)
+            if isinstance(selector, type)
+            else callable(selector) and not isinstance(selector, nn.Module)
+        )
+        if not isinstance(selector, str) and not valid:
+            raise TypeError(
+                f"a pattern, a module type or a function (name, module) -> bool selects layers, got {selector!r}"
+            )
     return sequence
 
 
@@ -128,6 +137,20 @@ def _of_type(kind: type[nn.Module], model: nn.Module, layers: Mapping[str, nn.Mo
     if not names:
         types = sorted({type(module).__name__ for module in model.modules()})
         raise ValueError(f"type {kind.__name__} matches no layer; the model has: {', '.join(types)}")
+    return names
+
+
+def _by_function(choose: Callable[[str, nn.Module], bool], layers: Mapping[str, nn.Module]) -> set[str]:
+    name_of = getattr(choose, "__name__", repr(choose))
+    names = set()
+    for name, layer in layers.items():
+        answer = choose(name, layer)
+        if not isinstance(answer, bool):
+            raise TypeError(f"{name_of}({name!r}, {type(layer).__name__}) must return True or False, got {answer!r}")
+        if answer:
+            names.add(name)
+    if not names:
+        raise ValueError(f"{name_of} chose none of the {len(layers)} layers")
     return names
 
 

@@ -20,7 +20,7 @@ from sparsify.inference.export import check_format
 from sparsify.offload.fingerprints import data_fingerprint
 from sparsify.outputs import check_space
 from sparsify.recipes.apply import check_applicable
-from sparsify.recipes.assignment import assign_layers
+from sparsify.recipes.assignment import assign_layers, convert_by_recipe
 from sparsify.recipes.dry_run import file_bytes
 from sparsify.recipes.schema import Recipe
 from sparsify.reporting.report import Report
@@ -76,8 +76,7 @@ def _compress_in_memory(arguments: argparse.Namespace, recipe: Recipe, data: Any
         if evaluate:
             quality["dense"] = evaluate(model)
         _advance(bar, "convert its layers")
-        for group in recipe.groups:
-            model = sparsify.convert(model, include=group.layers, exclude=group.exclude, **conversion(arguments))
+        model = convert_by_recipe(model, recipe, **conversion(arguments))
         if data is not None:  # without, all of the work is the writing
             check_space(out.absolute().parent, file_bytes(recipe, model), f"--out {out}: ")
         _advance(bar, "prune")

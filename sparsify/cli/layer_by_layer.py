@@ -19,7 +19,6 @@ from sparsify.checkpoint.save_load import save
 from sparsify.cli.evaluation import Qualities, evaluate_offloaded, evaluation
 from sparsify.cli.models import build_empty
 from sparsify.cli.options import cache_of, conversion
-from sparsify.conversion.convert import convert
 from sparsify.inference.export import export
 from sparsify.offload.disk_offload import named_tensors
 from sparsify.offload.fingerprints import data_fingerprint, structure_fingerprint, tensors_fingerprint
@@ -34,7 +33,7 @@ from sparsify.offload.streaming import (
 from sparsify.outputs import check_space
 from sparsify.pruning.recover import recover
 from sparsify.recipes.apply import recipe_layer_specs
-from sparsify.recipes.assignment import assign_layers
+from sparsify.recipes.assignment import assign_layers, convert_by_recipe
 from sparsify.recipes.schema import Recipe
 from sparsify.reporting.report import Report, Row, report
 
@@ -59,8 +58,7 @@ def compress_layer_by_layer(
     about = _about(arguments, recipe, data, model)
     assign_layers(recipe, model)
     dense = dict(model.named_parameters(remove_duplicate=False))
-    for group in recipe.groups:
-        model = convert(model, include=group.layers, exclude=group.exclude, **conversion(arguments))
+    model = convert_by_recipe(model, recipe, **conversion(arguments))
     if weights is not None:
         weights.rename(dense, model)
     specs = recipe_layer_specs(recipe, model)

@@ -38,7 +38,7 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
             "seed",
         ]
     }
-    options["layers"] = arguments.include
+    options |= {"layers": arguments.include, "types": arguments.types}
     given = {key: value for key, value in options.items() if value is not None}
     if arguments.recipe:
         if arguments.recover is not None:

@@ -12,6 +12,7 @@ from sparsify.cli.files import check_output
 from sparsify.cli.options import conversion, data_of, model_of
 from sparsify.cli.printing import print_json
 from sparsify.conversion.convert import convert, sparse_layers
+from sparsify.conversion.converters.table import dense_types
 from sparsify.masking.methods.registry import required_statistics
 from sparsify.masking.patterns import parse_pattern
 from sparsify.outputs import write_text
@@ -29,7 +30,10 @@ def sensitivity(arguments: argparse.Namespace) -> None:
     """Measure the change of the model's output with each layer alone pruned, and write a recipe for a budget."""
     _check_options(arguments)
     data = data_of(arguments)
-    model = convert(model_of(arguments), include=arguments.include, exclude=arguments.exclude, **conversion(arguments))
+    types = None if arguments.types is None else dense_types(arguments.types)
+    model = convert(
+        model_of(arguments), include=arguments.include, exclude=arguments.exclude, types=types, **conversion(arguments)
+    )
     _check_budget(arguments, model)
     measured = measure_sensitivity(
         model,
@@ -96,6 +100,8 @@ def _print_result(arguments: argparse.Namespace, measured: Sensitivity, targets:
 def _recipe(arguments: argparse.Namespace, targets: dict[str, float]) -> str:
     """Return the text of a recipe with one target for each layer."""
     group: dict[str, Any] = {"layers": list(targets), "method": arguments.method, "allocation": targets}
+    if arguments.types is not None:
+        group["types"] = arguments.types
     if arguments.pattern != "unstructured":
         group["pattern"] = arguments.pattern
     if arguments.refit:

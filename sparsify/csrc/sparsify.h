@@ -21,6 +21,7 @@ extern "C" {
 
 enum sparsify_status {
     SPARSIFY_OK = 0,
+    SPARSIFY_FOUND = 1,      /* of sparsify_hides_values */
     SPARSIFY_BAD_CSR = -1,   /* row pointers or columns out of range or out of order */
     SPARSIFY_BAD_INDEX = -2, /* an index that pack did not write: wrong form, size, bounds or order */
     SPARSIFY_BAD_ARGUMENT = -3,
@@ -135,6 +136,8 @@ SPARSIFY_API int sparsify_sddmm(const struct sparsify_sddmm_call *call);
  * Sets values[i] to zero (all bits) where mask[i] is 0, for n values of 2, 4 or 8 bytes; where it is 1 nothing changes.
  */
 SPARSIFY_API int sparsify_clear_masked(void *values, const uint8_t *mask, int64_t n, int value_bytes, int n_threads);
+/* Returns SPARSIFY_FOUND if sparsify_clear_masked would change a bit; nothing is written. */
+SPARSIFY_API int sparsify_hides_values(void *values, const uint8_t *mask, int64_t n, int value_bytes, int n_threads);
 
 /* ---- factors of parts of a matrix --------------------------------------------------------------------------------
  * For each of n_parts lists of `size` rows, order[part][size], the lower Cholesky factor of those rows and columns of a

@@ -13,7 +13,7 @@ from sparsify.kernels.cpu import library as native
 from sparsify.layers.copies import Origin, bits_of, origins_after, origins_of_copy
 from sparsify.layers.fsdp import shard_like, whole
 from sparsify.layers.inference_mode import making_tensors, writing_to
-from sparsify.layers.masked_weight import GradientAccumulator, masked_weight
+from sparsify.layers.masked_weight import GradientAccumulator, masked_weight, multiplies_plainly
 from sparsify.layers.records import LayerResult
 from sparsify.layers.sparse_training import SparseTrainingKernels
 from sparsify.masking.masks import make_masks
@@ -83,6 +83,21 @@ class MaskedLayer(nn.Module):
         return masked_weight(
             self.weight, self.mask, straight_through=self.masked_mode == "trained", accumulator=self.accumulator
         )
+
+    def forward_weight(self) -> Tensor:
+        """Return weight * mask for a product: in eval mode the weight itself, where its masked values are zero.
+
+        All masked values are looked at each time, since a write through `weight.data` or NumPy leaves no trace: one
+        reading of weight and mask, 0.9 ms at 2048 x 2048 where the copy took 13 ms (one thread, Emerald Rapids).
+        Gradients are those of weight * mask.
+        """
+        if self.training or not multiplies_plainly(self) or native.hides_values(self.weight.detach(), self.mask):
+            return self.masked_weight()
+        if not (torch.is_grad_enabled() and self.weight.requires_grad):
+            return self.weight
+        mask, used = self.mask, self.weight.view_as(self.weight)
+        used.register_hook(lambda gradient: torch.where(mask, gradient, 0.0))
+        return used
 
     @property
     def sparsity(self) -> float:

@@ -7,6 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from sparsify.kernels.cpu import library as native
 
 
 @dataclass
@@ -55,6 +59,20 @@ def masked_weight(
         held = weight.detach()
         used.register_hook(lambda gradient: accumulator.see(held, gradient.detach()))
     return used
+
+
+def multiplies_plainly(layer: Any) -> bool:
+    """Return whether a layer's forward is plain arithmetic on the CPU now, seen by no tracer, transform or method."""
+    return (
+        not torch.compiler.is_compiling()
+        and layer.accumulator is None
+        and layer.masked_mode == "zero"
+        and native.can_clear(layer.weight, layer.mask)
+        and torch._C._get_tracing_state() is None
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and _get_current_dispatch_mode() is None
+    )
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -89,7 +89,7 @@ class SparseConv2d(MaskedLayer, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer to (n, in_channels, height, width), or to one image without n."""
-        return F.conv2d(input, self.masked_weight(), self.bias)
+        return F.conv2d(input, self.forward_weight(), self.bias)
 
     def reset_parameters(self) -> None:
         """Initialise weight and bias afresh, as nn.Conv2d does; the mask stays."""

@@ -50,4 +50,4 @@ class SparseTransposed(MaskedLayer, Transposed):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer to (..., in_features); returns (..., out_features)."""
-        return torch.matmul(input, self.masked_weight())
+        return torch.matmul(input, self.forward_weight())

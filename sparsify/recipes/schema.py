@@ -49,6 +49,9 @@ class Group(BaseModel):
 
     layers: list[str] = Field(["*"], description="globs or re: patterns over layer names")
     exclude: list[str] = Field([], description="patterns of layers to leave out")
+    types: list[str] | None = Field(
+        None, min_length=1, description="dense types to convert: Linear, Conv2d (1x1) ...; the default ones if left out"
+    )
     sparsity: float | None = Field(
         None, description="the final fraction of zeros; left out with N:M or an allocation per layer"
     )
@@ -141,7 +144,7 @@ class Group(BaseModel):
         """Refuse a key without effect beside the others."""
         times = self.schedule.update_times()
         if self.method == HOLD:
-            held = {key for key in self.model_fields_set if key not in ("layers", "exclude", "method")}
+            held = {key for key in self.model_fields_set if key not in ("layers", "exclude", "types", "method")}
             if held:
                 raise ValueError(f"{min(held)!r} has no effect with method {HOLD!r}; take it out")
         several = len(times) > 1

@@ -20,6 +20,7 @@ __all__ = [
     "converter_for",
     "converter_of_layer",
     "converters",
+    "dense_types",
     "dependent_modules",
     "matrices",
     "select_converters",
@@ -51,6 +52,14 @@ def select_converters(types: type[nn.Module] | Sequence[type[nn.Module]] | None)
     if not wanted:
         raise ValueError("types is empty; leave it out for all types")
     return tuple(known[dense] for dense in wanted)
+
+
+def dense_types(names: Sequence[str]) -> tuple[type[nn.Module], ...]:
+    """Return the dense types of these names ("Linear", "Conv2d"). Raises ValueError with the known names."""
+    known = {c.dense.__name__: c.dense for c in converters() if c.dense is not TRANSPOSED.dense}
+    if odd := [name for name in names if name not in known]:
+        raise ValueError(f"types: {odd[0]!r} is none of the types that convert: {', '.join(known)}")
+    return tuple(known[name] for name in names)
 
 
 def converter_for(module: nn.Module) -> Converter | None:

@@ -23,6 +23,7 @@ const KernelTable *avx512_table() {
         sddmm_f32,
         factor_f32,
         {clear_masked<uint16_t>, clear_masked<uint32_t>, clear_masked<uint64_t>},
+        {hides_values<uint16_t>, hides_values<uint32_t>, hides_values<uint64_t>},
     };
     return &table;
 }

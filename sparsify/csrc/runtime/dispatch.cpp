@@ -54,6 +54,17 @@ bool is_sound(const sparsify_linear_call &call) {
 
 using namespace sparsify;
 
+namespace {
+
+int masked_call(int (*const (&of_width)[3])(void *, const uint8_t *, int64_t, int), void *values, const uint8_t *mask,
+                int64_t n, int value_bytes, int n_threads) {
+    const int width = value_bytes == 2 ? 0 : value_bytes == 4 ? 1 : value_bytes == 8 ? 2 : -1;
+    if (n < 0 || width < 0 || n_threads < 1) return SPARSIFY_BAD_ARGUMENT;
+    return n ? of_width[width](values, mask, n, n_threads) : SPARSIFY_OK;
+}
+
+}  // namespace
+
 extern "C" {
 
 const char *sparsify_known_kernels(void) {
@@ -96,10 +107,13 @@ int sparsify_factor_parts(const sparsify_factor_call *call) {
 }
 
 int sparsify_clear_masked(void *values, const uint8_t *mask, int64_t n, int value_bytes, int n_threads) {
-    const int width = value_bytes == 2 ? 0 : value_bytes == 4 ? 1 : value_bytes == 8 ? 2 : -1;
-    if (n < 0 || width < 0 || n_threads < 1) return SPARSIFY_BAD_ARGUMENT;
     if (current().status) return current().status;
-    return n ? current().table->clear[width](values, mask, n, n_threads) : SPARSIFY_OK;
+    return masked_call(current().table->clear, values, mask, n, value_bytes, n_threads);
+}
+
+int sparsify_hides_values(void *values, const uint8_t *mask, int64_t n, int value_bytes, int n_threads) {
+    if (current().status) return current().status;
+    return masked_call(current().table->hides, values, mask, n, value_bytes, n_threads);
 }
 
 int sparsify_pointwise(int dtype, const sparsify_pointwise_call *call) {

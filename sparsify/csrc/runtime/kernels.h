@@ -22,6 +22,7 @@ struct KernelTable {
     int (*sddmm)(const sparsify_sddmm_call &);
     int (*factor)(const sparsify_factor_call &);
     int (*clear[3])(void *values, const uint8_t *mask, int64_t n, int n_threads);  // of 2, 4 and 8 bytes
+    int (*hides[3])(void *values, const uint8_t *mask, int64_t n, int n_threads);
 };
 
 const KernelTable *portable_table();

@@ -1,4 +1,5 @@
-// Sets the places that a mask does not keep to zero, for the instruction set this is compiled with.
+// Sets the places that a mask does not keep to zero, or only looks if one of them is not, for the instruction set this
+// is compiled with.
 //
 // Between two updates of a mask an optimizer seldom moves a masked weight, so a block is written only where something
 // in it changes: the pass reads 5 bytes a float32 weight, and writes nothing.
@@ -44,6 +45,24 @@ template <class Word>
 int clear_masked(void *values, const uint8_t *mask, int64_t n, int n_threads) {
     const ClearPlan plan{values, mask, n};
     return run_tasks((n + CLEAR_TASK - 1) / CLEAR_TASK, n < CLEAR_ALONE ? 1 : n_threads, clear_task<Word>, &plan);
+}
+
+template <class Word>
+inline int hides_task(const void *context, int64_t number) {
+    const ClearPlan &plan = *static_cast<const ClearPlan *>(context);
+    const int64_t first = number * CLEAR_TASK;
+    const int64_t n = first + CLEAR_TASK < plan.n ? CLEAR_TASK : plan.n - first;
+    const Word *const values = static_cast<const Word *>(plan.values) + first;
+    Word set = 0;
+    for (int64_t i = 0; i < n; ++i) set |= values[i] & (Word(plan.mask[first + i]) - Word(1));
+    return set ? SPARSIFY_FOUND : SPARSIFY_OK;
+}
+
+// SPARSIFY_FOUND if any value at a place that the mask does not keep has a bit set.
+template <class Word>
+int hides_values(void *values, const uint8_t *mask, int64_t n, int n_threads) {
+    const ClearPlan plan{values, mask, n};
+    return run_tasks((n + CLEAR_TASK - 1) / CLEAR_TASK, n < CLEAR_ALONE ? 1 : n_threads, hides_task<Word>, &plan);
 }
 
 }  // namespace

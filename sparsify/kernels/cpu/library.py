@@ -87,6 +87,7 @@ _linear: Any = None
 _sddmm: Any = None
 _factor: Any = None
 _clear: Any = None
+_hides: Any = None
 _pointwise: Any = None
 _forget_stalls: Any = None
 _pack_call, _pack_pointwise_call = _LINEAR_CALL.pack, _POINTWISE_CALL.pack
@@ -99,6 +100,7 @@ if _library is not None:
     _factor = _function("sparsify_factor_parts", (_int, [ctypes.c_char_p]))
     _forget_stalls = _function("sparsify_forget_stalls", (None, []))
     _clear = _function("sparsify_clear_masked", (_int, [_pointer, _pointer, _int64, _int, _int]))
+    _hides = _function("sparsify_hides_values", (_int, [_pointer, _pointer, _int64, _int, _int]))
 _FORM_NUMBERS = {form: number for number, form in enumerate(FORMS)}
 
 
@@ -352,6 +354,15 @@ def clear_masked(values: Tensor, mask: Tensor) -> None:
     ):
         _checked(status)
     torch.autograd.graph.increment_version(values)
+
+
+def hides_values(values: Tensor, mask: Tensor) -> bool:
+    """Return whether any value at False of a bool mask has a bit set: one reading of both, for `can_clear` tensors."""
+    return bool(
+        _checked(
+            _hides(values.data_ptr(), mask.data_ptr(), values.numel(), values.element_size(), torch.get_num_threads())
+        )
+    )
 
 
 def _checked(status: int) -> int:

@@ -20,6 +20,20 @@ def test_what_the_mask_does_not_keep_becomes_zero(kernel, dtype):
         assert torch.equal(values.view(bits), expected.view(bits))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_a_hidden_value_is_found_wherever_it_is(kernel, dtype):
+    for n in (0, 1, 15, 255, 256, 257, 65_536, 70_001, 2**18 + 3):
+        mask = torch.rand(n) < 0.3
+        values = torch.where(mask, torch.randn(n), 0.0).to(dtype)
+        values, mask = before_a_guard_page(values), before_a_guard_page(mask)
+        assert not native.hides_values(values, mask)
+        for place in {0, n // 2, n - 1} if n else ():
+            for value in (1.0, float("nan"), torch.finfo(dtype).smallest_normal):
+                kept, values[place] = (bool(mask[place]), values[place].item()), value
+                assert native.hides_values(values, mask) is not kept[0]
+                values[place] = kept[1]
+
+
 def test_threads_do_not_matter_and_autograd_knows_of_the_change():
     values, mask = torch.randn(2**18 + 5), torch.rand(2**18 + 5) < 0.5
     kept = values.clone()
