@@ -3,7 +3,6 @@
 import re
 
 import pytest
-import torch
 from torch import nn
 
 from sparsify.layer_names import MAX_LETTERS, Selector, matching, select
@@ -95,7 +94,7 @@ def test_an_expression_that_would_take_years_is_refused(text: str, monkeypatch: 
 @pytest.mark.parametrize("selector", [3, nn.Linear(2, 2), str, [None]])
 def test_a_selector_is_a_pattern_a_module_type_or_a_function(selector: object) -> None:
     net = model()
-    with pytest.raises(TypeError, match="a pattern, a module type or a function .* selects layers, got"):
+    with pytest.raises(TypeError, match=r"a pattern, a module type or a function .* selects layers, got"):
         select(net, linears(net), selector)  # type: ignore[arg-type]
 
 
