@@ -1,4 +1,4 @@
-// The bitmask form (bitmask_format.h) with AVX2: sixteen rows are two registers.
+// The bitmask form (bitmask/format.h) with AVX2: sixteen rows are two registers.
 #pragma once
 
 #include "bitmask/format.h"

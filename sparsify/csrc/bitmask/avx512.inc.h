@@ -1,4 +1,4 @@
-// The bitmask form (bitmask_format.h) with AVX-512: an expand per column and 16 rows, an FMA per token.
+// The bitmask form (bitmask/format.h) with AVX-512: an expand per column and 16 rows, an FMA per token.
 #pragma once
 
 #include "bitmask/format.h"

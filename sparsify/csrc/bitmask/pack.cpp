@@ -1,4 +1,4 @@
-// Packs, unpacks and checks the bitmask form (layout: bitmask_format.h).
+// Packs, unpacks and checks the bitmask form (layout: bitmask/format.h).
 #include <stdlib.h>
 #include <string.h>
 

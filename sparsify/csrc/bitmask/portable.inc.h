@@ -1,13 +1,11 @@
-// The bitmask form (bitmask_format.h) in plain C++: weight by weight.
+// The bitmask form (bitmask/format.h) in plain C++: weight by weight.
 #pragma once
 
 #include "bitmask/format.h"
 #include "few_tokens.inc.h"
+#include "simd/scalar.h"
 
 namespace {
-
-inline float to_float(float a) { return a; }
-inline float to_float(uint16_t a) { return widen(a); }
 
 struct Bitmask {
     using View = BitmaskView;

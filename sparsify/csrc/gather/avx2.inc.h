@@ -1,74 +1,63 @@
-// The gather form (gather_format.h) with AVX2: a window is four registers of 8 columns, and one of eight activations is
-// found by a permute of each and three blends. Sixteen lanes are two registers.
+// The gather form (gather/format.h) with AVX2: a step is one permute and one FMA for each token.
 #pragma once
 
-#include "few_tokens.inc.h"
-#include "gather/format.h"
+#include "gather/plain.inc.h"
 #include "simd/expand_avx2.h"
 
 namespace {
 
-// x[column] of eight lanes; the low 5 bits of each lane of columns count, the others are ignored.
-inline Vec look_up(const float *window, __m256i columns) {
-    const Vec a = _mm256_permutevar8x32_ps(load(window), columns);
-    const Vec b = _mm256_permutevar8x32_ps(load(window + 8), columns);
-    const Vec c = _mm256_permutevar8x32_ps(load(window + 16), columns);
-    const Vec d = _mm256_permutevar8x32_ps(load(window + 24), columns);
-    const Vec bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(columns, 28));
-    const Vec bit4 = _mm256_castsi256_ps(_mm256_slli_epi32(columns, 27));
-    return _mm256_blendv_ps(_mm256_blendv_ps(a, b, bit3), _mm256_blendv_ps(c, d, bit3), bit4);
+constexpr GatherTile GATHER_TILE = GATHER_NARROW;
+// Chains of additions that do not wait for one another; four tokens have registers for no more.
+constexpr int GATHER_CHAINS = 3;
+
+// part[n][chain] += one group. Moves past what it read; `at` is the start of the window.
+template <int N, bool PADDED, bool EXACT, typename T>
+__attribute__((always_inline)) inline void gather_group(const GatherView &view, int64_t group, const T *&values,
+                                                        const float *x, int64_t x_stride, size_t &at,
+                                                        Vec (&part)[N][GATHER_CHAINS]) {
+    __m256i columns = _mm256_loadu_si256((const __m256i *)(view.words + group * GATHER_TILE.lanes));
+    const uint8_t *moves = view.moves + group * GATHER_TILE.steps, *taking = view.taking + group * GATHER_TILE.steps;
+#pragma GCC unroll 10
+    for (int s = 0; s < GATHER_TILE.steps; ++s) {
+        at += moves[s];
+        const unsigned mask = PADDED && !EXACT ? 0 : taking[s];
+        const Vec w = PADDED ? load(values) : expand(values, mask);
+        values += PADDED ? GATHER_TILE.lanes : _mm_popcnt_u32(mask);
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) {
+            Vec a = _mm256_permutevar8x32_ps(load(x + n * x_stride + at), columns);  // the low three bits count
+            if (EXACT) a = keep(a, lanes_of(mask));
+            part[n][s % GATHER_CHAINS] = fma(w, a, part[n][s % GATHER_CHAINS]);
+        }
+        columns = _mm256_srli_epi32(columns, GATHER_TILE.column_bits);
+    }
 }
 
 template <int N, bool PADDED, bool EXACT, typename T>
 void gather_tile(const GatherView &view, const T *values, int64_t tile, const float *x, int64_t x_stride, float *sums) {
-    const T *value = values + view.tile_values[tile];
-    const int steps_per_window = int(view.header->steps_per_window);
-    const uint8_t *move = view.moves + size_t(view.tile_groups[tile]) * size_t(GATHER_STEPS / steps_per_window);
-    const int64_t groups_per_sum = gather_groups_per_sum(view.header);
-    int64_t until_sum = groups_per_sum;
-    Vec total[N][2] = {}, part[N][2] = {};
-    for (size_t group = view.tile_groups[tile]; group < view.tile_groups[tile + 1]; ++group) {
-        const uint32_t *words = view.words + group * GATHER_LANES;
-        __m256i columns[2] = {_mm256_loadu_si256((const __m256i *)words),
-                              _mm256_loadu_si256((const __m256i *)(words + 8))};
-        for (int s = 0; s < GATHER_STEPS; ++s) {
-            if (s == 0 || s == steps_per_window) x += *move++;
-            const unsigned taking = view.lanes[group * GATHER_STEPS + size_t(s)];
-#pragma GCC unroll 2
-            for (int half = 0; half < 2; ++half) {
-                const unsigned mask = taking >> (8 * half) & 0xff;
-                const Vec w = PADDED ? load(value) : expand(value, mask);
-                value += PADDED ? 8 : _mm_popcnt_u32(mask);
+    const int64_t groups_per_sum = gather_groups_per_sum(view.header), end = view.tile_groups[tile + 1];
+    values += view.tile_values[tile];
+    size_t at = 0;
+    Vec total[N] = {};
+    for (int64_t group = view.tile_groups[tile]; group < end;) {
+        const int64_t end_sum = group + groups_per_sum < end ? group + groups_per_sum : end;
+        Vec part[N][GATHER_CHAINS] = {};
+        for (; group < end_sum; ++group) gather_group<N, PADDED, EXACT>(view, group, values, x, x_stride, at, part);
 #pragma GCC unroll 4
-                for (int n = 0; n < N; ++n) {
-                    Vec a = look_up(x + n * x_stride, columns[half]);
-                    if (EXACT) a = keep(a, lanes_of(mask));
-                    part[n][half] = fma(w, a, part[n][half]);
-                }
-                columns[half] = _mm256_srli_epi32(columns[half], GATHER_COLUMN_BITS);
-            }
-        }
-        if (--until_sum == 0 || group + 1 == view.tile_groups[tile + 1]) {
-            until_sum = groups_per_sum;
-            for (int n = 0; n < N; ++n)
-                for (int half = 0; half < 2; ++half) {
-                    total[n][half] = add(total[n][half], part[n][half]);
-                    part[n][half] = zero();
-                }
-        }
+        for (int n = 0; n < N; ++n) total[n] = add(total[n], add(add(part[n][0], part[n][1]), part[n][2]));
     }
-    const uint8_t *rows = view.rows + tile * GATHER_LANES;
+    const uint8_t *rows = view.rows + tile * GATHER_TILE.lanes;
     for (int n = 0; n < N; ++n) {
-        alignas(32) float lanes[GATHER_LANES];
-        store(lanes, total[n][0]);
-        store(lanes + 8, total[n][1]);
-        for (int l = 0; l < GATHER_LANES && rows[l] != GATHER_NO_ROW; ++l) sums[n * BLOCK_ROWS + rows[l]] = lanes[l];
+        alignas(32) float lanes[GATHER_TILE.lanes];
+        store(lanes, total[n]);
+        for (int l = 0; l < GATHER_TILE.lanes && rows[l] != GATHER_NO_ROW; ++l)
+            sums[n * BLOCK_ROWS + rows[l]] = lanes[l];
     }
 }
 
 struct Gather {
     using View = GatherView;
-    static constexpr int64_t LEAST_IN = GATHER_WINDOW;
+    static constexpr int64_t LEAST_IN = GATHER_TILE.window;
     static constexpr int MAX_TOKENS = 4;
     static constexpr bool SKIPS_MASKED = false;
 
@@ -76,8 +65,10 @@ struct Gather {
 
     template <int N, bool EXACT, typename T>
     static void block(const View &view, const T *values, int64_t block, const float *x, int64_t x_stride, float *sums) {
-        const int64_t first = block * GATHER_BLOCK_TILES, n_tiles = view.header->n_tiles;
-        for (int64_t tile = first; tile < first + GATHER_BLOCK_TILES && tile < n_tiles; ++tile) {
+        if (view.header->lanes != uint32_t(GATHER_TILE.lanes))
+            return gather_block_plain<N>(view, values, block, x, x_stride, sums);
+        constexpr int64_t TILES = GATHER_BLOCK_ROWS / GATHER_TILE.lanes;
+        for (int64_t tile = block * TILES; tile < (block + 1) * TILES && tile < view.header->n_tiles; ++tile) {
             if (view.header->padded)
                 gather_tile<N, true, EXACT>(view, values, tile, x, x_stride, sums);
             else

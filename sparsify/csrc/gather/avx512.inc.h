@@ -1,26 +1,29 @@
 // The gather form (gather_format.h) with AVX-512: a window is two registers, a step is one permute and one FMA.
 #pragma once
 
-#include "few_tokens.inc.h"
-#include "gather/format.h"
+#include "gather/plain.inc.h"
 #include "simd/expand_avx512.h"
 
 namespace {
+
+constexpr GatherTile GATHER_TILE = GATHER_WIDE;
+constexpr int64_t GATHER_TILES = GATHER_BLOCK_ROWS / GATHER_TILE.lanes;  // of a block
 
 // Where one tile is in its streams.
 template <typename T>
 struct GatherCursor {
     const T *values;
     const uint32_t *words;
-    const uint16_t *lanes;
+    const uint16_t *taking;
     const uint8_t *moves;
     const float *x;  // start of the window, of the first token
     int64_t n_groups;
 
     GatherCursor(const GatherView &view, const T *all_values, int64_t tile, const float *x, int windows_per_group)
         : values(all_values + view.tile_values[tile]),
-          words(view.words + size_t(view.tile_groups[tile]) * GATHER_LANES),
-          lanes(view.lanes + size_t(view.tile_groups[tile]) * GATHER_STEPS),
+          words(view.words + size_t(view.tile_groups[tile]) * size_t(GATHER_TILE.lanes)),
+          taking(reinterpret_cast<const uint16_t *>(view.taking) +
+                 size_t(view.tile_groups[tile]) * size_t(GATHER_TILE.steps)),
           moves(view.moves + size_t(view.tile_groups[tile]) * size_t(windows_per_group)),
           x(x),
           n_groups(int64_t(view.tile_groups[tile + 1]) - view.tile_groups[tile]) {}
@@ -39,14 +42,14 @@ template <int N, int STEPS_PER_WINDOW, bool PADDED, bool EXACT, typename T>
 __attribute__((always_inline)) inline void gather_group(GatherCursor<T> &at, int64_t x_stride, Vec (&acc)[N]) {
     __m512i columns = _mm512_loadu_si512(at.words);
     if (N > 2) {  // with one or two tokens the processor keeps up by itself, and the prefetches cost 5%
-        _mm_prefetch((const char *)(at.words + GATHER_AHEAD * GATHER_LANES), _MM_HINT_T0);
-        constexpr size_t BYTES = GATHER_STEPS * (PADDED ? GATHER_LANES : 10) * sizeof(T);
+        _mm_prefetch((const char *)(at.words + GATHER_AHEAD * GATHER_TILE.lanes), _MM_HINT_T0);
+        constexpr size_t BYTES = GATHER_TILE.steps * (PADDED ? GATHER_TILE.lanes : 10) * sizeof(T);
 #pragma GCC unroll 6
         for (size_t line = 0; line < BYTES; line += 64)
             _mm_prefetch((const char *)at.values + GATHER_AHEAD * BYTES + line, _MM_HINT_T0);
     }
 #pragma GCC unroll 2
-    for (int window = 0; window < GATHER_STEPS / STEPS_PER_WINDOW; ++window) {
+    for (int window = 0; window < GATHER_TILE.steps / STEPS_PER_WINDOW; ++window) {
         at.x += at.moves[window];
         Vec low[N], high[N];
 #pragma GCC unroll 8
@@ -59,11 +62,11 @@ __attribute__((always_inline)) inline void gather_group(GatherCursor<T> &at, int
 #pragma GCC unroll 6
         for (int s = 0; s < STEPS_PER_WINDOW; ++s) {
             constexpr bool MASKED = EXACT || !PADDED;
-            const uint16_t taking = MASKED ? at.lanes[window * STEPS_PER_WINDOW + s] : 0;
+            const uint16_t taking = MASKED ? at.taking[window * STEPS_PER_WINDOW + s] : 0;
             const Mask mask = _cvtu32_mask16(taking);
             Vec w = load(at.values);
             if (PADDED) {
-                at.values += GATHER_LANES;
+                at.values += GATHER_TILE.lanes;
             } else {
                 w = expand(w, mask);
                 at.values += _mm_popcnt_u32(taking);
@@ -74,12 +77,12 @@ __attribute__((always_inline)) inline void gather_group(GatherCursor<T> &at, int
                 const Vec x = _mm512_permutex2var_ps(low[n], columns, high[n]);
                 acc[n] = MASKED ? _mm512_mask3_fmadd_ps(w, x, acc[n], mask) : _mm512_fmadd_ps(w, x, acc[n]);
             }
-            columns = _mm512_srli_epi32(columns, GATHER_COLUMN_BITS);
+            columns = _mm512_srli_epi32(columns, GATHER_TILE.column_bits);
         }
     }
-    at.words += GATHER_LANES;
-    at.lanes += GATHER_STEPS;
-    at.moves += GATHER_STEPS / STEPS_PER_WINDOW;
+    at.words += GATHER_TILE.lanes;
+    at.taking += GATHER_TILE.steps;
+    at.moves += GATHER_TILE.steps / STEPS_PER_WINDOW;
 }
 
 // total += part, part = 0
@@ -94,11 +97,12 @@ inline void gather_fold(Vec (&total)[N], Vec (&part)[N]) {
 
 template <int N>
 inline void gather_store(const GatherView &view, int64_t tile, const Vec (&total)[N], float *sums) {
-    const uint8_t *rows = view.rows + tile * GATHER_LANES;
+    const uint8_t *rows = view.rows + tile * GATHER_TILE.lanes;
     for (int n = 0; n < N; ++n) {
-        alignas(64) float lanes[GATHER_LANES];
+        alignas(64) float lanes[GATHER_TILE.lanes];
         store(lanes, total[n]);
-        for (int l = 0; l < GATHER_LANES && rows[l] != GATHER_NO_ROW; ++l) sums[n * BLOCK_ROWS + rows[l]] = lanes[l];
+        for (int l = 0; l < GATHER_TILE.lanes && rows[l] != GATHER_NO_ROW; ++l)
+            sums[n * BLOCK_ROWS + rows[l]] = lanes[l];
     }
 }
 
@@ -106,7 +110,7 @@ inline void gather_store(const GatherView &view, int64_t tile, const Vec (&total
 template <int TILES, int N, int STEPS_PER_WINDOW, bool PADDED, bool EXACT, typename T>
 void gather_tiles(const GatherView &view, const T *values, int64_t tile, const float *x, int64_t x_stride,
                   float *sums) {
-    constexpr int WINDOWS = GATHER_STEPS / STEPS_PER_WINDOW;
+    constexpr int WINDOWS = GATHER_TILE.steps / STEPS_PER_WINDOW;
     const int64_t groups_per_sum = gather_groups_per_sum(view.header);
     GatherCursor<T> a(view, values, tile, x, WINDOWS), b(view, values, tile + TILES - 1, x, WINDOWS);
     if (TILES == 1) b.n_groups = 0;
@@ -138,8 +142,8 @@ void gather_block(const GatherView &view, const T *values, int64_t block, const 
     // One tile alone waits for its own FMAs: with one or two tokens, two at once.
     constexpr int TILES = N <= 2 ? 2 : 1;
     const int64_t n_tiles = view.header->n_tiles;
-    const int64_t end = (block + 1) * GATHER_BLOCK_TILES < n_tiles ? (block + 1) * GATHER_BLOCK_TILES : n_tiles;
-    int64_t tile = block * GATHER_BLOCK_TILES;
+    const int64_t end = (block + 1) * GATHER_TILES < n_tiles ? (block + 1) * GATHER_TILES : n_tiles;
+    int64_t tile = block * GATHER_TILES;
     for (; tile + TILES <= end; tile += TILES)
         gather_tiles<TILES, N, STEPS_PER_WINDOW, PADDED, EXACT>(view, values, tile, x, x_stride, sums);
     for (; tile < end; ++tile)
@@ -148,7 +152,7 @@ void gather_block(const GatherView &view, const T *values, int64_t block, const 
 
 struct Gather {
     using View = GatherView;
-    static constexpr int64_t LEAST_IN = GATHER_WINDOW;
+    static constexpr int64_t LEAST_IN = GATHER_TILE.window;
     static constexpr int MAX_TOKENS = 8;  // 16 registers of windows, 8 of sums
     static constexpr bool SKIPS_MASKED = false;
 
@@ -156,6 +160,8 @@ struct Gather {
 
     template <int N, bool EXACT, typename T>
     static void block(const View &view, const T *values, int64_t block, const float *x, int64_t x_stride, float *sums) {
+        if (view.header->lanes != uint32_t(GATHER_TILE.lanes))
+            return gather_block_plain<N>(view, values, block, x, x_stride, sums);
         const bool padded = view.header->padded, long_windows = view.header->steps_per_window == 6;
         if (long_windows)
             padded ? gather_block<N, 6, true, EXACT>(view, values, block, x, x_stride, sums)

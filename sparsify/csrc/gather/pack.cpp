@@ -1,4 +1,5 @@
-// Packs the gather form (layout: gather_format.h). The way back is in gather_unpack.cpp.
+// Packs the gather form (layout: gather/format.h) with the tile of the instruction set in use. The way back is in
+// unpack.cpp.
 #include <stdlib.h>
 #include <string.h>
 
@@ -6,6 +7,7 @@
 
 #include "gather/format.h"
 #include "runtime/csr.h"
+#include "runtime/kernels.h"
 #include "sparsify.h"
 
 using namespace sparsify;
@@ -14,17 +16,21 @@ namespace {
 
 // Steps that share a window. More of them save loads of x, fewer save lanes that rest. Best of 1, 2, 3 and 6 at one
 // token, 768x768, Zen 4: from 80% sparsity on 3 beats 2 by 12 to 17% although it needs up to 6% more steps.
-uint32_t best_steps_per_window(double density) { return density >= 0.4 ? 6 : 3; }
+uint32_t best_steps_per_window(const GatherTile &tile, double density) {
+    return tile.window == GATHER_NARROW.window ? 1 : density >= 0.4 ? 6 : 3;
+}
 
-// Padded values save the expand of each step (1.4x faster in cache, Zen 4) and cost their bytes. The
-// limit lets 80% sparsity be padded (1.25 slots per weight), and keeps 90% (1.6) small: 0.13 of dense and not 0.19.
+// Padded values save the expand of each step (1.4x faster in cache, wide tiles, Zen 4; 1.6x narrow) and cost their
+// bytes. Slots per weight are 1.25 in wide tiles at 80% and 1.6 at 90%, in narrow ones 1.17 at 50% and 1.36 at 70%. The
+// limit keeps 90% small, 0.13 of dense and not 0.19, and in narrow tiles 70%: 0.36 and not 0.46.
 constexpr double MAX_PADDING = 1.3;
 
 struct Plan {
+    GatherTile tile = {};
     int64_t n_tiles = 0, n_groups = 0, nnz = 0;
     uint32_t steps_per_window = 0;
     bool padded = false;
-    uint8_t *rows = nullptr;          // n_tiles x 16, as in the index
+    uint8_t *rows = nullptr;          // n_tiles x lanes, as in the index
     uint32_t *tile_groups = nullptr;  // groups of each tile
 
     Plan() = default;
@@ -33,8 +39,9 @@ struct Plan {
         free(rows);
         free(tile_groups);
     }
-    int64_t index_bytes() const { return gather_sections(n_tiles, n_groups, steps_per_window).end; }
-    int64_t n_values() const { return (padded ? n_groups * GATHER_STEPS * GATHER_LANES : nnz) + GATHER_TAIL; }
+    int64_t n_slots() const { return n_groups * tile.steps * tile.lanes; }
+    int64_t index_bytes() const { return gather_sections(tile, n_tiles, n_groups, steps_per_window).end; }
+    int64_t n_values() const { return (padded ? n_slots() : nnz) + GATHER_TAIL; }
 };
 
 // Calls move(window, distance) for each window of a tile and take(step, lane, CSR position, column - window start) for
@@ -45,20 +52,20 @@ struct Plan {
 template <class Move, class Take>
 int64_t walk(const Plan &plan, int64_t tile, int64_t in, const int32_t *crow, const int32_t *col, Move move,
              Take take) {
-    const int steps_per_window = int(plan.steps_per_window);
-    int32_t next[GATHER_LANES] = {}, end[GATHER_LANES] = {};
-    for (int l = 0; l < GATHER_LANES; ++l) {
-        const uint8_t row = plan.rows[tile * GATHER_LANES + l];
+    const int steps_per_window = int(plan.steps_per_window), lanes = plan.tile.lanes;
+    int32_t next[GATHER_MAX_LANES] = {}, end[GATHER_MAX_LANES] = {};
+    for (int l = 0; l < lanes; ++l) {
+        const uint8_t row = plan.rows[tile * lanes + l];
         if (row == GATHER_NO_ROW) continue;
-        const int32_t *of_row = crow + tile / GATHER_BLOCK_TILES * GATHER_BLOCK_ROWS + row;
+        const int32_t *of_row = crow + tile * lanes / GATHER_BLOCK_ROWS * GATHER_BLOCK_ROWS + row;
         next[l] = of_row[0];
         end[l] = of_row[1];
     }
-    const int64_t last_start = std::max<int64_t>(in - GATHER_WINDOW, 0);  // no window reaches past the end of x
+    const int64_t last_start = std::max<int64_t>(in - plan.tile.window, 0);  // no window reaches past the end of x
     int64_t start = 0;
     for (int64_t window = 0;; ++window) {
         int64_t leftmost = INT64_MAX;
-        for (int l = 0; l < GATHER_LANES; ++l)
+        for (int l = 0; l < lanes; ++l)
             if (next[l] < end[l]) leftmost = std::min<int64_t>(leftmost, col[next[l]]);
         if (leftmost == INT64_MAX) return window;
         const int64_t wanted = std::min(leftmost, last_start);
@@ -66,10 +73,10 @@ int64_t walk(const Plan &plan, int64_t tile, int64_t in, const int32_t *crow, co
         start += distance;
         move(window, uint8_t(distance));
         if (start != wanted) continue;  // more than a byte away: an empty window on the way
-        for (int l = 0; l < GATHER_LANES; ++l)
+        for (int l = 0; l < lanes; ++l)
             for (int s = 0; s < steps_per_window && next[l] < end[l]; ++s, ++next[l]) {
                 const int64_t column = col[next[l]] - start;
-                if (column >= GATHER_WINDOW) break;
+                if (column >= plan.tile.window) break;
                 take(window * steps_per_window + s, l, next[l], uint32_t(column));
             }
     }
@@ -78,8 +85,8 @@ int64_t walk(const Plan &plan, int64_t tile, int64_t in, const int32_t *crow, co
 // The lanes of a tile wait for the longest of their rows, so the rows of a block are dealt to its tiles by length: 2%
 // fewer steps for random masks, more where some rows are sparser than others. Not over all rows: threads would share
 // the cache lines of the output.
-void order_rows(int64_t out, int64_t n_tiles, const int32_t *crow, uint8_t *rows) {
-    memset(rows, GATHER_NO_ROW, size_t(n_tiles * GATHER_LANES));
+void order_rows(int64_t out, int64_t n_lanes, const int32_t *crow, uint8_t *rows) {
+    memset(rows, GATHER_NO_ROW, size_t(n_lanes));
     for (int64_t first = 0; first < out; first += GATHER_BLOCK_ROWS, rows += GATHER_BLOCK_ROWS) {
         const int n_rows = int(std::min<int64_t>(out - first, GATHER_BLOCK_ROWS));
         for (int i = 0; i < n_rows; ++i) rows[i] = uint8_t(i);
@@ -93,21 +100,23 @@ void order_rows(int64_t out, int64_t n_tiles, const int32_t *crow, uint8_t *rows
 
 int make_plan(int64_t out, int64_t in, const int32_t *crow, const int32_t *col, Plan *plan) {
     if (const int status = check_csr(out, in, crow, col)) return status;
-    plan->n_tiles = (out + GATHER_LANES - 1) / GATHER_LANES;
+    plan->tile = kernel_in_use()->gather_tile;
+    plan->n_tiles = (out + plan->tile.lanes - 1) / plan->tile.lanes;
     plan->nnz = crow[out];
-    plan->steps_per_window = best_steps_per_window(double(plan->nnz) / std::max(double(out) * double(in), 1.0));
-    plan->rows = static_cast<uint8_t *>(malloc(size_t(GATHER_LANES * plan->n_tiles + 1)));
+    plan->steps_per_window =
+        best_steps_per_window(plan->tile, double(plan->nnz) / std::max(double(out) * double(in), 1.0));
+    plan->rows = static_cast<uint8_t *>(malloc(size_t(plan->tile.lanes * plan->n_tiles + 1)));
     plan->tile_groups = static_cast<uint32_t *>(malloc(sizeof(uint32_t) * size_t(plan->n_tiles + 1)));
     if (!plan->rows || !plan->tile_groups) return SPARSIFY_NO_MEMORY;
-    order_rows(out, plan->n_tiles, crow, plan->rows);
-    const int64_t windows_per_group = GATHER_STEPS / plan->steps_per_window;
+    order_rows(out, plan->tile.lanes * plan->n_tiles, crow, plan->rows);
+    const int64_t windows_per_group = plan->tile.steps / plan->steps_per_window;
     for (int64_t tile = 0; tile < plan->n_tiles; ++tile) {
         const int64_t n_windows =
             walk(*plan, tile, in, crow, col, [](int64_t, uint8_t) {}, [](int64_t, int, int32_t, uint32_t) {});
         plan->tile_groups[tile] = uint32_t((n_windows + windows_per_group - 1) / windows_per_group);
         plan->n_groups += plan->tile_groups[tile];
     }
-    plan->padded = double(plan->n_groups * GATHER_STEPS * GATHER_LANES) <= MAX_PADDING * double(plan->nnz);
+    plan->padded = double(plan->n_slots()) <= MAX_PADDING * double(plan->nnz);
     return SPARSIFY_OK;
 }
 
@@ -131,53 +140,53 @@ int sparsify_gather_pack(int64_t out, int64_t in, const int32_t *crow, const int
                          int64_t *order) {
     Plan plan;
     if (const int status = make_plan(out, in, crow, col, &plan)) return status;
-    const GatherSections at = gather_sections(plan.n_tiles, plan.n_groups, plan.steps_per_window);
+    const GatherSections at = gather_sections(plan.tile, plan.n_tiles, plan.n_groups, plan.steps_per_window);
     memset(index, 0, size_t(at.end));
+    const int64_t lanes = plan.tile.lanes, steps = plan.tile.steps;
     GatherHeader header = {};
     header.magic = GATHER_MAGIC;
     header.steps_per_window = plan.steps_per_window;
     header.padded = plan.padded;
     header.n_tiles = uint32_t(plan.n_tiles);
     header.n_groups = uint32_t(plan.n_groups);
+    header.lanes = uint32_t(lanes);
     header.out = out;
     header.in = in;
     header.nnz = plan.nnz;
     header.n_values = plan.n_values();
     memcpy(index, &header, sizeof header);
-    memcpy(index + at.rows, plan.rows, size_t(GATHER_LANES * plan.n_tiles));
+    memcpy(index + at.rows, plan.rows, size_t(lanes * plan.n_tiles));
     uint64_t *tile_values = reinterpret_cast<uint64_t *>(index + at.tile_values);
     uint32_t *tile_groups = reinterpret_cast<uint32_t *>(index + at.tile_groups);
     uint32_t *words = reinterpret_cast<uint32_t *>(index + at.words);
-    uint16_t *lanes = reinterpret_cast<uint16_t *>(index + at.lanes);
-    uint8_t *moves = index + at.moves;
+    uint8_t *taking = index + at.taking, *moves = index + at.moves;
 
     // Weights come lane by lane within a window and are stored step by step: a tile waits here until it is complete.
     uint32_t most_groups = 0;
     for (int64_t tile = 0; tile < plan.n_tiles; ++tile) most_groups = std::max(most_groups, plan.tile_groups[tile]);
     int32_t *slots =
-        static_cast<int32_t *>(malloc(sizeof(int32_t) * (size_t(most_groups) * GATHER_STEPS * GATHER_LANES + 1)));
+        static_cast<int32_t *>(malloc(sizeof(int32_t) * (size_t(most_groups) * size_t(steps * lanes) + 1)));
     if (!slots) return SPARSIFY_NO_MEMORY;
 
     int64_t group = 0, value = 0;
     for (int64_t tile = 0; tile < plan.n_tiles; ++tile) {
         tile_values[tile] = uint64_t(value);
         tile_groups[tile] = uint32_t(group);
-        uint32_t *const tile_words = words + group * GATHER_LANES;
-        uint16_t *const tile_lanes = lanes + group * GATHER_STEPS;
-        uint8_t *const tile_moves = moves + group * (GATHER_STEPS / plan.steps_per_window);
+        uint32_t *const tile_words = words + group * lanes;
+        uint8_t *const tile_taking = taking + group * steps * lanes / 8;
+        uint8_t *const tile_moves = moves + group * (steps / plan.steps_per_window);
         walk(
             plan, tile, in, crow, col, [&](int64_t window, uint8_t distance) { tile_moves[window] = distance; },
             [&](int64_t step, int lane, int32_t position, uint32_t column) {
-                tile_words[step / GATHER_STEPS * GATHER_LANES + lane] |=
-                    column << (GATHER_COLUMN_BITS * (step % GATHER_STEPS));
-                tile_lanes[step] |= uint16_t(1u << lane);
-                slots[step * GATHER_LANES + lane] = position;
+                tile_words[step / steps * lanes + lane] |= column << (plan.tile.column_bits * (step % steps));
+                tile_taking[(step * lanes + lane) / 8] |= uint8_t(1u << lane % 8);
+                slots[step * lanes + lane] = position;
             });
-        const int64_t n_steps = int64_t(plan.tile_groups[tile]) * GATHER_STEPS;
+        const int64_t n_steps = int64_t(plan.tile_groups[tile]) * steps;
         for (int64_t step = 0; step < n_steps; ++step)
-            for (int l = 0; l < GATHER_LANES; ++l) {
-                const bool takes = tile_lanes[step] >> l & 1;
-                if (takes || plan.padded) order[value++] = takes ? slots[step * GATHER_LANES + l] : -1;
+            for (int64_t l = 0; l < lanes; ++l) {
+                const bool takes = tile_taking[(step * lanes + l) / 8] >> l % 8 & 1;
+                if (takes || plan.padded) order[value++] = takes ? slots[step * lanes + l] : -1;
             }
         group += plan.tile_groups[tile];
     }

@@ -1,4 +1,4 @@
-// Checks and unpacks the gather form (layout: gather_format.h).
+// Checks and unpacks the gather form (layout: gather/format.h).
 #include <string.h>
 
 #include "gather/format.h"
@@ -12,20 +12,21 @@ namespace {
 // window. Either may return an error, which ends the walk.
 template <class Moved, class Visit>
 int walk(const GatherView &view, int64_t tile, Moved moved, Visit visit) {
+    const GatherTile &size = gather_tile_of(view.header);
     const int steps_per_window = int(view.header->steps_per_window);
     int64_t value = int64_t(view.tile_values[tile]), start = 0;
-    const uint8_t *move = view.moves + int64_t(view.tile_groups[tile]) * (GATHER_STEPS / steps_per_window);
+    const uint8_t *move = view.moves + int64_t(view.tile_groups[tile]) * (size.steps / steps_per_window);
     for (int64_t group = view.tile_groups[tile]; group < view.tile_groups[tile + 1]; ++group)
-        for (int s = 0; s < GATHER_STEPS; ++s) {
+        for (int s = 0; s < size.steps; ++s) {
             if (s % steps_per_window == 0) {
                 start += *move++;
                 if (const int status = moved(start)) return status;
             }
-            const unsigned taking = view.lanes[group * GATHER_STEPS + s];
-            for (int l = 0; l < GATHER_LANES; ++l) {
-                const uint32_t word = view.words[group * GATHER_LANES + l] >> (GATHER_COLUMN_BITS * s);
+            const unsigned taking = gather_taking(view, size, group, s);
+            for (int l = 0; l < size.lanes; ++l) {
+                const uint32_t word = view.words[group * size.lanes + l] >> (size.column_bits * s);
                 if (taking >> l & 1)
-                    if (const int status = visit(l, start + word % GATHER_WINDOW, value)) return status;
+                    if (const int status = visit(l, start + word % unsigned(size.window), value)) return status;
                 value += view.header->padded || (taking >> l & 1);
             }
         }
@@ -33,7 +34,8 @@ int walk(const GatherView &view, int64_t tile, Moved moved, Visit visit) {
 }
 
 int64_t row_of(const GatherView &view, int64_t tile, int lane) {
-    return tile / GATHER_BLOCK_TILES * GATHER_BLOCK_ROWS + view.rows[tile * GATHER_LANES + lane];
+    const int64_t slot = tile * view.header->lanes + lane;
+    return slot / GATHER_BLOCK_ROWS * GATHER_BLOCK_ROWS + view.rows[slot];
 }
 
 // Each row of a block is in one lane; the lanes that are left are the last.
@@ -47,17 +49,18 @@ bool rows_are_valid(const GatherView &view, int64_t out) {
             seen |= uint64_t(1) << row;
         }
     }
-    for (int64_t i = out; i < int64_t(view.header->n_tiles) * GATHER_LANES; ++i)
+    for (int64_t i = out; i < int64_t(view.header->n_tiles) * view.header->lanes; ++i)
         if (view.rows[i] != GATHER_NO_ROW) return false;
     return true;
 }
 
 // The number of values of a tile whose groups are in range, or an error.
 int64_t check_tile(const GatherView &view, int64_t tile, int64_t in) {
-    const int64_t last_start = in > GATHER_WINDOW ? in - GATHER_WINDOW : 0;
-    int64_t last_column[GATHER_LANES], kept = 0;
-    for (int l = 0; l < GATHER_LANES; ++l)
-        last_column[l] = view.rows[tile * GATHER_LANES + l] == GATHER_NO_ROW ? in : -1;  // no row, no column
+    const GatherTile &size = gather_tile_of(view.header);
+    const int64_t last_start = in > size.window ? in - size.window : 0;
+    int64_t last_column[GATHER_MAX_LANES], kept = 0;
+    for (int l = 0; l < size.lanes; ++l)
+        last_column[l] = view.rows[tile * size.lanes + l] == GATHER_NO_ROW ? in : -1;  // no row, no column
     const int status = walk(
         view, tile, [&](int64_t start) { return start <= last_start ? SPARSIFY_OK : SPARSIFY_BAD_INDEX; },
         [&](int lane, int64_t column, int64_t) {
@@ -80,16 +83,18 @@ int sparsify_gather_check(int64_t out, int64_t in, const uint8_t *index, int64_t
     if (index_bytes < int64_t(sizeof(GatherHeader))) return SPARSIFY_BAD_INDEX;
     GatherHeader header;
     memcpy(&header, index, sizeof header);
-    const uint32_t s = header.steps_per_window;
-    if (header.magic != GATHER_MAGIC || (s != 3 && s != 6) || header.padded > 1 || header.out != out ||
-        header.in != in || header.n_tiles != (out + GATHER_LANES - 1) / GATHER_LANES || header.nnz < 0 ||
+    const uint32_t s = header.steps_per_window, lanes = header.lanes;
+    const bool wide = lanes == uint32_t(GATHER_WIDE.lanes), narrow = lanes == uint32_t(GATHER_NARROW.lanes);
+    if (header.magic != GATHER_MAGIC || !((wide && (s == 3 || s == 6)) || (narrow && s == 1)) || header.padded > 1 ||
+        header.out != out || header.in != in || header.n_tiles != (out + lanes - 1) / lanes || header.nnz < 0 ||
         header.nnz > INT32_MAX || header.n_values != n_values ||
-        index_bytes != gather_sections(header.n_tiles, header.n_groups, s).end)
+        index_bytes != gather_sections(gather_tile_of(&header), header.n_tiles, header.n_groups, s).end)
         return SPARSIFY_BAD_INDEX;
     const GatherView view = gather_view(index);
     if (!rows_are_valid(view, out)) return SPARSIFY_BAD_INDEX;
     const uint32_t *groups = view.tile_groups;
     if (groups[0] != 0 || groups[header.n_tiles] != header.n_groups) return SPARSIFY_BAD_INDEX;
+    const int64_t slots_per_group = gather_tile_of(&header).steps * gather_tile_of(&header).lanes;
     int64_t kept = 0, value = 0;
     for (int64_t tile = 0; tile < header.n_tiles; ++tile) {
         if (groups[tile + 1] < groups[tile] || groups[tile + 1] > header.n_groups ||
@@ -98,7 +103,7 @@ int sparsify_gather_check(int64_t out, int64_t in, const uint8_t *index, int64_t
         const int64_t of_tile = check_tile(view, tile, in);
         if (of_tile < 0) return SPARSIFY_BAD_INDEX;
         kept += of_tile;
-        value += header.padded ? int64_t(groups[tile + 1] - groups[tile]) * GATHER_STEPS * GATHER_LANES : of_tile;
+        value += header.padded ? int64_t(groups[tile + 1] - groups[tile]) * slots_per_group : of_tile;
     }
     const bool good =
         view.tile_values[header.n_tiles] == uint64_t(value) && kept == header.nnz && n_values == value + GATHER_TAIL;
@@ -119,9 +124,10 @@ int sparsify_gather_unpack(int64_t out, int64_t in, const uint8_t *index, int64_
     for (int64_t row = 0; row < out; ++row) crow[row + 1] += crow[row];
     for (int64_t i = 0; i < n_values; ++i) order[i] = -1;
     for (int64_t tile = 0; tile < view.header->n_tiles; ++tile) {
-        int32_t next[GATHER_LANES];
-        for (int l = 0; l < GATHER_LANES; ++l) {
-            const bool none = view.rows[tile * GATHER_LANES + l] == GATHER_NO_ROW;
+        const int lanes = int(view.header->lanes);
+        int32_t next[GATHER_MAX_LANES];
+        for (int l = 0; l < lanes; ++l) {
+            const bool none = view.rows[tile * lanes + l] == GATHER_NO_ROW;
             next[l] = none ? 0 : crow[row_of(view, tile, l)];
         }
         walk(view, tile, anywhere, [&](int lane, int64_t column, int64_t value) {

@@ -20,6 +20,7 @@ const KernelTable *portable_table() {
             {linear_row_blocks<Gather, float>, linear_row_blocks<Gather, uint16_t>},
         },
         {pointwise_panel<float>, pointwise_panel<uint16_t>},
+        GATHER_TILE,
         sddmm_f32,
         factor_f32,
         {clear_masked<uint16_t>, clear_masked<uint32_t>, clear_masked<uint64_t>},

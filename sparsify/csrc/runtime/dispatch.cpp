@@ -50,6 +50,9 @@ bool is_sound(const sparsify_linear_call &call) {
 }
 
 }  // namespace
+
+const KernelTable *kernel_in_use() { return current().table; }
+
 }  // namespace sparsify
 
 using namespace sparsify;

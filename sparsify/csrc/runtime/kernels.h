@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "gather/format.h"
 #include "sparsify.h"
 
 namespace sparsify {
@@ -19,6 +20,7 @@ struct KernelTable {
     const char *name;
     LinearKernel linear[SPARSIFY_N_FORMS][SPARSIFY_N_DTYPES];
     PointwiseKernel pointwise[SPARSIFY_N_DTYPES];
+    GatherTile gather_tile;  // that pack writes for these kernels
     int (*sddmm)(const sparsify_sddmm_call &);
     int (*factor)(const sparsify_factor_call &);
     int (*clear[3])(void *values, const uint8_t *mask, int64_t n, int n_threads);  // of 2, 4 and 8 bytes
@@ -28,6 +30,7 @@ struct KernelTable {
 const KernelTable *portable_table();
 const KernelTable *avx2_table();  // null where the compiler does not target x86-64
 const KernelTable *avx512_table();
+const KernelTable *kernel_in_use();
 
 // The rows that a call asks for of n rows from `row` on: n of them from `first` on, `skipped` after `row`.
 struct Rows {

@@ -70,11 +70,17 @@ def pack(form: str, weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return index, values
 
 
-@functools.cache
 def packed_random_weight(
     form: str, shape: tuple[int, int], sparsity: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """pack(random_weight) in a dtype; several tests and all kernels use the same."""
+    """pack(random_weight) in a dtype, for the instruction set in use where that matters; several tests use the same."""
+    return _packed_random_weight(form, native.kernel() if form == "gather" else "", shape, sparsity, dtype)
+
+
+@functools.cache
+def _packed_random_weight(
+    form: str, _kernel: str, shape: tuple[int, int], sparsity: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     weight, mask = random_weight(shape, sparsity)
     return pack(form, weight.to(dtype), mask)
 
