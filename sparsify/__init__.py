@@ -23,6 +23,8 @@ from sparsify.errors import (
     StaleMaskWarning,
 )
 from sparsify.inference.export import export
+from sparsify.integrations.on_import import register_all as _register_all
+from sparsify.integrations.sparsify_config import SparsifyConfig
 from sparsify.layers import CSRConv2d, CSRLinear, SparseConv2d, SparseLinear
 from sparsify.masking.schedules import Schedule
 from sparsify.pruning.prune import prune
@@ -53,6 +55,7 @@ __all__ = [
     "ScheduleWarning",
     "SparseConv2d",
     "SparseLinear",
+    "SparsifyConfig",
     "StaleMaskWarning",
     "apply",
     "compress",
@@ -68,3 +71,5 @@ __all__ = [
     "save",
     "to_dense",
 ]
+
+_register_all()

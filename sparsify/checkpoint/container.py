@@ -83,14 +83,36 @@ def write(
         hashes[name], widths[name] = _sha256(tensor), tensor.element_size()
     # Safetensors' own order: the widest first, so that each tensor lies at a multiple of its element's size.
     order = sorted(tensors, key=lambda name: (-widths[name], name))
-    version = INT8_VERSION if any(entry.dequantized for entry in layers.values()) else 1
-    header = Header(version=version, layers=dict(layers), aliases=dict(aliases), choices=dict(choices), tensors=hashes)
-    text = header.model_dump_json(exclude_unset=True)
-    metadata = {"format": "pt", "sparsify": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    header = header_of(layers, aliases, choices, hashes)
+    metadata = {"format": "pt", **metadata_of(header)}
     with new_file(path, "cannot save to ") as file:
         file.write(_safetensors_header({name: places[name] for name in order}, metadata))
         for name in order:
             file.write(_raw(_plain(tensors[name])))
+
+
+def header_of(
+    layers: Mapping[str, LayerEntry],
+    aliases: Mapping[str, str],
+    choices: Mapping[str, FormChoice],
+    hashes: Mapping[str, str],
+) -> Header:
+    """Return the header of these contents, in the lowest version that can hold them."""
+    version = INT8_VERSION if any(entry.dequantized for entry in layers.values()) else 1
+    return Header(
+        version=version, layers=dict(layers), aliases=dict(aliases), choices=dict(choices), tensors=dict(hashes)
+    )
+
+
+def metadata_of(header: Header) -> dict[str, str]:
+    """Return the entries of a file's metadata for a header."""
+    text = header.model_dump_json(exclude_unset=True)
+    return {"sparsify": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def hash_of(tensor: Tensor) -> str:
+    """Return the SHA-256 of a tensor, as a header has it."""
+    return _sha256(_plain(tensor))
 
 
 def check_storable(name: str, value: object) -> Tensor:
@@ -126,13 +148,14 @@ def read(path: str | os.PathLike[str]) -> tuple[Header, dict[str, Tensor]]:
     Raises CheckpointError, or OSError for a path that cannot be opened.
     """
     with TensorFile(path) as file:
-        header = _read_header(file.metadata, path)
+        header = read_header(file.metadata, path)
         if odd := sorted(set(file) ^ set(header.tensors)):
             raise CheckpointError(f"{path}: the file and its header disagree about the tensor {odd[0]!r}")
-        return header, {name: _read_tensor(file, name, header.tensors[name], path) for name in header.tensors}
+        return header, {name: read_tensor(file, name, header.tensors[name], path) for name in header.tensors}
 
 
-def _read_header(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> Header:
+def read_header(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> Header:
+    """Return the header in a file's metadata, checked by its hash. Raises CheckpointError."""
     text = metadata.get("sparsify")
     if text is None:
         raise CheckpointError(
@@ -164,7 +187,8 @@ def _read_header(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> H
     return header
 
 
-def _read_tensor(file: TensorFile, name: str, sha256: str, path: str | os.PathLike[str]) -> Tensor:
+def read_tensor(file: TensorFile, name: str, sha256: str, path: str | os.PathLike[str]) -> Tensor:
+    """Read a tensor and check its hash. Raises CheckpointError."""
     tensor = file.read(name)
     if _sha256(tensor) != sha256:
         raise CheckpointError(f"{path}: tensor {name!r} was altered (its SHA-256 does not match)")

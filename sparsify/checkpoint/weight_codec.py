@@ -69,10 +69,10 @@ def encode_weight(module: nn.Module) -> tuple[LayerEntry, dict[str, Tensor]]:
     else:
         becomes = "Linear"
         weight = matrices(module)[""].detach()
-        mask = _not_zero(weight)
+        mask = not_zero(weight)
     shape, n_kept, itemsize = (weight.shape[0], weight.shape[1]), int(mask.sum()), weight.element_size()
     sizes = {"bitmask": bitmask_bytes(shape, n_kept, itemsize), "csr": csr_bytes(shape, n_kept, itemsize)}
-    if torch.equal(mask, _not_zero(weight)):  # only then do dense weights say which are kept
+    if torch.equal(mask, not_zero(weight)):  # only then do dense weights say which are kept
         sizes["dense"] = weight.numel() * itemsize
     chosen = min(sizes, key=lambda name: sizes[name])
     entry = LayerEntry.model_validate(
@@ -123,11 +123,11 @@ def check_weight(name: str, entry: LayerEntry, tensors: Mapping[str, Tensor]) ->
     with _naming(name):
         _check_parts(entry, parts)
     values = parts[len(_PARTS[entry.format] or [""]) - 1]
-    n_kept = values.numel() if entry.format != "dense" else int(_not_zero(values).sum())
+    n_kept = values.numel() if entry.format != "dense" else int(not_zero(values).sum())
     return n_kept, _DTYPES.get(entry.dequantized, values.dtype)
 
 
-def other_tensors(layers: Mapping[str, LayerEntry], tensors: Mapping[str, Tensor]) -> set[str]:
+def other_tensors(layers: Mapping[str, LayerEntry], tensors: Mapping[str, object]) -> set[str]:
     """Return the names of the tensors outside of all weights. Raises CheckpointError if a part is missing."""
     parts = set()
     for name, entry in layers.items():
@@ -173,9 +173,9 @@ def _as_csr(entry: LayerEntry, parts: list[Tensor]) -> CSR:
     """Return the parts of a weight, which must be right, as CSR."""
     if entry.format == "bitmask":
         return bitmask_to_csr(Bitmask(*parts[:2]), entry.shape)
-    return CSR(*parts[:3]) if entry.format == "csr" else dense_to_csr(parts[0], _not_zero(parts[0]))
+    return CSR(*parts[:3]) if entry.format == "csr" else dense_to_csr(parts[0], not_zero(parts[0]))
 
 
-def _not_zero(weight: Tensor) -> Tensor:
+def not_zero(weight: Tensor) -> Tensor:
     """Return a mask of weights with any bit set: -0.0 is stored like any other value."""
     return (weight != 0) | weight.signbit()
