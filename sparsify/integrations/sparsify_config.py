@@ -81,7 +81,7 @@ class SparsifyConfig:
 
     @property
     def prunes(self) -> bool:
-        """Whether the config asks for a pruning."""
+        """True if the config asks for a pruning."""
         return self.sparsity is not None or self.pattern != "unstructured"
 
     @classmethod
