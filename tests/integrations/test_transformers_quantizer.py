@@ -119,6 +119,14 @@ def test_a_removed_weight_hidden_by_a_schedule_stays(tmp_path: Path) -> None:
     assert not loaded.mask.all()
 
 
+def test_int8_values_and_their_scales(tmp_path: Path) -> None:
+    model = sparsify.export(masked("gpt2"), format="csr", quantize="int8-weights")
+    model.save_pretrained(tmp_path)
+    loaded = auto("gpt2").from_pretrained(tmp_path)
+    assert same(outputs("gpt2", loaded), outputs("gpt2", model))
+    assert any(value.dtype == torch.int8 for value in loaded.buffers())
+
+
 @pytest.mark.parametrize("kind", ["packed", "masked"])
 def test_device_map_and_dtype(kind: str, tmp_path: Path) -> None:
     model = exported("bert") if kind == "packed" else masked("bert")
