@@ -1,12 +1,14 @@
 """Measure sparsify against every other way to multiply here, and write docs/results/speed.md from the figures.
 
-    scripts/bench.py layers --json docs/results/layers.json     CSRLinear against dense and sparse peers
-    scripts/bench.py kernels --json docs/results/kernels.json   kernels alone against the peak of the machine
-    scripts/bench.py gpu --device cuda --json docs/results/gpu.json   forms for GPUs against cuBLAS, in graph replays
-    scripts/bench.py models --json docs/results/models.json     whole models
-    scripts/bench.py load --json docs/results/load.json         latency beside a busy process
-    scripts/bench.py report docs/results/*.json                 docs/results/speed.md and docs/results/speed.svg
+    scripts/bench.py layers --json docs/results     CSRLinear against dense and sparse peers
+    scripts/bench.py kernels --json docs/results    kernels alone against the peak of the machine
+    scripts/bench.py gpu --json docs/results        forms for GPUs against cuBLAS, in graph replays
+    scripts/bench.py models --json docs/results     whole models
+    scripts/bench.py load --json docs/results       latency beside a busy process
+    scripts/bench.py report docs/results/*.json     docs/results/speed.md and its pictures
 
+Each run is of one processor and one instruction set, and its file is named after them. scripts/hide holds our kernels
+and all peers to another set: `scripts/hide avx512 vnni -- scripts/bench.py layers` measures as on AVX2.
 --quick takes a minute or less, to see all of it work. Peers not installed are named and left out: pip
 install 'sparsify-torch[bench]'. Leave the machine alone meanwhile. For your own model: sparsify bench --model ...
 """
@@ -20,13 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks import cases, gpu, kernels, layers, load, models, page, picture, record, tables
+from benchmarks import cases, gpu, isa, kernels, layers, load, models, page, picture, record, tables
 
 from sparsify.hardware.machine import machine_name
 from sparsify.hardware.timing import LoadMeter, disturbance
 from sparsify.reporting.table import table
 
 RESULTS_FOLDER = Path(__file__).resolve().parent.parent / "docs" / "results"
+PEERS_IN = ("layers", "models", "load")
 MODEL_ROUNDS, QUICK_MODEL_ROUNDS = 9, 3
 
 
@@ -50,6 +53,8 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> None:
     if options.json and not options.json.resolve().parent.is_dir():
         raise FileNotFoundError(f"--json {options.json}: there is no folder {options.json.resolve().parent}")
     torch.set_num_threads(options.threads)
+    if options.benchmark in PEERS_IN:
+        isa.check_peers()
     result, watch = record.describe(options.benchmark, argv), LoadMeter()
     for peer, why in result["absent"].items():
         print(f"left out: {peer}: {why}", file=sys.stderr)
@@ -66,19 +71,28 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> None:
         print(f"\n{title}\n\n{table(lines)}")
     print(f"\n{result['machine']['name']}; {tables.spread(result)}; {disturbance(result['machine']['others_cores'])}")
     if options.json:
-        record.write(result, options.json)
+        file = options.json / record.file_name(result) if options.json.is_dir() else options.json
+        record.write(result, file)
+        print(file)
 
 
 def report(files: Sequence[Path], out: Path) -> None:
-    """Write the page, and beside it the picture if there is a layer benchmark among the files."""
-    records = [record.read(file) for file in files]
-    drawn = None
-    for one in records:
+    """Write the page, and beside it a picture of each benchmark of layers among the files.
+
+    Raises ValueError for two files of one benchmark, processor and instruction set.
+    """
+    records: dict[str, tables.Record] = {}
+    for file in files:
+        one = record.read(file)
+        stem = Path(record.file_name(one)).stem
+        if stem in records:
+            raise ValueError(f"{file}: a second run of {stem}; its page would tell them apart by nothing, give one")
+        records[stem] = one
+    for stem, one in records.items():
         if one["benchmark"] == "layers":
-            drawn = out.with_suffix(".svg")
-            picture.draw(one, drawn)
-    out.write_text(page.page(records, drawn.name if drawn else None))
-    print(f"{out}{f' and {drawn}' if drawn else ''}")
+            picture.draw(one, out.with_name(f"{stem}.svg"))
+    out.write_text(page.page(records))
+    print(out)
 
 
 def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -111,7 +125,12 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("kernels", "layers", "gpu", "models", "load"):
         sub = commands.add_parser(name)
         sub.add_argument("--quick", action="store_true", help="a few cells, few rounds")
-        sub.add_argument("--json", type=Path, metavar="FILE", help="write every measurement there")
+        sub.add_argument(
+            "--json",
+            type=Path,
+            metavar="PATH",
+            help="write every measurement there; in a folder, to a file named after processor and instruction set",
+        )
         sub.add_argument("--sparsity", type=float, nargs="+", metavar="S")
         sub.add_argument("--rounds", type=int, metavar="N", help="times each candidate is measured")
         sub.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores, %(default)s")

@@ -5,6 +5,7 @@
 // of the features named in SPARSIFY_HIDDEN, and goes on behind the instruction.
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <errno.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -42,6 +43,7 @@ static unsigned cleared[2][4];  // by subleaf of leaf 7 and register
 
 static int (*libc_sigaction)(int, const struct sigaction *, struct sigaction *);
 static sighandler_t (*libc_signal)(int, sighandler_t);
+static int (*libc_sigmask)(int, const sigset_t *, sigset_t *);
 static struct sigaction of_the_program;  // its own handler of SIGSEGV, as Python's faulthandler and gcc install one
 
 static void on_fault(int number, siginfo_t *info, void *context) {
@@ -82,6 +84,23 @@ sighandler_t signal(int number, sighandler_t wanted) {
     return old;
 }
 
+// A cpuid while SIGSEGV is blocked would end the process: nobody may block the signal.
+int pthread_sigmask(int how, const sigset_t *wanted, sigset_t *old) {
+    sigset_t kept;
+    if (wanted && how != SIG_UNBLOCK) {
+        kept = *wanted;
+        sigdelset(&kept, SIGSEGV);
+        wanted = &kept;
+    }
+    return libc_sigmask(how, wanted, old);
+}
+
+int sigprocmask(int how, const sigset_t *wanted, sigset_t *old) {
+    int error = pthread_sigmask(how, wanted, old);
+    if (error) errno = error;
+    return error ? -1 : 0;
+}
+
 static int named(const char *feature) {
     const char *hidden = getenv("SPARSIFY_HIDDEN");
     if (!hidden) return 0;
@@ -97,7 +116,9 @@ __attribute__((constructor)) static void hide(void) {
             cleared[kBits[i].subleaf][kBits[i].at] |= kBits[i].bits;
     libc_sigaction = (int (*)(int, const struct sigaction *, struct sigaction *))dlsym(RTLD_NEXT, "sigaction");
     libc_signal = (sighandler_t (*)(int, sighandler_t))dlsym(RTLD_NEXT, "signal");
-    struct sigaction ours = {.sa_sigaction = on_fault, .sa_flags = SA_SIGINFO | SA_NODEFER | SA_ONSTACK};
+    libc_sigmask = (int (*)(int, const sigset_t *, sigset_t *))dlsym(RTLD_NEXT, "pthread_sigmask");
+    // No SA_ONSTACK: the alternate stack is the program's, which may take it away or make it small.
+    struct sigaction ours = {.sa_sigaction = on_fault, .sa_flags = SA_SIGINFO | SA_NODEFER};
     libc_sigaction(SIGSEGV, &ours, NULL);
     if (syscall(SYS_arch_prctl, ARCH_CPUID, 0)) {
         fputs("scripts/hide: nothing can be hidden: this processor or kernel has no cpuid faulting\n", stderr);

@@ -5,20 +5,24 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.layers import BEYOND_CACHE, CACHED, OURS
-from benchmarks.peers import ENGINES
+from benchmarks.layers import BEYOND_CACHE, BF16, CACHED, INT8, INT8_BLOCKS, OURS
+from benchmarks.peers import ENGINES, INT8_ENGINES
 
 Row = dict[str, Any]
 
-#: Opponents of a layer: the fastest of these in each cell. The first needs at least one engine.
+#: Opponents of a layer: the fastest of these in each cell.
 OPPONENTS: dict[str, tuple[str, ...]] = {
     "best dense fp32": (*ENGINES, "torch fp32"),
+    "best dense int8": (*INT8_ENGINES, "torch int8", "torchao int8"),
     "torch fp32": ("torch fp32",),
     "torch bf16": ("torch bf16",),
     "torch int8": ("torch int8",),
     "torch csr": ("torch csr",),
     "torch csr matmul": ("torch csr matmul",),
+    OURS: (OURS,),
 }
+#: An opponent named best is one only where at least one of these was measured.
+NEEDED = {"best dense fp32": ENGINES, "best dense int8": INT8_ENGINES}
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Bar:
     tokens: tuple[int, int]  # from, to, both included
     against: str
     needs: dict[float, float] = field(default_factory=dict)
+    ours: str = OURS
 
     @property
     def where(self) -> str:
@@ -38,27 +43,85 @@ class Bar:
         return tokens + (", weights larger than the last-level cache" if self.group == BEYOND_CACHE else "")
 
 
+def _steps(*needs: float) -> dict[float, float]:
+    """Assign factors to the sparsities of the grid, rising."""
+    return dict(zip((0.5, 0.7, 0.8, 0.9, 0.95), needs, strict=False))
+
+
 MANY, FEW, ONE = (16, 512), (1, 8), (1, 1)
-LAYER_BARS = (
-    Bar(CACHED, MANY, "best dense fp32", {0.5: 1.2, 0.7: 1.8, 0.8: 2.4, 0.9: 3.8, 0.95: 5.5}),
-    Bar(CACHED, MANY, "torch fp32", {0.5: 2.5, 0.7: 4, 0.8: 5.5, 0.9: 9, 0.95: 13}),
-    Bar(CACHED, FEW, "best dense fp32", {0.5: 1.2, 0.7: 1.5, 0.8: 1.7, 0.9: 2, 0.95: 2.8}),
-    Bar(BEYOND_CACHE, ONE, "best dense fp32", {0.5: 1.5, 0.7: 2.2, 0.8: 2.8, 0.9: 4, 0.95: 7}),
-    Bar(CACHED, MANY, "torch csr", dict.fromkeys((0.5, 0.7, 0.8, 0.9, 0.95), 10)),
+_AVX512_FLOAT = (
+    Bar(CACHED, MANY, "best dense fp32", _steps(1.2, 1.8, 2.4, 3.8, 5.5)),
+    Bar(CACHED, MANY, "torch fp32", _steps(2.5, 4, 5.5, 9, 13)),
+    Bar(CACHED, FEW, "best dense fp32", _steps(1.2, 1.5, 1.7, 2, 2.8)),
+    Bar(BEYOND_CACHE, ONE, "best dense fp32", _steps(1.5, 2.2, 2.8, 4, 7)),
+)
+_AVX512_SMALL = (
+    Bar(CACHED, MANY, "best dense int8", _steps(1.0, 1.3, 1.6, 2.3, 3.2), INT8),
+    Bar(BEYOND_CACHE, ONE, "best dense int8", _steps(1.5, 2.2, 2.9, 4.2, 5), INT8),
+    Bar(CACHED, FEW, "best dense int8", _steps(1.0, 1.1, 1.3, 1.8, 2.4), INT8),
+    Bar(CACHED, MANY, "best dense int8", {0.5: 1.9, 0.75: 3.5, 0.9: 6}, INT8_BLOCKS),
+    Bar(CACHED, MANY, "torch bf16", _steps(1.15, 1.6, 2.1, 3.4), BF16),
+)
+_AVX2_FLOAT = (
+    Bar(CACHED, MANY, "best dense fp32", _steps(1.3, 1.9, 2.6, 4.2, 6)),
+    Bar(CACHED, MANY, "torch fp32"),
+    Bar(CACHED, FEW, "best dense fp32", _steps(0.75, 1.0, 1.4, 2.0, 2.8)),
+    Bar(BEYOND_CACHE, ONE, "best dense fp32", _steps(1.5, 2.2, 2.8, 4, 7)),
+)
+_AVX2_SMALL = (
+    Bar(CACHED, MANY, "best dense int8", _steps(0.7, 1.0, 1.4, 2.2, 3.0), INT8),
+    Bar(CACHED, MANY, OURS, _steps(1, 1, 1, 1, 1), INT8),
+    Bar(CACHED, FEW, OURS, _steps(1, 1, 1, 1, 1), INT8),
+    Bar(BEYOND_CACHE, ONE, OURS, _steps(1.4, 1.4, 1.4, 1.4, 1.4), INT8),
+    Bar(CACHED, MANY, OURS, _steps(1, 1, 1, 1, 1), BF16),
+)
+_COMPARISONS = (
+    Bar(CACHED, MANY, "torch csr", _steps(10, 10, 10, 10, 10)),
     *(Bar(CACHED, MANY, against) for against in ("torch csr matmul", "torch bf16", "torch int8")),
     *(Bar(CACHED, FEW, against) for against in ("torch fp32", "torch csr matmul", "torch bf16", "torch int8")),
     *(Bar(BEYOND_CACHE, ONE, against) for against in ("torch fp32", "torch csr matmul", "torch bf16", "torch int8")),
 )
-#: sparsity -> share of the multiply-add peak, at 128 and 512 tokens
-KERNEL_BARS = {0.5: 0.65, 0.7: 0.55, 0.8: 0.50, 0.9: 0.42, 0.95: 0.35}
-#: (model, sparsity) -> times torch fp32, at every batch size
+_SMALL_COMPARISONS = (
+    *(Bar(CACHED, tokens, "best dense int8", {}, ours) for ours in (INT8, INT8_BLOCKS) for tokens in (MANY, FEW)),
+    Bar(BEYOND_CACHE, ONE, "best dense int8", {}, INT8),
+    *(Bar(CACHED, tokens, "torch bf16", {}, BF16) for tokens in (MANY, FEW)),
+    Bar(BEYOND_CACHE, ONE, "torch bf16", {}, BF16),
+    *(Bar(CACHED, tokens, OURS, {}, INT8) for tokens in (MANY, FEW)),
+)
+
+
+def layer_bars(isa: str) -> tuple[Bar, ...]:
+    """Return the claims and comparisons of an instruction set, as `isa.name` names it.
+
+    Claims about int8 suppose VNNI with AVX-512, and none with AVX2; other sets are only compared.
+    """
+    claims: tuple[Bar, ...] = _AVX512_FLOAT if isa.startswith("avx512") else _AVX2_FLOAT
+    claims += {"avx512-vnni": _AVX512_SMALL, "avx2": _AVX2_SMALL}.get(isa, ())
+    claimed = {(bar.group, bar.tokens, bar.against, bar.ours) for bar in claims}
+    others = (*_COMPARISONS, *_SMALL_COMPARISONS)
+    return claims + tuple(bar for bar in others if (bar.group, bar.tokens, bar.against, bar.ours) not in claimed)
+
+
+#: Kernels of an instruction set -> sparsity -> share of the multiply-add peak, at 128 and 512 tokens
+KERNEL_BARS = {"avx512": _steps(0.65, 0.55, 0.50, 0.42, 0.35), "avx2": _steps(0.66, 0.60, 0.56, 0.47, 0.40)}
+#: Kernels of an instruction set -> (model, candidate, sparsity) -> times torch fp32, at every batch size
 MODEL_BARS = {
-    ("vit_b_16", 0.9): 3.5,
-    ("swin_t", 0.9): 2.3,
-    ("convnext_tiny", 0.9): 2.5,
-    ("minilm", 0.9): 3.0,
-    ("minilm", 0.5): 1.6,
+    "avx512": {
+        ("vit_b_16", OURS, 0.9): 3.5,
+        ("swin_t", OURS, 0.9): 2.3,
+        ("convnext_tiny", OURS, 0.9): 2.5,
+        ("minilm", OURS, 0.9): 3.0,
+        ("minilm", OURS, 0.5): 1.6,
+    },
+    "avx2": {
+        ("vit_b_16", OURS, 0.9): 4.0,
+        ("convnext_tiny", OURS, 0.9): 2.8,
+        ("minilm", OURS, 0.9): 3.0,
+        **{(model, OURS, 0.5): 1.5 for model in ("vit_b_16", "convnext_tiny", "minilm")},
+    },
 }
+#: Instruction set -> (model, candidate, sparsity) -> engine -> times as fast, "int8": as the fastest dense int8
+BEST_MODEL_BARS = {"avx512-vnni": {("bert_base", INT8, 0.9): {"int8": 2.0, "ONNX Runtime float32": 6.5}}}
 #: 99th percentile beside a busy process, over the median without it, at most
 LOAD_BAR = 4.0
 
@@ -82,12 +145,12 @@ def ratios(rows: Iterable[Row], bar: Bar, sparsity: float) -> list[Ratio]:
     for row in rows:
         if row["group"] == bar.group and bar.tokens[0] <= row["tokens"] <= bar.tokens[1]:
             cell = (*row["shape"], row["tokens"])
-            if row["candidate"] == OURS and row["sparsity"] == sparsity:
+            if row["candidate"] == bar.ours and row["sparsity"] == sparsity:
                 ours[cell] = row["median_us"]
             elif row["candidate"] in OPPONENTS[bar.against] and row["sparsity"] in (None, sparsity):
                 theirs.setdefault(cell, {})[row["candidate"]] = row["median_us"]
-    if bar.against == "best dense fp32":
-        theirs = {cell: times for cell, times in theirs.items() if any(engine in times for engine in ENGINES)}
+    if needed := NEEDED.get(bar.against):
+        theirs = {cell: times for cell, times in theirs.items() if any(engine in times for engine in needed)}
     return [
         Ratio((cell[0], cell[1]), cell[2], min(theirs[cell].values()) / time)
         for cell, time in ours.items()

@@ -7,11 +7,15 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True)
 class Grid:
-    """Every combination is measured. `large` weights exceed the last-level cache, and meet one token."""
+    """Every combination is measured. `large` weights exceed the last-level cache, and meet one token.
+
+    Layers of 1x4 blocks have sparsities of their own.
+    """
 
     shapes: tuple[Shape, ...]
     tokens: tuple[int, ...]
     sparsities: tuple[float, ...] = (0.5, 0.7, 0.8, 0.9, 0.95)
+    block_sparsities: tuple[float, ...] = (0.5, 0.75, 0.9)
     large: tuple[Shape, ...] = ()
     rounds: int = 11
 
@@ -28,7 +32,7 @@ GRIDS = {
             (1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
             large=((4096, 4096), (16384, 8192)),
         ),
-        Grid(((768, 768),), (1, 16, 128), (0.5, 0.9), rounds=3),
+        Grid(((768, 768),), (1, 16, 128), (0.5, 0.9), (0.5,), rounds=3),
     ),
     "gpu": (
         Grid(

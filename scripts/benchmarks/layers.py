@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -14,10 +15,25 @@ from benchmarks import peers, record, weights
 from benchmarks.cases import Grid, Shape
 from sparsify.hardware.timing import Call, measure, settle
 
-OURS = "sparsify"
+OURS, BF16, INT8, INT8_BLOCKS = "sparsify", "sparsify bf16", "sparsify int8", "sparsify int8 1x4"
 CACHED, BEYOND_CACHE = "cached", "beyond cache"
 
-_ITEM_BYTES = {"torch bf16": 2, "torch int8": 1}
+
+@dataclass(frozen=True)
+class Kind:
+    """One of our layers: the pattern of its mask, its dtype, and the options of its export."""
+
+    pattern: str = "unstructured"
+    dtype: torch.dtype = torch.float32
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+KINDS = {
+    OURS: Kind(),
+    BF16: Kind(dtype=torch.bfloat16),
+}
+
+Pruned = dict[tuple[str, float], sparsify.SparseLinear]
 
 
 @torch.inference_mode()
@@ -29,44 +45,84 @@ def run(grid: Grid) -> Iterator[dict[str, Any]]:
     """
     cells = [(shape, tokens, CACHED) for shape in grid.shapes for tokens in grid.tokens]
     cells += [(shape, 1, BEYOND_CACHE) for shape in grid.large]
-    pruned: dict[float, sparsify.SparseLinear] = {}
+    masks = [("unstructured", s) for s in grid.sparsities] + [("1x4", s) for s in grid.block_sparsities]
+    pruned: Pruned = {}
     last = None
     for shape, tokens, group in tqdm(cells, desc="layers"):
         if shape != last:
-            pruned, last = {s: weights.pruned_layer(shape, s) for s in grid.sparsities}, shape
-        yield from _run_cell(shape, tokens, group, pruned, grid.rounds)
+            pruned, last = {mask: weights.pruned_layer(shape, mask[1], mask[0]) for mask in masks}, shape
+        cell = _Cell(shape, tokens, group)
+        cell.add_dense(pruned["unstructured", grid.sparsities[0]])
+        for (pattern, sparsity), layer in pruned.items():
+            if pattern == "unstructured":
+                cell.add_sparse_peers(layer, sparsity)
+            for name, kind in KINDS.items():
+                if kind.pattern == pattern:
+                    cell.add_ours(name, kind, layer, sparsity)
+        yield from cell.measure(grid.rounds)
 
 
-def _run_cell(
-    shape: Shape, tokens: int, group: str, pruned: dict[float, sparsify.SparseLinear], rounds: int
-) -> Iterator[dict[str, Any]]:
-    x = weights.inputs(shape, tokens)
-    calls: dict[tuple[str, float | None], list[Call]] = {}
-    facts: dict[tuple[str, float | None], dict[str, Any]] = {}
+class _Cell:
+    """The candidates of one shape and number of tokens: their calls, and what the rows say of each."""
 
-    def add(name: str, sparsity: float | None, right: Tensor, n: int, make: Callable[[], Call], form: str = "") -> None:
-        copies = [make() for _ in range(n if group == BEYOND_CACHE else 1)]
-        key = (name, sparsity)
-        calls[key] = copies
-        found = max(peers.check(name, call(), right) for call in copies[:2])
-        facts[key] = {"candidate": name, "sparsity": sparsity, "form": form, "copies": len(copies), "error": found}
+    def __init__(self, shape: Shape, tokens: int, group: str) -> None:
+        self.common = {"shape": list(shape), "tokens": tokens, "group": group}
+        self.cold = group == BEYOND_CACHE
+        self.x = weights.inputs(shape, tokens)
+        self.calls: dict[tuple[str, float | None], list[Call]] = {}
+        self.facts: dict[tuple[str, float | None], dict[str, Any]] = {}
 
-    for number, (sparsity, layer) in enumerate(pruned.items()):
+    def add_dense(self, layer: sparsify.SparseLinear) -> None:
+        """Add the dense peers, each in its fastest variant."""
         weight, bias = weights.dense_tensors(layer)
-        right = x.double() @ weight.double().t() + bias.double()
-        if number == 0:
-            for name, peer in peers.dense_peers().items():
-                n = weights.n_copies(weight.numel() * _ITEM_BYTES.get(name, 4))
-                add(name, None, right, n, partial(_with_own_weight, peer, weight, bias, x))
+        for name in peers.dense_peers():
+            if self.cold and name in peers.COMPILED:
+                continue
+            variant, make = peers.fastest(name, weight, bias, self.x)
+            n = weights.n_copies(weight.numel() * peers.item_bytes(name))
+            self._add((name, None), layer, n, partial(_with_own_weight, make, weight, bias, self.x), variant)
+
+    def add_sparse_peers(self, layer: sparsify.SparseLinear, sparsity: float) -> None:
+        """Add the peers that store a weight sparse."""
+        weight, bias = weights.dense_tensors(layer)
+        n = weights.n_copies(8 * int(layer.mask.sum()))
         for name, peer in peers.SPARSE.items():
-            add(name, sparsity, right, weights.n_copies(8 * int(layer.mask.sum())), partial(peer, weight, bias, x))
+            self._add((name, sparsity), layer, n, partial(peer, weight, bias, self.x))
+
+    def add_ours(self, name: str, kind: Kind, layer: sparsify.SparseLinear, sparsity: float) -> None:
+        """Add a layer as `export` makes it."""
         settle()  # threads of a peer that spin on would disturb the choice
-        fast: nn.Module = sparsify.export(layer, tokens=tokens)
+        x = self.x.to(kind.dtype)
+        fast: nn.Module = sparsify.export(copy.deepcopy(layer).to(kind.dtype), example=x, **kind.options)
         form = fast.form if isinstance(fast, sparsify.CSRLinear) else "dense"
-        add(OURS, sparsity, right, weights.n_copies(sparsify.report(fast).total.n_bytes), partial(_copy, fast, x), form)
-    common = {"shape": list(shape), "tokens": tokens, "group": group}
-    for key, timing in measure(calls, rounds=rounds).items():
-        yield record.row(timing=timing, **facts[key] | common)
+        n = weights.n_copies(sparsify.report(fast).total.n_bytes)
+        self._add((name, sparsity), layer, n, partial(_copy, fast, x), form)
+
+    def measure(self, rounds: int) -> Iterator[dict[str, Any]]:
+        """Time all candidates in turns; yield their rows."""
+        for key, timing in measure(self.calls, rounds=rounds).items():
+            yield record.row(timing=timing, **self.facts[key] | self.common)
+
+    def _add(
+        self,
+        key: tuple[str, float | None],
+        layer: sparsify.SparseLinear,
+        n: int,
+        make: Callable[[], Call],
+        form: str = "",
+    ) -> None:
+        weight, bias = weights.dense_tensors(layer)
+        right = self.x.double() @ weight.double().t() + bias.double()
+        self.calls[key] = [make() for _ in range(n if self.cold else 1)]
+        found = max(peers.check(key[0], call(), right) for call in self.calls[key][:2])
+        candidate, sparsity = key
+        self.facts[key] = {
+            "candidate": candidate,
+            "sparsity": sparsity,
+            "form": form,
+            "copies": len(self.calls[key]),
+            "error": found,
+        }
 
 
 def _with_own_weight(peer: peers.Peer, weight: Tensor, bias: Tensor, x: Tensor) -> Call:

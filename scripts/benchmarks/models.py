@@ -1,8 +1,10 @@
-"""Whole models: dense in torch (float32, bfloat16, int8), and pruned and exported, in turns."""
+"""Whole models: dense in torch and other engines (float32, bfloat16, int8), and pruned and exported, in turns."""
 
 import copy
 import gc
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -11,18 +13,25 @@ from pretrained import minilm
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks import peers, record
+from benchmarks import record
 from benchmarks.layers import OURS
 from sparsify import CSRLinear
 from sparsify.cli.model_inputs import make_inputs
 from sparsify.cli.models import build_model
 from sparsify.hardware.timing import measure
+from sparsify.reporting.dense_engines import dense_engines
 from sparsify.reporting.model_bench import Inputs, run, sparse_copy, typical_tokens
 
 SPARSITIES = (0.5, 0.9)
-MINILM = "minilm"
-#: name -> batch sizes; MiniLM reads 128 tokens of text, the others images of 224 x 224
-MODELS: dict[str, tuple[int, ...]] = {"vit_b_16": (1, 8), "swin_t": (1, 8), "convnext_tiny": (1, 8), MINILM: (32,)}
+#: Our candidate -> options of its export
+KINDS: dict[str, dict[str, Any]] = {OURS: {}}
+MINILM, BERT = "minilm", "bert_base"
+TEXT = (MINILM, BERT)
+#: name -> batch sizes; those of TEXT read 128 tokens of text, the others images of 224 x 224
+MODELS: dict[str, tuple[int, ...]] = {
+    **dict.fromkeys(("vit_b_16", "swin_t", "convnext_tiny"), (1, 8)),
+    **dict.fromkeys(TEXT, (32,)),
+}
 QUICK: dict[str, tuple[int, ...]] = {"convnext_tiny": (1,)}
 
 
@@ -32,32 +41,40 @@ def bench_models(
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for each candidate of each model and batch size; the dense ones have sparsity None.
 
-    torchvision's weights are random: the times do not depend on them.
+    The weights of all but MiniLM are random: the times do not depend on them.
     """
     for name, batches in models.items():
-        model, spec = _build(name), f"torchvision:{name}" if name != MINILM else "hf:minilm"
-        dense = {"torch fp32": model, "torch bf16": copy.deepcopy(model).bfloat16()}
-        if "torch int8" not in peers.absent():
-            dense["torch int8"] = peers.quantize(model)
+        model, spec = _build(name), f"hf:{name}" if name in TEXT else f"torchvision:{name}"
+        low = copy.deepcopy(model).bfloat16()
         for batch in tqdm(batches, desc=name):
             inputs = make_inputs(model, spec, batch=batch)
             tokens = typical_tokens(model, inputs)
-            candidates: dict[tuple[str, float | None], nn.Module] = {
-                (kind, None): m for kind, m in dense.items() if kind != "torch int8" or _runs(m, inputs)
-            }
-            candidates |= {(OURS, s): sparse_copy(model, s, tokens) for s in sparsities}
-            calls = {
-                (kind, s): [_call(m, _cast(inputs) if kind == "torch bf16" else inputs)]
-                for (kind, s), m in candidates.items()
-            }
-            for (kind, sparsity), timing in measure(calls, rounds=rounds).items():
-                facts = _facts(candidates[kind, sparsity]) if kind == OURS else {}
-                yield record.row(kind, timing, model=name, batch=batch, tokens=tokens, sparsity=sparsity, **facts)
-        del model, dense, candidates, calls
-        gc.collect()
+            facts: dict[tuple[str, float | None], dict[str, Any]] = {("torch fp32", None): {}, ("torch bf16", None): {}}
+            calls = {key: [_call(m, x)] for key, m, x in zip(facts, (model, low), (inputs, _cast(inputs)), strict=True)}
+            with TemporaryDirectory() as folder:
+                for engine in dense_engines(model, inputs, Path(folder)):
+                    if engine.call is None:
+                        print(f"{name}: {engine.name} is left out: {engine.why}")
+                        continue
+                    facts[engine.name, None] = {"error": round(engine.error or 0.0, 6), "n_bytes": engine.n_bytes}
+                    calls[engine.name, None] = [engine.call]
+                for kind, sparsity in [(kind, s) for kind in KINDS for s in sparsities]:
+                    fast = sparse_copy(model, sparsity, tokens, **KINDS[kind])
+                    facts[kind, sparsity], calls[kind, sparsity] = _facts(fast), [_call(fast, inputs)]
+                for key, timing in measure(calls, rounds=rounds).items():
+                    common = {"model": name, "batch": batch, "tokens": tokens, "sparsity": key[1]}
+                    yield record.row(key[0], timing, **common, **facts[key])
+            calls.clear()
+            gc.collect()
 
 
 def _build(name: str) -> nn.Module:
+    if name == BERT:
+        from transformers import BertConfig, BertModel
+
+        torch.manual_seed(0)
+        bert: nn.Module = BertModel(BertConfig())
+        return bert.eval()
     if name == MINILM:
         try:
             fetch(MINILM)
@@ -79,16 +96,6 @@ def _facts(model: nn.Module) -> dict[str, Any]:
 
 def _call(model: nn.Module, inputs: Inputs) -> Callable[[], Any]:
     return lambda: run(model, inputs)
-
-
-def _runs(model: nn.Module, inputs: Inputs) -> bool:
-    """Return whether a quantized model runs: torch's quantized Linear has a method in the place of its weight."""
-    try:
-        run(model, inputs)
-    except TypeError as error:
-        print(f"torch int8 is left out: {error}")
-        return False
-    return True
 
 
 def _cast(inputs: Inputs) -> Inputs:

@@ -1,6 +1,6 @@
 """docs/results/speed.md: written from the files of a benchmark, nothing typed in."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from prose import filled
@@ -9,7 +9,7 @@ from benchmarks.tables import Record, losses, spread, tables
 from sparsify.hardware.timing import disturbance
 
 TITLES = {
-    "layers": "Layers: `CSRLinear` as `export` makes it, everything included",
+    "layers": "Layers, everything included",
     "kernels": "Kernels alone",
     "gpu": "On a GPU, against cuBLAS in the same dtype",
     "models": "Whole models",
@@ -24,6 +24,9 @@ and fixed buffers, bfloat16 on input that is bfloat16 already. "best dense fp32"
 OpenVINO and torch in each cell. "torch csr" is `F.linear(x, csr)`; "torch csr matmul" is `csr @ x.T`, which is faster
 but leaves its result transposed. Figures from a GPU stand below if there are any: until `scripts/bench.py gpu` has run
 on one, nothing on a GPU is measured.
+
+A section is one run on one processor with one instruction set, and no mean is over two of them: `amx` and `vnni` say
+how the peers may multiply int8. A run under `scripts/hide` holds our kernels and all peers to a smaller set.
 """
 _ACCURACY = """What sparsity costs in accuracy when a model is trained with it: [training.md](training.md);
 when it is pruned afterwards: [oneshot.md](oneshot.md).
@@ -32,38 +35,48 @@ when it is pruned afterwards: [oneshot.md](oneshot.md).
 """
 
 
-def page(records: Sequence[Record], picture: str | None = None) -> str:
-    """Write the page; `picture` is the path of the image, as seen from it."""
-    parts = [_INTRO]
-    if picture:
-        parts.append(f"![Speed against sparsity, a line per peer]({picture})\n")
-        parts.append(_ACCURACY)
-    for record in sorted(records, key=lambda r: list(TITLES).index(r["benchmark"])):
-        parts.append(_section(record))
-    return "\n".join(parts)
+def page(records: Mapping[str, Record]) -> str:
+    """Write the page of records, by the stems of their files: a section for each, never two in one mean.
+
+    Each benchmark of layers has its picture beside the page, STEM.svg.
+    """
+    order = sorted(records.items(), key=lambda item: (list(TITLES).index(item[1]["benchmark"]), item[0]))
+    return "\n".join([_INTRO, _ACCURACY, *(_section(stem, record) for stem, record in order)])
 
 
-def _section(record: Record) -> str:
+def _section(stem: str, record: Record) -> str:
     machine = record["machine"]
     lines = [
-        f"## {TITLES[record['benchmark']]}",
+        f"## {TITLES[record['benchmark']]}: {_where(record)}",
         f"    {record['command']}\n",
         filled(
             f"{record['date']}. {machine['name']}; {machine['cores']} cores, "
             f"{machine['last_level_cache_bytes'] >> 20} MiB last-level cache. "
             f"{', '.join(f'{k} {v}' for k, v in record['versions'].items())}."
         ),
+        filled(f"Peers may use {', '.join(machine['instructions']) or 'what the processor has'}{_hidden(machine)}."),
         f"{disturbance(machine['others_cores'])}.",
         f"Spread: {spread(record)}.",
         *(filled(f"Not measured: {peer} ({why}).") for peer, why in record["absent"].items()),
         "",
     ]
+    if record["benchmark"] == "layers":
+        lines += [f"![Speed against sparsity, a line per peer]({stem}.svg)", ""]
     for title, table in tables(record).items():
         lines += [f"### {title}", *_markdown(table), ""]
     if record["benchmark"] == "layers":
         lost = losses(record)
         lines += ["### Where sparse loses", *(filled(f"- {line}") for line in lost or ["nowhere in these cells"]), ""]
     return "\n".join(lines)
+
+
+def _where(record: Record) -> str:
+    machine = record["machine"]
+    return machine["name"] if record["benchmark"] == "gpu" else f"{machine['processor']}, {machine['isa']}"
+
+
+def _hidden(machine: dict[str, Any]) -> str:
+    return f"; hidden from all of them: {', '.join(machine['hidden'])}" if machine["hidden"] else ""
 
 
 def _markdown(table: list[list[str]]) -> list[str]:

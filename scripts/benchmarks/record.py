@@ -1,12 +1,14 @@
 """A benchmark's results in a file: command, machine and date, and one row per measurement.
 
-    {"schema": 1, "benchmark": "layers", "command": ..., "date": ..., "machine": {...}, "versions": {...},
+    {"schema": 2, "benchmark": "layers", "command": ..., "date": ..., "machine": {...}, "versions": {...},
      "absent": {peer: why}, "roofs": {...}, "rows": [
      {"candidate": "torch fp32", "shape": [768, 768], "tokens": 1, ...,
       "median_us": 1.0, "low_us": ..., "high_us": ..., "n": 11},
      ...]}
 
-low_us and high_us are the quartiles of n samples.
+low_us and high_us are the quartiles of n samples. `machine` says the processor, the instruction set of our kernels
+(`kernel`), the instructions that the peers see, and those that scripts/hide hid; `isa` names all that in one word.
+Runs of several processors or instruction sets are several files, named by `file_name`.
 """
 
 import json
@@ -20,11 +22,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import peers
+from benchmarks import isa, peers
 from sparsify.hardware.machine import machine_name
 from sparsify.hardware.timing import Timing
 
-SCHEMA = 1
+SCHEMA = 2
 HEADER = ("schema", "benchmark", "command", "date", "machine", "versions", "absent", "roofs", "rows")
 TIMES = ("median_us", "low_us", "high_us", "n")
 
@@ -37,10 +39,11 @@ def describe(benchmark: str, arguments: Sequence[str]) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "benchmark": benchmark,
-        "command": shlex.join(["scripts/bench.py", *arguments]),
+        "command": _command(arguments),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": {
             "name": machine_name(),
+            **isa.this_machine(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "last_level_cache_bytes": llc_bytes(),
@@ -50,6 +53,14 @@ def describe(benchmark: str, arguments: Sequence[str]) -> dict[str, Any]:
         "roofs": {},
         "rows": [],
     }
+
+
+def file_name(record: dict[str, Any]) -> str:
+    """Return the name of a record's file: benchmark, processor and instruction set; on a GPU its name."""
+    machine = record["machine"]
+    where = machine["name"] if record["benchmark"] == "gpu" else machine["processor"]
+    tail = "" if record["benchmark"] == "gpu" else f"-{machine['isa']}"
+    return f"{record['benchmark']}-{isa.slug(where)}{tail}.json"
 
 
 def row(candidate: str, timing: Timing, **facts: Any) -> dict[str, Any]:
@@ -74,6 +85,14 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict) or record.get("schema") != SCHEMA or set(record) != set(HEADER):
         raise ValueError(f"{path}: not a result of scripts/bench.py, schema {SCHEMA}; run the benchmark again")
     return record
+
+
+def _command(arguments: Sequence[str]) -> str:
+    """Return the command that was run, with the features hidden from it and the kernel forced."""
+    words = ["scripts/hide", *isa.hidden(), "--"] if isa.hidden() else []
+    forced = os.environ.get("SPARSIFY_KERNEL")
+    prefix = f"SPARSIFY_KERNEL={shlex.quote(forced)} " if forced else ""
+    return prefix + shlex.join([*words, "scripts/bench.py", *arguments])
 
 
 def llc_bytes() -> int:

@@ -4,18 +4,23 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.bars import (
+    BEST_MODEL_BARS,
     KERNEL_BARS,
-    LAYER_BARS,
     LOAD_BAR,
     MODEL_BARS,
+    OPPONENTS,
     Row,
     against_bar,
     best_by,
     geometric_mean,
+    layer_bars,
     ratios,
 )
-from benchmarks.layers import BEYOND_CACHE, CACHED, OURS
+from benchmarks.layers import BEYOND_CACHE, BF16, CACHED, INT8, INT8_BLOCKS, OURS
 from benchmarks.peers import DENSE, SPARSE
+
+SMALL = (INT8, INT8_BLOCKS, BF16)
+LARGE, SMALL_PEERS = ("torch fp32", "onnxruntime", "openvino"), OPPONENTS["best dense int8"] + ("torch bf16",)
 
 Record = dict[str, Any]
 Table = list[list[str]]
@@ -37,7 +42,7 @@ def spread(record: Record) -> str:
 def losses(record: Record) -> list[str]:
     """List, per opponent and sparsity, the cells with a sparse layer slower than a dense one."""
     lines = []
-    for bar in LAYER_BARS:
+    for bar in layer_bars(record["machine"]["isa"]):
         if bar.against == "torch fp32":
             continue
         for sparsity in sparsities(record["rows"]):
@@ -45,8 +50,8 @@ def losses(record: Record) -> list[str]:
             lost = sorted((r for r in cells if r.times < 1), key=lambda r: r.times)
             if lost:
                 lines.append(
-                    f"{bar.where}, {sparsity:.0%}: slower than {bar.against} in {len(lost)} of {len(cells)} cells, "
-                    f"worst {lost[0]}"
+                    f"{bar.ours}, {bar.where}, {sparsity:.0%}: slower than {bar.against} in {len(lost)} of "
+                    f"{len(cells)} cells, worst {lost[0]}"
                 )
     return lines
 
@@ -59,8 +64,8 @@ def sparsities(rows: Sequence[Row]) -> list[float]:
 def _layers(record: Record) -> dict[str, Table]:
     rows = record["rows"]
     percent = [f"{s:.0%}" for s in sparsities(rows)]
-    summary = [["cells", "against", *percent]]
-    for bar in LAYER_BARS:
+    summary = [["layer", "cells", "against", *percent]]
+    for bar in layer_bars(record["machine"]["isa"]):
         cells = [ratios(rows, bar, s) for s in sparsities(rows)]
         if not any(cells):
             continue
@@ -68,27 +73,36 @@ def _layers(record: Record) -> dict[str, Table]:
             against_bar(geometric_mean([r.times for r in c]), bar.needs.get(s)) if c else "-"
             for c, s in zip(cells, sparsities(rows), strict=True)
         ]
-        summary.append([bar.where, bar.against, *means])
+        summary.append([bar.ours, bar.where, bar.against, *means])
     result = {"Times as fast as (bar), geometric means; * falls short": summary}
-    dense = [name for name in DENSE if any(r["candidate"] == name for r in rows)]
+    small = [name for name in SMALL if any(r["candidate"] == name for r in rows)]
+    parts = {"": (LARGE, (*SPARSE, OURS)), " int8 and bfloat16,": (SMALL_PEERS, small)}
+    if not small:
+        parts = {"": (tuple(DENSE), (*SPARSE, OURS))}
     for group, note in ((CACHED, ""), (BEYOND_CACHE, ", in rotation, more than the last-level cache holds")):
         for shape in dict.fromkeys(tuple(r["shape"]) for r in rows if r["group"] == group):
             own = [r for r in rows if r["group"] == group and tuple(r["shape"]) == shape]
-            result[f"{shape[0]}x{shape[1]}{note}: median microseconds"] = _times(own, dense, percent)
+            for part, (dense, sparse) in parts.items():
+                title = f"{shape[0]}x{shape[1]}{note},{part} median microseconds"
+                result[title] = _times(own, dense, sparse)
     return result
 
 
-def _times(rows: Sequence[Row], dense: Sequence[str], percent: Sequence[str]) -> Table:
-    columns: list[tuple[str, float | None]] = [(name, None) for name in dense]
-    found = sparsities(rows)
-    columns += [(name, s) for name in SPARSE for s in (found[0], found[-1])]
-    columns += [(OURS, s) for s in found]
+def _times(rows: Sequence[Row], dense: Sequence[str], sparse: Sequence[str]) -> Table:
+    columns: list[tuple[str, float | None]] = [(name, None) for name in dense if _of(rows, name)]
+    for name in sparse:
+        found = sparsities(_of(rows, name))
+        columns += [(name, s) for s in (found[:1] + found[-1:] if name in SPARSE else found)]
     head = ["tokens", *(name if s is None else f"{name} {s:.0%}" for name, s in columns)]
     lines = [head]
     for tokens in dict.fromkeys(r["tokens"] for r in rows):
         cells = {(r["candidate"], r["sparsity"]): r for r in rows if r["tokens"] == tokens}
         lines.append([str(tokens), *(_time(cells.get(column)) for column in columns)])
     return lines
+
+
+def _of(rows: Sequence[Row], candidate: str) -> list[Row]:
+    return [row for row in rows if row["candidate"] == candidate]
 
 
 def _time(row: Row | None) -> str:
@@ -100,9 +114,10 @@ def _time(row: Row | None) -> str:
 
 def _kernels(record: Record) -> dict[str, Table]:
     rows, (peak, bandwidth) = record["rows"], (record["roofs"]["fma_gflops"], record["roofs"]["read_gbs"])
+    bars = KERNEL_BARS.get(_isa_kernels(record), {})
     many = [["weight", "tokens", "sparsity", "form", "us", "useful GFLOP/s", "of the peak (bar)"]]
     for r in best_by((r for r in rows if r["tokens"] > 1), "shape", "tokens", "sparsity", largest="gflops"):
-        share = against_bar(r["gflops"] / peak, KERNEL_BARS.get(r["sparsity"])).replace("x", "", 1)
+        share = against_bar(r["gflops"] / peak, bars.get(r["sparsity"])).replace("x", "", 1)
         many.append([*_where(r), r["candidate"], _time(r), f"{r['gflops']:.0f}", share])
     one = [["weight", "tokens", "sparsity", "form", "us", "GB/s of packed weight", "of the bandwidth"]]
     for r in (r for r in rows if r["tokens"] == 1):
@@ -126,23 +141,38 @@ def _gpu(record: Record) -> dict[str, Table]:
     return {f"{record['rows'][0]['dtype']}; a large copy moves {bandwidth:.0f} GB/s": lines}
 
 
+def _isa_kernels(record: Record) -> str:
+    """Return the part of an instruction set's name that chooses the bars of float32."""
+    return str(record["machine"]["isa"]).partition("-")[0]
+
+
 def _where(row: Row) -> list[str]:
     return [f"{row['shape'][0]}x{row['shape'][1]}", str(row["tokens"]), f"{row['sparsity']:.0%}"]
 
 
 def _models(record: Record) -> dict[str, Table]:
     rows = record["rows"]
-    lines = [["model", "batch", "candidate", "ms", "times torch fp32 (bar)", "layers by form"]]
+    head = ["model", "batch", "candidate", "ms", "times torch fp32 (bar)"]
+    more = {"ONNX Runtime float32": "times ONNX Runtime fp32 (bar)", "int8": "times best dense int8 (bar)"}
+    more = {engine: title for engine, title in more.items() if any(r["candidate"].endswith(engine) for r in rows)}
+    lines = [[*head, *more.values(), "layers by form"]]
+    bars, best_bars = MODEL_BARS.get(_isa_kernels(record), {}), BEST_MODEL_BARS.get(record["machine"]["isa"], {})
     for r in rows:
-        dense = next(
-            d for d in rows if d["candidate"] == "torch fp32" and (d["model"], d["batch"]) == (r["model"], r["batch"])
-        )
+        dense = [d for d in rows if d["sparsity"] is None and (d["model"], d["batch"]) == (r["model"], r["batch"])]
         name = r["candidate"] if r["sparsity"] is None else f"{r['candidate']} {r['sparsity']:.0%}"
-        bar = MODEL_BARS.get((r["model"], r["sparsity"]))
-        times = against_bar(dense["median_us"] / r["median_us"], bar)
+        key = (r["model"], r["candidate"], r["sparsity"])
+        cells = [_against(r, dense, "torch fp32", bars.get(key))]
+        best_bar = best_bars.get(key, {})
+        cells += [_against(r, dense, engine, best_bar.get(engine)) for engine in more]
         forms = ", ".join(f"{n} {form}" for form, n in r.get("forms", {}).items())
-        lines.append([r["model"], str(r["batch"]), name, f"{r['median_us'] / 1e3:.1f}", times, forms or "-"])
+        lines.append([r["model"], str(r["batch"]), name, f"{r['median_us'] / 1e3:.1f}", *cells, forms or "-"])
     return {"Whole models; * falls short": lines}
+
+
+def _against(row: Row, dense: Sequence[Row], ending: str, bar: float | None) -> str:
+    """Compare a row with the fastest dense candidate whose name has an ending."""
+    times = [d["median_us"] for d in dense if d["candidate"].endswith(ending)]
+    return against_bar(min(times) / row["median_us"], bar) if times else "-"
 
 
 def _load(record: Record) -> dict[str, Table]:

@@ -21,7 +21,7 @@ def machine_name(device: torch.device | None = None) -> str:
     if device is not None and device.type == "cuda":
         return torch.cuda.get_device_name(device)
     kernel = native.kernel() if native.available() else "no native kernels"
-    return f"{_processor()}, {kernel}, {torch.get_num_threads()} threads"
+    return f"{processor_name()}, {kernel}, {torch.get_num_threads()} threads"
 
 
 def doctor() -> list[tuple[str, str, str]]:
@@ -29,7 +29,7 @@ def doctor() -> list[tuple[str, str, str]]:
     rows = [
         ("Python", sys.version.split()[0], ""),
         ("torch", torch.__version__, ""),
-        ("processor", _processor(), ""),
+        ("processor", processor_name(), ""),
         ("threads", str(torch.get_num_threads()), "torch.set_num_threads(n) changes it"),
     ]
     if native.available():
@@ -53,7 +53,7 @@ def doctor() -> list[tuple[str, str, str]]:
     return rows
 
 
-def _processor() -> str:
+def processor_name() -> str:
     """Return the processor's name and family; virtual machines often hide the model."""
     info: dict[str, str] = {}
     try:

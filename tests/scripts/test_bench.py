@@ -1,7 +1,6 @@
 """Benchmarks: every peer computes the same layer, ratios are right, and the page says what was measured."""
 
 import copy
-import json
 
 import pytest
 import torch
@@ -9,16 +8,14 @@ import torch
 pytest.importorskip("tokenizers", reason="tokenizers is missing: pip install 'sparsify-torch[hf]'")
 
 import bench as script
-from benchmarks import bars, gpu, kernels, layers, load, models, page, peers, record, tables, weights
+from benchmarks import bars, gpu, isa, kernels, layers, load, models, page, peers, record, tables, weights
 from benchmarks.cases import GRIDS, Grid
 from tested_kernels import needs_native
 from torch import nn
 
-from sparsify.cli import main
-from sparsify.cli.model_inputs import check_inputs, make_inputs
 from sparsify.hardware.timing import LoadMeter, Timing, disturbance, measure
 from sparsify.kernels.cpu import library as native
-from sparsify.reporting.model_bench import bench, typical_tokens
+from sparsify.reporting.dense_engines import Engine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -26,9 +23,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # ---- peers ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*peers.DENSE, *peers.SPARSE])
+PEERS = [(name, variant) for name, variants in peers.DENSE.items() for variant in variants]
+PEERS += [(name, "") for name in peers.SPARSE]
+
+
+@pytest.mark.parametrize(("name", "variant"), PEERS)
 @pytest.mark.parametrize(("out", "in_", "tokens"), [(96, 64, 1), (96, 64, 5), (33, 17, 3), (1, 1, 1)])
-def test_a_peer_computes_the_layer(name, out, in_, tokens):
+def test_a_peer_computes_the_layer(name, variant, out, in_, tokens):
     if name in peers.absent():
         pytest.skip(f"{name}: {peers.absent()[name]}")
     torch.manual_seed(0)
@@ -36,11 +37,38 @@ def test_a_peer_computes_the_layer(name, out, in_, tokens):
     bias, x = torch.randn(out), torch.randn(tokens, in_)
     right = x.double() @ weight.double().t() + bias.double()
     with torch.inference_mode():
-        call = (peers.DENSE | peers.SPARSE)[name](weight, bias, x)
+        make = peers.SPARSE[name] if name in peers.SPARSE else peers.DENSE[name][variant]
+        call = make(weight, bias, x)
         for _ in range(2):
             answer = torch.as_tensor(call())
             assert answer.shape == (tokens, out)
-            peers.check(name, answer, right)
+            if variant in SATURATING and not any("vnni" in flag for flag in isa.visible()):
+                assert peers.error(answer, right) < 0.5
+            else:
+                peers.check(name, answer, right)
+
+
+#: Variants with sums of products of 8 bits, which saturate without VNNI.
+SATURATING = ("dynamic", "static")
+
+
+def test_the_fastest_variant_is_one_with_an_acceptable_error(monkeypatch):
+    def variant(times, error):
+        def make(weight, bias, x):
+            y = torch.nn.functional.linear(x, weight, bias)
+            y = y + error * y.abs().max()
+            return lambda: sum([y] * times) / times
+
+        return make
+
+    variants = {"slow": variant(500, 0.01), "wrong": variant(1, 0.2), "fast": variant(1, 0.01)}
+    monkeypatch.setitem(peers.DENSE, "openvino int8", variants)
+    tensors = torch.eye(3), torch.zeros(3), torch.randn(2, 3)
+    assert peers.fastest("openvino int8", *tensors) == ("fast", variants["fast"])
+    del variants["slow"], variants["fast"]
+    variants["also wrong"] = variant(1, 0.3)
+    with pytest.raises(RuntimeError, match=r"every variant is off by more than 0\.04"):
+        peers.fastest("openvino int8", *tensors)
 
 
 @pytest.mark.parametrize("wrong", [torch.nan, 1.001])
@@ -95,10 +123,12 @@ def run_record(name, rows, roofs=()):
 @needs_native
 def test_layers_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "llc_bytes", lambda: 1 << 15)
-    result = run_record("layers", layers.run(Grid(((96, 64),), (1, 5), (0.5, 0.9), large=((128, 128),), rounds=1)))
+    grid = Grid(((96, 64),), (1, 5), (0.5, 0.9), (0.75,), large=((128, 128),), rounds=1)
+    result = run_record("layers", layers.run(grid))
     rows = result["rows"]
-    n_dense, n_sparse = len(peers.dense_peers()), len(peers.SPARSE)
-    assert len(rows) == 3 * (n_dense + 2 * (n_sparse + 1))
+    n_compiled = len(set(peers.COMPILED) & set(peers.dense_peers()))
+    n_ours = sum(1 if kind.pattern == "1x4" else 2 for kind in layers.KINDS.values())
+    assert len(rows) == 3 * (len(peers.dense_peers()) + 2 * len(peers.SPARSE) + n_ours) - n_compiled
     for row in rows:
         assert set(row) == {
             *("candidate", "sparsity", "form", "copies", "error", "shape", "tokens", "group"),
@@ -112,7 +142,8 @@ def test_layers_end_to_end(tmp_path, monkeypatch):
     file = tmp_path / "layers.json"
     record.write(result, file)
     assert record.read(file) == result
-    assert "96x64: median microseconds" in tables.tables(result)
+    assert "96x64, median microseconds" in tables.tables(result)
+    assert "96x64, int8 and bfloat16, median microseconds" in tables.tables(result)
 
 
 @needs_native
@@ -142,13 +173,23 @@ def test_load_end_to_end(monkeypatch):
 def test_models_end_to_end(monkeypatch):
     tiny = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 64)).eval()
     monkeypatch.setattr(models, "_build", lambda name: tiny)
+    engines = [Engine("torch int8", lambda: torch.zeros(1), 0.01, 9), Engine("OpenVINO int8", why="not installed")]
+    monkeypatch.setattr(models, "dense_engines", lambda *_: engines)
     result = run_record("models", models.bench_models({"vit_b_16": (1, 2)}, (0.5, 0.9), rounds=1))
-    n_dense = 2 + ("torch int8" not in peers.absent())
-    assert [(r["batch"], r["tokens"]) for r in result["rows"]] == [(1, 1)] * (n_dense + 2) + [(2, 2)] * (n_dense + 2)
+    result["machine"]["isa"] = "avx512-vnni"
+    assert [r["candidate"] for r in result["rows"]] == 2 * [
+        "torch fp32",
+        "torch bf16",
+        "torch int8",
+        *2 * layers.OURS.split(),
+    ]
+    assert [(r["batch"], r["tokens"]) for r in result["rows"]] == [(1, 1)] * 5 + [(2, 2)] * 5
     assert all(sum(r["forms"].values()) == 1 for r in result["rows"] if r["candidate"] == layers.OURS)
     (table,) = tables.tables(result).values()
+    assert table[0][4:] == ["times torch fp32 (bar)", "times best dense int8 (bar)", "layers by form"]
     assert table[1][2:5] == ["torch fp32", table[1][3], "1.00x"]
-    assert f"({bars.MODEL_BARS['vit_b_16', 0.9]:g})" in table[n_dense + 2][4]
+    assert table[3][2:6] == ["torch int8", table[3][3], table[3][4], "1.00x"]
+    assert f"({bars.MODEL_BARS['avx512']['vit_b_16', 'sparsify', 0.9]:g})" in table[5][4]
 
 
 def test_every_grid_is_more_than_its_quick_one():
@@ -194,40 +235,100 @@ def test_ratios_take_the_fastest_opponent_of_each_cell():
     assert bars.ratios(without_engines, best, 0.5) == []
 
 
-def test_bars_are_those_of_the_plan():
-    assert all(bar.against in bars.OPPONENTS for bar in bars.LAYER_BARS)
-    assert sum(bool(bar.needs) for bar in bars.LAYER_BARS) == 5
+@pytest.mark.parametrize(("name", "n_claims"), [("avx512", 5), ("avx512-vnni", 10), ("avx512-amx", 5), ("avx2", 9)])
+def test_bars_are_those_of_the_instruction_set(name, n_claims):
+    chosen = bars.layer_bars(name)
+    assert sum(bool(bar.needs) for bar in chosen) == n_claims
+    assert all(bar.against in bars.OPPONENTS for bar in chosen)
+    assert len({(bar.group, bar.tokens, bar.against, bar.ours) for bar in chosen}) == len(chosen)
 
 
-def test_the_page_from_a_stored_file(tmp_path):
-    pytest.importorskip("matplotlib")
+def test_int8_is_compared_with_the_fastest_int8_and_with_our_float32():
+    rows = [row("torch int8", 16, 9.0), row("openvino int8", 16, 6.0), row("sparsify", 16, 4.0, 0.5)]
+    rows += [row("sparsify int8", 16, 2.0, 0.5), row("sparsify int8", 16, 1.0, 0.9)]
+    many = bars.Bar(layers.CACHED, bars.MANY, "best dense int8", ours=layers.INT8)
+    assert [[r.times for r in bars.ratios(rows, many, s)] for s in (0.5, 0.9)] == [[3.0], [6.0]]
+    ours = bars.Bar(layers.CACHED, bars.MANY, layers.OURS, ours=layers.INT8)
+    assert [[r.times for r in bars.ratios(rows, ours, s)] for s in (0.5, 0.9)] == [[2.0], []]
+
+
+def stored_record(**machine):
     result = run_record("layers", STORED)
-    result["machine"] |= {"name": "some machine", "others_cores": 1.2}
-    result["absent"] = {"openvino": "not installed"}
-    stored, out = tmp_path / "layers.json", tmp_path / "speed.md"
-    record.write(result, stored)
-    assert script.main(["report", str(stored), "--out", str(out)]) == 0
+    facts = {"processor": "Some CPU (x86_64 1/2)", "kernel": "avx512", "isa": "avx512", "hidden": []}
+    result["machine"] |= {"name": "some machine", "others_cores": 1.2} | facts | machine
+    return result | {"absent": {"openvino": "not installed"}}
+
+
+def test_the_page_from_stored_files(tmp_path):
+    pytest.importorskip("matplotlib")
+    fast, slow = stored_record(), stored_record(isa="avx2", hidden=["avx512", "vnni"])
+    slow["rows"] = [r | {"median_us": r["median_us"] * (2 if r["candidate"] == "sparsify" else 1)} for r in STORED]
+    out = tmp_path / "speed.md"
+    for number, result in enumerate((fast, slow)):
+        record.write(result, tmp_path / f"{number}.json")
+    assert script.main(["report", *(str(tmp_path / f"{n}.json") for n in (0, 1)), "--out", str(out)]) == 0
     text = out.read_text()
-    # geometric means of 4 and 0.9, of 5 and 5
-    assert "| 16 to 512 tokens | best dense fp32 | 1.90x (1.2) | 5.00x (3.8) |" in text
-    assert "| 16 to 512 tokens | torch fp32 | 5.40x (2.5) | 14.23x (9) |" in text
+    # geometric means of 4 and 0.9, of 5 and 5; a run with another instruction set stays apart
+    assert "| sparsify | 16 to 512 tokens | best dense fp32 | 1.90x (1.2) | 5.00x (3.8) |" in text
+    assert "| sparsify | 16 to 512 tokens | best dense fp32 | 0.95x (1.3) \\* | 2.50x (4.2) \\* |" in text
+    assert "| sparsify | 16 to 512 tokens | torch fp32 | 5.40x (2.5) | 14.23x (9) |" in text
     assert "slower than best dense fp32 in 1 of 2 cells, worst 0.90x at 768x768, 32 tokens" in text
+    assert "## Layers, everything included: Some CPU (x86_64 1/2), avx512\n" in text
+    assert "## Layers, everything included: Some CPU (x86_64 1/2), avx2\n" in text
+    assert "hidden from all of them: avx512, vnni." in " ".join(text.split())
     assert "Not measured: openvino (not installed)." in text
     assert "scripts/bench.py layers --quick" in text
     assert "±10.0%" in text
-    assert "some machine" in text
     assert "NOT TO BE RELIED ON: other processes kept 1.2 cores busy" in text
     assert "| 32 | 90 | 50 | 25 |" in text
-    picture = (tmp_path / "speed.svg").read_text()
-    assert "best dense fp32" in picture
-    assert len(picture) < 100_000
+    for stem in ("layers-some-1-2-avx512", "layers-some-1-2-avx2"):
+        assert f"]({stem}.svg)" in text
+        picture = (tmp_path / f"{stem}.svg").read_text()
+        assert "best dense fp32" in picture
+        assert len(picture) < 100_000
+
+
+def test_two_runs_of_one_processor_and_instruction_set_are_refused(tmp_path, capsys):
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    for file in files:
+        record.write(stored_record(), file)
+    assert script.main(["report", *map(str, files), "--out", str(tmp_path / "x.md")]) == 2
+    assert "b.json: a second run of layers-some-1-2-avx512" in capsys.readouterr().err
+
+
+def test_the_file_of_a_run_is_named_after_processor_and_instruction_set():
+    result = stored_record(processor="Intel(R) Xeon(R) Processor (x86_64 6/207)", isa="avx512-amx")
+    assert record.file_name(result) == "layers-intel-xeon-6-207-avx512-amx.json"
+    gpu_run = stored_record(name="NVIDIA H100 80GB HBM3") | {"benchmark": "gpu"}
+    assert record.file_name(gpu_run) == "gpu-nvidia-h100-80gb-hbm3.json"
+
+
+def test_peers_with_more_instructions_than_our_kernels_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(isa, "visible", lambda: ["avx2", "avx512f"])
+    monkeypatch.setattr(isa, "kernel", lambda: "avx2")
+    assert script.main(["layers", "--quick"]) == 2
+    assert "scripts/hide avx512 vnni -- scripts/bench.py" in capsys.readouterr().err
+
+
+def test_hidden_features_are_in_the_command_and_not_visible(monkeypatch):
+    monkeypatch.setenv("SPARSIFY_HIDDEN", "avx512 vnni")
+    monkeypatch.delenv("SPARSIFY_KERNEL", raising=False)
+    assert record.describe("layers", ["layers"])["command"] == "scripts/hide avx512 vnni -- scripts/bench.py layers"
+    assert not {"avx512f", "amx_int8", "avx_vnni", "avx512_vnni"} & set(isa.visible())
+
+
+def test_the_page_of_speed_is_current():
+    files = sorted(script.RESULTS_FOLDER.glob("*.json"))
+    records = {file.stem: record.read(file) for file in files}
+    assert {file.stem for file in files} == {record.file_name(r).removesuffix(".json") for r in records.values()}
+    assert (script.RESULTS_FOLDER / "speed.md").read_text() == page.page(records), "run scripts/bench.py report"
 
 
 def test_what_falls_short_gets_a_star():
     worse = copy.deepcopy(STORED)
     for r in worse:
         r["median_us"] *= 5 if r["candidate"] == "sparsify" else 1
-    text = page.page([run_record("layers", worse)])
+    text = page.page({"worse": stored_record() | {"rows": worse}})
     assert "0.38x (1.2) \\*" in text
 
 
@@ -238,87 +339,6 @@ def test_a_file_that_is_no_result_is_refused(tmp_path, text, capsys):
     assert script.main(["report", str(file), "--out", str(tmp_path / "x.md")]) == 2
     assert str(file) in capsys.readouterr().err
     assert not (tmp_path / "x.md").exists()
-
-
-# ---- sparsify bench -------------------------------------------------------------------------------------------------
-
-
-class Small(nn.Module):
-    """Two Linears of different work, on 4 rows per input for the second."""
-
-    def __init__(self):
-        super().__init__()
-        self.wide, self.narrow, self.unused = nn.Linear(64, 96), nn.Linear(24, 8), nn.Linear(4, 4)
-
-    def forward(self, x):
-        return self.narrow(self.wide(x).reshape(-1, 4, 24))
-
-
-def small():
-    torch.manual_seed(0)
-    return Small().eval()
-
-
-def small_inputs():
-    return {"x": torch.randn(2, 64)}
-
-
-def test_bench_compares_a_model_with_its_sparse_copy():
-    model = small()
-    before = copy.deepcopy(model.state_dict())
-    result = bench(model, (torch.randn(6, 64),), 0.9, rounds=3)
-    assert result.tokens == 6
-    assert {x.name: x.tokens for x in result.layers} == {"wide": 6, "narrow": 24, "unused": None}
-    assert [x.dense_us is None for x in result.layers] == [False, False, True]
-    assert f"{result.speedup:.2f}x dense at sparsity 0.9" in str(result)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
-
-
-def test_typical_tokens_are_those_of_most_of_the_work():
-    assert typical_tokens(small(), (torch.randn(3, 64),)) == 3
-    with pytest.raises(ValueError, match="none of its Linears"):
-        typical_tokens(nn.ReLU(), (torch.randn(3),))
-
-
-def test_bench_command(capsys):
-    spec = f"{__name__}:small"
-    assert main(["bench", "--model", spec, "--shape", "64", "--batch", "5", "--json", "--threads", "1"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert result["tokens"] == 5
-    assert result["dense"]["median_s"] / result["sparse"]["median_s"] == pytest.approx(result["speedup"])
-    assert main(["bench", "--model", spec, "--inputs", f"{__name__}:small_inputs", "--sparsity", "0.5"]) == 0
-    assert "x dense at sparsity 0.5" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ((), "cannot be guessed; give --shape"),
-        (("--shape", "3"), "does not run on inputs of 1x3"),
-        (("--seq", "3"), "has no nn.Embedding"),
-        (("--seq", "3", "--shape", "64"), "give one of them"),
-        (("--shape", "64", "--batch", "0"), "must be positive"),
-        (("--shape", "64", "--sparsity", "1.5"), "between 0 and 1"),
-        (("--shape", "64", "--threads", "0"), "at least 1"),
-        (("--inputs", "nowhere:f"), "write package.module:function"),
-        (("--inputs", f"{__name__}:small_inputs", "--batch", "2"), "no effect beside --inputs"),
-    ],
-)
-def test_bench_command_says_what_is_wrong(options, message, capsys):
-    assert main(["bench", "--model", f"{__name__}:small", *options]) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_inputs_are_guessed_from_the_kind_of_model():
-    images = make_inputs(nn.Identity(), "torchvision:any", batch=2)
-    assert images[0].shape == (2, 3, 224, 224)
-    text = nn.Sequential(nn.Embedding(50, 8), nn.Embedding(7, 8))
-    ids = make_inputs(text, "hf:folder", batch=2)["input_ids"]
-    assert ids.shape == (2, 128)
-    assert int(ids.max()) < 7
-    check_inputs(nn.Embedding(9, 2), "my:model", make_inputs(nn.Embedding(9, 2), "my:model", seq=4))
 
 
 @needs_native
