@@ -19,7 +19,7 @@ from sparsify.errors import CheckpointError
 from sparsify.kernels.csr import CSR
 from sparsify.kernels.forms import SCALE
 from sparsify.layer_names import join
-from sparsify.layers import MaskedLayer, PackedLayer
+from sparsify.layers import Int8Embedding, MaskedLayer, PackedLayer
 from sparsify.layers.records import FormChoice
 
 
@@ -38,17 +38,26 @@ def packed_state_keys(names: Names, layers: Mapping[str, LayerEntry]) -> set[str
 
 
 def _own_state(layer: nn.Module, entry: LayerEntry) -> tuple[str, ...]:
+    if isinstance(layer, Int8Embedding):
+        return "values", SCALE
     if isinstance(layer, PackedLayer):
         return (*CSR._fields, SCALE)
     masked = isinstance(layer, MaskedLayer) or (own_mask(layer) is not None and entry.module != "Linear")
     return ("weight", "mask") if masked else ("weight",)
 
 
+def _weight_of(module: nn.Module, entry: LayerEntry) -> Tensor | None:
+    """Return the weight of a dense module in the place of a layer of the file; None for a module of another kind."""
+    if entry.module == "Embedding":
+        return module.weight if isinstance(module, nn.Embedding) else None
+    return matrices(module).get("")
+
+
 def check_layers(names: Names, layers: Mapping[str, LayerEntry]) -> None:
-    """Raise CheckpointError unless the model has a Linear of the same shape for every layer of the file."""
+    """Raise CheckpointError unless the model has a Linear, or Embedding, of the same shape for every saved layer."""
     for name, entry in layers.items():
         module = names.modules.get(name)
-        weight = None if module is None else matrices(module).get("")
+        weight = None if module is None else _weight_of(module, entry)
         if weight is None:
             raise CheckpointError(
                 f"for another architecture: it has a layer {name or '(root)'!r}, the model has "
@@ -86,7 +95,9 @@ def check_state(
 ) -> None:
     """Raise CheckpointError unless shapes and dtypes fit, and every tensor has a writable place."""
     for name, stored in weights.items():
-        _check_dtype(name, stored.dtype, matrices(names.modules[name])[""])
+        wanted = _weight_of(names.modules[name], stored.entry)
+        assert wanted is not None
+        _check_dtype(name, stored.dtype, wanted)
     for prefix, module in names.places.items():
         for key in module._non_persistent_buffers_set:
             if (buffer := module._buffers.get(key)) is not None and buffer.is_meta:

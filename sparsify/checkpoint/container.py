@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic_core
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
@@ -37,11 +37,17 @@ class LayerEntry(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-    module: Literal["SparseLinear", "CSRLinear", "Linear"]
+    module: Literal["SparseLinear", "CSRLinear", "Linear", "Embedding"]
     format: Literal["csr", "bitmask", "dense"]
     out_features: _Size
     in_features: _Size
     dequantized: Literal["", "F64", "F32", "F16", "BF16"] = ""
+
+    @model_validator(mode="after")
+    def _embeddings_are_int8(self) -> LayerEntry:
+        if self.module == "Embedding" and (self.format != "dense" or not self.dequantized):
+            raise ValueError("an Embedding has int8 rows, and the format dense")
+        return self
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from sparsify.conversion.converters.table import converters, matrices
 from sparsify.conversion.module_surgery import layers_of_type
 from sparsify.errors import SavedParametrizedWarning
 from sparsify.layer_names import join
-from sparsify.layers import MaskedLayer, PackedLayer
+from sparsify.layers import Int8Embedding, MaskedLayer, PackedLayer
 from sparsify.layers.copies import warn_stale
 from sparsify.layers.fsdp import refuse_flattened
 from sparsify.layers.records import FormChoice, form_choice
@@ -98,7 +98,7 @@ def _linear_layers(names: Names) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in names.modules.items()
-        if isinstance(module, (MaskedLayer, PackedLayer))
+        if isinstance(module, (MaskedLayer, PackedLayer, Int8Embedding))
         or (
             any(type(module) is converter.dense and converter.layers(module) == ("",) for converter in converters())
             and module._parameters.get("weight") is not None

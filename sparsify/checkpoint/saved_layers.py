@@ -22,7 +22,7 @@ from sparsify.hardware.machine import machine_name
 from sparsify.kernels import FORMS, form_for
 from sparsify.kernels.csr import CSR
 from sparsify.layer_names import join
-from sparsify.layers import MaskedLayer
+from sparsify.layers import Int8Embedding, MaskedLayer
 from sparsify.layers.functional_module import layer_name
 from sparsify.layers.inference_mode import making_tensors
 from sparsify.layers.records import FormChoice, set_form_choice
@@ -96,10 +96,15 @@ def _make(entry: LayerEntry, old: nn.Module, stored: StoredWeight, choice: FormC
 
     On a device without kernels for it, another form stands in, until the layer is moved to a device with them.
     """
+    if isinstance(old, nn.Embedding):
+        assert stored.scale is not None
+        device = "cpu" if old.weight.is_meta else old.weight.device
+        rows = stored.values.to(device), stored.scale.to(device)
+        return Int8Embedding(*rows, stored.dtype, old.padding_idx).train(old.training)
     converter, weight, bias = converter_for(old), matrices(old)[""], old._parameters.get("bias")
     assert converter is not None
     assert issubclass(converter.sparse, MaskedLayer)
-    device = stored.csr.values.device if weight.is_meta else weight.device
+    device = stored.values.device if weight.is_meta else weight.device
     wanted = choice.form if choice and entry.module == "CSRLinear" and choice.form in FORMS else "csr"
     packed = entry.module == "CSRLinear"
     on_device = CSR(*(part.to(device) for part in (stored.csr if packed else stored.plain)))

@@ -15,13 +15,13 @@ from sparsify.errors import CheckpointError
 from sparsify.kernels import part_names
 from sparsify.kernels.csr import csr_to_dense
 from sparsify.layer_names import join
-from sparsify.layers import MaskedLayer, PackedLayer
+from sparsify.layers import Int8Embedding, MaskedLayer, PackedLayer
 from sparsify.layers.tied import check_tieable, tie
 
 
 def identity_tensor(module: nn.Module) -> Tensor | None:
     """Return the tensor that identifies a shared weight."""
-    return module.values if isinstance(module, PackedLayer) else module._parameters.get("weight")
+    return module.values if isinstance(module, (PackedLayer, Int8Embedding)) else module._parameters.get("weight")
 
 
 def packed_embeddings(names: Names, layers: Mapping[str, LayerEntry]) -> dict[int, str]:

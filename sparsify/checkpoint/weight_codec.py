@@ -28,7 +28,7 @@ from sparsify.kernels.csr import (
 )
 from sparsify.kernels.int8 import check_quantized, dequantize
 from sparsify.layer_names import join
-from sparsify.layers import MaskedLayer, PackedLayer
+from sparsify.layers import Int8Embedding, MaskedLayer, PackedLayer
 from sparsify.layers.fsdp import whole
 
 #: The tensors that hold the weight of layer NAME: NAME.weight.PART, or NAME.weight itself for "dense".
@@ -41,22 +41,49 @@ _DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
 class StoredWeight(NamedTuple):
-    """A weight from a file: its values as they are, and scales if they are int8."""
+    """A weight from a file, checked: its parts as they are."""
 
-    csr: CSR
-    scale: Tensor | None
-    #: Of the weight, and of its layer.
-    dtype: torch.dtype
+    entry: LayerEntry
+    parts: list[Tensor]
+
+    @property
+    def values(self) -> Tensor:
+        """The values, int8 if there is a scale."""
+        return self.parts[len(_PARTS[self.entry.format] or ("",)) - 1]
+
+    @property
+    def scale(self) -> Tensor | None:
+        """The scales of int8 values."""
+        return self.parts[-1] if self.entry.dequantized else None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weight, and of its layer."""
+        return _DTYPES.get(self.entry.dequantized, self.values.dtype)
+
+    @property
+    def csr(self) -> CSR:
+        """The weight as CSR, with int8 values as they are."""
+        if self.entry.format == "bitmask":
+            return bitmask_to_csr(Bitmask(*self.parts[:2]), self.entry.shape)
+        if self.entry.format == "csr":
+            return CSR(*self.parts[:3])
+        return dense_to_csr(self.values, not_zero(self.values))
 
     @property
     def plain(self) -> CSR:
-        """The weight in its own dtype."""
+        """The weight as CSR in its own dtype."""
         return self.csr if self.scale is None else dequantize(self.csr, self.scale, self.dtype)
 
 
 def encode_weight(module: nn.Module) -> tuple[LayerEntry, dict[str, Tensor]]:
     """Choose the smallest format for a layer's weight, and pack it."""
     dequantized, scale = {}, {}
+    if isinstance(module, Int8Embedding):
+        dtype, (rows, dim) = DTYPES[module.own_dtype], module.values.shape
+        about = {"module": "Embedding", "format": "dense", "out_features": rows, "in_features": dim}
+        entry = LayerEntry.model_validate({**about, "dequantized": dtype})
+        return entry, {"": module.values, _SCALE: module.weight_scale}
     if isinstance(module, PackedLayer):
         becomes = "CSRLinear"
         weight, mask = csr_to_dense(module.stored_csr, module.shape)
@@ -103,14 +130,13 @@ def decode_weight(entry: LayerEntry, tensors: Mapping[str, Tensor]) -> tuple[Ten
 
 
 def decode_weights(layers: Mapping[str, LayerEntry], tensors: dict[str, Tensor]) -> dict[str, StoredWeight]:
-    """Take the parts of every packed weight out of `tensors`, check them, and return them as CSR."""
+    """Take the parts of every packed weight out of `tensors`, and check them."""
     weights = {}
     for name, entry in layers.items():
         parts = [tensors.pop(key) for key in part_names(name, entry)]
         with _naming(name):
-            scale = _check_parts(entry, parts)
-            csr = _as_csr(entry, parts)
-            weights[name] = StoredWeight(csr, scale, _DTYPES.get(entry.dequantized, csr.values.dtype))
+            _check_parts(entry, parts)
+        weights[name] = StoredWeight(entry, parts)
     return weights
 
 
@@ -122,9 +148,10 @@ def check_weight(name: str, entry: LayerEntry, tensors: Mapping[str, Tensor]) ->
     parts = [tensors[key] for key in part_names(name, entry)]
     with _naming(name):
         _check_parts(entry, parts)
-    values = parts[len(_PARTS[entry.format] or [""]) - 1]
-    n_kept = values.numel() if entry.format != "dense" else int(not_zero(values).sum())
-    return n_kept, _DTYPES.get(entry.dequantized, values.dtype)
+    stored = StoredWeight(entry, parts)
+    values = stored.values
+    counted = entry.format != "dense" or entry.module == "Embedding"
+    return values.numel() if counted else int(not_zero(values).sum()), stored.dtype
 
 
 def other_tensors(layers: Mapping[str, LayerEntry], tensors: Mapping[str, object]) -> set[str]:
@@ -152,28 +179,19 @@ def _naming(name: str) -> Iterator[None]:
         raise CheckpointError(f"{name or '(root)'}: {error}") from None
 
 
-def _check_parts(entry: LayerEntry, parts: list[Tensor]) -> Tensor | None:
-    """Check the parts of a weight, and return its scales."""
-    parts, scale = (parts[:-1], parts[-1]) if entry.dequantized else (parts, None)
-    values = parts[-1]
+def _check_parts(entry: LayerEntry, parts: list[Tensor]) -> None:
+    stored = StoredWeight(entry, parts)
+    values, scale = stored.values, stored.scale
     if scale is not None:
         check_quantized(values, scale, entry.out_features)
     if entry.format == "csr":
-        check_csr(CSR(*parts), entry.shape)
+        check_csr(CSR(*parts[:3]), entry.shape)
     elif entry.format == "bitmask":
-        check_bitmask(Bitmask(*parts), entry.shape)
+        check_bitmask(Bitmask(*parts[:2]), entry.shape)
     elif values.shape != entry.shape:
         raise ValueError(f"a dense weight must be of shape {entry.shape}, got {values.dtype} {tuple(values.shape)}")
     if scale is None and not values.is_floating_point():
         raise ValueError(f"values must be floating, got {values.dtype} {tuple(values.shape)}")
-    return scale
-
-
-def _as_csr(entry: LayerEntry, parts: list[Tensor]) -> CSR:
-    """Return the parts of a weight, which must be right, as CSR."""
-    if entry.format == "bitmask":
-        return bitmask_to_csr(Bitmask(*parts[:2]), entry.shape)
-    return CSR(*parts[:3]) if entry.format == "csr" else dense_to_csr(parts[0], not_zero(parts[0]))
 
 
 def not_zero(weight: Tensor) -> Tensor:

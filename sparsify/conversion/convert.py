@@ -24,7 +24,7 @@ from sparsify.conversion.tied_weights import resolve_tied_weights
 from sparsify.conversion.transaction import Transaction
 from sparsify.errors import LeftDenseWarning
 from sparsify.layer_names import Selector, join, select
-from sparsify.layers import MaskedLayer, PackedLayer, Tied
+from sparsify.layers import Int8Embedding, MaskedLayer, PackedLayer, Tied
 from sparsify.layers.copies import warn_stale
 from sparsify.layers.deferred import unfuse_activations
 from sparsify.layers.fsdp import data_or_shape, refuse_flattened
@@ -201,6 +201,9 @@ def to_dense(model: Model) -> Model:
         for layer in layers_of_type(model, PackedLayer).values():
             with making_tensors():
                 replace_in_place(layer, layer.to_sparse())
+        for embedding in layers_of_type(model, Int8Embedding).values():
+            with making_tensors():
+                replace_in_place(embedding, embedding.to_embedding())
         unfuse_activations(model)
         for tied in layers_of_type(model, Tied).values():
             untie(tied)

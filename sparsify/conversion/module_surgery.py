@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from sparsify.kernels import FORMS
 from sparsify.kernels.forms import SCALE
-from sparsify.layers import MaskedLayer, PackedLayer, Tied, UnfusedAttention
+from sparsify.layers import Int8Embedding, MaskedLayer, PackedLayer, Tied, UnfusedAttention
 from sparsify.layers.inference_mode import making_tensors, writing_to
 from sparsify.layers.transposed import Transposed
 
@@ -28,7 +28,7 @@ _OF_ATTENTION = frozenset(
 _OF_UNFUSED = frozenset({"in_proj", "q_proj", "k_proj", "v_proj", "out_proj", "in_proj_bias", "bias_k", "bias_v"})
 
 #: Classes with declared attributes of ours, without meaning after a change of a layer's type.
-_OURS = (MaskedLayer, PackedLayer, Tied)
+_OURS = (MaskedLayer, PackedLayer, Tied, Int8Embedding)
 #: The exception: the record of a layer's pruning stays on the layer.
 _STAYS = "pruning_result"
 

@@ -15,6 +15,7 @@ from sparsify.conversion.module_surgery import Model, copy_replacing, layers_of_
 from sparsify.inference.form_selection import FormSelector, exported_as
 from sparsify.inference.fusion import fuse_activations
 from sparsify.inference.rounding import MAX_ERROR, QUANTIZE, RoundingJudge, warn_left_float
+from sparsify.inference.unpruned import int8_embeddings, with_masks_everywhere
 from sparsify.kernels import FORMS, PATTERNED, fits, quantizes_inputs, supports
 from sparsify.kernels.csr import csr_to_dense, dense_to_csr
 from sparsify.layer_names import join
@@ -39,6 +40,7 @@ def export(
     device: torch.device | str | None = None,
     quantize: str | None = None,
     max_error: float = MAX_ERROR,
+    quantize_rest: bool = False,
     progress: bool = False,
     copy: bool = True,
 ) -> Model:
@@ -65,6 +67,8 @@ def export(
     quantize: "int8" rounds kept weights to int8, with a scale for each output, and where it is faster also the inputs
     of a layer, each row by itself as it comes; "int8-weights" rounds no inputs. A layer that "auto" keeps dense is not
     rounded.
+    quantize_rest: with `quantize`, int8 for the rest too: "auto" keeps no layer dense, Linears without a mask are
+    layers with all weights kept, and Embeddings hold int8 rows.
     max_error: a layer stays as it is if rounding changes its outputs by more than this share of their size, on the
     example or else on random rows. A LeftFloatWarning and `report` name it.
 
@@ -79,7 +83,10 @@ def export(
         raise ValueError(f"example has no effect with format {format!r}; only 'auto' measures")
     if format != "auto" and prefer != "speed":
         raise ValueError(f"prefer={prefer!r} has no effect with format {format!r}; only 'auto' chooses")
+    if quantize_rest and quantize is None:
+        raise ValueError("quantize_rest has no effect without quantize; say quantize='int8' or 'int8-weights'")
     model = _with_masks(model)
+    model = with_masks_everywhere(model) if quantize_rest else model
     if device is not None:
         model = copy_replacing(model, {}, share_memory=True).to(device)
     layers = layers_of_type(model, MaskedLayer)
@@ -88,7 +95,7 @@ def export(
     for name, layer in layers.items():
         _check_layer(name, layer, format, quantize)
     warn_stale(layers)
-    chooser = FormSelector(128 if tokens is None else tokens, prefer)
+    chooser = FormSelector(128 if tokens is None else tokens, prefer, may_be_dense=not quantize_rest)
     with making_tensors():
         judge = RoundingJudge(model, quantize, max_error, example) if quantize is not None else None
         given = judge.inputs if judge else {} if example is None else layer_inputs(model, example)
@@ -103,8 +110,11 @@ def export(
             set_rounding(replacements[layer], rounding)
         for tied in layers_of_type(model, Tied).values():
             replacements[tied] = _export_tied(tied, replacements[tied.owner[0]])
+        embeddings, roundings = int8_embeddings(model, max_error) if quantize_rest else ({}, {})
+        replacements |= embeddings
         fast = fuse_activations(copy_replacing(model, replacements, share_memory=not copy))
-    warn_left_float({name: r for name, layer in layers.items() if (r := rounding_of(replacements[layer])) is not None})
+    roundings |= {name: r for name, layer in layers.items() if (r := rounding_of(replacements[layer])) is not None}
+    warn_left_float(roundings)
     return fast
 
 

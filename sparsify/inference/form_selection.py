@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -40,12 +41,13 @@ class FormSelector:
     input and permission to round.
     """
 
-    def __init__(self, tokens: int, prefer: str = "speed") -> None:
+    def __init__(self, tokens: int, prefer: str = "speed", *, may_be_dense: bool = True) -> None:
+        """tokens: rows of input; may_be_dense: False to choose a form of int8 values wherever rounding is allowed."""
         if tokens < 1:
             raise ValueError(f"tokens must be at least 1, got {tokens}")
         if prefer not in PREFERENCES:
             raise ValueError(f"prefer={prefer!r} is none of: {', '.join(PREFERENCES)}")
-        self.tokens, self.prefer = tokens, prefer
+        self.tokens, self.prefer, self.may_be_dense = tokens, prefer, may_be_dense
         self._known: dict[object, FormChoice] = {}
 
     @torch.inference_mode()
@@ -85,7 +87,9 @@ class FormSelector:
             candidates = _candidates(layer, forms, quantized=bool(rounded))
             times = self._measure(candidates, x.to(weight))
             n_bytes = {form: _n_bytes(module) for form, module in candidates.items()}
-            form = _best(times, n_bytes, self.prefer)
+            packed = {form: time for form, time in times.items() if form != "dense"}
+            only_packed = bool(rounded and packed) and not self.may_be_dense
+            form = _best(packed if only_packed else times, n_bytes, self.prefer)
             tokens = x.numel() // max(layer.shape[1], 1)
             self._known[converter] = FormChoice(form, tokens, times, machine_name(weight.device))
         return self._known[converter]
@@ -130,10 +134,10 @@ def _best(times: Mapping[str, float], n_bytes: Mapping[str, int], prefer: str) -
     """
     if prefer == "memory":
         return min(times, key=lambda form: (n_bytes.get(form, 0), times[form]))
-    fastest = min(times.values())
-    if fastest >= MARGIN * times["dense"]:
+    fastest, enough = min(times.values()), MARGIN * times.get("dense", math.inf)
+    if fastest >= enough:
         return "dense"
-    close = [form for form, time in times.items() if MARGIN * time <= fastest and time < MARGIN * times["dense"]]
+    close = [form for form, time in times.items() if MARGIN * time <= fastest and time < enough]
     return min(close, key=lambda form: (n_bytes.get(form, 0), times[form]))
 
 

@@ -1,4 +1,4 @@
-"""Masked layers for training, and packed layers for inference.
+"""Masked layers for training, and packed layers for inference; embeddings with int8 rows.
 
 UnfusedAttention and UnfusedEncoder are torch's attention and encoder, with their products as child layers.
 """
@@ -7,6 +7,7 @@ from sparsify.layers.attention import UnfusedAttention
 from sparsify.layers.csr_conv2d import CSRConv2d
 from sparsify.layers.csr_linear import CSRLinear
 from sparsify.layers.encoder import UnfusedEncoder
+from sparsify.layers.int8_embedding import Int8Embedding
 from sparsify.layers.masked import MaskedLayer
 from sparsify.layers.packed import PackedLayer
 from sparsify.layers.sparse_conv2d import SparseConv2d
@@ -16,6 +17,7 @@ from sparsify.layers.tied import Tied
 __all__ = [
     "CSRConv2d",
     "CSRLinear",
+    "Int8Embedding",
     "MaskedLayer",
     "PackedLayer",
     "SparseConv2d",

@@ -12,7 +12,7 @@ from sparsify.conversion.module_surgery import layers_of_type
 from sparsify.inference.form_selection import why_chosen
 from sparsify.kernels import quantizes_inputs
 from sparsify.layer_names import join
-from sparsify.layers import MaskedLayer, PackedLayer
+from sparsify.layers import Int8Embedding, MaskedLayer, PackedLayer
 from sparsify.layers.copies import warn_stale
 from sparsify.layers.records import FormChoice, form_choice, pruning_result, rounding_of
 from sparsify.reporting.table import table
@@ -139,6 +139,9 @@ def report(model: nn.Module) -> Report:
             dense_bytes = layer.shape[0] * layer.shape[1] * layer.float_dtype.itemsize
             n_bytes = _n_bytes(*layer.tensors)
             rows.append(Row(name, layer.shape, layer.sparsity, layer.form, n_bytes, dense_bytes, *measured))
+        if isinstance(layer, Int8Embedding):
+            shape, n_bytes = (layer.num_embeddings, layer.embedding_dim), _n_bytes(layer.values, layer.weight_scale)
+            rows.append(Row(name, shape, 0.0, "dense", n_bytes, layer.values.numel() * layer.own_dtype.itemsize))
         kind = converter_for(layer)
         by_default = kind is None or kind.by_default or isinstance(layer, MaskedLayer) or choice is not None
         for part, weight in matrices(layer).items() if by_default else ():
@@ -150,7 +153,7 @@ def report(model: nn.Module) -> Report:
             rows.append(row)
         if (result := pruning_result(layer)) is not None:
             rows[-1] = replace(rows[-1], error=result.error, time_s=result.time_s)
-        if isinstance(layer, PackedLayer) or rounding_of(layer) is not None:
+        if isinstance(layer, (PackedLayer, Int8Embedding)) or rounding_of(layer) is not None:
             rows[-1] = _with_rounding(rows[-1], layer)
     return Report(tuple(rows), _n_parameters(model))
 
@@ -162,9 +165,9 @@ def _why(choice: FormChoice, layer: nn.Module) -> str:
 
 def _with_rounding(row: Row, layer: nn.Module) -> Row:
     """Return the row of an exported layer with the numbers that it computes with, and its rounding."""
-    quantized = isinstance(layer, PackedLayer) and layer.own_dtype is not None
+    quantized = isinstance(layer, (PackedLayer, Int8Embedding)) and layer.own_dtype is not None
     inputs = quantized and isinstance(layer, PackedLayer) and quantizes_inputs(layer.form)
-    dtype = layer.float_dtype if isinstance(layer, PackedLayer) else layer._parameters["weight"].dtype  # type: ignore[union-attr]
+    dtype = layer.float_dtype if isinstance(layer, PackedLayer) else layer.weight.dtype
     numbers = "int8" if inputs else "int8 weights" if quantized else str(dtype).removeprefix("torch.")
     rounding = rounding_of(layer)
     if rounding is None:
@@ -178,6 +181,7 @@ def _with_rounding(row: Row, layer: nn.Module) -> Row:
 def _n_parameters(model: nn.Module) -> int:
     """Count the parameters of a model, as before its layers were packed."""
     n_packed = sum(layer.shape[0] * layer.shape[1] for layer in layers_of_type(model, PackedLayer).values())
+    n_packed += sum(layer.values.numel() for layer in layers_of_type(model, Int8Embedding).values())
     return n_packed + sum(p.numel() for p in model.parameters() if not isinstance(p, nn.UninitializedParameter))
 
 
