@@ -122,6 +122,7 @@ ODD: dict[str, tuple[Callable[[Net], object], type[BaseException], str]] = {
 }
 
 
+@pytest.mark.filterwarnings("error::sparsify.MeasuredElsewhereWarning")
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")
 @pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
 @pytest.mark.parametrize("name", ODD)
