@@ -29,12 +29,13 @@ constexpr int64_t TASKS_PER_THREAD = 16;
 // took 3x as long as they should. From 3 tokens on such rows are copied, three cache lines further apart.
 constexpr int64_t CROWDED_STRIDE = 512, CROWDED_TOKENS = 3, STAGGER = 48;
 
-// y[rows of the block] = activation(sums + bias) for one token.
+// y[rows of the block] = activation(sums * scale + bias) for one token; scale may be null.
 template <typename T>
-inline void finish_block(const float *sums, const T *bias, T *y, int n_rows, int activation) {
+inline void finish_block(const float *sums, const float *scale, const T *bias, T *y, int n_rows, int activation) {
     for (int row = 0; row < n_rows; row += WIDTH) {
         const int width = n_rows - row < WIDTH ? n_rows - row : WIDTH;
         Vec a = load(sums + row);
+        if (scale) a = mul(a, width == WIDTH ? load(scale + row) : load_first(scale + row, width));
         if (bias) a = add(a, width == WIDTH ? load(bias + row) : load_first(bias + row, width));
         a = activate(a, activation);
         if (width == WIDTH)
@@ -69,6 +70,7 @@ void widen_row(const T *x, int64_t n, float *to, int64_t padded) {
 // Some tokens of a call, ready to be multiplied.
 struct Batch {
     const LinearCall *call;
+    const float *scale;  // of the rows, where values are int8
     int64_t first_token, n_tokens;
     const float *x;
     int64_t x_stride;
@@ -76,10 +78,10 @@ struct Batch {
     int64_t first_block, end_block, blocks_per_task;
 };
 
-template <typename Form, int N, typename T>
+template <typename Form, int N, typename T, typename W>
 void run_block(const typename Form::View &view, const Batch &batch, int64_t block, int64_t token) {
     const LinearCall &call = *batch.call;
-    const T *values = static_cast<const T *>(call.values);
+    const W *values = static_cast<const W *>(call.values);
     const float *x = batch.x + token * batch.x_stride;
     bool finite = true;
     for (int n = 0; n < N; ++n) finite &= batch.finite[token + n];
@@ -90,23 +92,25 @@ void run_block(const typename Form::View &view, const Batch &batch, int64_t bloc
         Form::template block<N, true>(view, values, block, x, batch.x_stride, sums);
     const Rows rows = part_of_call(call, block * BLOCK_ROWS, BLOCK_ROWS);
     const T *bias = call.bias ? static_cast<const T *>(call.bias) + rows.first : nullptr;
+    const float *scale = batch.scale ? batch.scale + rows.first : nullptr;
     T *y = static_cast<T *>(call.y) + (batch.first_token + token) * call.y_stride + rows.first - call.first_row;
     for (int n = 0; n < N; ++n)
-        finish_block(sums + n * BLOCK_ROWS + rows.skipped, bias, y + n * call.y_stride, int(rows.n), call.activation);
+        finish_block(sums + n * BLOCK_ROWS + rows.skipped, scale, bias, y + n * call.y_stride, int(rows.n),
+                     call.activation);
 }
 
 // Runs block for the last n <= N tokens of a batch.
-template <typename Form, int N, typename T>
+template <typename Form, int N, typename T, typename W>
 void run_rest(const typename Form::View &view, const Batch &batch, int64_t block, int64_t token) {
     if constexpr (N > 0) {
         if (batch.n_tokens - token == N)
-            run_block<Form, N, T>(view, batch, block, token);
+            run_block<Form, N, T, W>(view, batch, block, token);
         else
-            run_rest<Form, N - 1, T>(view, batch, block, token);
+            run_rest<Form, N - 1, T, W>(view, batch, block, token);
     }
 }
 
-template <typename Form, typename T>
+template <typename Form, typename T, typename W>
 int run_blocks(const void *context, int64_t task) {
     const Batch &batch = *static_cast<const Batch *>(context);
     const typename Form::View view = Form::view(batch.call->index);
@@ -114,16 +118,17 @@ int run_blocks(const void *context, int64_t task) {
     for (int64_t block = first; block < first + batch.blocks_per_task && block < batch.end_block; ++block) {
         int64_t token = 0;
         for (; batch.n_tokens - token >= Form::MAX_TOKENS; token += Form::MAX_TOKENS)
-            run_block<Form, Form::MAX_TOKENS, T>(view, batch, block, token);
-        run_rest<Form, Form::MAX_TOKENS - 1, T>(view, batch, block, token);
+            run_block<Form, Form::MAX_TOKENS, T, W>(view, batch, block, token);
+        run_rest<Form, Form::MAX_TOKENS - 1, T, W>(view, batch, block, token);
     }
     return SPARSIFY_OK;
 }
 
-template <typename Form, typename T>
-int linear_row_blocks(const LinearCall &call) {
+template <typename Form, typename T, typename W>
+int run_row_blocks(const LinearCall &call, const float *scale) {
     Batch batch;
     batch.call = &call;
+    batch.scale = scale;
     batch.first_block = call.first_row / BLOCK_ROWS;
     batch.end_block = (call.end_row + BLOCK_ROWS - 1) / BLOCK_ROWS;
     const int64_t n_blocks = batch.end_block - batch.first_block;
@@ -155,10 +160,20 @@ int linear_row_blocks(const LinearCall &call) {
         const int64_t n_tasks = n_threads > 1 ? n_threads * TASKS_PER_THREAD : 1;
         batch.blocks_per_task = (n_blocks + n_tasks - 1) / n_tasks;
         const int status = run_tasks((n_blocks + batch.blocks_per_task - 1) / batch.blocks_per_task, n_threads,
-                                     run_blocks<Form, T>, &batch);
+                                     run_blocks<Form, T, W>, &batch);
         if (status) return status;
     }
     return SPARSIFY_OK;
+}
+
+template <typename Form, typename T>
+int linear_row_blocks(const LinearCall &call) {
+    return run_row_blocks<Form, T, T>(call, nullptr);
+}
+
+template <typename Form, typename T>
+int linear_row_blocks_int8(const Int8Call &call) {
+    return run_row_blocks<Form, T, int8_t>(call.linear, call.scale);
 }
 
 }  // namespace

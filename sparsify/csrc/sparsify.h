@@ -2,9 +2,9 @@
  *
  * Words. A *form* is how a sparse weight (out x in) lies in memory for one family of kernels. In every form a packed
  * weight is two plain arrays: `index` (bytes: header, columns, masks, pointers; no values, position independent) and
- * `values` (float32 or bfloat16, in the order the kernels read them, padding allowed). The way in and out is CSR with
- * int32 row pointers `crow` (out + 1) and int32 columns `col`, strictly increasing within a row. A stored value of zero
- * is a kept weight like any other.
+ * `values` (float32, bfloat16 or int8, in the order the kernels read them, padding allowed). The way in and out is CSR
+ * with int32 row pointers `crow` (out + 1) and int32 columns `col`, strictly increasing within a row. A stored value of
+ * zero is a kept weight like any other.
  *
  * Return values: sizes are >= 0, status is SPARSIFY_OK (0); errors are negative and listed below.
  */
@@ -78,8 +78,18 @@ SPARSIFY_API void sparsify_forget_stalls(void);
 SPARSIFY_DECLARE_FORM(panel)
 SPARSIFY_DECLARE_FORM(bitmask)
 SPARSIFY_DECLARE_FORM(gather)
+SPARSIFY_DECLARE_FORM(quads)
 
-enum sparsify_form { SPARSIFY_PANEL = 0, SPARSIFY_BITMASK = 1, SPARSIFY_GATHER = 2, SPARSIFY_N_FORMS = 3 };
+/* The values of the first three are of the dtype of x, or int8. The others quantise x, and their values are int8. */
+enum sparsify_form {
+    SPARSIFY_PANEL = 0,
+    SPARSIFY_BITMASK = 1,
+    SPARSIFY_GATHER = 2,
+    SPARSIFY_N_FLOAT_FORMS = 3,
+    SPARSIFY_QUADS = 3,
+    SPARSIFY_QUADMASK = 4,
+    SPARSIFY_N_FORMS = 5,
+};
 enum sparsify_dtype { SPARSIFY_F32 = 0, SPARSIFY_BF16 = 1, SPARSIFY_N_DTYPES = 2 };
 
 /* y[t, o - first_row] = activation(sum over kept k of x[t, k] * w[o, k] + bias[o]) for first_row <= o < end_row,
@@ -102,6 +112,26 @@ struct sparsify_linear_call {
 };
 
 SPARSIFY_API int sparsify_linear(int form, int dtype, const struct sparsify_linear_call *call);
+
+/* The same with int8 values: w[o, k] = values * scale[o], where scale is float32 (out). dtype is that of x, y and bias.
+ * The first three forms multiply x as it is and the sum by scale[o]. The others quantise each row of x to 0..255 first
+ * and sum up exactly, so that every instruction set gives the same bits before the activation:
+ *
+ *   lo = min(0, min x), hi = max(0, max x), step = (hi - lo) / 255, zero = rint(-lo / step) in 0..255
+ *   q[k] = rint(x[k] / step) + zero, kept in 0..255; a step of 0 makes q and zero 0
+ *   y[o] = activation(float(sum of q[k] * values[o, k] - zero * sum of values[o, k]) * (step * scale[o]) + bias[o])
+ *
+ * in float32, each operation rounded once, 1 / step being 255 / (hi - lo). Inf or NaN in a row of x makes NaN of its
+ * outputs. The last 4 * out bytes of such values are the sums of values[o, k] over k, int32; pack leaves them to the
+ * caller (order -1). in is at most SPARSIFY_MOST_QUANTIZED_IN, so that no sum overflows.
+ */
+#define SPARSIFY_MOST_QUANTIZED_IN 65536
+struct sparsify_int8_call {
+    struct sparsify_linear_call linear;
+    const float *scale;
+};
+
+SPARSIFY_API int sparsify_linear_int8(int form, int dtype, const struct sparsify_int8_call *call);
 
 /* The same for images whose features lie in planes, channels first: x[image][k][t] and y[image][o - first_row][t].
  * `image` says how one of them is laid out: its tokens are neighbours, and its strides count elements between planes.

@@ -31,7 +31,7 @@ def read_gbs(n_bytes: int, seconds: float = 0.2) -> float:
 def _best(name: str, signature: Sequence[Any], seconds: float, *arguments: int) -> float:
     if not native.available():
         raise RuntimeError(f"roofs are measured by the native library: {native.why_missing()}; see 'sparsify doctor'")
-    function = native._function(name, (ctypes.c_double, list(signature)))
+    function = native.function(name, (ctypes.c_double, list(signature)))
     best: float = max(function(seconds / N_TRIES, *arguments) for _ in range(N_TRIES))
     if best < 0:
         raise ValueError(

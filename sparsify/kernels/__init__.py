@@ -1,5 +1,6 @@
 """Multiplication with packed weights: one operator, one entry per form and device; the reference defines the answer."""
 
+from sparsify.kernels import int8_op as int8_op  # registers its operators
 from sparsify.kernels.forms import (
     FORMS,
     INT8_FORMS,

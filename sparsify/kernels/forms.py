@@ -23,6 +23,7 @@ FORMS: dict[str, tuple[str, ...]] = {
     "panel": ("index", "values"),
     "bitmask": ("index", "values"),
     "gather": ("index", "values"),
+    "quads": ("index", "values"),
     "tiles": ("index", "values"),
     "narrow": ("index", "values"),
     "blocks": ("index", "values"),
@@ -33,10 +34,10 @@ FORMS: dict[str, tuple[str, ...]] = {
 SCALE = "weight_scale"
 
 #: The packed forms with kernels for int8 values. In "csr" they are widened for the reference kernel.
-INT8_FORMS: tuple[str, ...] = ()
+INT8_FORMS: tuple[str, ...] = native.INT8_FORMS
 
 #: Of those, the forms that round their inputs to int8 too, each row by itself; the others leave inputs as they are.
-_QUANTIZE_INPUTS: tuple[str, ...] = ()
+_QUANTIZE_INPUTS: tuple[str, ...] = native.QUANTIZES_INPUTS
 
 #: The forms that hold only masks of a pattern; see `fits`.
 PATTERNED = ("blocks", "2:4")
@@ -68,7 +69,9 @@ def part_names(form: str, *, quantized: bool) -> tuple[str, ...]:
 
 
 def fits(form: str, csr: CSR, shape: tuple[int, int]) -> bool:
-    """Return whether a form can hold this weight: some are for masks of a pattern."""
+    """Return whether a form can hold this weight: some are for masks of a pattern, some for not too many inputs."""
+    if quantizes_inputs(form):
+        return shape[1] <= native.MOST_QUANTIZED_IN
     return form not in gpu.FORMS or gpu.fits(form, csr, shape)
 
 
@@ -192,6 +195,8 @@ def _why_not(form: str, device: torch.device, dtype: torch.dtype, quantized: boo
     """Return the reason if no kernel of a packed form runs on a device and dtype, else ""."""
     if quantized and form not in INT8_FORMS:
         return f"it has no kernels for int8 values; those have: {', '.join(INT8_FORMS) or 'none'}"
+    if quantizes_inputs(form) and not quantized:
+        return "it holds int8 values alone"
     if form in gpu.FORMS:
         missing = gpu.why_not(form, device, dtype)
         return missing and f"it needs the kernels for GPUs: {missing}"

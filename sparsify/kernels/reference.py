@@ -50,9 +50,9 @@ def pointwise(x: Tensor, csr: CSR, bias: Tensor | None, shape: tuple[int, int], 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Round each row of x (..., in) to 0..255: (q uint8, step float32 (...), zero_point int32 (...)).
 
-    x is about step * (q - zero_point), and 0 is exactly zero_point. In float32, each operation rounded once. A row
-    whose values are all 0, or so near that 255 divided by their range is infinite, has step 0. A row with Inf or NaN,
-    or whose range is no float32, has step NaN.
+    x is about step * (q - zero_point), and 0 is exactly zero_point. In float32, each operation rounded once.
+    A row has step 0 if its values are all 0, or so near that 255 divided by their range is infinite; step NaN if it has
+    Inf or NaN, or if the range is no float32.
 
     >>> quantize_rows(torch.tensor([[-1.0, 0.0, 1.55]]))
     (tensor([[  0, 100, 255]], dtype=torch.uint8), tensor([0.0100]), tensor([100], dtype=torch.int32))
@@ -69,3 +69,20 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     q = torch.where(usable, (x * inverse).round() + zero_point, 0.0).clamp(0, 255)
     step = torch.where(usable, span / 255.0, torch.where(finite, 0.0, math.nan))
     return q.to(torch.uint8), step.squeeze(-1), zero_point.squeeze(-1).to(torch.int32)
+
+
+def linear_int8(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, activation: str = "none", *, quantize_inputs: bool
+) -> Tensor:
+    """Multiply x (..., in) by an int8 weight (out, in) whose rows have a scale, float32 (out); returns (..., out).
+
+    Sums are exact: of integers if the inputs are quantised, else in float64. y has the dtype of x.
+    """
+    if quantize_inputs:
+        q, step, zero_point = quantize_rows(x)
+        centred = q.to(torch.float64) - zero_point.to(torch.float64).unsqueeze(-1)
+        sums = (centred @ weight.to(torch.float64).T).float()  # integers below 2^53
+        y = sums * (step.unsqueeze(-1) * scale)
+    else:
+        y = (x.double() @ weight.double().T).float() * scale
+    return ACTIVATIONS[activation](y if bias is None else y + bias.float()).to(x.dtype)

@@ -32,6 +32,7 @@ _ACTIVATION_NAMES = tuple(ACTIVATIONS)
 
 _CSR = "Tensor crow, Tensor col, Tensor values"
 _PACKED = "Tensor index, Tensor values, int form"
+_INT8 = "Tensor index, Tensor values, Tensor scale, int form"
 #: Which outputs: all that stand from `first` on before `end`; -1 is the last one's end.
 _ROWS = "int first=0, int end=-1"
 _library = torch.library.Library("sparsify", "DEF")
@@ -41,6 +42,8 @@ for _schema in (
     f"Tensor x, {_PACKED}, Tensor? bias, int out_features, int in_features, int activation, {_ROWS}) -> Tensor",
     f"grad_input_csr(Tensor grad, {_CSR}, int out_features, int in_features, {_ROWS}) -> Tensor",
     f"grad_input_packed(Tensor grad, {_PACKED}, int out_features, int in_features, {_ROWS}) -> Tensor",
+    "linear_int8("  # implemented in int8_op.py
+    f"Tensor x, {_INT8}, Tensor? bias, int out_features, int in_features, int activation, {_ROWS}) -> Tensor",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -62,9 +65,12 @@ def linear(
     """
     if is_transformed():
         return _linear_by_torch(x, parts, form, shape, bias, activation, rows)
-    if is_quantized(form, parts):  # widened for the reference kernel
-        parts, form = unpack_as(x.dtype, form, parts, shape), "csr"
     ops: Any = torch.ops.sparsify if torch.compiler.is_compiling() else _eager
+    if is_quantized(form, parts):
+        if form != "csr":
+            number = native.INT8_FORMS.index(form)
+            return ops.linear_int8(x, *parts, number, bias, *shape, _ACTIVATION_IDS[activation], *rows)  # type: ignore[no-any-return]
+        parts = unpack_as(x.dtype, form, parts, shape)  # widened for the reference kernel
     if form == "csr":
         return ops.linear_csr(x, *parts, bias, *shape, _ACTIVATION_IDS[activation], *rows)  # type: ignore[no-any-return]
     return ops.linear_packed(x, *parts, FORM_IDS[form], bias, *shape, _ACTIVATION_IDS[activation], *rows)  # type: ignore[no-any-return]
@@ -342,3 +348,4 @@ class _eager:
 
     linear_csr = torch.ops.sparsify.linear_csr.default._op
     linear_packed = torch.ops.sparsify.linear_packed.default._op
+    linear_int8 = torch.ops.sparsify.linear_int8.default._op

@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from sparsify.kernels.cpu import library as native
+from sparsify.kernels.cpu import training
 from sparsify.layers.copies import Origin, bits_of, origins_after, origins_of_copy
 from sparsify.layers.fsdp import shard_like, whole
 from sparsify.layers.inference_mode import making_tensors, writing_to
@@ -91,7 +91,7 @@ class MaskedLayer(nn.Module):
         reading of weight and mask, 0.9 ms at 2048 x 2048 where the copy took 13 ms (one thread, Emerald Rapids).
         Gradients are those of weight * mask.
         """
-        if self.training or not multiplies_plainly(self) or native.hides_values(self.weight.detach(), self.mask):
+        if self.training or not multiplies_plainly(self) or training.hides_values(self.weight.detach(), self.mask):
             return self.masked_weight()
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
             return self.weight
@@ -151,8 +151,8 @@ class MaskedLayer(nn.Module):
     def clear_masked(self, tensor: Tensor, before: Tensor | None = None) -> None:
         """Set the places of masked weights to zero in a tensor with the weight's layout, such as its gradient."""
         kept = self.mask if before is None or before.is_meta else self.mask & before.to(self.mask.device)
-        if native.can_clear(tensor, kept):
-            native.clear_masked(tensor, kept)
+        if training.can_clear(tensor, kept):
+            training.clear_masked(tensor, kept)
         else:
             with writing_to(tensor):
                 tensor.masked_fill_(shard_like(~kept, tensor), 0)

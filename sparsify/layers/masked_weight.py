@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from sparsify.kernels.cpu import library as native
+from sparsify.kernels.cpu import training
 
 
 @dataclass
@@ -67,7 +67,7 @@ def multiplies_plainly(layer: Any) -> bool:
         not torch.compiler.is_compiling()
         and layer.accumulator is None
         and layer.masked_mode == "zero"
-        and native.can_clear(layer.weight, layer.mask)
+        and training.can_clear(layer.weight, layer.mask)
         and torch._C._get_tracing_state() is None
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0

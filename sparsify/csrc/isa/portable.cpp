@@ -1,11 +1,13 @@
 // The kernels of every form for one instruction set. Compiled with its own flags (setup.py).
 #include "simd/portable.h"
+#include "simd/quads_portable.h"
 // after the vectors
 #include "activation.inc.h"
 #include "bitmask/portable.inc.h"
 #include "gather/portable.inc.h"
 #include "linalg/cholesky.inc.h"
 #include "panel/kernel.inc.h"
+#include "quads/kernel.inc.h"
 #include "training/clear.inc.h"
 #include "training/sddmm.inc.h"
 
@@ -18,6 +20,13 @@ const KernelTable *portable_table() {
             {linear_panel<float>, linear_panel<uint16_t>},
             {linear_row_blocks<Bitmask, float>, linear_row_blocks<Bitmask, uint16_t>},
             {linear_row_blocks<Gather, float>, linear_row_blocks<Gather, uint16_t>},
+        },
+        {
+            {linear_panel_int8<float>, linear_panel_int8<uint16_t>},
+            {linear_row_blocks_int8<Bitmask, float>, linear_row_blocks_int8<Bitmask, uint16_t>},
+            {linear_row_blocks_int8<Gather, float>, linear_row_blocks_int8<Gather, uint16_t>},
+            {linear_quads<float>, linear_quads<uint16_t>},
+            {nullptr, nullptr},
         },
         {pointwise_panel<float>, pointwise_panel<uint16_t>},
         GATHER_TILE,

@@ -32,6 +32,7 @@ constexpr int64_t PANEL_FAR_BYTES = 1024 * 1024;
 struct PanelPlan {
     LinearCall call;  // of one image; linear has one
     int64_t x_image_stride, y_image_stride;
+    const float *scale;  // of the rows, where values are int8
     PanelHeader header;
     PanelSections sections;
     int64_t id;                    // of this call, unlike any other
@@ -79,13 +80,13 @@ __attribute__((always_inline)) inline void prefetch_for_window(const PanelPlan &
 }
 
 // One block of columns of one window into its sums.
-template <int V, typename T>
+template <int V, typename W>
 void add_window(const PanelPlan &plan, int64_t block, int64_t window, int64_t n_rows, const float *tile, float *sums) {
     const LinearCall &call = plan.call;
     PanelStart start;
     memcpy(&start, call.index + sizeof(PanelHeader) + size_t(block * plan.sections.n_windows + window) * sizeof start,
            sizeof start);
-    const T *values = static_cast<const T *>(call.values) + start.value;
+    const W *values = static_cast<const W *>(call.values) + start.value;
     const uint8_t *columns = call.index + plan.sections.columns + start.column;
     const int64_t first_cell = (block * plan.sections.padded_rows + window * plan.header.window_rows) / PANEL_CELL_ROWS;
     const uint8_t *cells = call.index + plan.sections.cells + size_t(first_cell) * sizeof(PanelCell);
@@ -96,7 +97,7 @@ void add_window(const PanelPlan &plan, int64_t block, int64_t window, int64_t n_
     }
 }
 
-template <int V, bool PLANES, typename T>
+template <int V, bool PLANES, typename T, typename W>
 int run_panel_task(const PanelPlan &plan, const PanelTask &task) {
     const LinearCall &call = plan.call;
     const int64_t k_block = plan.header.k_block, window_rows = plan.header.window_rows;
@@ -132,24 +133,25 @@ int run_panel_task(const PanelPlan &plan, const PanelTask &task) {
             const int64_t row = window * window_rows, left = plan.sections.padded_rows - row;
             if (!PLANES && plan.far) prefetch_for_window(plan, task, block, window, filled, x, y);
             float *window_sums = sums + (window - task.first_window) * window_rows * V * WIDTH;
-            add_window<V, T>(plan, block, window, left < window_rows ? left : window_rows, block_tile, window_sums);
+            add_window<V, W>(plan, block, window, left < window_rows ? left : window_rows, block_tile, window_sums);
             if (block == n_blocks - 1) {
                 const Rows rows = part_of_call(call, row, window_rows);
                 const float *from = window_sums + rows.skipped * V * WIDTH;
                 const T *b = bias ? bias + rows.first : nullptr;
+                const float *scale = plan.scale ? plan.scale + rows.first : nullptr;
                 const int64_t to = rows.first - call.first_row;
                 if constexpr (PLANES)
-                    empty_tile_to_planes<V>(from, b, y + to * call.y_stride, call.y_stride, task.n_tokens, rows.n,
-                                            call.activation);
+                    empty_tile_to_planes<V>(from, scale, b, y + to * call.y_stride, call.y_stride, task.n_tokens,
+                                            rows.n, call.activation);
                 else
-                    empty_tile<V>(from, b, y + to, call.y_stride, task.n_tokens, rows.n, call.activation);
+                    empty_tile<V>(from, scale, b, y + to, call.y_stride, task.n_tokens, rows.n, call.activation);
             }
         }
     }
     return SPARSIFY_OK;
 }
 
-template <bool PLANES, typename T>
+template <bool PLANES, typename T, typename W>
 int run_panel_task(const void *context, int64_t number) {
     const PanelPlan &plan = *static_cast<const PanelPlan *>(context);
     PanelTask task;
@@ -165,20 +167,22 @@ int run_panel_task(const void *context, int64_t number) {
     task.end_window = end < plan.end_window ? end : plan.end_window;
     switch (end_vec - first_vec) {
         case 1:
-            return run_panel_task<1, PLANES, T>(plan, task);
+            return run_panel_task<1, PLANES, T, W>(plan, task);
         case 2:
-            return run_panel_task<2, PLANES, T>(plan, task);
+            return run_panel_task<2, PLANES, T, W>(plan, task);
         case 3:
-            return run_panel_task < PANEL_MAX_VECS<3 ? 1 : 3, PLANES, T>(plan, task);
+            return run_panel_task < PANEL_MAX_VECS<3 ? 1 : 3, PLANES, T, W>(plan, task);
         default:
-            return run_panel_task < PANEL_MAX_VECS<4 ? 1 : 4, PLANES, T>(plan, task);
+            return run_panel_task < PANEL_MAX_VECS<4 ? 1 : 4, PLANES, T, W>(plan, task);
     }
 }
 
-template <bool PLANES, typename T>
-int run_panel(const LinearCall &call, int64_t n_images, int64_t x_image_stride, int64_t y_image_stride) {
+template <bool PLANES, typename T, typename W>
+int run_panel(const LinearCall &call, const float *scale, int64_t n_images, int64_t x_image_stride,
+              int64_t y_image_stride) {
     PanelPlan plan;
     plan.call = call;
+    plan.scale = scale;
     plan.x_image_stride = x_image_stride;
     plan.y_image_stride = y_image_stride;
     memcpy(&plan.header, call.index, sizeof plan.header);
@@ -204,17 +208,22 @@ int run_panel(const LinearCall &call, int64_t n_images, int64_t x_image_stride, 
     if (plan.windows_per_part > most_windows) plan.windows_per_part = most_windows;
     plan.far = call.tokens * (call.in + call.out) * int64_t(sizeof(T)) > PANEL_FAR_BYTES;
     plan.n_parts = (n_windows + plan.windows_per_part - 1) / plan.windows_per_part;
-    return run_tasks(n_tiles * plan.n_parts, n_threads, run_panel_task<PLANES, T>, &plan);
+    return run_tasks(n_tiles * plan.n_parts, n_threads, run_panel_task<PLANES, T, W>, &plan);
 }
 
 template <typename T>
 int linear_panel(const LinearCall &call) {
-    return run_panel<false, T>(call, 1, 0, 0);
+    return run_panel<false, T, T>(call, nullptr, 1, 0, 0);
+}
+
+template <typename T>
+int linear_panel_int8(const Int8Call &call) {
+    return run_panel<false, T, int8_t>(call.linear, call.scale, 1, 0, 0);
 }
 
 template <typename T>
 int pointwise_panel(const PointwiseCall &call) {
-    return run_panel<true, T>(call.image, call.n_images, call.x_image_stride, call.y_image_stride);
+    return run_panel<true, T, T>(call.image, nullptr, call.n_images, call.x_image_stride, call.y_image_stride);
 }
 
 }  // namespace

@@ -4,23 +4,29 @@
 #include <string.h>
 
 #include "panel/format.h"
+#include "panel/pack.h"
 #include "runtime/csr.h"
 #include "sparsify.h"
 
 namespace sparsify {
 namespace {
 
+// Blocks of at most so many columns. Measured with
+// 64 tokens on a processor with 32 KB of L1 cache: 128 columns of as many tokens as the registers hold are that cache
+// exactly (96 and 192: 1 to 8% slower up to 80% sparsity); the fewer weights, the more the sums cost that every block
+// reads and writes (192 against 128: 1.06x at 95%). For longer blocks run_panel makes narrower tiles.
+int64_t most_columns(int64_t out, int64_t in, int64_t nnz) {
+    const double density = out && in ? double(nnz) / (double(out) * double(in)) : 1;
+    return density > 0.15 ? 128 : density > 0.07 ? 192 : 240;
+}
+
 struct Layout {
     int64_t k_block, window_rows;
 };
 
-// As even as possible: blocks of at most `target` columns, windows of at most 128 rows in whole bundles. Measured with
-// 64 tokens on a processor with 32 KB of L1 cache: 128 columns of as many tokens as the registers hold are that cache
-// exactly (96 and 192: 1 to 8% slower up to 80% sparsity); the fewer weights, the more the sums cost that every block
-// reads and writes (192 against 128: 1.06x at 95%). For longer blocks run_panel makes narrower tiles.
-Layout choose_layout(int64_t out, int64_t in, int64_t nnz) {
-    const double density = out && in ? double(nnz) / (double(out) * double(in)) : 1;
-    const int64_t target = density > 0.15 ? 128 : density > 0.07 ? 192 : 240, window_bundles = 8;
+// As even as possible: blocks of at most `target` columns, windows of at most 128 rows in whole bundles.
+Layout choose_layout(int64_t out, int64_t in, int64_t target) {
+    const int64_t window_bundles = 8;
     const int64_t n_blocks = (in + target - 1) / target;
     const int64_t n_bundles = (out + PANEL_BUNDLE_ROWS - 1) / PANEL_BUNDLE_ROWS;
     const int64_t n_windows = (n_bundles + window_bundles - 1) / window_bundles;
@@ -166,11 +172,17 @@ void pack_window(int64_t first_row, int64_t n_rows, int64_t out, int64_t first_c
     }
 }
 
-// Packs, or measures when index is null. Returns what pack would write.
 int pack(int64_t out, int64_t in, const int32_t *crow, const int32_t *col, uint8_t *index, int64_t *order,
          PanelHeader *header) {
     if (const int status = check_csr(out, in, crow, col)) return status;
-    const Layout layout = choose_layout(out, in, crow[out]);
+    return pack_panel(out, in, crow, col, most_columns(out, in, crow[out]), index, order, header);
+}
+
+}  // namespace
+
+int pack_panel(int64_t out, int64_t in, const int32_t *crow, const int32_t *col, int64_t most_columns, uint8_t *index,
+               int64_t *order, PanelHeader *header) {
+    const Layout layout = choose_layout(out, in, most_columns);
     const PanelSections sections = panel_sections(out, in, layout.k_block, layout.window_rows);
     int32_t *cursor = static_cast<int32_t *>(malloc(size_t(out + 1) * sizeof(int32_t)));
     if (!cursor) return SPARSIFY_NO_MEMORY;
@@ -200,7 +212,6 @@ int pack(int64_t out, int64_t in, const int32_t *crow, const int32_t *col, uint8
     return SPARSIFY_OK;
 }
 
-}  // namespace
 }  // namespace sparsify
 
 using namespace sparsify;

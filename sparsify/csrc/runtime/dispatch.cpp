@@ -89,11 +89,21 @@ int sparsify_set_kernel(const char *name) {
 }
 
 int sparsify_linear(int form, int dtype, const sparsify_linear_call *call) {
-    if (form < 0 || form >= SPARSIFY_N_FORMS || dtype < 0 || dtype >= SPARSIFY_N_DTYPES || !is_sound(*call))
+    if (form < 0 || form >= SPARSIFY_N_FLOAT_FORMS || dtype < 0 || dtype >= SPARSIFY_N_DTYPES || !is_sound(*call))
         return SPARSIFY_BAD_ARGUMENT;
     if (current().status) return current().status;  // SPARSIFY_KERNEL asks for what is not here: no silent fallback
     if (call->tokens == 0 || call->first_row == call->end_row) return SPARSIFY_OK;
     return current().table->linear[form][dtype](*call);
+}
+
+int sparsify_linear_int8(int form, int dtype, const sparsify_int8_call *call) {
+    if (form < 0 || form >= SPARSIFY_N_FORMS || dtype < 0 || dtype >= SPARSIFY_N_DTYPES || !is_sound(call->linear))
+        return SPARSIFY_BAD_ARGUMENT;
+    if (current().status) return current().status;
+    const Int8Kernel kernel = current().table->linear_int8[form][dtype];
+    if (!kernel) return SPARSIFY_BAD_ARGUMENT;
+    if (call->linear.tokens == 0 || call->linear.first_row == call->linear.end_row) return SPARSIFY_OK;
+    return kernel(*call);
 }
 
 int sparsify_sddmm(const sparsify_sddmm_call *call) {

@@ -12,13 +12,16 @@ namespace sparsify {
 
 using LinearCall = sparsify_linear_call;
 using LinearKernel = int (*)(const LinearCall &);
+using Int8Call = sparsify_int8_call;
+using Int8Kernel = int (*)(const Int8Call &);
 using PointwiseCall = sparsify_pointwise_call;
 using PointwiseKernel = int (*)(const PointwiseCall &);
 
 // One instruction set: its name and a kernel for every form and dtype.
 struct KernelTable {
     const char *name;
-    LinearKernel linear[SPARSIFY_N_FORMS][SPARSIFY_N_DTYPES];
+    LinearKernel linear[SPARSIFY_N_FLOAT_FORMS][SPARSIFY_N_DTYPES];
+    Int8Kernel linear_int8[SPARSIFY_N_FORMS][SPARSIFY_N_DTYPES];
     PointwiseKernel pointwise[SPARSIFY_N_DTYPES];
     GatherTile gather_tile;  // that pack writes for these kernels
     int (*sddmm)(const sparsify_sddmm_call &);

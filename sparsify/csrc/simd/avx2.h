@@ -56,6 +56,9 @@ inline __m256i first_n(int n) {
 
 inline Vec load(const float *p) { return _mm256_loadu_ps(p); }
 inline Vec load(const uint16_t *p) { return widen(_mm_loadu_si128((const __m128i *)p)); }
+inline Vec load(const int8_t *p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
 inline Vec load_first(const float *p, int n) { return _mm256_maskload_ps(p, first_n(n)); }
 inline Vec load_first(const uint16_t *p, int n) {
     uint16_t copy[8] = {};
@@ -71,6 +74,7 @@ inline void store_first(uint16_t *p, Vec a, int n) {
     memcpy(p, copy, size_t(n < 8 ? n : 8) * sizeof *p);
 }
 inline Vec broadcast(const float *p) { return _mm256_broadcast_ss(p); }
+inline Vec broadcast(const int8_t *p) { return _mm256_set1_ps(*p); }
 inline Vec broadcast(const uint16_t *p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_set1_epi16((short)*p), 16));
 }

@@ -48,6 +48,9 @@ inline Mask first_n(int n) { return _cvtu32_mask16(n >= 16 ? 0xffffu : (1u << n)
 
 inline Vec load(const float *p) { return _mm512_loadu_ps(p); }
 inline Vec load(const uint16_t *p) { return widen(_mm256_loadu_si256((const __m256i *)p)); }
+inline Vec load(const int8_t *p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
 inline Vec load_first(const float *p, int n) { return _mm512_maskz_loadu_ps(first_n(n), p); }
 inline Vec load_first(const uint16_t *p, int n) { return widen(_mm256_maskz_loadu_epi16(first_n(n), p)); }
 inline void store(float *p, Vec a) { _mm512_storeu_ps(p, a); }
@@ -55,6 +58,7 @@ inline void store(uint16_t *p, Vec a) { _mm256_storeu_si256((__m256i *)p, narrow
 inline void store_first(float *p, Vec a, int n) { _mm512_mask_storeu_ps(p, first_n(n), a); }
 inline void store_first(uint16_t *p, Vec a, int n) { _mm256_mask_storeu_epi16(p, first_n(n), narrow(a)); }
 inline Vec broadcast(const float *p) { return _mm512_set1_ps(*p); }
+inline Vec broadcast(const int8_t *p) { return _mm512_set1_ps(*p); }
 inline Vec broadcast(const uint16_t *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_set1_epi16((short)*p), 16));
 }

@@ -54,6 +54,7 @@ inline Vec load(const float *p) {
     return a;
 }
 inline Vec load(const uint16_t *p) { return Vec{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])}; }
+inline Vec load(const int8_t *p) { return Vec{float(p[0]), float(p[1]), float(p[2]), float(p[3])}; }
 template <typename T>
 inline Vec load_first(const T *p, int n) {
     T copy[4] = {};
@@ -71,6 +72,7 @@ inline void store_first(T *p, Vec a, int n) {
     memcpy(p, copy, size_t(n < 4 ? n : 4) * sizeof *p);
 }
 inline Vec broadcast(const float *p) { return set1(*p); }
+inline Vec broadcast(const int8_t *p) { return set1(*p); }
 inline Vec broadcast(const uint16_t *p) { return set1(widen(*p)); }
 
 inline void transpose(Vec (&r)[4]) {

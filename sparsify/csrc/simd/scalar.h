@@ -7,6 +7,7 @@
 namespace {
 
 inline float to_float(float a) { return a; }
+inline float to_float(int8_t a) { return a; }
 inline float to_float(uint16_t a) {
     const uint32_t bits = uint32_t(a) << 16;
     float value;

@@ -2,7 +2,7 @@
 
 The library sparsify/_native.so (sources in sparsify/csrc, interface in csrc/sparsify.h) is loaded at import with
 ctypes, after torch, so that both share one OpenMP runtime; calls release the GIL. A packed weight is two plain
-tensors: `index` (uint8) and `values` (float32 or bfloat16).
+tensors: `index` (uint8) and `values` (float32 or bfloat16, or int8 beside a scale for each row).
 """
 
 import ctypes
@@ -15,7 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+#: The forms of float values.
 FORMS = ("panel", "bitmask", "gather")
+#: The forms that quantise each row of the input; their values are int8 and end with the sums of the rows.
+QUANTIZES_INPUTS = ("quads",)
+#: The forms of int8 values, in the order of `enum sparsify_form`.
+INT8_FORMS = (*FORMS, *QUANTIZES_INPUTS)
+MOST_QUANTIZED_IN = 65536  # SPARSIFY_MOST_QUANTIZED_IN
 ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -40,10 +46,8 @@ _SIGNATURES = {
     "unpack": (_int, [_int64, _int64, _pointer, _int64, _int64, _pointer, _pointer, _pointer]),
 }
 _LINEAR_CALL = struct.Struct("=14q")  # struct sparsify_linear_call
+_INT8_CALL = struct.Struct("=15q")  # struct sparsify_int8_call
 _POINTWISE_CALL = struct.Struct("=17q")  # struct sparsify_pointwise_call
-_SDDMM_CALL = struct.Struct("=12q")  # struct sparsify_sddmm_call
-_FACTOR_CALL = struct.Struct("=7q")  # struct sparsify_factor_call
-_SDDMM_TOKENS = 256  # SPARSIFY_SDDMM_TOKENS
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
@@ -75,7 +79,8 @@ def _loaded() -> ctypes.CDLL:
     return _library
 
 
-def _function(name: str, signature: tuple[Any, Any]) -> Any:
+def function(name: str, signature: tuple[Any, Any]) -> Any:
+    """Return an exported function by name, with the types of its result and arguments."""
     function = getattr(_loaded(), name)
     function.restype, function.argtypes = signature
     return function
@@ -84,24 +89,18 @@ def _function(name: str, signature: tuple[Any, Any]) -> Any:
 # Looked up once: a call must cost microseconds.
 _form_functions: dict[str, dict[str, Any]] = {}
 _linear: Any = None
-_sddmm: Any = None
-_factor: Any = None
-_clear: Any = None
-_hides: Any = None
+_linear_int8: Any = None
 _pointwise: Any = None
 _forget_stalls: Any = None
-_pack_call, _pack_pointwise_call = _LINEAR_CALL.pack, _POINTWISE_CALL.pack
+_pack_call, _pack_int8_call, _pack_pointwise_call = _LINEAR_CALL.pack, _INT8_CALL.pack, _POINTWISE_CALL.pack
 if _library is not None:
-    for _form in FORMS:
-        _form_functions[_form] = {n: _function(f"sparsify_{_form}_{n}", s) for n, s in _SIGNATURES.items()}
-    _linear = _function("sparsify_linear", (_int, [_int, _int, ctypes.c_char_p]))
-    _pointwise = _function("sparsify_pointwise", (_int, [_int, ctypes.c_char_p]))
-    _sddmm = _function("sparsify_sddmm", (_int, [ctypes.c_char_p]))
-    _factor = _function("sparsify_factor_parts", (_int, [ctypes.c_char_p]))
-    _forget_stalls = _function("sparsify_forget_stalls", (None, []))
-    _clear = _function("sparsify_clear_masked", (_int, [_pointer, _pointer, _int64, _int, _int]))
-    _hides = _function("sparsify_hides_values", (_int, [_pointer, _pointer, _int64, _int, _int]))
-_FORM_NUMBERS = {form: number for number, form in enumerate(FORMS)}
+    for _form in INT8_FORMS:
+        _form_functions[_form] = {n: function(f"sparsify_{_form}_{n}", s) for n, s in _SIGNATURES.items()}
+    _linear = function("sparsify_linear", (_int, [_int, _int, ctypes.c_char_p]))
+    _linear_int8 = function("sparsify_linear_int8", (_int, [_int, _int, ctypes.c_char_p]))
+    _pointwise = function("sparsify_pointwise", (_int, [_int, ctypes.c_char_p]))
+    _forget_stalls = function("sparsify_forget_stalls", (None, []))
+_FORM_NUMBERS = {form: number for number, form in enumerate(INT8_FORMS)}
 
 
 def available() -> bool:
@@ -145,8 +144,13 @@ def pack(form: str, crow: Tensor, col: Tensor, values: Tensor, shape: tuple[int,
     """Pack a CSR weight of `shape` (out, in) into `form`: (index, values in packed order, padding 0).
 
     crow (out + 1) and col (nnz) are made int32; columns must rise strictly within a row.
-    Raises ValueError for any other matrix.
+    Raises ValueError for any other matrix, or if values have a dtype that the form does not take.
     """
+    if form in QUANTIZES_INPUTS and (values.dtype != torch.int8 or shape[1] > MOST_QUANTIZED_IN):
+        raise ValueError(
+            f"the form {form!r} takes int8 values of at most {MOST_QUANTIZED_IN} inputs, "
+            f"got {values.dtype} and {shape[1]} inputs"
+        )
     functions, (out, in_) = _form_functions[form], shape
     cpu = torch.device("cpu")  # said wherever a tensor is made: the default device may be another
     crow = crow.to(device=cpu, dtype=torch.int32).contiguous()
@@ -157,13 +161,17 @@ def pack(form: str, crow: Tensor, col: Tensor, values: Tensor, shape: tuple[int,
             f"columns and {values.numel()} values are no CSR matrix of shape {tuple(shape)}"
         )
     csr = (out, in_, crow.data_ptr(), col.data_ptr())
-    n_values = _checked(functions["n_values"](*csr))
-    index = torch.zeros(_checked(functions["index_bytes"](*csr)), dtype=torch.uint8, device=cpu)
+    n_values = checked(functions["n_values"](*csr))
+    index = torch.zeros(checked(functions["index_bytes"](*csr)), dtype=torch.uint8, device=cpu)
     order = torch.empty(n_values, dtype=torch.int64, device=cpu)
-    _checked(functions["pack"](*csr, index.data_ptr(), order.data_ptr()))
+    checked(functions["pack"](*csr, index.data_ptr(), order.data_ptr()))
     padding = order < 0
     packed = values.detach().cpu()[order.clamp_(min=0)] if values.numel() else values.new_zeros(n_values)
-    return index, packed.masked_fill_(padding, 0)
+    packed.masked_fill_(padding, 0)
+    if form in QUANTIZES_INPUTS and out:
+        sums = torch.nn.functional.pad(values.detach().cpu().cumsum(0, dtype=torch.int64), (1, 0))[crow.long()].diff()
+        packed[-4 * out :] = sums.int().view(torch.int8)
+    return index, packed
 
 
 def check(form: str, index: Tensor, n_values: int, shape: tuple[int, int]) -> None:
@@ -171,7 +179,7 @@ def check(form: str, index: Tensor, n_values: int, shape: tuple[int, int]) -> No
     if index.dtype != torch.uint8 or not index.is_cpu or not index.is_contiguous():
         raise ValueError(_ERRORS[-2])
     status = _form_functions[form]["check"](*shape, index.data_ptr(), index.numel(), n_values)
-    _checked(status)
+    checked(status)
 
 
 def unpack(form: str, index: Tensor, values: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -183,7 +191,7 @@ def unpack(form: str, index: Tensor, values: Tensor, shape: tuple[int, int]) -> 
     crow = torch.empty(out + 1, dtype=torch.int32, device=cpu)
     col = torch.empty(nnz, dtype=torch.int32, device=cpu)
     order = torch.empty(values.numel(), dtype=torch.int64, device=cpu)
-    _checked(
+    checked(
         functions["unpack"](
             out, in_, index.data_ptr(), index.numel(), values.numel(), crow.data_ptr(), col.data_ptr(), order.data_ptr()
         )
@@ -212,11 +220,7 @@ def linear(
     """
     n_out, n_in = shape
     first, end = rows or (0, n_out)
-    if x.dim() != 2 or (n_in > 1 and x.stride(1) != 1):
-        flat = x.reshape(-1, n_in) if n_in else x.reshape(x.shape[:-1].numel(), 0)
-        flat = flat if n_in <= 1 or flat.stride(1) == 1 else flat.contiguous()
-    else:
-        flat = x
+    flat = _rows_of(x, n_in)
     tokens = flat.shape[0]
     y = flat.new_empty((tokens, end - first)) if out is None else out
     status = _linear(
@@ -240,8 +244,63 @@ def linear(
         ),
     )
     if status:
-        _checked(status)
+        checked(status)
     return y if x.dim() == 2 or out is not None else y.view(*x.shape[:-1], end - first)
+
+
+def linear_int8(
+    form: str,
+    x: Tensor,
+    index: Tensor,
+    values: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    shape: tuple[int, int],
+    activation: int = 0,
+    out: Tensor | None = None,
+    rows: tuple[int, int] | None = None,
+) -> Tensor:
+    """Do as `linear` with int8 values, each times its row's scale, float32 (out); form is one of INT8_FORMS.
+
+    x and bias share a dtype of DTYPES. A form of QUANTIZES_INPUTS quantises each row of x (csrc/sparsify.h).
+    """
+    n_out, n_in = shape
+    first, end = rows or (0, n_out)
+    flat = _rows_of(x, n_in)
+    tokens = flat.shape[0]
+    y = flat.new_empty((tokens, end - first)) if out is None else out
+    status = _linear_int8(
+        _FORM_NUMBERS[form],
+        DTYPES[x.dtype],
+        _pack_int8_call(
+            index.data_ptr(),
+            values.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            flat.data_ptr(),
+            flat.stride(0),
+            y.data_ptr(),
+            y.stride(0),
+            tokens,
+            n_out,
+            n_in,
+            activation,
+            torch.get_num_threads(),
+            first,
+            end,
+            scale.data_ptr(),
+        ),
+    )
+    if status:
+        checked(status)
+    return y if x.dim() == 2 or out is not None else y.view(*x.shape[:-1], end - first)
+
+
+def _rows_of(x: Tensor, n_in: int) -> Tensor:
+    """Return x (..., in) as rows (tokens, in) whose elements are neighbours."""
+    if x.dim() == 2 and (n_in <= 1 or x.stride(1) == 1):
+        return x
+    flat = x.reshape(-1, n_in) if n_in else x.reshape(x.shape[:-1].numel(), 0)
+    return flat if n_in <= 1 or flat.stride(1) == 1 else flat.contiguous()
 
 
 def pointwise(
@@ -285,87 +344,12 @@ def pointwise(
         ),
     )
     if status:
-        _checked(status)
+        checked(status)
     return y
 
 
-def weight_grad(grad: Tensor, x: Tensor, crow: Tensor, col: Tensor, out: Tensor) -> None:
-    """Write grad.T @ x at the entries of a CSR matrix that pack accepts, into `out` (out, in); float32.
-
-    grad is (tokens, out), x (tokens, in), with a token at least; crow and col are int32. Other entries of `out` stay.
-    """
-    n_out, n_in = out.shape
-    grad = grad if grad.stride(1) == 1 else grad.contiguous()
-    x = x if x.stride(1) == 1 else x.contiguous()
-    workspace = grad.new_empty(min(len(x) + 16, _SDDMM_TOKENS) * (n_in + n_out))
-    status = _sddmm(
-        _SDDMM_CALL.pack(
-            grad.data_ptr(),
-            grad.stride(0),
-            x.data_ptr(),
-            x.stride(0),
-            crow.data_ptr(),
-            col.data_ptr(),
-            out.data_ptr(),
-            workspace.data_ptr(),
-            len(x),
-            n_out,
-            n_in,
-            torch.get_num_threads(),
-        )
-    )
-    if status:
-        _checked(status)
-
-
-def factor_parts(matrix: Tensor, order: Tensor, lower: Tensor) -> None:
-    """Write the lower Cholesky factor of parts of a contiguous symmetric matrix (n, n) into `lower`.
-
-    order: int64 (parts, size), the rows and columns of each part; n - 1 stands for a row of the identity.
-    lower: (parts, size, size), zero above the diagonal; NaN for a part that is not positive definite.
-    All are float32 without gaps.
-    """
-    n_parts, size = order.shape
-    pointers = matrix.data_ptr(), order.data_ptr(), lower.data_ptr()
-    if status := _factor(_FACTOR_CALL.pack(*pointers, len(matrix), n_parts, size, torch.get_num_threads())):
-        _checked(status)
-
-
-def can_clear(values: Tensor, mask: Tensor) -> bool:
-    """Return whether `clear_masked` takes these: plain tensors on the CPU, contiguous and of one shape."""
-    return (
-        available()
-        and type(values) in (Tensor, torch.nn.Parameter)
-        and values.is_cpu
-        and mask.is_cpu
-        and mask.dtype == torch.bool
-        and values.shape == mask.shape  # what the kernel goes by is one count for both
-        and values.dtype.itemsize in (2, 4, 8)
-        and values.is_contiguous()
-        and mask.is_contiguous()
-        and not torch.compiler.is_compiling()
-    )
-
-
-def clear_masked(values: Tensor, mask: Tensor) -> None:
-    """Set values to zero at False of a bool mask, in place; only changed values are written."""
-    if status := _clear(
-        values.data_ptr(), mask.data_ptr(), values.numel(), values.element_size(), torch.get_num_threads()
-    ):
-        _checked(status)
-    torch.autograd.graph.increment_version(values)
-
-
-def hides_values(values: Tensor, mask: Tensor) -> bool:
-    """Return whether any value at False of a bool mask has a bit set: one reading of both, for `can_clear` tensors."""
-    return bool(
-        _checked(
-            _hides(values.data_ptr(), mask.data_ptr(), values.numel(), values.element_size(), torch.get_num_threads())
-        )
-    )
-
-
-def _checked(status: int) -> int:
+def checked(status: int) -> int:
+    """Return what a native function returned. Raises ValueError if it is a failure."""
     if status in (-5, -6):
         kernel()  # raises
     if status < 0:

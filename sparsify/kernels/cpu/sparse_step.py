@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsify.kernels.cpu import library as native
+from sparsify.kernels.cpu import training
 
 
 @dataclass
@@ -105,7 +106,7 @@ class _SparseStep(torch.autograd.Function):
             grad_x = native.linear("panel", rows, index.index_t, values[index.order_t], None, turned).view(x.shape)
         if ctx.needs_input_grad[1]:
             grad_weight = index.memory.take(index.shape)
-            native.weight_grad(rows, x.reshape(-1, index.shape[1]), index.crow, index.col, grad_weight)
+            training.weight_grad(rows, x.reshape(-1, index.shape[1]), index.crow, index.col, grad_weight)
         if ctx.needs_input_grad[2]:
             grad_bias = rows.sum(0)
         return grad_x, grad_weight, grad_bias, None

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsify.kernels.cpu import library as native
+from sparsify.kernels.cpu import training
 from sparsify.masking.gram import add_damping
 
 _BATCH_BYTES = 32 * 2**20  # of the factors that are kept at once
@@ -73,7 +74,7 @@ class _Factors:
         n_systems, size = order.shape
         lower = self.memory[: n_systems * size**2].view(n_systems, size, size)
         if self.single.is_cpu and native.available() and size <= _LARGEST_NATIVE:
-            native.factor_parts(self.single, order, lower)
+            training.factor_parts(self.single, order, lower)
         else:
             for part, rows in zip(lower, order, strict=True):
                 part.copy_(torch.linalg.cholesky_ex(_part(self.single, rows))[0])

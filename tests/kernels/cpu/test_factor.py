@@ -4,7 +4,7 @@ import pytest
 import torch
 from table import before_a_guard_page
 
-from sparsify.kernels.cpu import library as native
+from sparsify.kernels.cpu import training
 
 
 def positive(n: int) -> torch.Tensor:
@@ -37,7 +37,7 @@ def test_factors_are_those_of_each_part(kernel: str, n: int, size: int) -> None:
     order[1, size // 2 :] = n - 1
     order[2, :] = n - 1
     lower = torch.full((5, size, size), float("nan"))
-    native.factor_parts(before_a_guard_page(matrix), before_a_guard_page(order), lower)
+    training.factor_parts(before_a_guard_page(matrix), before_a_guard_page(order), lower)
     exact = expected(matrix, order)
     assert not lower.triu(1).any()
     # |L L' - A| <= (size + 1) u |L| |L'| (Higham, Accuracy and Stability, theorem 10.3); dividing by a block through
@@ -45,7 +45,7 @@ def test_factors_are_those_of_each_part(kernel: str, n: int, size: int) -> None:
     bound = 20 * (size + 1) * 2**-24 * (exact.abs() @ exact.mT.abs())
     assert ((lower.double() @ lower.mT.double() - exact @ exact.mT).abs() <= bound).all()
     alone = torch.empty(1, size, size)
-    native.factor_parts(matrix, order[3:4].contiguous(), alone)
+    training.factor_parts(matrix, order[3:4].contiguous(), alone)
     assert torch.equal(alone[0], lower[3])  # neither the other parts nor threads matter
 
 
@@ -54,11 +54,11 @@ def test_a_part_that_is_not_positive_definite_gives_nan_and_no_other(kernel: str
     matrix[45, 45] = -1.0
     order = torch.stack([torch.arange(40), torch.arange(9, 49)])
     lower = torch.empty(2, 40, 40)
-    native.factor_parts(matrix, order, lower)
+    training.factor_parts(matrix, order, lower)
     assert lower[0].isfinite().all()
     assert lower[1].isnan().any()
 
 
 def test_nothing_is_no_mistake() -> None:
-    native.factor_parts(torch.ones(1, 1), torch.empty(0, 3, dtype=torch.int64), torch.empty(0, 3, 3))
-    native.factor_parts(torch.ones(1, 1), torch.empty(2, 0, dtype=torch.int64), torch.empty(2, 0, 0))
+    training.factor_parts(torch.ones(1, 1), torch.empty(0, 3, dtype=torch.int64), torch.empty(0, 3, 3))
+    training.factor_parts(torch.ones(1, 1), torch.empty(2, 0, dtype=torch.int64), torch.empty(2, 0, 0))

@@ -1,0 +1,13 @@
+// The packer of the panel form, for the forms that are panels of something else than weights.
+#pragma once
+
+#include "panel/format.h"
+
+namespace sparsify {
+
+// Packs a sound CSR matrix (runtime/csr.h) in blocks of at most most_columns <= PANEL_MAX_K_BLOCK, or measures when
+// index is null. Writes the header that the index has or would have.
+int pack_panel(int64_t out, int64_t in, const int32_t *crow, const int32_t *col, int64_t most_columns, uint8_t *index,
+               int64_t *order, PanelHeader *header);
+
+}  // namespace sparsify

@@ -1,0 +1,52 @@
+// Vectors of 8 int32 for AVX2, and sums of products of quads. Same names as simd/quads_avx512.h.
+#pragma once
+
+#include "quads/format.h"
+#include "simd/avx2.h"
+
+namespace {
+
+using IntVec = __m256i;
+
+inline IntVec add(IntVec a, IntVec b) { return _mm256_add_epi32(a, b); }
+inline IntVec sub(IntVec a, IntVec b) { return _mm256_sub_epi32(a, b); }
+inline IntVec mul(IntVec a, IntVec b) { return _mm256_mullo_epi32(a, b); }
+inline IntVec set1(int32_t a) { return _mm256_set1_epi32(a); }
+inline IntVec load(const int32_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
+inline IntVec load(const uint32_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
+inline void store(int32_t *p, IntVec a) { _mm256_storeu_si256((__m256i *)p, a); }
+inline IntVec load_first(const int32_t *p, int n) { return _mm256_maskload_epi32(p, first_n(n)); }
+inline Vec to_float(IntVec a) { return _mm256_cvtepi32_ps(a); }
+inline Vec bits_as_float(IntVec a) { return _mm256_castsi256_ps(a); }
+inline IntVec bits_as_int(Vec a) { return _mm256_castps_si256(a); }
+inline Vec rounded(Vec a) {
+    asm("" : "+x"(a));
+    return a;
+}
+
+inline void store_quantized(uint8_t *p, Vec a, IntVec zero_point) {
+    const IntVec q = add(_mm256_cvtps_epi32(a), zero_point);
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
+    _mm_storel_epi64((__m128i *)p, _mm_packus_epi16(words, words));
+}
+
+inline IntVec broadcast(const sparsify::QuadWeights *p) {
+    int32_t four;
+    memcpy(&four, p, sizeof four);
+    return _mm256_set1_epi32(four);
+}
+
+inline IntVec fma(IntVec weights, IntVec activations, IntVec c) {
+#ifdef __AVXVNNI__
+    return _mm256_dpbusd_avx_epi32(c, activations, weights);
+#else
+    // In pairs of 16 bits, which cannot saturate: the even bytes, then the odd ones.
+    const IntVec even = _mm256_and_si256(activations, _mm256_set1_epi32(0xff00ff));
+    const IntVec odd = _mm256_srli_epi16(activations, 8);
+    const IntVec even_weights = _mm256_srai_epi16(_mm256_slli_epi16(weights, 8), 8);
+    const IntVec products = _mm256_madd_epi16(odd, _mm256_srai_epi16(weights, 8));
+    return add(c, add(products, _mm256_madd_epi16(even, even_weights)));
+#endif
+}
+
+}  // namespace

@@ -1,0 +1,55 @@
+// Vectors of 16 int32 for AVX-512, and sums of products of quads: four bytes without sign times four with sign. Same
+// names as simd/quads_avx2.h and simd/quads_portable.h.
+#pragma once
+
+#include "quads/format.h"
+#include "simd/avx512.h"
+
+namespace {
+
+using IntVec = __m512i;
+
+inline IntVec add(IntVec a, IntVec b) { return _mm512_add_epi32(a, b); }
+inline IntVec sub(IntVec a, IntVec b) { return _mm512_sub_epi32(a, b); }
+inline IntVec mul(IntVec a, IntVec b) { return _mm512_mullo_epi32(a, b); }
+inline IntVec set1(int32_t a) { return _mm512_set1_epi32(a); }
+inline IntVec load(const int32_t *p) { return _mm512_loadu_si512(p); }
+inline IntVec load(const uint32_t *p) { return _mm512_loadu_si512(p); }
+inline void store(int32_t *p, IntVec a) { _mm512_storeu_si512(p, a); }
+inline IntVec load_first(const int32_t *p, int n) { return _mm512_maskz_loadu_epi32(first_n(n), p); }
+inline Vec to_float(IntVec a) { return _mm512_cvtepi32_ps(a); }
+inline Vec bits_as_float(IntVec a) { return _mm512_castsi512_ps(a); }
+inline IntVec bits_as_int(Vec a) { return _mm512_castps_si512(a); }
+// The compiler may not fuse this product with a sum that follows.
+inline Vec rounded(Vec a) {
+    asm("" : "+v"(a));
+    return a;
+}
+
+// 16 numbers, to the nearest and clamped to 0..255 after zero was added, as bytes.
+inline void store_quantized(uint8_t *p, Vec a, IntVec zero_point) {
+    const IntVec q = _mm512_max_epi32(add(_mm512_cvtps_epi32(a), zero_point), _mm512_setzero_si512());
+    _mm_storeu_si128((__m128i *)p, _mm512_cvtusepi32_epi8(q));
+}
+
+inline IntVec broadcast(const sparsify::QuadWeights *p) {
+    int32_t four;
+    memcpy(&four, p, sizeof four);
+    return _mm512_set1_epi32(four);
+}
+
+// c + the sum of the four products of each lane.
+inline IntVec fma(IntVec weights, IntVec activations, IntVec c) {
+#ifdef __AVX512VNNI__
+    return _mm512_dpbusd_epi32(c, activations, weights);
+#else
+    // In pairs of 16 bits, which cannot saturate: the even bytes, then the odd ones.
+    const IntVec even = _mm512_and_si512(activations, _mm512_set1_epi32(0xff00ff));
+    const IntVec odd = _mm512_srli_epi16(activations, 8);
+    const IntVec even_weights = _mm512_srai_epi16(_mm512_slli_epi16(weights, 8), 8);
+    const IntVec products = _mm512_madd_epi16(odd, _mm512_srai_epi16(weights, 8));
+    return add(c, add(products, _mm512_madd_epi16(even, even_weights)));
+#endif
+}
+
+}  // namespace
