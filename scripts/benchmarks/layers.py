@@ -31,6 +31,8 @@ class Kind:
 KINDS = {
     OURS: Kind(),
     BF16: Kind(dtype=torch.bfloat16),
+    INT8: Kind(options={"quantize": "int8"}),
+    INT8_BLOCKS: Kind("1x4", options={"quantize": "int8"}),
 }
 
 Pruned = dict[tuple[str, float], sparsify.SparseLinear]

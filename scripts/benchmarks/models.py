@@ -14,17 +14,18 @@ from torch import nn
 from tqdm import tqdm
 
 from benchmarks import record
-from benchmarks.layers import OURS
+from benchmarks.layers import INT8, OURS
 from sparsify import CSRLinear
 from sparsify.cli.model_inputs import make_inputs
 from sparsify.cli.models import build_model
 from sparsify.hardware.timing import measure
 from sparsify.reporting.dense_engines import dense_engines
-from sparsify.reporting.model_bench import Inputs, run, sparse_copy, typical_tokens
+from sparsify.reporting.model_bench import sparse_copy, typical_tokens
+from sparsify.reporting.model_run import Inputs, run
 
 SPARSITIES = (0.5, 0.9)
 #: Our candidate -> options of its export
-KINDS: dict[str, dict[str, Any]] = {OURS: {}}
+KINDS: dict[str, dict[str, Any]] = {OURS: {}, INT8: {"quantize": "int8"}}
 MINILM, BERT = "minilm", "bert_base"
 TEXT = (MINILM, BERT)
 #: name -> batch sizes; those of TEXT read 128 tokens of text, the others images of 224 x 224

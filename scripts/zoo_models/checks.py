@@ -16,7 +16,7 @@ import sparsify
 from sparsify.conversion.module_surgery import layers_of_type
 from sparsify.kernels.cpu import library as native
 from sparsify.layers import MaskedLayer
-from sparsify.reporting.model_bench import Inputs, run
+from sparsify.reporting.model_run import Inputs, run
 from zoo_models.model import Model
 
 SPARSITY = 0.8

@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from sparsify.reporting.model_bench import Inputs
+from sparsify.reporting.model_run import Inputs
 from zoo_models.model import Model
 
 #: A small model, in the words that most configurations have.

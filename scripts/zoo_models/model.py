@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from sparsify.reporting.model_bench import Inputs
+from sparsify.reporting.model_run import Inputs
 
 
 @dataclass(frozen=True)

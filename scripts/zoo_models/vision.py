@@ -20,7 +20,7 @@ from torchvision.models import (
     vgg,
 )
 
-from sparsify.reporting.model_bench import Inputs
+from sparsify.reporting.model_run import Inputs
 from zoo_models.model import Model
 
 #: Convolutions convert when asked for.

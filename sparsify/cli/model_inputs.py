@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sparsify.cli.user_code import load_function, sentence
-from sparsify.reporting.model_bench import Inputs, run
+from sparsify.reporting.model_run import Inputs, run
 
 IMAGE_SHAPE, TEXT_TOKENS = (3, 224, 224), 128
 MAX_VALUES = 2**28  # 1 GiB of float32

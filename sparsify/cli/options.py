@@ -19,7 +19,7 @@ from sparsify.offload.streaming import CACHE_BYTES
 from sparsify.recipes.loading import load_recipe
 from sparsify.recipes.schema import Recipe
 from sparsify.recipes.yaml_file import read_text
-from sparsify.reporting.model_bench import Inputs
+from sparsify.reporting.model_run import Inputs
 
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe:

@@ -106,6 +106,7 @@ def _bench(add: Add) -> None:
     _conversion(add)
     _inputs(add)
     add("--threads", type=int, metavar="N", help="default: torch's")
+    add("--torch-only", action="store_true", help="do not measure dense engines other than torch's float32")
     _json(add)
 
 

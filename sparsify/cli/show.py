@@ -102,7 +102,7 @@ def bench_model(arguments: argparse.Namespace) -> None:
         torch.set_num_threads(arguments.threads)
     model = model_of(arguments)
     inputs = inputs_of(arguments, model, arguments.model)
-    result = bench(model, inputs, arguments.sparsity, **conversion(arguments))
+    result = bench(model, inputs, arguments.sparsity, engines=not arguments.torch_only, **conversion(arguments))
     if arguments.json:
         print_json({**dataclasses.asdict(result), "speedup": result.speedup})
         return

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: Positional arguments of a model's forward, or keyword arguments.
-Inputs = tuple[Any, ...] | dict[str, Any]
+from sparsify.reporting.model_run import Inputs, first_tensor, run
 
 #: Models of more bytes are not exported to ONNX: one file of the format holds 2 GB.
 MOST_BYTES = 1_900_000_000
@@ -31,7 +30,6 @@ _NEEDS = {
     _OPENVINO: ("onnx", "onnxscript", "openvino"),
     _OPENVINO_INT8: ("onnx", "onnxscript", "openvino"),
 }
-ENGINES = tuple(_NEEDS)
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ def dense_engines(model: nn.Module, inputs: Inputs, folder: Path) -> Iterator[En
     int8 engines round the weights of Linears, with a scale per output, and activations in each call. The ONNX files
     are written to `folder`. The model stays as it was, and must be in eval mode.
     """
-    right = first_tensor(_run(model, inputs)).float()
+    right = first_tensor(run(model, inputs)).float()
     onnx_file = folder / "model.onnx"
     exported = ""
     for name, packages in _NEEDS.items():
@@ -73,17 +71,6 @@ def dense_engines(model: nn.Module, inputs: Inputs, folder: Path) -> Iterator[En
             yield _MAKERS[name](model, inputs, onnx_file, right)
         except Exception as error:  # any engine may refuse any model
             yield Engine(name, why=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}")
-
-
-def first_tensor(output: Any) -> Tensor:
-    """Return the first tensor of a model's output: itself, or the first value of a tuple or dict."""
-    while not isinstance(output, Tensor):
-        output = next(iter(output.values())) if hasattr(output, "values") else output[0]
-    return output
-
-
-def _run(model: nn.Module, inputs: Inputs) -> Any:
-    return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
 
 
 def _export(model: nn.Module, inputs: Inputs, file: Path) -> str:
@@ -122,7 +109,7 @@ def _torch_int8(model: nn.Module, inputs: Inputs, file: Path, right: Tensor) -> 
     finally:
         torch.backends.quantized.engine = before
     torch.save(quantized.state_dict(), file.with_suffix(".pt"))
-    return _engine(_TORCH_INT8, lambda: first_tensor(_run(quantized, inputs)), right, file.with_suffix(".pt"))
+    return _engine(_TORCH_INT8, lambda: first_tensor(run(quantized, inputs)), right, file.with_suffix(".pt"))
 
 
 def _onnxruntime(model: nn.Module, inputs: Inputs, file: Path, right: Tensor) -> Engine:

@@ -8,7 +8,9 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -22,11 +24,10 @@ from sparsify.hardware.timing import LoadMeter, Timing, disturbance, measure
 from sparsify.inference.export import export
 from sparsify.layers import PackedLayer
 from sparsify.pruning.prune import prune
+from sparsify.reporting.dense_engines import dense_engines
+from sparsify.reporting.model_run import Inputs, run
 from sparsify.reporting.report import report
 from sparsify.reporting.table import table
-
-#: Positional arguments of the model's forward, or keyword arguments.
-Inputs = tuple[Any, ...] | dict[str, Any]
 
 #: Runs of the whole model to time each layer in.
 N_LAYER_ROUNDS = 5
@@ -49,10 +50,21 @@ class LayerBench:
 
 
 @dataclass(frozen=True)
+class EngineBench:
+    """The dense model in another engine: its time, and its error against torch's float32; or why there is none."""
+
+    name: str
+    time: Timing | None
+    error: float | None
+    why: str
+
+
+@dataclass(frozen=True)
 class ModelBench:
     """A dense model and its sparse copy; `str()` of it is a table for people.
 
     tokens: rows of input in the measurement of forms. others_cores: number of cores busy with other processes.
+    engines: other dense engines, empty if they were not asked for.
     """
 
     sparsity: float
@@ -62,6 +74,7 @@ class ModelBench:
     sparse: Timing
     layers: tuple[LayerBench, ...]
     others_cores: float
+    engines: tuple[EngineBench, ...] = ()
 
     @property
     def speedup(self) -> float:
@@ -86,14 +99,28 @@ class ModelBench:
                 f"dense   {self.dense}",
                 f"sparse  {self.sparse}",
                 f"{self.speedup:.2f}x dense at sparsity {self.sparsity:g}, forms measured for {self.tokens} tokens",
+                *self._engine_lines(),
                 f"{self.machine}; {disturbance(self.others_cores)}",
             )
         )
 
-
-def run(model: nn.Module, inputs: Inputs) -> Any:
-    """Call a model."""
-    return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+    def _engine_lines(self) -> Iterator[str]:
+        """Tell the time of each other dense engine, and whether one is faster than torch's float32."""
+        for engine in self.engines:
+            if engine.time is None:
+                yield f"{engine.name}: not measured: {engine.why}"
+                continue
+            times = engine.time.median_s / self.sparse.median_s
+            yield f"{engine.name}  {engine.time}, error {engine.error:.2g}; sparse is {times:.2f}x as fast"
+        faster = [x for x in self.engines if x.time is not None and x.time.median_s < self.dense.median_s]
+        for kind in ("float32", "int8"):  # the fastest of each kind
+            best = min((x for x in faster if x.name.endswith(kind)), key=_median, default=None)
+            if best is not None:
+                times = self.dense.median_s / _median(best)
+                yield (
+                    f"torch's float32, which 'auto' compares with, is not the fastest: "
+                    f"{best.name} is {times:.2f}x as fast"
+                )
 
 
 def sparse_copy(model: nn.Module, sparsity: float, tokens: int, **conversion: Any) -> nn.Module:
@@ -110,19 +137,27 @@ def bench(
     rounds: int = 11,
     tied: str = "error",
     functional: bool = False,
+    engines: bool = False,
 ) -> ModelBench:
     """Measure a model against its copy pruned to `sparsity`, on these inputs, with torch's threads.
 
-    tied and functional as for `convert`. The model stays as it was.
+    tied and functional as for `convert`. engines: measure the dense model in torch's int8, ONNX Runtime and OpenVINO
+    too, as far as they are installed and take it. The model stays as it was.
 
     Raises ValueError if the model runs no Linear on these inputs.
     """
     watch = LoadMeter()
     tokens = typical_tokens(model, inputs)
     fast = sparse_copy(model, sparsity, tokens, tied=tied, functional=functional)
-    times = measure({"dense": [lambda: run(model, inputs)], "sparse": [lambda: run(fast, inputs)]}, rounds=rounds)
+    calls = {"dense": [lambda: run(model, inputs)], "sparse": [lambda: run(fast, inputs)]}
+    with TemporaryDirectory() as folder:
+        others = list(dense_engines(model, inputs, Path(folder))) if engines else []
+        times = measure(calls | {x.name: [x.call] for x in others if x.call is not None}, rounds=rounds)
     layers = _bench_layers(model, fast, inputs)
-    return ModelBench(sparsity, tokens, machine_name(), times["dense"], times["sparse"], layers, watch.others_cores())
+    found = tuple(EngineBench(x.name, times.get(x.name), x.error, x.why) for x in others)
+    return ModelBench(
+        sparsity, tokens, machine_name(), times["dense"], times["sparse"], layers, watch.others_cores(), found
+    )
 
 
 @torch.inference_mode()
@@ -142,6 +177,11 @@ def typical_tokens(model: nn.Module, inputs: Inputs) -> int:
         if 2 * done >= total:
             return n
     raise AssertionError("half of the work is reached by all of it")
+
+
+def _median(engine: EngineBench) -> float:
+    assert engine.time is not None
+    return engine.time.median_s
 
 
 def _bench_layers(model: nn.Module, fast: nn.Module, inputs: Inputs) -> tuple[LayerBench, ...]:
