@@ -14,7 +14,7 @@ from sparsify.calibration.data_parallel import all_ranks_equal, is_rank_zero, pr
 from sparsify.cli.evaluation import Qualities, evaluation, quality_table
 from sparsify.cli.files import check_output
 from sparsify.cli.layer_by_layer import Compressed, compress_layer_by_layer
-from sparsify.cli.options import cache_of, conversion, data_of, model_of, naming, recipe_of
+from sparsify.cli.options import cache_of, conversion, data_of, form_of, model_of, naming, recipe_of
 from sparsify.cli.printing import print_json, rows
 from sparsify.inference.export import check_format
 from sparsify.offload.fingerprints import data_fingerprint
@@ -34,7 +34,7 @@ def compress(arguments: argparse.Namespace) -> None:
     Under torchrun the processes share the calibration data, and the first one does the rest.
     """
     recipe = recipe_of(arguments)
-    _check_options(arguments)
+    _check_options(arguments, recipe)
     by_layer = arguments.stream or arguments.resume
     data = data_of(arguments)
     with naming(arguments.recipe):
@@ -50,9 +50,17 @@ def compress(arguments: argparse.Namespace) -> None:
         _print_result(arguments, out, *done)
 
 
-def _check_options(arguments: argparse.Namespace) -> None:
+def _check_options(arguments: argparse.Namespace, recipe: Recipe) -> None:
     """Check before anything is read all options that would fail after the work."""
-    check_format(arguments.format, arguments.tokens, torch.device("cpu"))
+    quantize = form_of(arguments, recipe)["quantize"]
+    check_format(arguments.format, arguments.tokens, torch.device("cpu"), quantize)
+    if arguments.quantize_rest and quantize is None:
+        raise ValueError("--quantize-rest has no effect without --quantize")
+    if quantize is not None and arguments.stream:
+        raise ValueError(
+            "int8 needs the model in memory, which --stream does without; leave out --quantize, load the file, and "
+            "save sparsify.export(model, quantize='int8')"
+        )
     if arguments.tokens is not None and arguments.tokens > _MAX_TOKENS:
         raise ValueError(f"--tokens must be at most {_MAX_TOKENS}, got {arguments.tokens}")
     if arguments.cache is not None and arguments.data is None:
@@ -88,7 +96,7 @@ def _compress_in_memory(arguments: argparse.Namespace, recipe: Recipe, data: Any
         if not is_rank_zero():
             return None
         _advance(bar, "export")
-        fast = sparsify.export(model, format=arguments.format, tokens=arguments.tokens, copy=False)
+        fast = sparsify.export(model, copy=False, **form_of(arguments, recipe, data))
         _advance(bar, f"save {out.name}")
         sparsify.save(fast, out)
         if evaluate:

@@ -18,7 +18,7 @@ from sparsify.calibration.data_parallel import barrier, is_rank_zero
 from sparsify.checkpoint.save_load import save
 from sparsify.cli.evaluation import Qualities, evaluate_offloaded, evaluation
 from sparsify.cli.models import build_empty
-from sparsify.cli.options import cache_of, conversion
+from sparsify.cli.options import cache_of, conversion, form_of
 from sparsify.inference.export import export
 from sparsify.offload.disk_offload import named_tensors
 from sparsify.offload.fingerprints import data_fingerprint, structure_fingerprint, tensors_fingerprint
@@ -81,13 +81,12 @@ def compress_layer_by_layer(
         return None
     if teacher is not None and recipe.recover is not None:
         recover(model, teacher, data, **recipe.recover.model_dump(), progress=not arguments.json)
-    form = {"format": arguments.format, "tokens": arguments.tokens}
     if weights is None:
-        model = export(model, copy=False, **form)
+        model = export(model, copy=False, **form_of(arguments, recipe, data))
         save(model, out)
         rows = report(model)
     else:
-        rows = write_from_disk(model, weights, journal, out, **form)
+        rows = write_from_disk(model, weights, journal, out, format=arguments.format, tokens=arguments.tokens)
     if evaluate is not None:
         quality["sparse"] = evaluate_offloaded(evaluate, model, weights, journal)
     journal.conclude({"file": _state(out), "rows": [vars(row) for row in rows], "quality": quality})

@@ -134,6 +134,20 @@ def conversion(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"tied": arguments.tied, "functional": arguments.functional}
 
 
+def form_of(arguments: argparse.Namespace, recipe: Recipe, data: Sequence[Any] | None = None) -> dict[str, Any]:
+    """Return the options of `export`, with the first batch to judge what may be int8."""
+    given, in_recipe = arguments.quantize, recipe.quantize
+    if given is not None and in_recipe is not None and given != in_recipe:
+        raise ValueError(f"--quantize {given}: the recipe says {in_recipe!r}; leave one of them out")
+    return {
+        "format": arguments.format,
+        "tokens": arguments.tokens,
+        "quantize": given or in_recipe,
+        "example": data[0] if data and (given or in_recipe) else None,
+        "quantize_rest": arguments.quantize_rest,
+    }
+
+
 def cache_of(arguments: argparse.Namespace) -> int:
     """Return the bytes of activations to keep in memory."""
     return CACHE_BYTES if arguments.cache is None else int(arguments.cache * 1e9)

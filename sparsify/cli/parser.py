@@ -14,6 +14,7 @@ from sparsify.cli.sensitivity import sensitivity
 from sparsify.cli.show import bench_model, inspect, plan_recipe, run_doctor, schema
 from sparsify.conversion.tied_weights import TIED
 from sparsify.inference.export import FORMATS
+from sparsify.inference.rounding import QUANTIZE
 from sparsify.masking.methods.registry import CALIBRATED, METHODS, SOLVERS
 from sparsify.pruning.sensitivity import SPARSITIES
 
@@ -64,6 +65,8 @@ def _compress(add: Add) -> None:
     _layers(add, "prune")
     add("--seed", type=int, help="for methods that draw random numbers")
     add("--format", default="auto", choices=FORMATS, help="form of the weights in memory (default: auto)")
+    add("--quantize", choices=QUANTIZE, help="round the kept weights to int8, and inputs where that is faster, or not")
+    add("--quantize-rest", action="store_true", help="int8 for Embeddings and for what stays dense, too")
     add("--tokens", type=int, metavar="N", help="rows of input that auto measures with (default: 128)")
     add("--out", required=True, metavar="FILE", help="the file to write (.safetensors)")
     _json(add)

@@ -12,6 +12,7 @@ from torch import nn
 from sparsify.conversion.convert import convert
 from sparsify.conversion.module_surgery import Model
 from sparsify.inference.export import check_format, export
+from sparsify.inference.rounding import MAX_ERROR
 from sparsify.layer_names import Selector
 from sparsify.layers import MaskedLayer, PackedLayer
 from sparsify.masking.methods.registry import Method
@@ -45,6 +46,9 @@ def compress(
     format: str = "auto",
     prefer: str = "speed",
     device: torch.device | str | None = None,
+    quantize: str | None = None,
+    max_error: float = MAX_ERROR,
+    quantize_rest: bool = False,
     seed: int | None = None,
     cache_bytes: int | None = None,
     progress: bool = False,
@@ -69,7 +73,8 @@ def compress(
     >>> [round(row.sparsity, 2) for row in sparsify.report(fast)], type(model[0]).__name__
     ([0.75, 0.75], 'Linear')
     """
-    check_format(format)
+    quantize = quantize or (recipe.quantize if recipe is not None else None)
+    check_format(format, quantize=quantize)
     _check_dense(model)
     batches = None if data is None else list(_read_once(data))
     conversion: dict[str, Any] = {"tied": tied, "functional": functional}
@@ -91,9 +96,11 @@ def compress(
         convert(model, **selection, **conversion)
         pruning["method"] = method or ("magnitude" if batches is None else "sparsegpt")
         prune(model, **pruning, data=batches, cache_bytes=cache_bytes, progress=progress and batches is not None)
-    if format == "auto" and example is None and batches:
+    if (format == "auto" or quantize) and example is None and batches:
         example = batches[0]
-    return export(model, format=format, example=example, prefer=prefer, device=device, progress=progress, copy=False)
+    rounding: dict[str, Any] = {"quantize": quantize, "max_error": max_error, "quantize_rest": quantize_rest}
+    form: dict[str, Any] = {"format": format, "example": example, "prefer": prefer, "device": device}
+    return export(model, **form, **rounding, progress=progress, copy=False)
 
 
 def _read_once(data: Iterable[Any]) -> Iterator[Any]:

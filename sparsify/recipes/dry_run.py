@@ -57,8 +57,10 @@ def plan(recipe: Recipe, model: nn.Module) -> list[PlannedLayer]:
         for name, weight in weights.items():
             shape, n_weights = (weight.shape[0], weight.shape[1]), weight.numel()
             targets = tuple((time, z[name] / max(n_weights, 1)) for time, z in zip(times, zeros, strict=True))
-            itemsize = weight.element_size()
-            n_bytes = packed_bytes(shape, n_weights - zeros[-1][name], itemsize)
+            itemsize, n_kept = weight.element_size(), n_weights - zeros[-1][name]
+            n_bytes = packed_bytes(shape, n_kept, itemsize)
+            if recipe.quantize is not None:
+                n_bytes = packed_bytes(shape, n_kept, 1) + 4 * shape[0]  # and the scales
             ranked = group.method != HOLD and group.spec().is_measured
             planned.append(
                 PlannedLayer(name, number, shape, group.schedule.unit, targets, ranked, n_bytes, n_weights * itemsize)

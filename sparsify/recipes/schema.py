@@ -233,3 +233,7 @@ class Recipe(BaseModel):
     vars: dict[str, Any] = Field({}, description="values for ${name} elsewhere in the file")
     groups: list[Group] = Field(min_length=1, max_length=1000)
     recover: Recover | None = Field(None, description="a short distillation after the pruning; needs data")
+    quantize: Literal["int8", "int8-weights"] | None = Field(
+        None,
+        description="in the end `compress` rounds kept weights to int8, and with int8 inputs too",
+    )

@@ -232,3 +232,36 @@ def test_what_to_do_with_tied_weights_and_with_multiplications_in_code_can_be_sa
     assert json.loads(capsys.readouterr().out)["speedup"] > 0
     assert main(["sensitivity", "--model", f"{name}:model", "--data", f"{name}:ids", *options]) == 0
     assert set(json.loads(capsys.readouterr().out)["damage"]) == ({"inner"} if way == "skip" else {"inner", "head"})
+
+
+@pytest.mark.parametrize("kind", [[], ["--resume"]])
+@pytest.mark.parametrize("by_recipe", [False, True])
+def test_quantize_writes_int8(
+    here: Path, kind: list[str], by_recipe: bool, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    options = ["--sparsity", "0.5", "--method", "sparsegpt", "--quantize", "int8"]
+    if by_recipe:
+        (tmp_path / "recipe.yaml").write_text("quantize: int8\ngroups:\n  - {sparsity: 0.5, method: sparsegpt}\n")
+        options = ["--recipe", "recipe.yaml"]
+    assert compress(here, *options, *kind, "--out", "int8.safetensors") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert {row["numbers"] for row in result["in_file"][:-1]} == {"int8 weights"}
+    assert all(0 < row["int8_error"] < 0.05 for row in result["in_memory"][:-1])
+    loaded = sparsify.load("int8.safetensors", __import__(str(here)).model())
+    assert loaded[0].up.values.dtype == torch.int8
+
+
+def test_quantize_without_effect_is_refused(here: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("quantize: int8\ngroups:\n  - {sparsity: 0.5}\n")
+    for options, message in (
+        (["--sparsity", "0.5", "--quantize-rest"], "--quantize-rest has no effect without --quantize"),
+        (["--recipe", "recipe.yaml", "--quantize", "int8-weights"], "the recipe says 'int8'; leave one of them out"),
+        (
+            ["--sparsity", "0.5", "--method", "wanda", "--stream", "--quantize", "int8"],
+            "int8 needs the model in memory",
+        ),
+        (["--sparsity", "0.5", "--format", "dense", "--quantize", "int8"], "no effect with format 'dense'"),
+    ):
+        assert compress(here, *options, "--out", "a.safetensors") == 2
+        assert message in capsys.readouterr().err
+        assert not Path("a.safetensors").exists()

@@ -48,6 +48,19 @@ def test_the_plan_is_what_happens(tmp_path: Path, name: str, dtype: torch.dtype)
         assert x.ranked == (name == "global")
 
 
+@pytest.mark.parametrize("name", ["uniform", "each", "nothing"])
+def test_the_plan_counts_int8(tmp_path: Path, name: str) -> None:
+    recipe = Recipe(groups=[GROUPS[name]], quantize="int8")
+    model = sparsify.apply(sparsify.convert(net()), recipe)
+    fast = sparsify.export(model, format="csr", quantize=recipe.quantize)
+    sparsify.save(fast, tmp_path / "model.safetensors")
+    stored = {row.name: row for row in sparsify.inspect(tmp_path / "model.safetensors")}
+    for x in plan(recipe, net()):
+        assert x.dense_bytes == stored[x.name].dense_bytes
+        # a kept weight that was rounded to zero keeps a layer from the format without a mask
+        assert 0 <= stored[x.name].n_bytes - x.n_bytes <= (x.shape[0] * x.shape[1] + 7) // 8
+
+
 @pytest.mark.parametrize("kind", ["linear", "polynomial", "exponential", "cosine"])
 def test_every_update_of_a_schedule_is_planned(kind: str) -> None:
     schedule = {"kind": kind, "start": 1, "end": 4, "every": 1, "initial": 0.2}
