@@ -146,10 +146,11 @@ def _check_layer(name: str, layer: MaskedLayer, format: str, quantize: str | Non
             f"{name}: the form {format!r} does not run on {weight.device.type} in {weight.dtype}{rounded} here; "
             "see 'sparsify doctor', or use format='csr'"
         )
-    if format in PATTERNED:
+    if format in PATTERNED or quantizes_inputs(format):
         csr = dense_to_csr(layer.weight_matrix, layer.matrix(layer.mask))
         if not fits(format, csr, layer.shape):
-            raise ValueError(f"{name}: its mask does not fit the form {format!r}; use format='auto' or 'tiles'")
+            what, other = ("mask", "tiles") if format in PATTERNED else ("number of inputs", "panel")
+            raise ValueError(f"{name}: its {what} does not fit the form {format!r}; use format='auto' or {other!r}")
 
 
 def _asked_for(layer: MaskedLayer, format: str, allowed: str) -> FormChoice:

@@ -188,3 +188,23 @@ def test_to_dense_forgets_the_record() -> None:
     dense = sparsify.to_dense(copy.deepcopy(fast))
     assert "rounding" not in vars(dense[0])
     assert "int8" not in str(sparsify.report(dense))
+
+
+@pytest.mark.parametrize("form", [form for form in HERE if quantizes_inputs(form)])
+def test_a_weight_with_too_many_inputs_is_named(form: str) -> None:
+    model = sparsify.convert(nn.Sequential(nn.Linear(70_000, 1)))
+    with pytest.raises(ValueError, match=f"0: its number of inputs does not fit the form '{form}'"):
+        sparsify.export(model, format=form, quantize="int8")
+
+
+@pytest.mark.parametrize("form", [form for form in HERE if quantizes_inputs(form)])
+def test_inputs_that_lose_too_much_stay_as_they_are(form: str) -> None:
+    model = pruned()
+    spread = EXAMPLE.clone()
+    spread[:, 0] = 1e3  # leaves few steps for the other inputs, which alone have weights
+    model[0].mask[:, 0] = False
+    fast = sparsify.export(model, format=form, quantize="int8", example=spread)
+    row = sparsify.report(fast)[0]
+    assert row.numbers == "int8 weights"
+    assert not quantizes_inputs(fast[0].form)
+    assert "int8 inputs would change its outputs by" in row.reason

@@ -230,3 +230,71 @@ def test_pointwise_convolutions(form: str, memory_format: torch.memory_format) -
     assert found.is_contiguous(memory_format=memory_format)
     with pytest.raises(RuntimeError, match="the layer's own dtype is"):
         packed(images.double())
+
+
+PACKED = [form for form in HERE if form != "csr"]
+
+
+@pytest.mark.parametrize("form", HERE)
+def test_bfloat16_layers(form: str) -> None:
+    masked = masked_layer().to(torch.bfloat16)
+    packed = CSRLinear.from_sparse(masked, form=form, quantized=True)
+    assert (packed.form, packed.own_dtype, packed.weight.dtype) == (form, torch.bfloat16, torch.bfloat16)
+    found, wanted = packed(X.bfloat16()).detach(), masked(X.bfloat16()).detach()
+    assert found.dtype == torch.bfloat16
+    assert float((found - wanted).float().norm() / wanted.float().norm()) < 0.03
+
+
+@pytest.mark.parametrize("form", PACKED)
+def test_a_changed_index_is_an_error(form: str) -> None:
+    module = layer(form)
+    module(X)
+    module.index.fill_(255)
+    for broken in (module, copy.deepcopy(module)):
+        for use in (lambda b: b(X), lambda b: b.state_dict(), lambda b: b.weight + 0):
+            with pytest.raises(ValueError, match="cannot be read"):
+                use(broken)
+
+
+@pytest.mark.parametrize("form", PACKED)
+def test_a_form_comes_back_after_a_dtype_without_kernels(form: str) -> None:
+    module = layer(form)
+    before, packed = module(X), [tensor.clone() for tensor in module.tensors]
+    assert module.half().form == "csr"
+    assert module.values.dtype == torch.int8
+    assert module.float().form == form
+    assert all(map(torch.equal, module.tensors, packed))
+    module.bias = nn.Parameter(masked_layer().bias.detach())  # it was rounded
+    assert torch.equal(module(X), before)
+
+
+@pytest.mark.parametrize("form", HERE)
+def test_an_activation_is_fused(form: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 256), nn.GELU()).eval()
+    model = sparsify.prune(sparsify.convert(model), 0.5)
+    fast = sparsify.export(model, format=form, quantize="int8", max_error=1.0)
+    x = torch.randn(16, 8)
+    assert fast[0].followed_by == "gelu"
+    with torch.inference_mode():
+        torch.testing.assert_close(fast(x), nn.functional.gelu(fast[0](x)))
+
+
+@pytest.mark.parametrize("form", HERE)
+def test_tied_layers_hold_the_same_tensors(form: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    model[1].weight = model[0].weight
+    sparsify.prune(sparsify.convert(model, tied="share"), 0.5)
+    fast = sparsify.export(model, format=form, quantize="int8", max_error=1.0)
+    assert all(one is other for one, other in zip(fast[0].tensors, fast[1].tensors, strict=True))
+    assert len(fast[1].tensors) == len(FORMS[form]) + 1
+    assert torch.equal(fast[1](X), fast[0](X))
+
+
+@pytest.mark.skipif(not PACKED, reason="the native kernels are missing, or have no form of int8 values")
+@pytest.mark.parametrize(("sparsity", "most"), [(0.5, 0.70), (0.7, 0.50), (0.8, 0.38), (0.9, 0.26)])
+def test_bytes_of_a_weight_in_memory(sparsity: float, most: float) -> None:
+    model = sparsify.prune(sparsify.convert(nn.Sequential(nn.Linear(768, 768, bias=False))), sparsity)
+    rows = [sparsify.report(sparsify.export(model, format=form, quantize="int8"))[0] for form in PACKED]
+    assert min(row.n_bytes for row in rows) <= most * 768 * 768
