@@ -24,6 +24,7 @@ from sparsify.errors import (
 )
 from sparsify.inference.export import export
 from sparsify.integrations.on_import import register_all as _register_all
+from sparsify.integrations.pretrained import from_pretrained, save_pretrained
 from sparsify.integrations.sparsify_config import SparsifyConfig
 from sparsify.layers import CSRConv2d, CSRLinear, SparseConv2d, SparseLinear
 from sparsify.masking.schedules import Schedule
@@ -61,6 +62,7 @@ __all__ = [
     "compress",
     "convert",
     "export",
+    "from_pretrained",
     "inspect",
     "load",
     "load_recipe",
@@ -69,6 +71,7 @@ __all__ = [
     "recover",
     "report",
     "save",
+    "save_pretrained",
     "to_dense",
 ]
 

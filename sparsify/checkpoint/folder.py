@@ -24,6 +24,7 @@ from sparsify.errors import CheckpointError
 from sparsify.kernels.csr import pack_bitmask
 from sparsify.layer_names import join
 from sparsify.layers import MaskedLayer, PackedLayer
+from sparsify.layers.records import form_choice
 
 #: The two kinds of model in a folder.
 KINDS = ("packed", "masked")
@@ -38,8 +39,9 @@ class Place:
 
 
 def kind_of(model: nn.Module) -> str | None:
-    """Return the kind of a model: "packed" if exported, "masked" if converted, None without layers of ours.
+    """Return the kind of a model: "packed" if exported, "masked" if converted, None for a dense one.
 
+    An export in which dense was fastest for every layer is an export, too.
     Raises ValueError for a model with layers of both kinds.
     """
     masked, packed = layers_of_type(model, MaskedLayer), layers_of_type(model, PackedLayer)
@@ -48,7 +50,8 @@ def kind_of(model: nn.Module) -> str | None:
             f"{next(iter(masked))} is masked and {next(iter(packed))} exported; a folder holds models of one kind: "
             "export the whole model, or to_dense it"
         )
-    return "masked" if masked else "packed" if packed else None
+    exported = packed or any(form_choice(module) is not None for module in model.modules())
+    return "masked" if masked else "packed" if exported else None
 
 
 def tensors_and_metadata(model: nn.Module, left_out: Collection[str] = ()) -> tuple[dict[str, Tensor], dict[str, str]]:

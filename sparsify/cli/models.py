@@ -1,4 +1,4 @@
-"""Models by name, for the command line: torchvision:vit_b_16, hf:FOLDER, package.module:builder."""
+"""Models by name, for the command line: torchvision:vit_b_16, timm:NAME, hf:FOLDER, package.module:builder."""
 
 from __future__ import annotations
 
@@ -20,15 +20,17 @@ from sparsify.recipes.yaml_file import nearest
 def build_model(spec: str, *, here: bool = True) -> nn.Module:
     """Build a model by name, in eval mode.
 
-    "torchvision:NAME" has random weights, "hf:FOLDER" loads the weights in a folder written by save_pretrained
-    (nothing is downloaded, and no code in it runs), "package.module:builder" calls a function of no arguments; with
-    `here`, its module may lie in the present folder. Raises ValueError with the way out.
+    "torchvision:NAME" and "timm:NAME" have random weights, "hf:FOLDER" loads the weights in a folder written by
+    save_pretrained (nothing is downloaded, and no code in it runs), "package.module:builder" calls a function of no
+    arguments; with `here`, its module may lie in the present folder. Raises ValueError with the way out.
     """
     source, _, name = spec.partition(":")
     if not name:
-        raise ValueError(f"model {spec!r}: write torchvision:NAME, hf:FOLDER or package.module:builder")
+        raise ValueError(f"model {spec!r}: write torchvision:NAME, timm:NAME, hf:FOLDER or package.module:builder")
     if source == "torchvision":
         return _torchvision(name).eval()
+    if source == "timm":
+        return _timm(name).eval()
     if source == "hf":
         return _transformers(name).eval()
     way_out = WAY_OUT if here else f"nothing is imported from this folder here; write --model {spec}"
@@ -67,6 +69,17 @@ def _torchvision(name: str) -> nn.Module:
     if name not in list_models():
         raise ValueError(f"torchvision has no model {name!r}{nearest(name, list_models())}")
     model: nn.Module = get_model(name, weights=None)
+    return model
+
+
+def _timm(name: str) -> nn.Module:
+    try:
+        import timm
+    except ImportError:
+        raise ValueError("timm is not installed: pip install 'sparsify-torch[vision]'") from None
+    if name not in timm.list_models():
+        raise ValueError(f"timm has no model {name!r}{nearest(name, timm.list_models())}")
+    model: nn.Module = timm.create_model(name, pretrained=False)
     return model
 
 

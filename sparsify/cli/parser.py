@@ -18,7 +18,7 @@ from sparsify.inference.rounding import QUANTIZE
 from sparsify.masking.methods.registry import CALIBRATED, METHODS, SOLVERS
 from sparsify.pruning.sensitivity import SPARSITIES
 
-_MODEL_HELP = "torchvision:NAME, hf:FOLDER, or package.module:builder"
+_MODEL_HELP = "torchvision:NAME, timm:NAME, hf:FOLDER, or package.module:builder"
 _DEBUG_HELP = "print the traceback of an error too"
 _EPILOG = (
     "package.module:function runs your code: the module is imported, from the present folder if it lies there. "

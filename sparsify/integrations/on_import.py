@@ -12,6 +12,11 @@ from types import ModuleType
 #: A module of another library -> the module of ours with the `register()` to be called once the other is imported.
 HOOKS = {
     "transformers.modeling_utils": "sparsify.integrations.transformers_quantizer",
+    "sentence_transformers.base.model": "sparsify.integrations.sentence_transformers_card",
+    "diffusers.models.modeling_utils": "sparsify.integrations.diffusers_quantizer",
+    "peft.tuners.tuners_utils": "sparsify.integrations.peft_merge",
+    "torchao.quantization.quant_api": "sparsify.integrations.foreign_quantizers",
+    "optimum.quanto.quantize": "sparsify.integrations.foreign_quantizers",
 }
 
 

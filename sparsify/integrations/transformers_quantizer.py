@@ -24,8 +24,11 @@ from sparsify.checkpoint.container import Header
 from sparsify.checkpoint.folder import Place, kind_of, read_headers, tensors_and_metadata
 from sparsify.checkpoint.waiting_layers import WaitingWeight, await_layers, make_waiting_layers
 from sparsify.errors import CheckpointError
+from sparsify.integrations.accelerate_hooks import without_hooks
+from sparsify.integrations.pretrained import facts_of
 from sparsify.integrations.sparsify_config import QuantMethod, SparsifyConfig
 from sparsify.layer_names import join
+from sparsify.reporting.model_card import write_card
 
 #: In config.json of an exported model as `transformers_weights`: transformers alone takes it for a file's name, and
 #: stops with it; our quantizer takes it away before files are looked for.
@@ -95,7 +98,7 @@ class SparsifyQuantizer(HfQuantizer):
             if isinstance(module, PreTrainedModel):
                 module.config.__dict__.pop("_is_quantized", None)
         if self.pre_quantized:
-            with _without_hooks(model, [join(n) for n in self._header.layers]):
+            with without_hooks(model, list(self._header.layers)):
                 make_waiting_layers(model, self._header, self._source, dtype=self._dtype)
         else:
             self.quantization_config.prune(model)
@@ -128,7 +131,8 @@ def _saving(original: Callable[..., Any]) -> Callable[..., Any]:
         kwargs["save_original_format"] = False  # names of tensors as the header has them
         with _as_quantized(self, kind):
             result = original(self, save_directory, *args, **kwargs)
-        finish_folder(self, save_directory, kind)
+        if kwargs.get("is_main_process", args[0] if args else True):
+            finish_folder(self, save_directory, kind)
         return result
 
     save_pretrained.of_sparsify = True  # type: ignore[attr-defined]
@@ -154,6 +158,7 @@ def finish_folder(model: nn.Module, folder: Any, kind: str) -> None:
         content = json.loads(file.read_text(encoding="utf-8"))
         content["transformers_weights"] = NEEDS_US
         file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_card(folder, model, facts_of(model))
 
 
 @contextmanager
@@ -211,21 +216,3 @@ def _ties_left_to_transformers(model: Any, header: Header) -> set[str]:
         if target in ours or source in ours:
             del ties[target]
     return {*ties, *ties.values()}
-
-
-@contextmanager
-def _without_hooks(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """Take accelerate's hooks off layers that change inside the block, and put them on again."""
-    hooked = {name: model.get_submodule(name) for name in names}
-    hooked = {name: module for name, module in hooked.items() if hasattr(module, "_hf_hook")}
-    if not hooked:
-        yield
-        return
-    from accelerate.hooks import add_hook_to_module, remove_hook_from_module
-
-    hooks = {module: module._hf_hook for module in hooked.values()}
-    for module in hooks:
-        remove_hook_from_module(module, recurse=True)
-    yield
-    for module, hook in hooks.items():
-        add_hook_to_module(module, hook)
