@@ -30,7 +30,7 @@ SECTIONS = {
         "to_dense",
         "masks_from_zeros",
     ),
-    "Files and reports": ("save", "load", "SparsifyConfig", "report", "inspect"),
+    "Files and reports": ("save", "load", "save_pretrained", "from_pretrained", "SparsifyConfig", "report", "inspect"),
     "Recipes and training": ("load_recipe", "Recipe", "Schedule", "Pruner"),
     "Layers": ("SparseLinear", "SparseConv2d", "CSRLinear", "CSRConv2d"),
 }

@@ -8,26 +8,28 @@ layers is written as dense weights with zeros, each with its mask beside it, for
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from sparsify.checkpoint import container
-from sparsify.checkpoint.container import Header
+from sparsify.checkpoint.container import Header, LayerEntry
 from sparsify.checkpoint.contents import Contents, contents_of
 from sparsify.checkpoint.tensor_file import TensorFile
-from sparsify.checkpoint.weight_codec import not_zero, part_names
+from sparsify.checkpoint.weight_codec import part_names
 from sparsify.conversion.module_surgery import layers_of_type
 from sparsify.errors import CheckpointError
-from sparsify.kernels.csr import pack_bitmask
 from sparsify.layer_names import join
-from sparsify.layers import MaskedLayer, PackedLayer
+from sparsify.layers import Int8Embedding, MaskedLayer, PackedLayer
 from sparsify.layers.records import form_choice
 
 #: The two kinds of model in a folder.
 KINDS = ("packed", "masked")
+
+#: The tensor of a packed weight in the format dense, below NAME.weight.
+DENSE_PART = "values"
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def kind_of(model: nn.Module) -> str | None:
             f"{next(iter(masked))} is masked and {next(iter(packed))} exported; a folder holds models of one kind: "
             "export the whole model, or to_dense it"
         )
-    exported = packed or any(form_choice(module) is not None for module in model.modules())
+    exported = packed or any(isinstance(m, Int8Embedding) or form_choice(m) is not None for m in model.modules())
     return "masked" if masked else "packed" if exported else None
 
 
@@ -61,7 +63,7 @@ def tensors_and_metadata(model: nn.Module, left_out: Collection[str] = ()) -> tu
     Raises ValueError as `sparsify.save` does.
     """
     contents = contents_of(model)
-    contents = (_with_dense_weights if kind_of(model) == "masked" else _without_dense_weights)(model, contents)
+    contents = (_with_dense_weights if kind_of(model) == "masked" else _with_named_parts)(model, contents)
     buffers = dict(model.named_buffers(remove_duplicate=False))
     for alias in contents.aliases.keys() & buffers.keys():  # libraries share Parameters, and copy buffers
         contents.tensors[alias] = buffers[alias]
@@ -124,17 +126,18 @@ def _with_dense_weights(model: nn.Module, contents: Contents) -> Contents:
     return Contents(layers, contents.aliases, contents.choices, tensors)
 
 
-def _without_dense_weights(model: nn.Module, contents: Contents) -> Contents:
-    """Pack the weights that would be smallest dense, too: a reader must tell them from those of plain layers."""
-    layers, tensors = dict(contents.layers), dict(contents.tensors)
-    for name, entry in contents.layers.items():
-        if entry.format == "dense":
-            layers[name] = entry.model_copy(update={"format": "bitmask"})
-            weight = tensors.pop(join(name, "weight"), None)
-            if weight is not None:
-                packed = pack_bitmask(weight, not_zero(weight))
-                tensors |= {join(name, "weight", part): tensor for part, tensor in packed._asdict().items()}
-    return Contents(layers, contents.aliases, contents.choices, tensors)
+def _with_named_parts(model: nn.Module, contents: Contents) -> Contents:
+    """Give packed weights of the format dense a name of their own: NAME.weight is that of a plain layer's."""
+    tensors = {part_in_folder(name, contents.layers): tensor for name, tensor in contents.tensors.items()}
+    return Contents(contents.layers, contents.aliases, contents.choices, tensors)
+
+
+def part_in_folder(name: str, layers: Mapping[str, LayerEntry]) -> str:
+    """Return the name that a tensor of a checkpoint has in a folder: another one for a packed weight stored dense."""
+    layer, _, key = name.rpartition(".")
+    entry = layers.get(layer) if key == "weight" else None
+    dense = entry is not None and entry.format == "dense" and entry.module != "SparseLinear"
+    return f"{name}.{DENSE_PART}" if dense else name
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

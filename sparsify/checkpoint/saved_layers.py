@@ -98,7 +98,7 @@ def _make(entry: LayerEntry, old: nn.Module, stored: StoredWeight, choice: FormC
     """
     if isinstance(old, nn.Embedding):
         assert stored.scale is not None
-        device = "cpu" if old.weight.is_meta else old.weight.device
+        device = stored.values.device if old.weight.is_meta else old.weight.device
         rows = stored.values.to(device), stored.scale.to(device)
         return Int8Embedding(*rows, stored.dtype, old.padding_idx).train(old.training)
     converter, weight, bias = converter_for(old), matrices(old)[""], old._parameters.get("bias")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparsify.checkpoint.compatibility import check_choices, check_layers, check_state_names
 from sparsify.checkpoint.container import Header, LayerEntry
-from sparsify.checkpoint.folder import Place
+from sparsify.checkpoint.folder import DENSE_PART, Place, part_in_folder
 from sparsify.checkpoint.saved_layers import lay_out_as, make_layers, set_choices
 from sparsify.checkpoint.shared_tensors import check_aliases, check_tied, entries_with_tensors, expand_shared
 from sparsify.checkpoint.state_names import Names
@@ -54,6 +54,7 @@ def await_layers(
     partly: the file may lack some of the model's state, or have more.
     Raises CheckpointError if the file is of another architecture.
     """
+    places = {_canonical(name, header): place for name, place in places.items()}
     with Transaction(model) as undo:
         lay_out_as(places, Names(model), undo)
         names = Names(model)
@@ -87,8 +88,8 @@ def make_waiting_layers(
     names = Names(model)
     packed = _by_kind(header)[1]
     tensors: dict[str, Tensor] = {}
-    for name in packed.layers:
-        tensors |= _take(names.modules[name], name)
+    for name, entry in packed.layers.items():
+        tensors |= _take(names.modules[name], name, entry)
     names = Names(model)
     try:
         weights = decode_weights(entries_with_tensors(packed), tensors)
@@ -123,6 +124,12 @@ def _weights(header: Header) -> set[str]:
     return {join(name, "weight") for name in header.layers}
 
 
+def _canonical(name: str, header: Header) -> str:
+    """Return the name that a tensor of a folder has in a checkpoint."""
+    weight = name.removesuffix(f".{DENSE_PART}")
+    return weight if part_in_folder(weight, header.layers) == name else name
+
+
 def _check_places(names: Names, header: Header, places: Mapping[str, Place]) -> None:
     """Raise CheckpointError unless plain tensors have the shapes of the model's, and masks are bool."""
     for name, value in names.state().items():
@@ -155,11 +162,9 @@ def _mask(names: Names, header: Header) -> None:
 
 
 def _wait(module: nn.Module, name: str, entry: LayerEntry, header: Header, places: Mapping[str, Place]) -> None:
-    if entry.format == "dense":
-        raise CheckpointError(f"{name or '(root)'}: in a folder the weight of a {entry.module} must be packed")
     own: dict[str, Place] = {}
     if name in entries_with_tensors(header):
-        own = {part.rpartition(".")[2]: places[part] for part in part_names(name, entry)}
+        own = {_buffer(name, part): places[part] for part in part_names(name, entry)}
     _put(module, "weight", own)
 
 
@@ -169,11 +174,17 @@ def _put(module: nn.Module, key: str, places: Mapping[str, Place]) -> None:
     module._modules[key] = WaitingWeight(parameter, places)
 
 
-def _take(module: nn.Module, name: str) -> dict[str, Tensor]:
+def _take(module: nn.Module, name: str, entry: LayerEntry) -> dict[str, Tensor]:
     """Return the loaded tensors of a layer, and give it a weight without data."""
     waiting: Any = module._modules.pop("weight")
     module._parameters = {"weight": nn.Parameter(waiting.dense[0].to("meta")), **module._parameters}
-    return {join(name, "weight", part): buffer for part, buffer in waiting._buffers.items()}
+    buffers = waiting._buffers
+    return {part: buffers[_buffer(name, part)] for part in part_names(name, entry)} if buffers else {}
+
+
+def _buffer(name: str, part: str) -> str:
+    """Return the buffer's name for a part of a layer's weight."""
+    return part.removeprefix(join(name, "weight")).removeprefix(".") or DENSE_PART
 
 
 def _share(names: Names, aliases: Iterable[str], tensors: Mapping[str, Tensor]) -> None:

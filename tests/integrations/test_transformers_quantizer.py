@@ -19,7 +19,7 @@ from torch import nn
 
 import sparsify
 from sparsify.kernels.cpu import library as native
-from sparsify.layers import MaskedLayer, PackedLayer
+from sparsify.layers import Int8Embedding, MaskedLayer, PackedLayer
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -119,12 +119,15 @@ def test_a_removed_weight_hidden_by_a_schedule_stays(tmp_path: Path) -> None:
     assert not loaded.mask.all()
 
 
-def test_int8_values_and_their_scales(tmp_path: Path) -> None:
-    model = sparsify.export(masked("gpt2"), format="csr", quantize="int8-weights")
+@pytest.mark.parametrize("rest", [False, True])
+def test_int8_values_and_their_scales(rest: bool, tmp_path: Path) -> None:
+    model = sparsify.export(masked("gpt2"), format="csr", quantize="int8-weights", quantize_rest=rest)
     model.save_pretrained(tmp_path)
     loaded = auto("gpt2").from_pretrained(tmp_path)
     assert same(outputs("gpt2", loaded), outputs("gpt2", model))
-    assert any(value.dtype == torch.int8 for value in loaded.buffers())
+    kinds = {type(module) for module in loaded.modules() if any(b.dtype == torch.int8 for b in module.buffers(False))}
+    assert sparsify.CSRLinear in kinds
+    assert (Int8Embedding in kinds) == rest
 
 
 @pytest.mark.parametrize("kind", ["packed", "masked"])
