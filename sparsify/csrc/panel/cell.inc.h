@@ -1,6 +1,10 @@
-// The innermost loops of the panel form: one cell (panel/format.h) times one tile of activations, 4 rows x V vectors of
-// sums in registers. The types of weights, activations and sums come with functions of the same names (simd/*.h).
-// Everything is written with constant indices: g++ keeps arrays in memory that a loop indexes.
+// The innermost loops of the panel form: one cell (panel/format.h) times one tile of activations, sums in registers.
+// g++ keeps an array in memory unless every index is constant: loops over them are unrolled.
+//
+// The 4 rows of a cell are multiplied together where the registers hold all their sums, else pairs of rows or single
+// rows one after the other, over the same columns and values. A row's weights are added in the same order in either
+// case, so that a token's result does not depend on the width of its tile. The types of weights, activations and sums
+// come with functions of the same names (simd/*.h).
 #pragma once
 
 #include "panel/format.h"
@@ -9,19 +13,31 @@ namespace {
 
 using namespace sparsify;
 
-// acc[row][v] += w * x[v] for the rows of PATTERN and one column. Moves past the values it read.
-template <int V, int PATTERN, typename W, typename X, typename Sums>
+// 4 rows x V sums, V activations and a weight have to fit the registers.
+constexpr int PANEL_FOUR_ROW_VECS = N_REGISTERS >= 32 ? 4 : 2;
+// Vectors of tokens in the widest tile: 64 tokens, of which a block of 128 columns takes 32 KB, if one row's sums leave
+// half of the registers. Past PANEL_FOUR_ROW_VECS fewer rows are multiplied together, in the end one: 8 vectors take 9
+// loads for 8 multiply-adds and share a broadcast and an address. AVX2, 128 tokens: 1.06x over tiles of 2 vectors at
+// 50%, 1.15 to 1.2x from 70 to 95%.
+constexpr int PANEL_TILE_VECS = 64 / WIDTH, PANEL_ROW_VECS = N_REGISTERS / 2;
+constexpr int PANEL_MAX_VECS = PANEL_TILE_VECS < PANEL_ROW_VECS ? PANEL_TILE_VECS : PANEL_ROW_VECS;
+
+constexpr int PANEL_ALL_ROWS = 15;  // rows of a cell as bits
+
+#define UNROLL _Pragma("GCC unroll 16")
+
+// acc[row][v] += w * x[v] for those of ROWS that are in PATTERN, and one column. Moves past the values of PATTERN.
+template <int V, int ROWS, int PATTERN, typename W, typename X, typename Sums>
 __attribute__((always_inline)) inline void add_column(uint64_t column, const W *&values, const X *tile,
                                                       Sums (&acc)[PANEL_CELL_ROWS][V]) {
     const X *x = tile + (column & 255) * (V * WIDTH);
-#define ROW(R)                                                                   \
-    if (PATTERN >> R & 1) {                                                      \
-        const auto w = broadcast(values++);                                      \
-        acc[R][0] = fma(w, load(x), acc[R][0]);                                  \
-        if constexpr (V > 1) acc[R][1] = fma(w, load(x + 1 * WIDTH), acc[R][1]); \
-        if constexpr (V > 2) acc[R][2] = fma(w, load(x + 2 * WIDTH), acc[R][2]); \
-        if constexpr (V > 3) acc[R][3] = fma(w, load(x + 3 * WIDTH), acc[R][3]); \
-    }
+    asm("" : "+r"(x));  // one register: a multiply-add that adds two of them up takes two slots on Intel, up to 1.1x
+#define ROW(R)                                                                                 \
+    if constexpr (PATTERN >> R & ROWS >> R & 1) {                                              \
+        const auto w = broadcast(values);                                                      \
+        UNROLL for (int v = 0; v < V; ++v) acc[R][v] = fma(w, load(x + v * WIDTH), acc[R][v]); \
+    }                                                                                          \
+    values += PATTERN >> R & 1;
     ROW(0) ROW(1) ROW(2) ROW(3)
 #undef ROW
 }
@@ -36,52 +52,92 @@ __attribute__((always_inline)) inline uint64_t read_columns(const uint8_t *colum
     return N == 4 ? four : four | uint64_t(columns[4]) << 32 | uint64_t(columns[5]) << 40;
 }
 
-// One run: n columns of each of its patterns. Moves past what it read.
-template <int V, int... PATTERNS, typename W, typename X, typename Sums>
-__attribute__((always_inline)) inline void add_run(int n, const uint8_t *&columns, const W *&values, const X *tile,
-                                                   Sums (&acc)[PANEL_CELL_ROWS][V]) {
-    for (; n > 0; --n) {
+// n columns of each of PATTERNS. Moves past what it read.
+template <int V, int ROWS, int... PATTERNS, typename W, typename X, typename Sums>
+__attribute__((always_inline)) inline void add_columns(const uint8_t *&columns, const W *&values, const X *tile,
+                                                       Sums (&acc)[PANEL_CELL_ROWS][V]) {
+    int i = 0;
+    if constexpr (ROWS == PANEL_ALL_ROWS) {
         const uint64_t read = read_columns<sizeof...(PATTERNS)>(columns);
-        columns += sizeof...(PATTERNS);
-        int i = 0;
-        (add_column<V, PATTERNS>(read >> (8 * i++), values, tile, acc), ...);
+        (add_column<V, ROWS, PATTERNS>(read >> (8 * i++), values, tile, acc), ...);
+    } else {  // some of them, each by its own load: V multiply-adds hide it
+        (add_column<V, ROWS, PATTERNS>(columns[i++], values, tile, acc), ...);
     }
+    columns += sizeof...(PATTERNS);
 }
 
-// sums[row][v] (+)= one cell, for its 4 rows of [V * WIDTH]. The block is summed on its own first: shorter chains of
-// additions, smaller error.
-template <int V, typename W, typename X, typename S>
-__attribute__((always_inline)) inline void panel_cell(PanelCell cell, const uint8_t *&columns, const W *&values,
-                                                      const X *tile, S *sums, bool first) {
+// One run: n columns of each of its patterns. Moves past what it read.
+template <int V, int ROWS, int... PATTERNS, typename W, typename X, typename Sums>
+__attribute__((always_inline)) inline void add_run(int n, const uint8_t *&columns, const W *&values, const X *tile,
+                                                   Sums (&acc)[PANEL_CELL_ROWS][V]) {
+    // A row has three weights among the columns of triples and of pairs, and one among the others': few between two
+    // looks at the loop's end.
+    constexpr bool ONE_EACH = sizeof...(PATTERNS) == 1 || (((PATTERNS & -PATTERNS) == PATTERNS) && ...);
+    constexpr int STEP = !ONE_EACH || ROWS == PANEL_ALL_ROWS ? 1 : (ROWS & -ROWS) == ROWS ? 4 : 2;
+    if constexpr (STEP > 1)
+        for (; n >= STEP; n -= STEP) {
+            UNROLL for (int i = 0; i < STEP; ++i) add_columns<V, ROWS, PATTERNS...>(columns, values, tile, acc);
+        }
+    for (; n > 0; --n) add_columns<V, ROWS, PATTERNS...>(columns, values, tile, acc);
+}
+
+// sums[row][v] (+)= a cell's weights, for those of its 4 rows that are in ROWS, of [V * WIDTH] each. The block is
+// summed on its own first: shorter chains of additions, smaller error. Moves past the cell.
+template <int V, int ROWS, typename W, typename X, typename S>
+__attribute__((always_inline)) inline void add_rows(PanelCell cell, const uint8_t *&columns, const W *&values,
+                                                    const X *tile, S *sums, bool first) {
     using Sums = decltype(load(sums));
     Sums acc[PANEL_CELL_ROWS][V];
-#define EACH_VEC(DO, R)           \
-    DO(R, 0)                      \
-    if constexpr (V > 1) DO(R, 1) \
-    if constexpr (V > 2) DO(R, 2) \
-    if constexpr (V > 3) DO(R, 3)
-#define EACH(DO) EACH_VEC(DO, 0) EACH_VEC(DO, 1) EACH_VEC(DO, 2) EACH_VEC(DO, 3)
-#define CLEAR(R, I) acc[R][I] = Sums{};
-    EACH(CLEAR)
+#define EACH_ROW(DO) DO(0) DO(1) DO(2) DO(3)
+#define CLEAR(R) UNROLL for (int v = 0; v < V; ++v) acc[R][v] = Sums{};
+    EACH_ROW(CLEAR)
 #define FOUR(RUN) RUN[0], RUN[1], RUN[2], RUN[3]
-    add_run<V, PANEL_QUADS[0]>(cell.n_quad, columns, values, tile, acc);
-    add_run<V, FOUR(PANEL_TRIPLES)>(cell.n_triple, columns, values, tile, acc);
-    add_run<V, FOUR(PANEL_PAIRS), PANEL_PAIRS[4], PANEL_PAIRS[5]>(cell.n_pair, columns, values, tile, acc);
-    add_run<V, FOUR(PANEL_SINGLES)>(cell.n_single, columns, values, tile, acc);
+    // Cells of few weights have nothing but singles: a row alone has no time for three empty loops.
+    if (ROWS == PANEL_ALL_ROWS || cell.n_quad + cell.n_triple + cell.n_pair > 0) {
+        add_run<V, ROWS, PANEL_QUADS[0]>(cell.n_quad, columns, values, tile, acc);
+        add_run<V, ROWS, FOUR(PANEL_TRIPLES)>(cell.n_triple, columns, values, tile, acc);
+        add_run<V, ROWS, FOUR(PANEL_PAIRS), PANEL_PAIRS[4], PANEL_PAIRS[5]>(cell.n_pair, columns, values, tile, acc);
+    }
+    add_run<V, ROWS, FOUR(PANEL_SINGLES)>(cell.n_single, columns, values, tile, acc);
 #undef FOUR
     const auto sums_of = [&](int r) { return sums + size_t(cell.rows[r]) * (V * WIDTH); };
     S *const to[PANEL_CELL_ROWS] = {sums_of(0), sums_of(1), sums_of(2), sums_of(3)};
     if (!first) {
-#define ADD(R, I) acc[R][I] = add(acc[R][I], load(to[R] + I * WIDTH));
-        EACH(ADD)
+#define ADD(R) \
+    if constexpr (ROWS >> R & 1) UNROLL for (int v = 0; v < V; ++v) acc[R][v] = add(acc[R][v], load(to[R] + v * WIDTH));
+        EACH_ROW(ADD)
     }
-#define STORE(R, I) store(to[R] + I * WIDTH, acc[R][I]);
-    EACH(STORE)
-#undef EACH_VEC
-#undef EACH
+#define STORE(R) \
+    if constexpr (ROWS >> R & 1) UNROLL for (int v = 0; v < V; ++v) store(to[R] + v * WIDTH, acc[R][v]);
+    EACH_ROW(STORE)
+#undef EACH_ROW
 #undef CLEAR
 #undef ADD
 #undef STORE
 }
+
+// The rows of each of PARTS after those of the one before, over the same columns and values.
+template <int V, int... PARTS, typename W, typename X, typename S>
+__attribute__((always_inline)) inline void add_rows_in_turn(PanelCell cell, const uint8_t *&columns, const W *&values,
+                                                            const X *tile, S *sums, bool first) {
+    const uint8_t *const first_column = columns;
+    const W *const first_value = values;
+    ((columns = first_column, values = first_value, add_rows<V, PARTS>(cell, columns, values, tile, sums, first)), ...);
+}
+
+// sums[row][v] (+)= one cell. Moves past the cell.
+template <int V, typename W, typename X, typename S>
+__attribute__((always_inline)) inline void panel_cell(PanelCell cell, const uint8_t *&columns, const W *&values,
+                                                      const X *tile, S *sums, bool first) {
+    if constexpr (V <= PANEL_FOUR_ROW_VECS) {
+        add_rows<V, PANEL_ALL_ROWS>(cell, columns, values, tile, sums, first);
+    } else if constexpr (2 * V + 2 <= N_REGISTERS) {
+        add_rows_in_turn<V, 3, 12>(cell, columns, values, tile, sums, first);
+    } else {
+        add_rows_in_turn<V, 1, 2, 4, 8>(cell, columns, values, tile, sums, first);
+    }
+}
+
+#undef UNROLL
 
 }  // namespace

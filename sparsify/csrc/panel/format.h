@@ -11,7 +11,9 @@
 //
 // A run is interleaved: one column of each of its patterns, then the next ones. So a kernel is four small loops, and
 // even with one vector of tokens has several sums to add to, whose additions need not wait for one another. An
-// activation that is loaded once serves every row of the pattern. What costs most is a loop that ends when the branch
+// activation that is loaded once serves every row of the pattern. With a tile of more vectors than the registers have
+// sums for (panel/cell.inc.h), a kernel goes through the cell twice, for two rows each, or four times, for one: at each
+// step a row finds its weights and columns at fixed places. What costs most is a loop that ends when the branch
 // predictor did not expect it (3072x768, 16 tokens, 50%: 1.7x). Therefore the counts are few, depend only on how dense
 // a cell is, and change slowly from one cell to the next. Columns that do not fit the counts are split, a triple into a
 // pair and a single for example; where a run is short of columns it is padded with column k_block, whose activations
@@ -60,6 +62,7 @@ struct PanelCell {
     uint8_t rows[PANEL_CELL_ROWS];  // within the window
 };
 static_assert(sizeof(PanelCell) == 8, "the layout of the blob");
+constexpr int PANEL_MAX_CELL_VALUES = 255 * (4 + 4 * 3 + 6 * 2 + 4);
 
 struct PanelSections {
     int64_t n_blocks, n_windows, padded_rows;

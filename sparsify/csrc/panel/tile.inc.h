@@ -7,6 +7,14 @@
 
 namespace {
 
+// r[j][i] = p[i * stride + j]; a simd header may have a faster one.
+template <typename T>
+__attribute__((always_inline)) inline void load_transposed(const T *p, int64_t stride, Vec (&r)[WIDTH]) {
+#pragma GCC unroll 16
+    for (int i = 0; i < WIDTH; ++i) r[i] = load(p + i * stride);
+    transpose(r);
+}
+
 // tile[k][token] = x[token][k] for k < n; of the V * WIDTH tokens only n_tokens exist, the others are 0.
 template <int V, typename T>
 void fill_tile(const T *x, int64_t x_stride, int64_t n_tokens, int64_t n, float *tile) {
@@ -18,9 +26,7 @@ void fill_tile(const T *x, int64_t x_stride, int64_t n_tokens, int64_t n, float 
             float *to = tile + k * (V * WIDTH) + v * WIDTH;
             Vec r[WIDTH];
             if (here >= WIDTH && width == WIDTH) {
-#pragma GCC unroll 16
-                for (int t = 0; t < WIDTH; ++t) r[t] = load(rows + t * x_stride + k);
-                transpose(r);
+                load_transposed(rows + k, x_stride, r);
 #pragma GCC unroll 16
                 for (int i = 0; i < WIDTH; ++i) store(to + i * (V * WIDTH), r[i]);
             } else {
@@ -45,9 +51,7 @@ void empty_tile(const float *sums, const float *scale, const T *bias, T *y, int6
             const Vec b = bias ? load_first(bias + row, width) : zero();
             T *to = y + v * WIDTH * y_stride + row;
             Vec r[WIDTH];
-#pragma GCC unroll 16
-            for (int i = 0; i < WIDTH; ++i) r[i] = load(sums + ((row + i) * V + v) * WIDTH);
-            transpose(r);
+            load_transposed(sums + (row * V + v) * WIDTH, V * WIDTH, r);
             if (scale) {
                 const Vec s = load_first(scale + row, width);
 #pragma GCC unroll 16

@@ -74,13 +74,13 @@ inline void store_first(uint16_t *p, Vec a, int n) {
     memcpy(p, copy, size_t(n < 8 ? n : 8) * sizeof *p);
 }
 inline Vec broadcast(const float *p) { return _mm256_broadcast_ss(p); }
-inline Vec broadcast(const int8_t *p) { return _mm256_set1_ps(*p); }
 inline Vec broadcast(const uint16_t *p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_set1_epi16((short)*p), 16));
 }
 
-inline void transpose(Vec (&r)[8]) {
-    Vec s[8], t[8];
+// r[i][j] -> r[j][i] where r[i + 4] holds the upper halves of rows i and i + 4, r[i] the lower ones.
+inline void transpose_halves(Vec (&r)[8]) {
+    Vec s[8];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
         s[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
@@ -88,16 +88,35 @@ inline void transpose(Vec (&r)[8]) {
     }
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
-        t[4 * i + 0] = _mm256_shuffle_ps(s[4 * i], s[4 * i + 2], 0x44);
-        t[4 * i + 1] = _mm256_shuffle_ps(s[4 * i], s[4 * i + 2], 0xee);
-        t[4 * i + 2] = _mm256_shuffle_ps(s[4 * i + 1], s[4 * i + 3], 0x44);
-        t[4 * i + 3] = _mm256_shuffle_ps(s[4 * i + 1], s[4 * i + 3], 0xee);
+        r[4 * i + 0] = _mm256_shuffle_ps(s[4 * i], s[4 * i + 2], 0x44);
+        r[4 * i + 1] = _mm256_shuffle_ps(s[4 * i], s[4 * i + 2], 0xee);
+        r[4 * i + 2] = _mm256_shuffle_ps(s[4 * i + 1], s[4 * i + 3], 0x44);
+        r[4 * i + 3] = _mm256_shuffle_ps(s[4 * i + 1], s[4 * i + 3], 0xee);
     }
+}
+
+// r[i][j] -> r[j][i]
+inline void transpose(Vec (&r)[8]) {
+    Vec s[8];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-        r[i] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x20);
-        r[i + 4] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x31);
+        s[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
+        s[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
     }
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) r[i] = s[i];
+    transpose_halves(r);
+}
+
+// r[j][i] = p[i * stride + j]. The halves of vectors change places while they are loaded: 16 shuffles and not 24.
+inline void load_transposed(const float *p, int64_t stride, Vec (&r)[8]) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        const float *low = p + i * stride, *high = p + (i + 4) * stride;
+        r[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low)), _mm_loadu_ps(high), 1);
+        r[i + 4] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low + 4)), _mm_loadu_ps(high + 4), 1);
+    }
+    transpose_halves(r);
 }
 
 }  // namespace

@@ -58,7 +58,6 @@ inline void store(uint16_t *p, Vec a) { _mm256_storeu_si256((__m256i *)p, narrow
 inline void store_first(float *p, Vec a, int n) { _mm512_mask_storeu_ps(p, first_n(n), a); }
 inline void store_first(uint16_t *p, Vec a, int n) { _mm256_mask_storeu_epi16(p, first_n(n), narrow(a)); }
 inline Vec broadcast(const float *p) { return _mm512_set1_ps(*p); }
-inline Vec broadcast(const int8_t *p) { return _mm512_set1_ps(*p); }
 inline Vec broadcast(const uint16_t *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_set1_epi16((short)*p), 16));
 }

@@ -72,7 +72,6 @@ inline void store_first(T *p, Vec a, int n) {
     memcpy(p, copy, size_t(n < 4 ? n : 4) * sizeof *p);
 }
 inline Vec broadcast(const float *p) { return set1(*p); }
-inline Vec broadcast(const int8_t *p) { return set1(*p); }
 inline Vec broadcast(const uint16_t *p) { return set1(widen(*p)); }
 
 inline void transpose(Vec (&r)[4]) {
