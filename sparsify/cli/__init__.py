@@ -1,4 +1,4 @@
-"""The command line: sparsify compress | sensitivity | inspect | plan | recipes | bench | doctor | schema.
+"""The command line: the program `sparsify` and its commands.
 
 Exit codes:
     0: done
@@ -23,6 +23,7 @@ from collections.abc import Sequence
 
 from sparsify.cli.parser import _budget as _budget
 from sparsify.cli.parser import make_parser
+from sparsify.cli.printing import note
 from sparsify.cli.user_code import sentence
 from sparsify.errors import CheckpointError, LeftDenseWarning, RecipeError
 
@@ -39,7 +40,15 @@ _CODES: tuple[tuple[type[BaseException], int], ...] = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    arguments = make_parser().parse_args(argv)
+    try:
+        arguments = make_parser().parse_args(argv)
+    except SystemExit:  # --help, --version, or wrong arguments; the reader of a help may have gone
+        try:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except OSError as error:
+            return _fail(error, debug=False)
+        raise
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("always", LeftDenseWarning)
@@ -79,4 +88,4 @@ def _drop_output() -> None:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
-    print(f"sparsify: note: {message}", file=sys.stderr)
+    note(str(message))

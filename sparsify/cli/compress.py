@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 import sparsify
 from sparsify.calibration.data_parallel import all_ranks_equal, is_rank_zero, process_group
-from sparsify.cli.evaluation import Qualities, evaluation, quality_table
+from sparsify.cli.evaluation import Qualities, evaluation
 from sparsify.cli.files import check_output
-from sparsify.cli.layer_by_layer import Compressed, compress_layer_by_layer
-from sparsify.cli.options import cache_of, conversion, data_of, form_of, model_of, naming, recipe_of
-from sparsify.cli.printing import print_json, rows
+from sparsify.cli.layer_by_layer import compress_layer_by_layer
+from sparsify.cli.options import cache_of, conversion, data_of, form_of, given_inputs, model_of, naming, recipe_of
+from sparsify.cli.pages import write_page_of_run
+from sparsify.cli.printing import print_json, rows, terminal_width
+from sparsify.cli.quality import DataQuality
+from sparsify.cli.summary import Compressed, dense_bytes, inputs_to_time, loading_lines
 from sparsify.inference.export import check_format
 from sparsify.offload.fingerprints import data_fingerprint
 from sparsify.outputs import check_space
@@ -23,7 +30,8 @@ from sparsify.recipes.apply import check_applicable
 from sparsify.recipes.assignment import assign_layers, convert_by_recipe
 from sparsify.recipes.dry_run import file_bytes
 from sparsify.recipes.schema import Recipe
-from sparsify.reporting.report import Report
+from sparsify.reporting.model_run import Inputs
+from sparsify.reporting.model_speed import model_speed
 
 _MAX_CACHE_GB, _MAX_TOKENS = 1e6, 2**20
 
@@ -47,7 +55,9 @@ def compress(arguments: argparse.Namespace) -> None:
         out = Path(arguments.out)
         done = (_compress_layer_by_layer if by_layer else _compress_in_memory)(arguments, recipe, data, out)
     if done is not None:
-        _print_result(arguments, out, *done)
+        if arguments.report:
+            write_page_of_run(arguments.report, out, recipe, done)
+        _print_result(arguments, out, done)
 
 
 def _check_options(arguments: argparse.Namespace, recipe: Recipe) -> None:
@@ -69,20 +79,26 @@ def _check_options(arguments: argparse.Namespace, recipe: Recipe) -> None:
         raise ValueError(f"--cache is a number of GB, got {arguments.cache}")
     if arguments.data is None and (arguments.stream or arguments.resume):
         raise ValueError("--stream and --resume are for pruning on calibration data; give --data")
+    if (arguments.stream or arguments.resume) and given_inputs(arguments):
+        raise ValueError("--batch, --seq, --shape and --inputs are for timing, and --stream and --resume time nothing")
     check_output(arguments, "out", reads=("weights", "data", "recipe"))
+    if arguments.report:
+        check_output(arguments, "report", reads=("weights", "data", "recipe"))
+        if os.path.realpath(arguments.report) == os.path.realpath(arguments.out):
+            raise ValueError(f"--report and --out are the same file, {arguments.out}")
 
 
 def _compress_in_memory(arguments: argparse.Namespace, recipe: Recipe, data: Any, out: Path) -> Compressed | None:
     """Compress a model in one go."""
     quiet = arguments.json or not is_rank_zero()
-    evaluate = evaluation(arguments.eval) if arguments.eval and is_rank_zero() else None
-    quality: dict[str, Qualities] = {}
-    with tqdm(total=5, desc="build the model", bar_format="{desc:<28}{bar}| {n_fmt}/{total_fmt}", disable=quiet) as bar:
+    before = _Before()
+    bar_format = "{desc:<28}{bar}| {n_fmt}/{total_fmt}"
+    with tqdm(total=6, desc="build the model", bar_format=bar_format, disable=quiet or None) as bar:
         model = model_of(arguments)
         with naming(arguments.recipe):
             assign_layers(recipe, model)
-        if evaluate:
-            quality["dense"] = evaluate(model)
+        if is_rank_zero():
+            before = _Before.of(arguments, model, data)
         _advance(bar, "convert its layers")
         model = convert_by_recipe(model, recipe, **conversion(arguments))
         if data is not None:  # without, all of the work is the writing
@@ -96,13 +112,42 @@ def _compress_in_memory(arguments: argparse.Namespace, recipe: Recipe, data: Any
         if not is_rank_zero():
             return None
         _advance(bar, "export")
-        fast = sparsify.export(model, copy=False, **form_of(arguments, recipe, data))
+        fast = sparsify.export(model, copy=False, **form_of(arguments, recipe, data, before.inputs))
         _advance(bar, f"save {out.name}")
         sparsify.save(fast, out)
-        if evaluate:
-            quality["sparse"] = evaluate(fast)
+        _advance(bar, "measure the model")
+        done = before.compare(fast, loading_lines(arguments.model, model, out))
         _advance(bar, "done")
-    return sparsify.report(fast), quality
+    return done
+
+
+@dataclass(frozen=True)
+class _Before:
+    """The facts about a dense model to compare with: quality, size, and inputs to time it on."""
+
+    quality: Qualities = field(default_factory=dict)
+    evaluate: Callable[[nn.Module], Qualities] | None = None
+    on_data: DataQuality | None = None
+    n_bytes: int | None = None
+    inputs: Inputs | None = None
+    about_inputs: str = ""
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace, model: nn.Module, data: Any) -> _Before:
+        """Measure a dense model."""
+        evaluate = evaluation(arguments.eval) if arguments.eval else None
+        inputs, about = inputs_to_time(arguments, model)
+        on_data = DataQuality(model, data) if data and not evaluate else None
+        quality = evaluate(model) if evaluate else on_data.of_dense if on_data else {}
+        return cls(quality, evaluate, on_data, dense_bytes(model), inputs, about)
+
+    def compare(self, fast: nn.Module, loader: tuple[str, ...]) -> Compressed:
+        """Measure the exported model."""
+        after = self.evaluate(fast) if self.evaluate else self.on_data.of(fast) if self.on_data else {}
+        quality = {"dense": self.quality, "sparse": after} if after else {}
+        speed = None if self.inputs is None else model_speed(fast, self.inputs)
+        why = self.about_inputs if speed is None else ""
+        return Compressed(sparsify.report(fast), quality, loader, self.n_bytes, speed, self.about_inputs, why)
 
 
 def _compress_layer_by_layer(arguments: argparse.Namespace, recipe: Recipe, data: Any, out: Path) -> Compressed | None:
@@ -112,23 +157,18 @@ def _compress_layer_by_layer(arguments: argparse.Namespace, recipe: Recipe, data
         return compress_layer_by_layer(arguments, recipe, data, out, model)
 
 
-def _print_result(arguments: argparse.Namespace, out: Path, report: Report, quality: dict[str, Qualities]) -> None:
-    """Print the layers, and the model's quality before and after."""
-    n_bytes = out.stat().st_size
+def _print_result(arguments: argparse.Namespace, out: Path, done: Compressed) -> None:
+    """Print the layers, and what became of the model."""
     if arguments.json:
-        result: dict[str, Any] = {"file": str(out), "file_bytes": n_bytes}
+        result: dict[str, Any] = {"file": str(out), "file_bytes": out.stat().st_size}
         if arguments.stream:  # the model is nowhere in memory, and its file may not fit
-            result["in_file"] = rows(report)
+            result["in_file"] = rows(done.report)
         else:
-            result |= {"in_memory": rows(report), "in_file": rows(sparsify.inspect(out))}
-        print_json(result | ({"quality": quality} if quality else {}))
+            result |= {"in_memory": rows(done.report), "in_file": rows(sparsify.inspect(out))}
+        print_json(result | done.as_json())
         return
-    print(report)
-    if quality:
-        print(f"\n{quality_table(**quality)}")
-    print(f"\n{out}: {n_bytes:,} bytes")
-    print(f"next: sparsify inspect {out}")
-    print(f"      python: model = sparsify.load({str(out)!r}, the_dense_model)")
+    print(done.report.text(terminal_width()))
+    print(f"\n{done.text(out)}")
 
 
 def _advance(bar: Any, text: str) -> None:

@@ -19,6 +19,7 @@ from sparsify.checkpoint.save_load import save
 from sparsify.cli.evaluation import Qualities, evaluate_offloaded, evaluation
 from sparsify.cli.models import build_empty
 from sparsify.cli.options import cache_of, conversion, form_of
+from sparsify.cli.summary import Compressed, loading_lines
 from sparsify.inference.export import export
 from sparsify.offload.disk_offload import named_tensors
 from sparsify.offload.fingerprints import data_fingerprint, structure_fingerprint, tensors_fingerprint
@@ -37,9 +38,6 @@ from sparsify.recipes.assignment import assign_layers, convert_by_recipe
 from sparsify.recipes.schema import Recipe
 from sparsify.reporting.report import Report, Row, report
 
-#: The report of the layers, and the model's qualities before and after, of a run with --eval.
-Compressed = tuple[Report, dict[str, Qualities]]
-
 
 def compress_layer_by_layer(
     arguments: argparse.Namespace, recipe: Recipe, data: Sequence[Any], out: Path, model: nn.Module | None
@@ -56,6 +54,7 @@ def compress_layer_by_layer(
     if model is None:
         model, weights = _on_disk(arguments, recipe)
     about = _about(arguments, recipe, data, model)
+    loader = loading_lines(arguments.model, model, out)
     assign_layers(recipe, model)
     dense = dict(model.named_parameters(remove_duplicate=False))
     model = convert_by_recipe(model, recipe, **conversion(arguments))
@@ -66,7 +65,7 @@ def compress_layer_by_layer(
     about["weights"] = tensors_fingerprint(named_tensors(model, weights))
     journal = Journal(folder, about)
     if journal.result is not None:
-        return _clean_up(journal, out) if is_rank_zero() else None
+        return _clean_up(journal, out, loader) if is_rank_zero() else None
     quality: dict[str, Qualities] = {}
     if evaluate is not None:
         quality["dense"] = evaluate_offloaded(evaluate, model, weights, None)
@@ -91,7 +90,7 @@ def compress_layer_by_layer(
         quality["sparse"] = evaluate_offloaded(evaluate, model, weights, journal)
     journal.conclude({"file": _state(out), "rows": [vars(row) for row in rows], "quality": quality})
     journal.delete()
-    return rows, quality
+    return Compressed(rows, quality, loader)
 
 
 def _on_disk(arguments: argparse.Namespace, recipe: Recipe) -> tuple[nn.Module, LazySafetensors]:
@@ -121,7 +120,7 @@ def _about(arguments: argparse.Namespace, recipe: Recipe, data: Sequence[Any], m
     return about
 
 
-def _clean_up(journal: Journal, out: Path) -> Compressed:
+def _clean_up(journal: Journal, out: Path, loader: tuple[str, ...]) -> Compressed:
     """End the clean-up of a finished run, and return its result."""
     assert journal.result is not None
     if journal.result["file"] != _state(out):
@@ -129,7 +128,7 @@ def _clean_up(journal: Journal, out: Path) -> Compressed:
     rows = tuple(Row(**{**row, "shape": tuple(row["shape"])}) for row in journal.result["rows"])
     journal.delete()
     warnings.warn(f"{out} is complete; only the end of the clean-up was missing", stacklevel=2)
-    return Report(rows), journal.result["quality"]
+    return Compressed(Report(rows), journal.result["quality"], loader)
 
 
 def _state(file: Path) -> list[int] | None:

@@ -79,7 +79,7 @@ def check_inputs(model: nn.Module, spec: str, inputs: Inputs) -> None:
             run(model, inputs)
     except Exception as error:  # whatever the model's own code raises
         raise ValueError(
-            f"model {spec!r} does not run on {_describe(inputs)}: {sentence(error)}; "
+            f"model {spec!r} does not run on inputs of {describe(inputs)}: {sentence(error)}; "
             "set --shape or --seq, or make its arguments with --inputs package.module:function"
         ) from error
 
@@ -92,7 +92,16 @@ def _vocabulary(model: nn.Module, spec: str) -> int:
     return min(sizes)
 
 
-def _describe(inputs: Inputs) -> str:
-    values = inputs.values() if isinstance(inputs, dict) else inputs
-    shapes = ["x".join(map(str, v.shape)) if isinstance(v, torch.Tensor) else type(v).__name__ for v in values]
-    return f"inputs of {', '.join(shapes) or 'no arguments'}"
+def describe(inputs: Inputs) -> str:
+    """Return the shapes of inputs in a few words.
+
+    >>> describe({"input_ids": torch.zeros(1, 128, dtype=torch.int64)})
+    '1x128 token ids'
+    """
+    values = list(inputs.values() if isinstance(inputs, dict) else inputs)
+    words = []
+    for value in values:
+        is_ids = isinstance(value, torch.Tensor) and value.dtype == torch.int64
+        shape = "x".join(map(str, value.shape)) if isinstance(value, torch.Tensor) else type(value).__name__
+        words.append(f"{shape} token ids" if is_ids else shape)
+    return ", ".join(words) or "no arguments"

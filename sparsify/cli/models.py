@@ -62,14 +62,53 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def _torchvision(name: str) -> nn.Module:
+    _check_torchvision(name)
+    from torchvision.models import get_model
+
+    model: nn.Module = get_model(name, weights=None)
+    return model
+
+
+def _check_torchvision(name: str) -> None:
+    """Raise ValueError if torchvision or its model of this name is not there."""
     try:
-        from torchvision.models import get_model, list_models
+        from torchvision.models import list_models
     except ImportError:
         raise ValueError("torchvision is not installed: pip install 'sparsify-torch[vision]'") from None
     if name not in list_models():
         raise ValueError(f"torchvision has no model {name!r}{nearest(name, list_models())}")
-    model: nn.Module = get_model(name, weights=None)
-    return model
+
+
+def named_weights(spec: str, weights: str) -> Any:
+    """Return torchvision's weights of a model by their name ("DEFAULT"), or None if they mean a file.
+
+    Raises ValueError for a name that is neither a file nor among the model's weights.
+    """
+    source, _, name = spec.partition(":")
+    if source != "torchvision" or os.path.exists(weights) or Path(weights).suffix:
+        return None
+    _check_torchvision(name)
+    from torchvision.models import get_model_weights
+
+    known = get_model_weights(name).__members__
+    if weights not in known:
+        raise ValueError(f"--weights {weights}: no file, and none of torchvision's for {name}: {', '.join(known)}")
+    return known[weights]
+
+
+def build_pretrained(spec: str, weights: Any) -> nn.Module:
+    """Build a model of torchvision with its pretrained weights, which torchvision downloads. Raises ValueError."""
+    from torchvision.models import get_model
+
+    name = spec.partition(":")[2]
+    try:
+        model: nn.Module = get_model(name, weights=weights)
+    except OSError as error:  # no network, or no room
+        raise ValueError(
+            f"--weights {weights.name}: torchvision cannot fetch {weights.url}: {error}; "
+            "download the file and give its path"
+        ) from None
+    return model.eval()
 
 
 def _timm(name: str) -> nn.Module:

@@ -12,7 +12,8 @@ from torch import nn
 
 from sparsify.cli.calibration_data import load_data
 from sparsify.cli.model_inputs import check_inputs, make_inputs
-from sparsify.cli.models import build_model, load_weights
+from sparsify.cli.models import build_model, build_pretrained, load_weights, named_weights
+from sparsify.cli.printing import note
 from sparsify.cli.user_code import UserCodeError
 from sparsify.errors import CheckpointError, RecipeError
 from sparsify.offload.streaming import CACHE_BYTES
@@ -78,8 +79,12 @@ def naming(recipe: str | None) -> Iterator[None]:
 
 
 def model_of(arguments: argparse.Namespace) -> nn.Module:
-    """Build the model, and load its weights if they are given."""
+    """Build the model, and load its weights if they are given; random ones of torchvision's models are said to be."""
+    if arguments.weights and (named := named_weights(arguments.model, arguments.weights)) is not None:
+        return build_pretrained(arguments.model, named)
     model = build_model(arguments.model)
+    if arguments.model.startswith("torchvision:") and not arguments.weights:
+        note(f"{arguments.model} has random weights here; --weights DEFAULT or --weights FILE gives trained ones")
     if arguments.weights:
         load_weights(model, arguments.weights)
     return model
@@ -134,16 +139,19 @@ def conversion(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"tied": arguments.tied, "functional": arguments.functional}
 
 
-def form_of(arguments: argparse.Namespace, recipe: Recipe, data: Sequence[Any] | None = None) -> dict[str, Any]:
-    """Return the options of `export`, with the first batch to judge what may be int8."""
+def form_of(
+    arguments: argparse.Namespace, recipe: Recipe, data: Sequence[Any] | None = None, inputs: Inputs | None = None
+) -> dict[str, Any]:
+    """Return the options of `export`, with the first batch to judge what may be int8, or inputs to measure on."""
     given, in_recipe = arguments.quantize, recipe.quantize
     if given is not None and in_recipe is not None and given != in_recipe:
         raise ValueError(f"--quantize {given}: the recipe says {in_recipe!r}; leave one of them out")
+    measured = arguments.format == "auto" and arguments.tokens is None
     return {
         "format": arguments.format,
         "tokens": arguments.tokens,
         "quantize": given or in_recipe,
-        "example": data[0] if data and (given or in_recipe) else None,
+        "example": data[0] if data and (given or in_recipe) else inputs if measured else None,
         "quantize_rest": arguments.quantize_rest,
     }
 

@@ -23,3 +23,9 @@ def print_json(value: Any) -> None:
 def terminal_width() -> int | None:
     """Return the letters of a line on a terminal; None where standard output is a file or a pipe, for whole tables."""
     return shutil.get_terminal_size().columns if sys.stdout is not None and sys.stdout.isatty() else None
+
+
+def note(text: str) -> None:
+    """Print a remark on standard error, where it is in no one's way."""
+    if sys.stderr is not None:
+        print(f"sparsify: note: {text}", file=sys.stderr)

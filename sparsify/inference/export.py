@@ -24,7 +24,7 @@ from sparsify.layers.copies import warn_stale
 from sparsify.layers.deferred import unfuse_activations
 from sparsify.layers.fsdp import check_whole, refuse_flattened
 from sparsify.layers.inference_mode import making_tensors
-from sparsify.layers.records import FormChoice, rounding_of, set_form_choice, set_rounding
+from sparsify.layers.records import FormChoice, rounding_of, set_disturbance, set_form_choice, set_rounding
 from sparsify.layers.tied import untie
 
 FORMATS = ("auto", "dense", *FORMS)
@@ -100,7 +100,8 @@ def export(
         judge = RoundingJudge(model, quantize, max_error, example) if quantize is not None else None
         given = judge.inputs if judge else {} if example is None else layer_inputs(model, example)
         replacements: dict[nn.Module, nn.Module] = {}
-        for layer in tqdm(layers.values(), desc="measuring layers", disable=not progress or format != "auto"):
+        hidden = not progress or format != "auto" or None  # None: shown on a terminal only
+        for layer in tqdm(layers.values(), desc="measuring layers", disable=hidden):
             rounding = judge.judge(layer, chooser.tokens) if judge else None
             allowed = rounding.allowed if rounding else ""
             auto = format == "auto"
@@ -108,6 +109,7 @@ def export(
             replacements[layer] = exported_as(layer, form.form, quantized=allowed != "" and form.form != "dense")
             set_form_choice(replacements[layer], form)
             set_rounding(replacements[layer], rounding)
+            set_disturbance(replacements[layer], chooser.others_cores(form))
         for tied in layers_of_type(model, Tied).values():
             replacements[tied] = _export_tied(tied, replacements[tied.owner[0]])
         embeddings, roundings = int8_embeddings(model, max_error) if quantize_rest else ({}, {})

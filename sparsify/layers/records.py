@@ -114,7 +114,20 @@ def set_form_choice(module: nn.Module, choice: FormChoice | None) -> None:
         layer.choice = choice
     elif form_choice(module) is not None:
         del layer.choice
+        vars(module).pop("choice_others_cores", None)
         set_rounding(module, None)
+
+
+def set_disturbance(module: nn.Module, others_cores: float) -> None:
+    """Record on a layer how many cores other processes kept busy while its form was measured; 0 records nothing."""
+    layer: Any = module
+    if others_cores:
+        layer.choice_others_cores = others_cores
+
+
+def disturbance_of(module: nn.Module) -> float:
+    """Return the cores busy with other processes while a layer's form was measured, in this process; 0 for few."""
+    return float(vars(module).get("choice_others_cores", 0.0))
 
 
 def set_rounding(module: nn.Module, rounding: Rounding | None) -> None:

@@ -89,7 +89,7 @@ def prune_sequentially(
             undo = stack.enter_context(Transaction(model, copies=copies))
         groups = calibrate_groups(model, layers, data, dense=correct, cache_bytes=cache_bytes, choosing=choosing)
         stack.callback(groups.close)
-        bar = stack.enter_context(tqdm(total=len(layers), desc="calibrate", unit="layer", disable=not progress))
+        bar = stack.enter_context(tqdm(total=len(layers), desc="calibrate", unit="layer", disable=not progress or None))
         for group in groups:
             gram = group.gram.matrix
             for name in group.names:

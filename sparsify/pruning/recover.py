@@ -160,7 +160,7 @@ class _Distillation:
             total=1.0,
             desc="recover",
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
-            disable=not progress,
+            disable=not progress or None,
         ) as bar:
             for step, spent in enumerate(budget.spent()):
                 for group in optimizer.param_groups:

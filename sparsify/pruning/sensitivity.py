@@ -113,7 +113,7 @@ def measure_sensitivity(
             if not torch.isfinite(dense[-1]).all():
                 raise ValueError(f"the model's output on batch {number} of the calibration data holds NaN or Inf")
         total = len(layers) * len(sparsities)
-        with tqdm(total=total, desc="sensitivity", unit="run", disable=not progress) as bar:
+        with tqdm(total=total, desc="sensitivity", unit="run", disable=not progress or None) as bar:
             for group in calibrate_groups(model, list(layers), batches):
                 gram = group.gram.matrix
                 for name in group.names:

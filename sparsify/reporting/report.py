@@ -14,7 +14,7 @@ from sparsify.kernels import quantizes_inputs
 from sparsify.layer_names import join
 from sparsify.layers import Int8Embedding, MaskedLayer, PackedLayer
 from sparsify.layers.copies import warn_stale
-from sparsify.layers.records import FormChoice, form_choice, pruning_result, rounding_of
+from sparsify.layers.records import FormChoice, disturbance_of, form_choice, pruning_result, rounding_of
 from sparsify.reporting.table import table
 
 #: Of the printed table; a column without any entry is left out.
@@ -97,6 +97,10 @@ class Report(Sequence[Row]):
         )
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, width: int | None = None) -> str:
+        """Return a table for people, of at most `width` letters a line if the numbers fit."""
         columns: dict[str, list[str]] = {name: [] for name in _COLUMNS}
         for row in (*self.rows, self.total):
             columns["layer"].append(row.name or "(root)")
@@ -111,7 +115,7 @@ class Report(Sequence[Row]):
             columns["time"].append("" if row.time_s is None else f"{row.time_s:.2f} s")
             columns["why"].append(row.reason)
         filled = {name: cells for name, cells in columns.items() if any(cells)}
-        text = table([tuple(filled), *zip(*filled.values(), strict=True)])
+        text = table([tuple(filled), *zip(*filled.values(), strict=True)], left=("why",), width=width)
         n_weights = self.total.shape[1]
         if 2 * n_weights >= self.n_parameters:
             return text
@@ -160,7 +164,9 @@ def report(model: nn.Module) -> Report:
 
 def _why(choice: FormChoice, layer: nn.Module) -> str:
     weight = layer._parameters.get("weight")
-    return choice.reason if weight is None else why_chosen(choice, weight)
+    why = choice.reason if weight is None else why_chosen(choice, weight)
+    busy = disturbance_of(layer)
+    return f"{why}; uncertain, {busy:g} cores were busy" if busy else why
 
 
 def _with_rounding(row: Row, layer: nn.Module) -> Row:

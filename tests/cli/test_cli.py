@@ -87,7 +87,7 @@ def test_compress_writes_a_file_that_loads(run, tmp_path: Path) -> None:
     x = torch.randn(3, 16)
     assert torch.equal(loaded(x), wanted(x))
     assert isinstance(loaded.first, CSRLinear)
-    for text in ("first", "32x16", "0.7500", str(out), "next: sparsify inspect"):
+    for text in ("first", "32x16", "0.7500", str(out), "    sparsify inspect"):
         assert text in done.out
 
 
@@ -120,6 +120,7 @@ def test_compress_json(run, tmp_path: Path) -> None:
     assert [row["name"] for row in done.json["in_file"]] == ["first", "second", "total"]
     assert done.json["in_memory"][0]["sparsity"] == 0.75
     keys = {"name", "shape", "sparsity", "format", "n_bytes", "dense_bytes", "reason", "times_us", "error", "time_s"}
+    keys |= {"numbers", "int8_error"}
     assert set(done.json["in_file"][0]) == set(done.json["in_memory"][0]) == keys
     assert "dense" in done.json["in_memory"][0]["times_us"]
 

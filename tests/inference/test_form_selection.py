@@ -7,7 +7,7 @@ from torch import nn
 
 import sparsify
 from sparsify.hardware import gpu_timing
-from sparsify.hardware.timing import measure
+from sparsify.hardware.timing import LoadMeter, measure
 from sparsify.inference import form_selection as choose
 from sparsify.inference.form_selection import FormSelector
 from sparsify.kernels.cpu import library as native
@@ -58,6 +58,7 @@ def test_a_real_measurement_times_every_form_and_each_kind_of_layer_once(monkeyp
     calls = []
     original = FormSelector._measure
     monkeypatch.setattr(FormSelector, "_measure", lambda *a: calls.append(1) or original(*a))
+    monkeypatch.setattr(LoadMeter, "others_cores", lambda self: 0.0)
     model = sparsify.convert(nn.Sequential(*(nn.Linear(96, 96) for _ in range(3)), nn.Linear(96, 96, bias=False)))
     rows = sparsify.report(sparsify.export(sparsify.prune(model, 0.9), tokens=16))
     assert len(calls) == 2
