@@ -45,8 +45,6 @@ def compress(
     functional: bool = False,
     format: str = "auto",
     prefer: str = "speed",
-    quantize: str | None = None,
-    quantize_rest: bool = False,
     device: torch.device | str | None = None,
     quantize: str | None = None,
     max_error: float = MAX_ERROR,
