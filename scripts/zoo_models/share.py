@@ -17,7 +17,7 @@ from torch.utils.flop_counter import flop_registry
 import sparsify
 from sparsify.conversion.module_surgery import layers_of_type
 from sparsify.layers import MaskedLayer
-from sparsify.reporting.model_speed import run
+from sparsify.reporting.model_run import run
 from zoo_models.model import Model
 
 
