@@ -16,6 +16,7 @@ from sparsify.cli.sensitivity import sensitivity
 from sparsify.cli.show import bench_model, inspect, plan_recipe, run_doctor, schema
 from sparsify.conversion.tied_weights import TIED
 from sparsify.inference.export import FORMATS
+from sparsify.inference.rounding import QUANTIZE
 from sparsify.masking.methods.registry import CALIBRATED, METHODS, SOLVERS
 from sparsify.pruning.sensitivity import SPARSITIES
 
@@ -94,6 +95,8 @@ def _compress(group: Groups) -> None:
     out = group("the result")
     out("--out", required=True, metavar="FILE", help="the file to write (.safetensors)")
     out("--format", default="auto", choices=FORMATS, help="form of the weights in memory (default: auto)")
+    out("--quantize", choices=QUANTIZE, help="round the kept weights to int8, and inputs where that is faster, or not")
+    out("--quantize-rest", action="store_true", help="int8 for Embeddings and for what stays dense, too")
     out("--tokens", type=int, metavar="N", help="rows of input that auto measures with (default: those of the inputs)")
     out("--eval", metavar="MODULE:FUNCTION", help="a function of the model: its quality, before and after")
     out("--report", metavar="FILE", help="also write a page about the result (.html)")
