@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,10 @@ def build_empty(spec: str) -> tuple[nn.Module, Path | None]:
 
 def _transformers(folder: str) -> nn.Module:
     config, kind = _hf_kind(folder)
+    if sys.stderr is None or not sys.stderr.isatty():
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
     with blaming(f"hf:{folder}"):
         model: nn.Module = kind.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=False)
     return model
