@@ -83,8 +83,9 @@ def model_of(arguments: argparse.Namespace) -> nn.Module:
     if arguments.weights and (named := named_weights(arguments.model, arguments.weights)) is not None:
         return build_pretrained(arguments.model, named)
     model = build_model(arguments.model)
-    if arguments.model.startswith("torchvision:") and not arguments.weights:
-        note(f"{arguments.model} has random weights here; --weights DEFAULT or --weights FILE gives trained ones")
+    if arguments.model.startswith(("torchvision:", "timm:")) and not arguments.weights:
+        by_name = "--weights DEFAULT or " if arguments.model.startswith("torchvision:") else ""
+        note(f"{arguments.model} has random weights here; {by_name}--weights FILE gives trained ones")
     if arguments.weights:
         load_weights(model, arguments.weights)
     return model

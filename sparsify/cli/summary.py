@@ -111,6 +111,8 @@ def loading_lines(spec: str, model: nn.Module, out: Path) -> tuple[str, ...]:
     load = f"model = sparsify.load({str(out)!r}, dense.eval())"
     if source == "torchvision":
         build = ["import torchvision", "", f"dense = torchvision.models.get_model({name!r}, weights=None)"]
+    elif source == "timm":
+        build = ["import timm", "", f"dense = timm.create_model({name!r})"]
     elif source == "hf":
         kind = type(model).__name__
         config = f"transformers.AutoConfig.from_pretrained({name!r})"
