@@ -51,8 +51,9 @@ class Engine:
 def dense_engines(model: nn.Module, inputs: Inputs, folder: Path) -> Iterator[Engine]:
     """Yield the model in each engine, run once on `inputs`; one that is not installed, or fails, with the reason.
 
-    int8 engines round the weights of Linears, with a scale per output, and activations in each call. The ONNX files
-    are written to `folder`. The model stays as it was, and must be in eval mode.
+    int8 engines round the weights of Linears, with a scale per output, and activations in each call. A call reads
+    `inputs` anew: other values may be written into its tensors. The ONNX files are written to `folder`. The model
+    stays as it was, and must be in eval mode.
     """
     right = first_tensor(run(model, inputs)).float()
     onnx_file = folder / "model.onnx"
@@ -194,7 +195,7 @@ def openvino_call(network: Any, inputs: Inputs, **settings: Any) -> Callable[[],
     threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
     request = ov.compile_model(network, "CPU", latency | threads | settings).create_infer_request()
     for number, array in enumerate(_arrays(inputs)):
-        request.set_input_tensor(number, ov.Tensor(array))
+        request.set_input_tensor(number, ov.Tensor(array, shared_memory=True))
 
     def call() -> Tensor:
         request.infer()
