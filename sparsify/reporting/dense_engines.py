@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import io
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
@@ -121,13 +122,19 @@ def _onnxruntime_int8(model: nn.Module, inputs: Inputs, file: Path, right: Tenso
     """Quantize dynamically, to 8 bits, or to 7 where sums of products of 8 bits saturate: the more exact of both."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    made = []
+    options = {
+        "per_channel": True,
+        "weight_type": QuantType.QInt8,
+        "op_types_to_quantize": ["MatMul", "Gemm", "Gather"],
+    }
+    made, disabled = [], logging.root.manager.disable
     for bits in (8, 7):
         small = file.with_name(f"int{bits}.onnx")
-        quantize_dynamic(
-            file, small, per_channel=True, reduce_range=bits == 7, weight_type=QuantType.QInt8,
-            op_types_to_quantize=["MatMul", "Gemm", "Gather"],
-        )  # fmt: skip
+        logging.disable(logging.WARNING)  # advice about a step for convolutions
+        try:
+            quantize_dynamic(file, small, reduce_range=bits == 7, **options)
+        finally:
+            logging.disable(disabled)
         made.append(_engine(_ONNXRUNTIME_INT8, onnxruntime_call(small, inputs), right, small))
     return min(made, key=lambda engine: engine.error or 0.0)
 
