@@ -46,10 +46,11 @@ NO_KERNELS = "0nokernels"
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # g++ 12 calls the undefined registers of its own AVX-512 headers "maybe uninitialized" (GCC bug 105593).
 AVX512_FLAGS = (
-    "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi2 -mavx2 -mfma -mbmi -mbmi2 "
+    "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512vbmi2 -mavx2 -mfma -mbmi -mbmi2 "
     "-Wno-maybe-uninitialized -Wno-uninitialized"
 )
 X86_FLAGS = {
+    "isa/avx512amx.cpp": [*AVX512_FLAGS.split(), "-mavx512vnni", "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
     "isa/avx512.cpp": AVX512_FLAGS.split(),
     "isa/avx2.cpp": ["-mavx2", "-mfma", "-mbmi", "-mbmi2"],
 }

@@ -2,6 +2,8 @@
 // simd/quads_*.h.
 #pragma once
 
+#include <math.h>
+
 #include "sparsify.h"
 
 namespace {

@@ -79,16 +79,21 @@ SPARSIFY_DECLARE_FORM(panel)
 SPARSIFY_DECLARE_FORM(bitmask)
 SPARSIFY_DECLARE_FORM(gather)
 SPARSIFY_DECLARE_FORM(quads)
+SPARSIFY_DECLARE_FORM(quadmask)
+SPARSIFY_DECLARE_FORM(quadsteps)
+SPARSIFY_DECLARE_FORM(pairmask)
 
-/* The values of the first three are of the dtype of x, or int8. The others quantise x, and their values are int8. */
+/* The values of the first three are of the dtype of x, or int8. Quads, quadmask and quadsteps quantise x, and their
+ * values are int8. Those of pairmask are bfloat16, as x. */
 enum sparsify_form {
     SPARSIFY_PANEL = 0,
     SPARSIFY_BITMASK = 1,
     SPARSIFY_GATHER = 2,
-    SPARSIFY_N_FLOAT_FORMS = 3,
     SPARSIFY_QUADS = 3,
     SPARSIFY_QUADMASK = 4,
-    SPARSIFY_N_FORMS = 5,
+    SPARSIFY_QUADSTEPS = 5,
+    SPARSIFY_PAIRMASK = 6,
+    SPARSIFY_N_FORMS = 7,
 };
 enum sparsify_dtype { SPARSIFY_F32 = 0, SPARSIFY_BF16 = 1, SPARSIFY_N_DTYPES = 2 };
 
@@ -114,8 +119,8 @@ struct sparsify_linear_call {
 SPARSIFY_API int sparsify_linear(int form, int dtype, const struct sparsify_linear_call *call);
 
 /* The same with int8 values: w[o, k] = values * scale[o], where scale is float32 (out). dtype is that of x, y and bias.
- * The first three forms multiply x as it is and the sum by scale[o]. The others quantise each row of x to 0..255 first
- * and sum up exactly, so that every instruction set gives the same bits before the activation:
+ * The first three forms multiply x as it is and the sum by scale[o]. Quads, quadmask and quadsteps quantise each row of
+ * x to 0..255 first and sum up exactly, so that every instruction set gives the same bits before the activation:
  *
  *   lo = min(0, min x), hi = max(0, max x), step = (hi - lo) / 255, zero = rint(-lo / step) in 0..255
  *   q[k] = rint(x[k] / step) + zero, kept in 0..255; a step of 0 makes q and zero 0

@@ -24,6 +24,8 @@ FORMS: dict[str, tuple[str, ...]] = {
     "bitmask": ("index", "values"),
     "gather": ("index", "values"),
     "quads": ("index", "values"),
+    "quadmask": ("index", "values"),
+    "quadsteps": ("index", "values"),
     "tiles": ("index", "values"),
     "narrow": ("index", "values"),
     "blocks": ("index", "values"),

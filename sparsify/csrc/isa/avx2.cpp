@@ -1,5 +1,6 @@
 // The kernels of every form for one instruction set. Compiled with its own flags (setup.py).
 #include "simd/avx2.h"
+#include "simd/expand_bytes_avx2.h"
 #include "simd/quads_avx2.h"
 // after the vectors
 #include "activation.inc.h"
@@ -8,6 +9,9 @@
 #include "linalg/cholesky.inc.h"
 #include "panel/kernel.inc.h"
 #include "quads/kernel.inc.h"
+#include "quadsteps/kernel.inc.h"
+#include "tilemask/pairmask.inc.h"
+#include "tilemask/quadmask.inc.h"
 #include "training/clear.inc.h"
 #include "training/sddmm.inc.h"
 
@@ -20,12 +24,18 @@ const KernelTable *avx2_table() {
             {linear_panel<float>, linear_panel<uint16_t>},
             {linear_row_blocks<Bitmask, float>, linear_row_blocks<Bitmask, uint16_t>},
             {linear_row_blocks<Gather, float>, linear_row_blocks<Gather, uint16_t>},
+            {nullptr, nullptr},
+            {nullptr, nullptr},
+            {nullptr, nullptr},
+            {nullptr, linear_pairmask},
         },
         {
             {linear_panel_int8<float>, linear_panel_int8<uint16_t>},
             {linear_row_blocks_int8<Bitmask, float>, linear_row_blocks_int8<Bitmask, uint16_t>},
             {linear_row_blocks_int8<Gather, float>, linear_row_blocks_int8<Gather, uint16_t>},
             {linear_quads<float>, linear_quads<uint16_t>},
+            {linear_quantized_blocks<Quadmask, float>, linear_quantized_blocks<Quadmask, uint16_t>},
+            {linear_quantized_blocks<Quadsteps, float>, linear_quantized_blocks<Quadsteps, uint16_t>},
             {nullptr, nullptr},
         },
         {pointwise_panel<float>, pointwise_panel<uint16_t>},

@@ -1,6 +1,10 @@
 // Chooses the instruction set once, and hands calls to its table.
 #include <stdlib.h>
 #include <string.h>
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "runtime/kernels.h"
 #include "sparsify.h"
@@ -8,13 +12,30 @@
 namespace sparsify {
 namespace {
 
+#if defined(__x86_64__)
+// Linux gives the registers of AMX to a process that asks.
+bool ask_for_amx() {
+#if defined(__linux__)
+    constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+    return false;
+#endif
+}
+#endif
+
 bool runs_here(const KernelTable *table) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
+    if (table == avx512amx_table())
+        return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
+               __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("avx512vnni") &&
+               runs_here(avx512_table()) && ask_for_amx();
     if (table == avx512_table())
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-               __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("bmi2");
+               __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+               __builtin_cpu_supports("bmi2");
     if (table == avx2_table())
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
 #endif
@@ -27,7 +48,7 @@ struct Choice {
 };
 
 Choice choose(const char *name) {
-    const KernelTable *const best_first[] = {avx512_table(), avx2_table(), portable_table()};
+    const KernelTable *const best_first[] = {avx512amx_table(), avx512_table(), avx2_table(), portable_table()};
     const bool any = !name || !*name;
     int status = SPARSIFY_UNKNOWN_KERNEL;
     for (const KernelTable *table : best_first) {
@@ -72,7 +93,7 @@ extern "C" {
 
 const char *sparsify_known_kernels(void) {
 #if defined(__x86_64__)
-    return "avx512 avx2 portable";
+    return "avx512amx avx512 avx2 portable";
 #else
     return "portable";
 #endif
@@ -89,11 +110,13 @@ int sparsify_set_kernel(const char *name) {
 }
 
 int sparsify_linear(int form, int dtype, const sparsify_linear_call *call) {
-    if (form < 0 || form >= SPARSIFY_N_FLOAT_FORMS || dtype < 0 || dtype >= SPARSIFY_N_DTYPES || !is_sound(*call))
+    if (form < 0 || form >= SPARSIFY_N_FORMS || dtype < 0 || dtype >= SPARSIFY_N_DTYPES || !is_sound(*call))
         return SPARSIFY_BAD_ARGUMENT;
     if (current().status) return current().status;  // SPARSIFY_KERNEL asks for what is not here: no silent fallback
+    const LinearKernel kernel = current().table->linear[form][dtype];
+    if (!kernel) return SPARSIFY_BAD_ARGUMENT;
     if (call->tokens == 0 || call->first_row == call->end_row) return SPARSIFY_OK;
-    return current().table->linear[form][dtype](*call);
+    return kernel(*call);
 }
 
 int sparsify_linear_int8(int form, int dtype, const sparsify_int8_call *call) {

@@ -17,10 +17,10 @@ using Int8Kernel = int (*)(const Int8Call &);
 using PointwiseCall = sparsify_pointwise_call;
 using PointwiseKernel = int (*)(const PointwiseCall &);
 
-// One instruction set: its name and a kernel for every form and dtype.
+// One instruction set: its name and a kernel for every form and dtype; null where a form has none.
 struct KernelTable {
     const char *name;
-    LinearKernel linear[SPARSIFY_N_FLOAT_FORMS][SPARSIFY_N_DTYPES];
+    LinearKernel linear[SPARSIFY_N_FORMS][SPARSIFY_N_DTYPES];
     Int8Kernel linear_int8[SPARSIFY_N_FORMS][SPARSIFY_N_DTYPES];
     PointwiseKernel pointwise[SPARSIFY_N_DTYPES];
     GatherTile gather_tile;  // that pack writes for these kernels
@@ -33,6 +33,7 @@ struct KernelTable {
 const KernelTable *portable_table();
 const KernelTable *avx2_table();  // null where the compiler does not target x86-64
 const KernelTable *avx512_table();
+const KernelTable *avx512amx_table();
 const KernelTable *kernel_in_use();
 
 // The rows that a call asks for of n rows from `row` on: n of them from `first` on, `skipped` after `row`.

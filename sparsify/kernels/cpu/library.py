@@ -18,7 +18,7 @@ from torch import Tensor
 #: The forms of float values.
 FORMS = ("panel", "bitmask", "gather")
 #: The forms that quantise each row of the input; their values are int8 and end with the sums of the rows.
-QUANTIZES_INPUTS = ("quads",)
+QUANTIZES_INPUTS = ("quads", "quadmask", "quadsteps")
 #: The forms of int8 values, in the order of `enum sparsify_form`.
 INT8_FORMS = (*FORMS, *QUANTIZES_INPUTS)
 MOST_QUANTIZED_IN = 65536  # SPARSIFY_MOST_QUANTIZED_IN

@@ -1,0 +1,99 @@
+// The quadsteps form (quadsteps/format.h) for the instruction set of the simd/*.h included before.
+#pragma once
+
+#include "few_quantized.inc.h"
+#include "quadsteps/format.h"
+
+namespace {
+
+using namespace sparsify;
+
+#ifdef __AVX512VBMI__
+
+constexpr int QUADSTEPS_MAX_TOKENS = 8;
+
+// sums[token][row of the block] of one tile for N tokens. With few tokens steps take turns with several sums, as an
+// addition waits for the one before.
+template <int N>
+void quadsteps_tile(const QuadstepsView &view, const int8_t *values, int64_t tile, const uint8_t *x, int64_t x_stride,
+                    int32_t *sums) {
+    constexpr int TURNS = N <= 2 ? 4 : N <= 4 ? 2 : 1;
+    IntVec acc[TURNS][N] = {};
+    const auto take = [&](IntVec(&to)[N], int64_t step) __attribute__((always_inline)) {
+        const IntVec inputs = _mm512_loadu_si512(view.inputs + step * QUADSTEPS_BYTES);
+        const IntVec weights = _mm512_loadu_si512(values + step * QUADSTEPS_BYTES);
+        const uint8_t *window = x + view.starts[step];
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n)
+            to[n] = fma(weights, _mm512_permutexvar_epi8(inputs, _mm512_loadu_si512(window + n * x_stride)), to[n]);
+    };
+    int64_t step = view.tile_steps[tile];
+    const int64_t end = view.tile_steps[tile + 1];
+    for (; step + TURNS <= end; step += TURNS)
+#pragma GCC unroll 4
+        for (int turn = 0; turn < TURNS; ++turn) take(acc[turn], step + turn);
+    for (; step < end; ++step) take(acc[0], step);
+    const uint8_t *rows = view.rows + tile * QUADSTEPS_LANES;
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+        IntVec total = acc[0][n];
+#pragma GCC unroll 4
+        for (int turn = 1; turn < TURNS; ++turn) total = add(total, acc[turn][n]);
+        alignas(64) int32_t lanes[QUADSTEPS_LANES];
+        store(lanes, total);
+        for (int l = 0; l < QUADSTEPS_LANES && rows[l] != QUADSTEPS_NO_ROW; ++l)
+            sums[n * QUADSTEPS_BLOCK_ROWS + rows[l]] = lanes[l];
+    }
+}
+
+#else
+
+constexpr int QUADSTEPS_MAX_TOKENS = 1;
+
+// The same, input by input.
+template <int N>
+void quadsteps_tile(const QuadstepsView &view, const int8_t *values, int64_t tile, const uint8_t *x, int64_t,
+                    int32_t *sums) {
+    static_assert(N == 1, "a token at a time");
+    int32_t lanes[QUADSTEPS_LANES] = {};
+    for (int64_t step = view.tile_steps[tile]; step < view.tile_steps[tile + 1]; ++step) {
+        const uint8_t *inputs = view.inputs + step * QUADSTEPS_BYTES, *window = x + view.starts[step];
+        const int8_t *weights = values + step * QUADSTEPS_BYTES;
+        for (int l = 0; l < QUADSTEPS_LANES; ++l)
+            for (int i = 0; i < QUADSTEPS_TAKEN; ++i)
+                lanes[l] += weights[4 * l + i] * window[inputs[4 * l + i] % QUADSTEPS_WINDOW];
+    }
+    const uint8_t *rows = view.rows + tile * QUADSTEPS_LANES;
+    for (int l = 0; l < QUADSTEPS_LANES && rows[l] != QUADSTEPS_NO_ROW; ++l) sums[rows[l]] = lanes[l];
+}
+
+#endif
+
+template <int N>
+void quadsteps_block(const QuadstepsView &view, const int8_t *values, int64_t block, int64_t n_tokens, const uint8_t *x,
+                     int64_t x_stride, int32_t *sums) {
+    if constexpr (N > 1)
+        if (n_tokens < N) return quadsteps_block<N - 1>(view, values, block, n_tokens, x, x_stride, sums);
+    const int64_t n_tiles = quadsteps_n_tiles(view.header->out), first = block * QUADSTEPS_BLOCK_TILES;
+    for (int64_t tile = first; tile < first + QUADSTEPS_BLOCK_TILES && tile < n_tiles; ++tile)
+        quadsteps_tile<N>(view, values, tile, x, x_stride, sums);
+}
+
+struct Quadsteps {
+    using View = QuadstepsView;
+
+    static View view(const uint8_t *index) { return quadsteps_view(index); }
+    static const int32_t *row_sums(const View &view, const int8_t *values) {
+        return reinterpret_cast<const int32_t *>(values + int64_t(view.header->n_steps) * QUADSTEPS_BYTES);
+    }
+    static double flops(const View &view) { return double(view.header->n_steps) * QUADSTEPS_BYTES / 4; }
+    static int64_t at_once(int64_t n_tokens) {
+        return n_tokens < QUADSTEPS_MAX_TOKENS ? n_tokens : QUADSTEPS_MAX_TOKENS;
+    }
+    static void block(const View &view, const int8_t *values, int64_t block, int64_t n_tokens, const uint8_t *rows,
+                      int64_t row_bytes, int32_t *sums) {
+        quadsteps_block<QUADSTEPS_MAX_TOKENS>(view, values, block, n_tokens, rows, row_bytes, sums);
+    }
+};
+
+}  // namespace
