@@ -218,7 +218,12 @@ int run_panel(const LinearCall &call, const float *scale, int64_t n_images, int6
     // Smaller tiles before idle threads. A few tasks for each thread, so that a delayed one does not hold up all.
     const int64_t needed_tiles = (n_threads + n_windows * n_images - 1) / (n_windows * n_images);
     if (plan.image_tiles < needed_tiles) plan.image_tiles = needed_tiles < plan.n_vecs ? needed_tiles : plan.n_vecs;
-    const int64_t n_tiles = n_images * plan.image_tiles, wanted_tasks = n_threads == 1 ? 1 : 4 * n_threads;
+    const int64_t wanted_tasks = n_threads == 1 ? 1 : 4 * n_threads;
+    // Tiles enough to be tasks by themselves: as many for each thread. Two threads take as long for 13 as for 14.
+    if (n_images == 1 && plan.image_tiles >= wanted_tasks)
+        plan.image_tiles = (plan.image_tiles + n_threads - 1) / n_threads * n_threads;
+    if (plan.image_tiles > plan.n_vecs) plan.image_tiles = plan.n_vecs;
+    const int64_t n_tiles = n_images * plan.image_tiles;
     const int64_t wanted_parts = (wanted_tasks + n_tiles - 1) / n_tiles;
     plan.windows_per_part = (n_windows + wanted_parts - 1) / wanted_parts;
     const int64_t most_windows = PANEL_PART_ROWS / plan.header.window_rows;
