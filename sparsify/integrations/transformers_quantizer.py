@@ -23,11 +23,14 @@ from transformers.quantizers.base import HfQuantizer
 from sparsify.checkpoint.container import Header
 from sparsify.checkpoint.folder import Place, kind_of, read_headers, tensors_and_metadata
 from sparsify.checkpoint.waiting_layers import WaitingWeight, await_layers, make_waiting_layers
+from sparsify.conversion.module_surgery import layers_of_type
 from sparsify.errors import CheckpointError
 from sparsify.integrations.accelerate_hooks import without_hooks
 from sparsify.integrations.pretrained import facts_of
 from sparsify.integrations.sparsify_config import QuantMethod, SparsifyConfig
 from sparsify.layer_names import join
+from sparsify.layers import MaskedLayer
+from sparsify.layers.fsdp import check_whole, refuse_flattened
 from sparsify.reporting.model_card import write_card
 
 #: In config.json of an exported model as `transformers_weights`: transformers alone takes it for a file's name, and
@@ -124,8 +127,8 @@ def _saving(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         kind = None if getattr(self, "_hf_peft_config_loaded", False) else kind_of(self)
-        if kind is None:
-            return original(self, save_directory, *args, **kwargs)
+        if kind is None or (kwargs.get("state_dict") is not None and _in_pieces(self)):
+            return original(self, save_directory, *args, **kwargs)  # of pieces: the Trainer's gathered state as it is
         if kwargs.get("distributed_checkpoint"):
             raise ValueError("distributed_checkpoint=True: sparse layers are saved whole; leave it out")
         kwargs["save_original_format"] = False  # names of tensors as the header has them
@@ -159,6 +162,17 @@ def finish_folder(model: nn.Module, folder: Any, kind: str) -> None:
         content["transformers_weights"] = NEEDS_US
         file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     write_card(folder, model, facts_of(model))
+
+
+def _in_pieces(model: nn.Module) -> bool:
+    """Return whether FSDP has flattened or sharded a masked weight: only a gathered state has it whole."""
+    try:
+        for name, layer in layers_of_type(model, MaskedLayer).items():
+            refuse_flattened(name, layer)
+            check_whole(name, layer.weight)
+    except ValueError:
+        return True
+    return False
 
 
 @contextmanager
