@@ -26,6 +26,7 @@ FORMS: dict[str, tuple[str, ...]] = {
     "quads": ("index", "values"),
     "quadmask": ("index", "values"),
     "quadsteps": ("index", "values"),
+    "pairmask": ("index", "values"),
     "tiles": ("index", "values"),
     "narrow": ("index", "values"),
     "blocks": ("index", "values"),
@@ -205,6 +206,8 @@ def _why_not(form: str, device: torch.device, dtype: torch.dtype, quantized: boo
     missing = native.why_missing()
     if device.type != "cpu":
         missing = f"they run on the CPU, not on {device.type}"
+    elif not missing and form == native.PAIRMASK and (dtype != torch.bfloat16 or not native.kernel().endswith("amx")):
+        missing = "it is for bfloat16 on processors with AMX"
     elif not missing and dtype not in native.DTYPES:
         missing = f"{dtype} is not among their types"
     return missing and f"it needs the native CPU kernels: {missing}"

@@ -23,9 +23,9 @@ from sparsify.kernels.reference import ACTIVATIONS
 
 __all__ = ["ACTIVATIONS", "linear"]
 
-#: The number by which `linear_packed` knows a form: first those for the CPU, then those for GPUs.
-FORM_IDS = {form: number for number, form in enumerate((*native.FORMS, *gpu.FORMS))}
-_FORM_NAMES, _N_NATIVE = tuple(FORM_IDS), len(native.FORMS)
+#: The number by which `linear_packed` knows a form: first those for the CPU, then those for GPUs, then later ones.
+FORM_IDS = {form: number for number, form in enumerate((*native.FORMS, *gpu.FORMS, native.PAIRMASK))}
+_FORM_NAMES = tuple(FORM_IDS)
 #: Numbered in their order, which is that of `enum sparsify_activation` in csrc/sparsify.h.
 _ACTIVATION_IDS = {name: number for number, name in enumerate(ACTIVATIONS)}
 _ACTIVATION_NAMES = tuple(ACTIVATIONS)
@@ -180,7 +180,7 @@ def _linear_packed(
         check_devices(x, index, values, bias)
     check_no_tangent(x, values, bias)
     index, values, bias = operands(name, index, values, bias, shape)
-    if form >= _N_NATIVE:
+    if name in gpu.FORMS:
         return gpu.linear(name, x, index, values, bias, shape, activation, rows)
     if not index.is_cpu:
         raise RuntimeError(f"the form {name!r} is packed for the CPU, but is on {index.device}")
@@ -211,7 +211,7 @@ def _grad_input_packed(
     name, shape = _FORM_NAMES[form], (out, inner)
     check_devices(grad, index, values)
     check_no_tangent(grad, values)
-    if form >= _N_NATIVE:
+    if name in gpu.FORMS:
         index = usable_index(name, index, values, shape)
         with torch.autocast(grad.device.type, enabled=False):
             return grad @ gpu.dense(name, index, values, shape, (first, out if end == -1 else end))

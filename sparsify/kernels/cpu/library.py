@@ -21,6 +21,8 @@ FORMS = ("panel", "bitmask", "gather")
 QUANTIZES_INPUTS = ("quads", "quadmask", "quadsteps")
 #: The forms of int8 values, in the order of `enum sparsify_form`.
 INT8_FORMS = (*FORMS, *QUANTIZES_INPUTS)
+#: The form of bfloat16 values and inputs alone; it is made for AMX, and slow on any other instruction set.
+PAIRMASK = "pairmask"
 MOST_QUANTIZED_IN = 65536  # SPARSIFY_MOST_QUANTIZED_IN
 ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -94,13 +96,13 @@ _pointwise: Any = None
 _forget_stalls: Any = None
 _pack_call, _pack_int8_call, _pack_pointwise_call = _LINEAR_CALL.pack, _INT8_CALL.pack, _POINTWISE_CALL.pack
 if _library is not None:
-    for _form in INT8_FORMS:
+    for _form in (*INT8_FORMS, PAIRMASK):
         _form_functions[_form] = {n: function(f"sparsify_{_form}_{n}", s) for n, s in _SIGNATURES.items()}
     _linear = function("sparsify_linear", (_int, [_int, _int, ctypes.c_char_p]))
     _linear_int8 = function("sparsify_linear_int8", (_int, [_int, _int, ctypes.c_char_p]))
     _pointwise = function("sparsify_pointwise", (_int, [_int, ctypes.c_char_p]))
     _forget_stalls = function("sparsify_forget_stalls", (None, []))
-_FORM_NUMBERS = {form: number for number, form in enumerate(INT8_FORMS)}
+_FORM_NUMBERS = {form: number for number, form in enumerate((*INT8_FORMS, PAIRMASK))}
 
 
 def available() -> bool:
@@ -151,6 +153,8 @@ def pack(form: str, crow: Tensor, col: Tensor, values: Tensor, shape: tuple[int,
             f"the form {form!r} takes int8 values of at most {MOST_QUANTIZED_IN} inputs, "
             f"got {values.dtype} and {shape[1]} inputs"
         )
+    if form == PAIRMASK and values.dtype != torch.bfloat16:
+        raise ValueError(f"the form {form!r} takes bfloat16 values, got {values.dtype}")
     functions, (out, in_) = _form_functions[form], shape
     cpu = torch.device("cpu")  # said wherever a tensor is made: the default device may be another
     crow = crow.to(device=cpu, dtype=torch.int32).contiguous()
