@@ -11,6 +11,8 @@ from benchmarks.record import llc_bytes
 
 #: Layers called in rotation hold this many times the last-level cache together: each finds it without its weights.
 TIMES_LLC = 4
+#: But no more than this: all candidates of a cell are in memory at once, some 35 of them.
+MOST_COLD_BYTES = 512 << 20
 
 
 def pruned_layer(shape: Shape, sparsity: float, pattern: str = "unstructured") -> sparsify.SparseLinear:
@@ -36,4 +38,4 @@ def inputs(shape: Shape, tokens: int) -> Tensor:
 
 def n_copies(weight_bytes: int) -> int:
     """Return the number of layers of this size to call in rotation for a cold cache."""
-    return math.ceil(TIMES_LLC * llc_bytes() / max(weight_bytes, 1))
+    return math.ceil(min(TIMES_LLC * llc_bytes(), MOST_COLD_BYTES) / max(weight_bytes, 1))

@@ -192,6 +192,13 @@ def test_models_end_to_end(monkeypatch):
     assert f"({bars.MODEL_BARS['avx512']['vit_b_16', 'sparsify', 0.9]:g})" in table[5][4]
 
 
+def test_copies_exceed_the_cache_and_fit_in_memory(monkeypatch):
+    monkeypatch.setattr(weights, "llc_bytes", lambda: 32 << 20)
+    assert weights.n_copies(64 << 20) == 2
+    monkeypatch.setattr(weights, "llc_bytes", lambda: 300 << 20)
+    assert weights.n_copies(64 << 20) == 8
+
+
 def test_every_grid_is_more_than_its_quick_one():
     for full, quick in GRIDS.values():
         assert set(quick.shapes) <= set(full.shapes)
