@@ -1,8 +1,8 @@
 """Show sparsify on a real model: prune MiniLM-L6 by a recipe, save it, compare it with the dense model.
 
-    scripts/demo                     # 50% of the encoder's weights, recipes/magnitude-50.yaml
-    scripts/demo --sparsity 0.8      # another value for the recipe's variable
-    scripts/demo --recipe recipes/alps-80.yaml    # on calibration data, 300 background documents of the Lee collection
+    scripts/demo                     # 80% of the encoder's weights by ALPS, on 300 documents: the README's table
+    scripts/demo --sparsity 0.7      # another value for the recipe's variable
+    scripts/demo --recipe magnitude-50    # faster, without data; any name of `sparsify recipes`, or a file
 
 Every number about the sparse model is taken in a new process, from the saved file loaded onto random weights: the
 table shows the contents of the file, and nothing of the pruning process.
@@ -40,7 +40,7 @@ REPEATS = {1: 40, 32: 10}  # batch size -> timed runs of each model
 def main() -> None:
     """Prune and save here, measure in a new process, print the table."""
     parser = argparse.ArgumentParser(description="Prune MiniLM-L6, save it, and compare it with the dense model.")
-    parser.add_argument("--recipe", type=Path, default=ROOT / "recipes/magnitude-50.yaml", help="default: %(default)s")
+    parser.add_argument("--recipe", type=Path, default=Path("alps-80"), help="a file or a name (default: %(default)s)")
     parser.add_argument("--sparsity", type=float, help="the recipe's variable; default: what the recipe says")
     parser.add_argument("--measure", type=Path, metavar="FILE", help="only measure a saved file, and print JSON")
     options = parser.parse_args()

@@ -140,7 +140,7 @@ def _transformers(folder: str) -> nn.Module:
     if sys.stderr is None or not sys.stderr.isatty():
         from transformers.utils.logging import disable_progress_bar
 
-        disable_progress_bar()
+        disable_progress_bar()  # type: ignore[no-untyped-call]
     with blaming(f"hf:{folder}"):
         model: nn.Module = kind.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=False)
     return model

@@ -49,7 +49,8 @@ def sensitivity(arguments: argparse.Namespace) -> None:
         targets = measured.allocate(arguments.target, max_sparsity=arguments.max_sparsity)
     _print_result(arguments, measured, targets)  # first, so that a full disk loses no table
     if arguments.picture:
-        plot_sensitivity(measured, arguments.picture)
+        title = f"{arguments.model}, {arguments.method}"
+        plot_sensitivity(measured, arguments.picture, targets=targets, title=title)
     if arguments.recipe:
         write_text(arguments.recipe, _recipe(arguments, targets), "--recipe ")
 

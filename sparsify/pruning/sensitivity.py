@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -140,23 +141,55 @@ def check_picture(path: str | os.PathLike[str]) -> None:
         raise ValueError(f"picture {path}: its name must end in one of: .{', .'.join(sorted(kinds))}")
 
 
-def plot_sensitivity(measured: Sensitivity, path: str | os.PathLike[str]) -> None:
-    """Draw the damage of every layer at every sparsity into a picture, .png or .svg. Needs matplotlib."""
+def plot_sensitivity(
+    measured: Sensitivity,
+    path: str | os.PathLike[str],
+    *,
+    targets: Mapping[str, float] | None = None,
+    title: str = "",
+) -> None:
+    """Draw the damage of every layer at every sparsity into a picture, .png or .svg. Needs matplotlib.
+
+    targets: a sparsity for each layer, marked by a dot. A layer's name is followed by its share of all units. The
+    colours span four powers of ten below the largest damage: a layer without any damage takes no colours from others.
+    """
     check_picture(path)
     from matplotlib.figure import Figure
 
-    names = [name or "(root)" for name in measured.damage]
-    width = 2 + 0.8 * len(measured.sparsities) + 0.06 * max(map(len, names), default=0)  # inches
-    figure = Figure(figsize=(width, max(4, 1.5 + 0.22 * len(names))), layout="constrained")
+    names, columns = list(measured.damage), len(measured.sparsities)
+    total = max(sum(measured.n_units.values()), 1)
+    labels = [f"{name or '(root)'}  {measured.n_units[name] / total:.1%}" for name in names]
+    width = 4 + 0.8 * columns + 0.07 * max(map(len, labels), default=0)  # inches
+    figure = Figure(figsize=(width, max(4, 2 + 0.2 * len(names))), layout="constrained")
     axes = figure.subplots()
-    values = torch.tensor(list(measured.damage.values())).clamp_min(1e-12).log10()
-    image = axes.imshow(values.numpy(), aspect="auto", cmap="magma")
-    axes.set_xticks(range(len(measured.sparsities)), [f"{s:g}" for s in measured.sparsities])
-    axes.set_yticks(range(len(names)), names, fontsize=7)
+    damage = torch.tensor(list(measured.damage.values()), dtype=torch.float64)
+    highest = max(math.ceil(math.log10(max(float(damage.max()), 1e-12))), -11)
+    values = damage.clamp_min(10.0 ** (highest - 4)).log10()
+    image = axes.imshow(values.numpy(), aspect="auto", cmap="magma", vmin=highest - 4, vmax=highest)
+    axes.set_xticks(range(columns), [f"{s:g}" for s in measured.sparsities])
+    axes.set_yticks(range(len(names)), labels, fontsize=7)
     axes.set_xlabel("sparsity of this layer alone")
-    figure.colorbar(image, label="damage to the model's output\n(log10 of the relative squared change)")
+    axes.set_title(f"Damage of {len(names)} layers, each pruned alone" + (f"\n{title}" if title else ""), fontsize=10)
+    if targets:
+        places = [_place(targets[name], measured.sparsities) for name in names]
+        axes.plot(places, range(len(names)), "o", color="cyan", markeredgecolor="black", markersize=5, label="target")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), fontsize=8, frameon=False)
+    figure.colorbar(image, label="log10 of the relative squared change of the output", shrink=min(1, 12 / len(names)))
     with new_file(path) as file:
         figure.savefig(file, format=Path(path).suffix.lower().removeprefix("."))
+
+
+def _place(sparsity: float, columns: Sequence[float]) -> float:
+    """Return the place of a sparsity between columns, from -0.5 at no sparsity on.
+
+    >>> [round(_place(s, (0.4, 0.5, 0.9)), 6) for s in (0.0, 0.4, 0.7, 1.0)]
+    [-0.5, 0.0, 1.5, 2.5]
+    """
+    points = [(0.0, -0.5), *((s, float(i)) for i, s in enumerate(columns)), (1.0, len(columns) - 0.5)]
+    for (low, start), (high, end) in itertools.pairwise(points):
+        if sparsity <= high:
+            return start + (end - start) * (sparsity - low) / (high - low)
+    return points[-1][1]
 
 
 @contextlib.contextmanager

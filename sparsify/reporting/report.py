@@ -15,7 +15,7 @@ from sparsify.layer_names import join
 from sparsify.layers import Int8Embedding, MaskedLayer, PackedLayer
 from sparsify.layers.copies import warn_stale
 from sparsify.layers.records import FormChoice, disturbance_of, form_choice, pruning_result, rounding_of
-from sparsify.reporting.table import table
+from sparsify.reporting.table import html_table, table
 
 #: Of the printed table; a column without any entry is left out.
 _COLUMNS = (
@@ -101,6 +101,15 @@ class Report(Sequence[Row]):
 
     def text(self, width: int | None = None) -> str:
         """Return a table for people, of at most `width` letters a line if the numbers fit."""
+        text = table(self._lines(), left=("why",), width=width)
+        return f"{text}\n\n{share}" if (share := self._share()) else text
+
+    def _repr_html_(self) -> str:
+        """Show the table in a notebook."""
+        return html_table(self._lines()) + f"<p>{self._share()}</p>"
+
+    def _lines(self) -> list[tuple[str, ...]]:
+        """Return the head and the rows of the table; columns without any entry are left out."""
         columns: dict[str, list[str]] = {name: [] for name in _COLUMNS}
         for row in (*self.rows, self.total):
             columns["layer"].append(row.name or "(root)")
@@ -115,12 +124,15 @@ class Report(Sequence[Row]):
             columns["time"].append("" if row.time_s is None else f"{row.time_s:.2f} s")
             columns["why"].append(row.reason)
         filled = {name: cells for name, cells in columns.items() if any(cells)}
-        text = table([tuple(filled), *zip(*filled.values(), strict=True)], left=("why",), width=width)
+        return [tuple(filled), *zip(*filled.values(), strict=True)]
+
+    def _share(self) -> str:
+        """Return a sentence about the share of the layers in the model, if it is less than half; else ""."""
         n_weights = self.total.shape[1]
         if 2 * n_weights >= self.n_parameters:
-            return text
+            return ""
         share = f"{n_weights / self.n_parameters:.1%} of the model's {self.n_parameters:,} parameters"
-        return f"{text}\n\nThese layers hold {share}; the rest is dense."
+        return f"These layers hold {share}; the rest is dense."
 
 
 def report(model: nn.Module) -> Report:

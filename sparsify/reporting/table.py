@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Collection, Sequence
 
 #: A column of words is cut to no fewer letters than these.
@@ -22,7 +23,7 @@ def table(lines: Sequence[Sequence[str]], *, left: Collection[str] = (), width: 
     >>> print(table([("layer", "n"), ("encoder.layer.0.dense", "1")], width=17))
     layer           n
     -----------------
-    encode.0.dense  1
+    encode...dense  1
     """
     words = {i for i, name in enumerate(lines[0]) if i == 0 or name in left}
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
@@ -46,6 +47,17 @@ def cut(text: str, n: int) -> str:
         return text
     tail = max((n - 2) // 2, 0)
     return f"{text[: n - 2 - tail]}..{text[len(text) - tail :]}"
+
+
+def html_table(lines: Sequence[Sequence[str]]) -> str:
+    """Return rows of text as an HTML table.
+
+    >>> html_table([("a",), ("<1>",)])
+    '<table><thead><tr><th>a</th></tr></thead><tbody><tr><td>&lt;1&gt;</td></tr></tbody></table>'
+    """
+    head, *rows = [[html.escape(cell) for cell in line] for line in lines]
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _shrink(widths: list[int], words: Collection[int], width: int) -> None:

@@ -45,6 +45,14 @@ def test_the_readme_example_runs(tmp_path, monkeypatch, capsys):
     assert "total" in capsys.readouterr().out
 
 
+def test_the_page_for_users_of_other_libraries_runs():
+    """Its blocks build on each other, so they share their names."""
+    names = {}
+    for block in python_blocks("docs/coming-from.md"):
+        exec(block, names)
+    assert isinstance(names["layer"], sparsify.SparseLinear)
+
+
 def test_the_guide_runs(tmp_path, monkeypatch, capsys):
     """Its blocks build on each other, so they share their names."""
     for package in ("minilm", "lee"):

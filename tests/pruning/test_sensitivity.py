@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,19 @@ def test_the_picture_is_drawn(tmp_path: Path, names: tuple[str, str]) -> None:
     damage = dict(zip(names, [(0.1, 0.2), (0.0, 0.3)], strict=True))
     plot_sensitivity(Sensitivity((0.5, 0.9), damage, dict.fromkeys(names, 4)), tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_of_many_layers_marks_their_targets(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is missing: pip install matplotlib")
+    names = [f"layers.{i}.proj" for i in range(210)]
+    damage = {name: (1e-4 * (i + 1), 1e-3 * (i + 1)) for i, name in enumerate(names)} | {names[7]: (0.0, 0.0)}
+    measured = Sensitivity((0.5, 0.9), damage, dict.fromkeys(names, 100))
+    plot_sensitivity(measured, tmp_path / "a.svg", targets=measured.allocate(0.7), title="hf:FOLDER, wanda")
+    text = (tmp_path / "a.svg").read_text()
+    for said in ("layers.209.proj  0.5%", "Damage of 210 layers", "hf:FOLDER, wanda", "target"):
+        assert f"<!-- {said}" in text
+    ticks = [int(n) for n in re.findall(r"<!-- \u2212?(\d+)(?:\.\d+)? -->", text)]
+    assert max(ticks) <= 4  # a layer without damage does not stretch the scale down to 1e-12
 
 
 def test_outputs_that_are_no_numbers(model: nn.Module) -> None:
