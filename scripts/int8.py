@@ -41,13 +41,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             worst = max(row.int8_error or 0.0 for row in sparsify.report(rounded))
             print(f"{options.model} {method} {sparsity:.0%}: float32 {judge(model)}")
             print(f"  int8 weights {judge(rounded)}, a layer's error at most {worst:.4f}")
-            print(f"  int8 weights and inputs {judge(with_rounded_inputs(rounded))}", flush=True)
+            records = [layer.rounding for layer in rounded.modules() if isinstance(layer, CSRLinear) and layer.rounding]
+            n_inputs = sum(record.allowed == "int8" for record in records)
+            print(
+                f"  and inputs of {n_inputs} of {len(records)} layers {judge(with_rounded_inputs(rounded))}", flush=True
+            )
 
 
 def with_rounded_inputs(model: nn.Module) -> nn.Module:
-    """Let each layer with int8 values see its inputs rounded, in place."""
+    """Let each layer whose inputs may be int8 see them rounded, in place."""
     for layer in model.modules():
-        if isinstance(layer, CSRLinear) and layer.own_dtype is not None:
+        if isinstance(layer, CSRLinear) and layer.rounding is not None and layer.rounding.allowed == "int8":
             layer.register_forward_pre_hook(lambda _, args: (_rounded(args[0]), *args[1:]))
     return model
 

@@ -14,7 +14,7 @@ from sparsify.conversion.foreign_masks import check_converted
 from sparsify.conversion.module_surgery import Model, copy_replacing, layers_of_type
 from sparsify.inference.form_selection import FormSelector, exported_as
 from sparsify.inference.fusion import fuse_activations
-from sparsify.inference.rounding import MAX_ERROR, QUANTIZE, RoundingJudge, warn_left_float
+from sparsify.inference.rounding import MAX_ERROR, MAX_INPUT_ERROR, QUANTIZE, RoundingJudge, warn_left_float
 from sparsify.inference.unpruned import int8_embeddings, with_masks_everywhere
 from sparsify.kernels import FORMS, PATTERNED, fits, quantizes_inputs, supports
 from sparsify.kernels.csr import csr_to_dense, dense_to_csr
@@ -40,6 +40,7 @@ def export(
     device: torch.device | str | None = None,
     quantize: str | None = None,
     max_error: float = MAX_ERROR,
+    max_input_error: float = MAX_INPUT_ERROR,
     quantize_rest: bool = False,
     progress: bool = False,
     copy: bool = True,
@@ -71,6 +72,7 @@ def export(
     layers with all weights kept, and Embeddings hold int8 rows.
     max_error: a layer stays as it is if rounding changes its outputs by more than this share of their size, on the
     example or else on random rows. A LeftFloatWarning and `report` name it.
+    max_input_error: the same for its inputs: above it only the weights are rounded, and `report` says so.
 
     Raises ValueError if there is nothing to export, a form does not run here, or the model cannot be copied.
 
@@ -97,7 +99,7 @@ def export(
     warn_stale(layers)
     chooser = FormSelector(128 if tokens is None else tokens, prefer, may_be_dense=not quantize_rest)
     with making_tensors():
-        judge = RoundingJudge(model, quantize, max_error, example) if quantize is not None else None
+        judge = None if quantize is None else RoundingJudge(model, quantize, max_error, example, max_input_error)
         given = judge.inputs if judge else {} if example is None else layer_inputs(model, example)
         replacements: dict[nn.Module, nn.Module] = {}
         hidden = not progress or format != "auto" or None  # None: shown on a terminal only

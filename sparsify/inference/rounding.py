@@ -25,6 +25,10 @@ QUANTIZE = ("int8", "int8-weights")
 #: changes by 0.016, and by 0.010 with inputs as they are.
 MAX_ERROR = 0.05
 
+#: The same for inputs. Of the 210 layers of SmolLM2, 95 change by more, up to 0.075. With the inputs of all layers
+#: rounded its perplexity rises by 1.7%, with those of the other 115 by 0.2%.
+MAX_INPUT_ERROR = 0.02
+
 #: Rows of input that each layer is judged on, at most.
 _MOST_ROWS = 1024
 
@@ -35,12 +39,20 @@ class RoundingJudge:
     A layer without inputs there, and every layer without an example, is judged by rows of random numbers.
     """
 
-    def __init__(self, model: nn.Module, quantize: str, max_error: float, example: Any = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        quantize: str,
+        max_error: float,
+        example: Any = None,
+        max_input_error: float = MAX_INPUT_ERROR,
+    ) -> None:
         if quantize not in QUANTIZE:
             raise ValueError(f"quantize={quantize!r} is none of: {', '.join(QUANTIZE)}")
-        if not max_error >= 0:
-            raise ValueError(f"max_error must be at least 0, got {max_error}")
-        self.quantize, self.max_error = quantize, max_error
+        for name, share in (("max_error", max_error), ("max_input_error", max_input_error)):
+            if not share >= 0:
+                raise ValueError(f"{name} must be at least 0, got {share}")
+        self.quantize, self.max_error, self.max_input_error = quantize, max_error, max_input_error
         self._squares: dict[nn.Module, Tensor] = {}
         self.inputs = {} if example is None else layer_inputs(model, example, self._add)
 
@@ -52,7 +64,8 @@ class RoundingJudge:
             self._add(layer, x.to(layer.weight))
         outputs, by_weights, by_inputs = self._squares.pop(layer).tolist()
         weights, inputs = _relative(by_weights, outputs), _relative(by_inputs, outputs)
-        return Rounding(weights, inputs if self.quantize == "int8" else None, self.max_error, on_example)
+        asked = inputs if self.quantize == "int8" else None
+        return Rounding(weights, asked, self.max_error, on_example, self.max_input_error)
 
     @torch.no_grad()
     def _add(self, layer: nn.Module, x: Tensor) -> None:

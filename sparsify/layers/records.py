@@ -6,6 +6,7 @@ its form choice, and one made by `to_dense` its pruning result.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -62,12 +63,18 @@ class Rounding:
 
     by_weights: by int8 weights alone. by_inputs: by int8 weights and inputs; None if inputs were not to be rounded.
     on_example: measured on the layer's inputs in the example, else on random rows.
+    input_limit: the most allowed for inputs to be rounded, if less than `limit`.
     """
 
     by_weights: float
     by_inputs: float | None
     limit: float
     on_example: bool
+    input_limit: float = math.inf
+
+    @property
+    def _inputs_too(self) -> bool:
+        return self.by_inputs is not None and self.by_inputs <= min(self.limit, self.input_limit)
 
     @property
     def allowed(self) -> str:
@@ -76,20 +83,19 @@ class Rounding:
         >>> Rounding(0.01, 0.2, 0.05, True).allowed
         'int8-weights'
         """
-        if self.by_inputs is not None and self.by_inputs <= self.limit:
+        if self._inputs_too:
             return "int8"
         return "int8-weights" if self.by_weights <= self.limit else ""
 
     @property
     def reason(self) -> str:
         """The reason for what stays as it is, in a few words; "" if all that was asked for may be int8."""
-        if self.by_inputs is None or self.by_inputs <= self.limit:
-            left, error = "weights", self.by_weights
-        else:
-            left, error = ("inputs", self.by_inputs) if self.allowed else ("weights", self.by_weights)
-        return (
-            "" if error <= self.limit else f"int8 {left} would change its outputs by {error:.2g}, over {self.limit:g}"
-        )
+        if not self.allowed:
+            return f"int8 weights would change its outputs by {self.by_weights:.2g}, over {self.limit:g}"
+        if self.by_inputs is None or self._inputs_too:
+            return ""
+        limit = min(self.limit, self.input_limit)
+        return f"int8 inputs would change its outputs by {self.by_inputs:.2g}, over {limit:g}"
 
 
 def rounding_of(module: nn.Module) -> Rounding | None:

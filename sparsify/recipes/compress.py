@@ -12,7 +12,7 @@ from torch import nn
 from sparsify.conversion.convert import convert
 from sparsify.conversion.module_surgery import Model
 from sparsify.inference.export import check_format, export
-from sparsify.inference.rounding import MAX_ERROR
+from sparsify.inference.rounding import MAX_ERROR, MAX_INPUT_ERROR
 from sparsify.layer_names import Selector
 from sparsify.layers import MaskedLayer, PackedLayer
 from sparsify.masking.methods.registry import Method
@@ -48,6 +48,7 @@ def compress(
     device: torch.device | str | None = None,
     quantize: str | None = None,
     max_error: float = MAX_ERROR,
+    max_input_error: float = MAX_INPUT_ERROR,
     quantize_rest: bool = False,
     seed: int | None = None,
     cache_bytes: int | None = None,
@@ -99,6 +100,7 @@ def compress(
     if (format == "auto" or quantize) and example is None and batches:
         example = batches[0]
     rounding: dict[str, Any] = {"quantize": quantize, "max_error": max_error, "quantize_rest": quantize_rest}
+    rounding["max_input_error"] = max_input_error
     form: dict[str, Any] = {"format": format, "example": example, "prefer": prefer, "device": device}
     return export(model, **form, **rounding, progress=progress, copy=False)
 

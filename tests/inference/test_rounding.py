@@ -136,6 +136,9 @@ def test_what_may_be_int8() -> None:
     assert Rounding(0.01, None, 0.05, True).allowed == "int8-weights"
     assert "int8 inputs would change its outputs by 0.07, over 0.05" in Rounding(0.01, 0.07, 0.05, True).reason
     assert Rounding(0.06, 0.07, 0.05, True).allowed == ""
+    assert Rounding(0.01, 0.03, 0.05, True, 0.02).allowed == "int8-weights"
+    assert "by 0.03, over 0.02" in Rounding(0.01, 0.03, 0.05, True, 0.02).reason
+    assert Rounding(0.01, 0.03, 0.02, True, 0.05).allowed == "int8-weights"
     assert Rounding(float("nan"), float("nan"), 0.05, True).allowed == ""
 
 
@@ -146,6 +149,7 @@ def test_what_may_be_int8() -> None:
         ({"quantize": "int8", "format": "dense"}, "no effect with format 'dense'"),
         ({"quantize": "int8", "format": "2:4"}, "does not run on cpu"),
         ({"quantize": "int8", "max_error": -1.0}, "max_error must be at least 0"),
+        ({"quantize": "int8", "max_input_error": float("nan")}, "max_input_error must be at least 0, got nan"),
     ],
 )
 def test_wrong_options_are_refused(options: dict, message: str) -> None:
