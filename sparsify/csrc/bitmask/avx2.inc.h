@@ -26,6 +26,7 @@ void bitmask_tiles(const BitmaskView &view, const T *values, int64_t tile, const
             for (int t = 0; t < TILES; ++t) {
                 const unsigned mask = masks[t * in + k], low = mask & 0xff, high = mask >> 8;
                 const Vec w[2] = {expand(next[t], low), expand(next[t] + _mm_popcnt_u32(low), high)};
+                prefetch_values(next[t]);
                 next[t] += _mm_popcnt_u32(mask);
 #pragma GCC unroll 4
                 for (int n = 0; n < N; ++n) {

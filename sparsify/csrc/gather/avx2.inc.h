@@ -17,6 +17,10 @@ __attribute__((always_inline)) inline void gather_group(const GatherView &view, 
                                                         Vec (&part)[N][GATHER_CHAINS]) {
     __m256i columns = _mm256_loadu_si256((const __m256i *)(view.words + group * GATHER_TILE.lanes));
     const uint8_t *moves = view.moves + group * GATHER_TILE.steps, *taking = view.taking + group * GATHER_TILE.steps;
+    prefetch_values(view.words + group * GATHER_TILE.lanes);
+    constexpr int N_VALUES = GATHER_TILE.steps * (PADDED ? GATHER_TILE.lanes : 5), LINE = 64 / sizeof(T);
+#pragma GCC unroll 6
+    for (int i = 0; i < N_VALUES; i += LINE) prefetch_values(values + i);
 #pragma GCC unroll 10
     for (int s = 0; s < GATHER_TILE.steps; ++s) {
         at += moves[s];
