@@ -53,7 +53,12 @@ inline Vec load(const float *p) {
     memcpy(&a, p, sizeof a);
     return a;
 }
-inline Vec load(const uint16_t *p) { return Vec{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])}; }
+inline Vec load(const uint16_t *p) {
+    typedef uint16_t Halves __attribute__((vector_size(8)));
+    Halves a;
+    memcpy(&a, p, sizeof a);
+    return (Vec)(__builtin_convertvector(a, Bits) << 16);
+}
 inline Vec load(const int8_t *p) { return Vec{float(p[0]), float(p[1]), float(p[2]), float(p[3])}; }
 template <typename T>
 inline Vec load_first(const T *p, int n) {
