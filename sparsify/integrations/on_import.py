@@ -20,6 +20,12 @@ HOOKS = {
 }
 
 
+#: Of HOOKS, the modules that are registered, and those of ours that are being loaded: to import one imports the other
+#: library, whose own loading comes first then.
+_registered: set[str] = set()
+_loading: set[str] = set()
+
+
 class _Finder(MetaPathFinder):
     """A finder that finds nothing of its own: it lets the others find a module, and follows its loading."""
 
@@ -27,7 +33,7 @@ class _Finder(MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """Return the spec found by the next finder, with a loader that registers afterwards."""
-        if fullname not in HOOKS:
+        if fullname not in HOOKS and fullname not in HOOKS.values():
             return None
         for finder in sys.meta_path:
             found = None if finder is self else finder.find_spec(fullname, path, target)
@@ -54,8 +60,14 @@ class _Loader(Loader):
         if spec is not None:
             spec.loader = self._loader
         module.__loader__ = self._loader
-        self._loader.exec_module(module)
-        _register(module.__name__)
+        _loading.add(module.__name__)
+        try:
+            self._loader.exec_module(module)
+        finally:
+            _loading.discard(module.__name__)
+        for name, ours in HOOKS.items():
+            if module.__name__ in (name, ours) and name in sys.modules:
+                _register(name)
 
 
 def register_all() -> None:
@@ -68,4 +80,10 @@ def register_all() -> None:
 
 
 def _register(name: str) -> None:
-    importlib.import_module(HOOKS[name]).register()
+    """Call the `register()` for another library, once, unless one of the two modules is still being loaded."""
+    if not _loading.isdisjoint((name, HOOKS[name])):
+        return
+    ours = importlib.import_module(HOOKS[name])
+    if name not in _registered:
+        _registered.add(name)
+        ours.register()

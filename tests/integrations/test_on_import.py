@@ -42,6 +42,15 @@ def test_every_hook_names_modules_of_ours() -> None:
         assert (Path(sparsify.__file__).parents[1] / f"{name.replace('.', '/')}.py").is_file()
 
 
+@pytest.mark.parametrize("name", ["transformers.modeling_utils", "diffusers.models.modeling_utils"])
+def test_a_module_of_ours_may_be_imported_first(name: str) -> None:
+    run(
+        f"import sys, sparsify, {on_import.HOOKS[name]}\n"
+        "from sparsify.integrations import on_import\n"
+        f"assert {name!r} in on_import._registered\n"
+    )
+
+
 def lora(model: Any, **options: Any) -> Any:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)

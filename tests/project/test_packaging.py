@@ -11,10 +11,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
 import sparsify
 from sparsify.hardware import installation
+from sparsify.kernels.cpu import library
 from sparsify.recipes import given
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,7 +72,7 @@ def test_the_readme_on_an_index_has_no_dead_link() -> None:
     assert "docs/guide.md: one real model" in bare
     hosted = SETUP["description"](readme, "https://example.org/us/sparsify/")
     assert "[docs/guide.md](https://example.org/us/sparsify/blob/main/docs/guide.md)" in hosted
-    assert "](https://example.org/us/sparsify/raw/main/docs/results/speed.svg)" in hosted
+    assert "](https://example.org/us/sparsify/raw/main/docs/results/" in hosted
 
 
 def test_the_import_says_once_that_there_are_no_kernels_and_the_doctor_knows_the_way() -> None:
@@ -112,3 +114,17 @@ def test_the_workflow_repairs_wheels_as_the_script_does() -> None:
     text = (ROOT / ".github/workflows/wheels.yml").read_text()
     assert "repair --exclude libgomp.so.1" in text
     assert "repair --exclude libgomp.so.1" in script
+
+
+def test_a_library_of_other_sources_is_not_used() -> None:
+    other = Path(torch.__file__).parent / "lib" / "libc10.so"
+    code = "from sparsify.kernels.cpu import library; print(library.available(), library.why_missing())"
+    environment = {**os.environ, "SPARSIFY_NATIVE_LIBRARY": str(other), "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("False "), done.stdout
+    assert "built from other sources; build it again: python setup.py build_native" in done.stdout
+
+
+def test_the_number_of_the_interface_is_that_of_the_header() -> None:
+    header = (Path(sparsify.__file__).parent / "csrc" / "sparsify.h").read_text()
+    assert f"#define SPARSIFY_INTERFACE {library.INTERFACE}\n" in header
