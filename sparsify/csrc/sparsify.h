@@ -38,6 +38,11 @@ enum sparsify_activation {
     SPARSIFY_SILU = 4,
 };
 
+/* The number of this interface: whoever loads the library at run time compares it first, since a library built from
+ * other sources may take other arguments. Raised with every change of a declaration below. */
+#define SPARSIFY_INTERFACE 1
+SPARSIFY_API int sparsify_interface(void);
+
 /* ---- instruction sets ------------------------------------------------------------------------------------------ */
 
 /* Names of the kernel tables built into this library, best first, separated by spaces: "avx512 avx2 portable". */

@@ -91,6 +91,8 @@ int masked_call(int (*const (&of_width)[3])(void *, const uint8_t *, int64_t, in
 
 extern "C" {
 
+int sparsify_interface(void) { return SPARSIFY_INTERFACE; }
+
 const char *sparsify_known_kernels(void) {
 #if defined(__x86_64__)
     return "avx512amx avx512 avx2 portable";

@@ -24,6 +24,7 @@ INT8_FORMS = (*FORMS, *QUANTIZES_INPUTS)
 #: The form of bfloat16 values and inputs alone; it is made for AMX, and slow on any other instruction set.
 PAIRMASK = "pairmask"
 MOST_QUANTIZED_IN = 65536  # SPARSIFY_MOST_QUANTIZED_IN
+INTERFACE = 1  # SPARSIFY_INTERFACE
 ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -61,6 +62,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(str(_LIBRARY))
     except OSError as error:
         return None, str(error)
+    if not hasattr(library, "sparsify_interface") or library.sparsify_interface() != INTERFACE:
+        return None, f"{_LIBRARY} was built from other sources; build it again: python setup.py build_native"
     library.sparsify_kernel.restype = library.sparsify_known_kernels.restype = ctypes.c_char_p
     library.sparsify_set_kernel.argtypes = [ctypes.c_char_p]
     return library, ""
