@@ -49,10 +49,13 @@ AVX512_FLAGS = (
     "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512vbmi2 -mavx2 -mfma -mbmi -mbmi2 "
     "-Wno-maybe-uninitialized -Wno-uninitialized"
 )
+AVX2_FLAGS = ["-mavx2", "-mfma", "-mbmi", "-mbmi2"]
 X86_FLAGS = {
     "isa/avx512amx.cpp": [*AVX512_FLAGS.split(), "-mavx512vnni", "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
     "isa/avx512.cpp": AVX512_FLAGS.split(),
-    "isa/avx2.cpp": ["-mavx2", "-mfma", "-mbmi", "-mbmi2"],
+    "isa/avx512vnni.cpp": [*AVX512_FLAGS.split(), "-mavx512vnni"],
+    "isa/avx2.cpp": AVX2_FLAGS,
+    "isa/avxvnni.cpp": [*AVX2_FLAGS, "-mavxvnni"],
 }
 
 

@@ -3,10 +3,18 @@
 #pragma once
 
 #include <math.h>
+#include <string.h>
 
 #include "sparsify.h"
 
 namespace {
+
+// A quantised row: x is about step * (q - zero_point), and q = rint(x * factor) + zero_point, at most 255. A row that
+// is all zeros, or nearly, has the factor and step 0. One with Inf or NaN has the factor 0 and the step NaN.
+struct RowQuantization {
+    float factor, step;
+    int32_t zero_point;
+};
 
 inline float lowest(Vec a) {
     float lanes[WIDTH];
@@ -16,13 +24,13 @@ inline float lowest(Vec a) {
     return least;
 }
 
-// A row of n inputs as bytes, up to the next multiple of WIDTH. *step is NaN if the row has Inf or NaN.
 template <typename T>
-inline void quantize_row(const T *x, int64_t n, uint8_t *to, float *step, int32_t *zero_point) {
-    Vec lo = zero(), minus_hi = zero(), bad = zero();  // Inf x 0 and NaN x 0 are NaN, and stay
+inline RowQuantization row_quantization(const T *x, int64_t n) {
+    constexpr float LARGEST = 3.4028234663852886e38f;
+    Vec lo = zero(), hi = zero(), bad = zero();  // Inf x 0 and NaN x 0 are NaN, and stay
     const auto look_at = [&](Vec a) {
         lo = min(a, lo);
-        minus_hi = min(sub(zero(), a), minus_hi);
+        hi = max(a, hi);
         bad = fma(a, zero(), bad);
     };
     int64_t k = 0;
@@ -32,25 +40,28 @@ inline void quantize_row(const T *x, int64_t n, uint8_t *to, float *step, int32_
     store(lanes, bad);
     bool finite = true;
     for (const float lane : lanes) finite &= lane == 0;
-    const float low = lowest(lo), range = -lowest(minus_hi) - low;
-    finite &= range <= 3.4028234663852886e38f;
-    float inverse = 255.0f / range;
-    *step = finite ? range / 255.0f : __builtin_nanf("");
-    *zero_point = 0;
-    if (!finite || !(inverse <= 3.4028234663852886e38f)) {  // all zeros, or so near that 255 / range is infinite
-        inverse = 0;
-        if (finite) *step = 0;
-    } else {
-        const float at = rintf(-low * inverse);
-        *zero_point = at < 255.0f ? int32_t(at) : 255;
-    }
-    const Vec factor = set1(inverse);
-    const IntVec zeros = set1(*zero_point);
-    if (inverse == 0) {  // also for NaN, which has no nearest integer
+    const float low = lowest(lo), range = -lowest(sub(zero(), hi)) - low, factor = 255.0f / range;
+    finite &= range <= LARGEST;
+    if (!finite) return {0, __builtin_nanf(""), 0};
+    if (!(factor <= LARGEST)) return {0, 0, 0};
+    const float at = rintf(-low * factor);
+    return {factor, range / 255.0f, at < 255.0f ? int32_t(at) : 255};
+}
+
+// A row of n inputs as bytes, up to the next multiple of WIDTH.
+template <typename T>
+inline void quantize_row(const T *x, int64_t n, uint8_t *to, float *step, int32_t *zero_point) {
+    const RowQuantization row = row_quantization(x, n);
+    *step = row.step;
+    *zero_point = row.zero_point;
+    if (row.factor == 0) {  // NaN has no nearest integer
         memset(to, 0, size_t((n + WIDTH - 1) / WIDTH * WIDTH));
         return;
     }
-    for (k = 0; k + WIDTH <= n; k += WIDTH) store_quantized(to + k, mul(load(x + k), factor), zeros);
+    const Vec factor = set1(row.factor);
+    const IntVec zeros = set1(row.zero_point);
+    int64_t k = 0;
+    for (; k + WIDTH <= n; k += WIDTH) store_quantized(to + k, mul(load(x + k), factor), zeros);
     if (k < n) store_quantized(to + k, mul(load_first(x + k, int(n - k)), factor), zeros);
 }
 

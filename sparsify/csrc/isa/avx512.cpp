@@ -8,6 +8,8 @@
 #include "gather/avx512.inc.h"
 #include "linalg/cholesky.inc.h"
 #include "panel/kernel.inc.h"
+#include "quads/fill_avx512.inc.h"
+// after filling
 #include "quads/kernel.inc.h"
 #include "quadsteps/kernel.inc.h"
 #include "tilemask/pairmask.inc.h"

@@ -1,10 +1,8 @@
-// The kernels that use AMX, or the instructions that every processor with AMX has; the others are those of AVX-512.
+// The kernels that use AMX; the others are those of AVX-512 with VNNI.
 // Compiled with its own flags (setup.py).
 #include "simd/expand_bytes_avx512.h"
 // after the vectors
 #include "activation.inc.h"
-#include "quads/kernel.inc.h"
-#include "quadsteps/kernel.inc.h"
 #include "tilemask/pairmask.inc.h"
 #include "tilemask/quadmask.inc.h"
 
@@ -12,14 +10,10 @@ namespace sparsify {
 
 const KernelTable *avx512amx_table() {
     static const KernelTable table = [] {
-        KernelTable with_amx = *avx512_table();
+        KernelTable with_amx = *avx512vnni_table();
         with_amx.name = "avx512amx";
-        with_amx.linear_int8[SPARSIFY_QUADS][SPARSIFY_F32] = linear_quads<float>;
-        with_amx.linear_int8[SPARSIFY_QUADS][SPARSIFY_BF16] = linear_quads<uint16_t>;
         with_amx.linear_int8[SPARSIFY_QUADMASK][SPARSIFY_F32] = linear_quantized_blocks<Quadmask, float>;
         with_amx.linear_int8[SPARSIFY_QUADMASK][SPARSIFY_BF16] = linear_quantized_blocks<Quadmask, uint16_t>;
-        with_amx.linear_int8[SPARSIFY_QUADSTEPS][SPARSIFY_F32] = linear_quantized_blocks<Quadsteps, float>;
-        with_amx.linear_int8[SPARSIFY_QUADSTEPS][SPARSIFY_BF16] = linear_quantized_blocks<Quadsteps, uint16_t>;
         with_amx.linear[SPARSIFY_PAIRMASK][SPARSIFY_BF16] = linear_pairmask;
         return with_amx;
     }();

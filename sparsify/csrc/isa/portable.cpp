@@ -8,6 +8,8 @@
 #include "gather/portable.inc.h"
 #include "linalg/cholesky.inc.h"
 #include "panel/kernel.inc.h"
+#include "quads/fill.inc.h"
+// after filling
 #include "quads/kernel.inc.h"
 #include "quadsteps/kernel.inc.h"
 #include "tilemask/pairmask.inc.h"

@@ -1,11 +1,12 @@
-// linear for the quads form (quads/format.h), for the instruction set of the simd/quads_*.h included before.
+// linear for the quads form (quads/format.h), for the instruction set of the simd/quads_*.h and the quads/fill*.inc.h
+// included before.
 //
 // Tasks are those of the panel form (panel/kernel.inc.h): a tile of tokens and a part of the rows. A thread quantises
 // and packs a tile when it first meets it, all quads at once, and keeps it for the parts that follow.
 #pragma once
 
 #include "panel/cell.inc.h"
-#include "quads/tile.inc.h"
+#include "quads/empty.inc.h"
 #include "runtime/kernels.h"
 #include "runtime/threads.h"
 #include "sparsify.h"
@@ -34,7 +35,7 @@ struct QuadsPlan {
 
 // What this thread has in its scratch memory.
 thread_local int64_t quads_kept_call = 0, quads_kept_tile = 0;
-thread_local Quantization quads_kept_tokens;
+thread_local TokenScales quads_kept_tokens;
 
 template <int V>
 void add_quads(const QuadsPlan &plan, int64_t block, int64_t window, int64_t n_rows, const uint32_t *tile,
@@ -58,28 +59,21 @@ int run_quads_tile(const QuadsPlan &plan, int64_t tile_number, int64_t first_vec
                    int64_t end_window) {
     const LinearCall &call = plan.call;
     const int64_t k_block = plan.header.k_block, window_rows = plan.header.window_rows;
-    const int64_t n_blocks = plan.sections.n_blocks, n_quads = quads_of(call.in);
+    const int64_t n_blocks = plan.sections.n_blocks;
     const int64_t first_token = first_vec * WIDTH, left = call.tokens - first_token;
     const int64_t n_tokens = left < V * WIDTH ? left : V * WIDTH;
     const int64_t tile_words = n_blocks * (k_block + 1) * V * WIDTH;
     // And what is read past the rows of a window that begin within it.
     const int64_t sums_words = (plan.windows_per_part * window_rows + WIDTH) * V * WIDTH;
-    const int64_t row_bytes = (call.in + 63) / 64 * 64 + 64;
-    uint32_t *const tile =
-        static_cast<uint32_t *>(thread_scratch(size_t(tile_words + sums_words) * 4 + size_t(row_bytes * V * WIDTH)));
+    const size_t bytes = size_t(tile_words + sums_words) * 4 + size_t(fill_scratch_bytes<V>(call.in));
+    uint32_t *const tile = static_cast<uint32_t *>(thread_scratch(bytes));
     if (!tile) return SPARSIFY_NO_MEMORY;
     int32_t *const sums = reinterpret_cast<int32_t *>(tile + tile_words);
     if (quads_kept_call != plan.id || quads_kept_tile != tile_number) {
-        uint8_t *const rows = reinterpret_cast<uint8_t *>(sums + sums_words);
-        const T *x = static_cast<const T *>(call.x) + first_token * call.x_stride;
-        for (int64_t t = 0; t < V * WIDTH; ++t) {
-            if (t < n_tokens)
-                quantize_row(x + t * call.x_stride, call.in, rows + t * row_bytes, quads_kept_tokens.step + t,
-                             quads_kept_tokens.zero_point + t);
-            else
-                memset(rows + t * row_bytes, 0, size_t(call.in));
-        }
-        fill_quads<V>(rows, row_bytes, plan.inputs, n_quads, k_block, tile);
+        fill_quads<V>(static_cast<const T *>(call.x) + first_token * call.x_stride, call.x_stride, n_tokens, call.in,
+                      plan.inputs, k_block, reinterpret_cast<uint8_t *>(sums + sums_words), quads_kept_tokens, tile);
+        for (int64_t block = 0; block < n_blocks; ++block)  // what padding refers to
+            memset(tile + (block * (k_block + 1) + k_block) * V * WIDTH, 0, V * WIDTH * sizeof *tile);
         quads_kept_call = plan.id;
         quads_kept_tile = tile_number;
     }

@@ -34,8 +34,42 @@ struct Quads {
     bool allocated() const { return inputs.data && crow.data && col.data && positions.data; }
 };
 
+// The order of a matrix is asked for three times in a row, by both sizes and by pack, and takes most of the time: the
+// last one is kept. Any order is right for any matrix, so that a hash is enough to know the matrix again.
+struct LastOrder {
+    int32_t *inputs = nullptr;
+    int64_t in = -1;
+    uint64_t hash = 0;
+    ~LastOrder() { free(inputs); }
+};
+thread_local LastOrder last_order;
+
+uint64_t hash_of(int64_t out, const int32_t *crow, const int32_t *col) {
+    uint64_t hash = uint64_t(out);
+    const auto mix = [&](int32_t a) { hash = (hash ^ uint64_t(uint32_t(a))) * 0x9e3779b97f4a7c15u + (hash >> 32); };
+    for (int64_t row = 0; row <= out; ++row) mix(crow[row]);
+    for (int64_t i = 0; i < crow[out]; ++i) mix(col[i]);
+    return hash;
+}
+
+int order_of(int64_t out, int64_t in, const int32_t *crow, const int32_t *col, int32_t *inputs) {
+    const size_t bytes = size_t(16 * quads_of(in));
+    const uint64_t hash = hash_of(out, crow, col);
+    if (last_order.in != in || last_order.hash != hash) {
+        if (const int status = order_inputs(out, in, crow, col, inputs)) return status;
+        free(last_order.inputs);
+        last_order.inputs = static_cast<int32_t *>(malloc(bytes + 1));
+        last_order.in = last_order.inputs ? in : -1;
+        last_order.hash = hash;
+        if (last_order.inputs) memcpy(last_order.inputs, inputs, bytes);
+        return SPARSIFY_OK;
+    }
+    memcpy(inputs, last_order.inputs, bytes);
+    return SPARSIFY_OK;
+}
+
 int find_quads(int64_t out, int64_t in, const int32_t *crow, const int32_t *col, Quads &quads) {
-    if (const int status = order_inputs(out, in, crow, col, quads.inputs.data)) return status;
+    if (const int status = order_of(out, in, crow, col, quads.inputs.data)) return status;
     const int64_t n_quads = quads_of(in);
     Array<int32_t> place(in), of_row(4 * n_quads);  // of each input; position + 1 of the row's weights by place
     if (!place.data || !of_row.data) return SPARSIFY_NO_MEMORY;

@@ -1,4 +1,7 @@
 // Chooses the instruction set once, and hands calls to its table.
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #include <stdlib.h>
 #include <string.h>
 #if defined(__x86_64__) && defined(__linux__)
@@ -12,6 +15,11 @@
 namespace sparsify {
 namespace {
 
+struct Known {
+    const KernelTable *(*table)();
+    bool (*runs_here)();
+};
+
 #if defined(__x86_64__)
 // Linux gives the registers of AMX to a process that asks.
 bool ask_for_amx() {
@@ -22,25 +30,41 @@ bool ask_for_amx() {
     return false;
 #endif
 }
+
+bool has_avx2() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+}
+
+bool has_avxvnni() {  // g++ 12 does not know the name
+    unsigned a, b, c, d;
+    return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 4 & 1;
+}
+
+bool has_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+           __builtin_cpu_supports("bmi2");
+}
+
+bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+
+bool has_avx512amx() {
+    return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
+           __builtin_cpu_supports("amx-bf16") && has_avx512vnni() && ask_for_amx();
+}
 #endif
 
-bool runs_here(const KernelTable *table) {
+const Known best_first[] = {
 #if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (table == avx512amx_table())
-        return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
-               __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("avx512vnni") &&
-               runs_here(avx512_table()) && ask_for_amx();
-    if (table == avx512_table())
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-               __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
-               __builtin_cpu_supports("bmi2");
-    if (table == avx2_table())
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    {avx512amx_table, has_avx512amx},
+    {avx512vnni_table, has_avx512vnni},
+    {avx512_table, has_avx512},
+    {avxvnni_table, has_avxvnni},
+    {avx2_table, has_avx2},
 #endif
-    return table == portable_table();
-}
+    {portable_table, [] { return true; }},
+};
 
 struct Choice {
     const KernelTable *table;
@@ -48,12 +72,15 @@ struct Choice {
 };
 
 Choice choose(const char *name) {
-    const KernelTable *const best_first[] = {avx512amx_table(), avx512_table(), avx2_table(), portable_table()};
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+#endif
     const bool any = !name || !*name;
     int status = SPARSIFY_UNKNOWN_KERNEL;
-    for (const KernelTable *table : best_first) {
-        if (!table || (!any && strcmp(name, table->name) != 0)) continue;
-        if (runs_here(table)) return {table, SPARSIFY_OK};
+    for (const Known &known : best_first) {
+        const KernelTable *table = known.table();
+        if (!any && strcmp(name, table->name) != 0) continue;
+        if (known.runs_here()) return {table, SPARSIFY_OK};
         status = SPARSIFY_UNSUPPORTED_KERNEL;
     }
     return {choose(nullptr).table, status};
@@ -95,7 +122,7 @@ int sparsify_interface(void) { return SPARSIFY_INTERFACE; }
 
 const char *sparsify_known_kernels(void) {
 #if defined(__x86_64__)
-    return "avx512amx avx512 avx2 portable";
+    return "avx512amx avx512vnni avx512 avxvnni avx2 portable";
 #else
     return "portable";
 #endif

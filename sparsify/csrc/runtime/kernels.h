@@ -31,8 +31,10 @@ struct KernelTable {
 };
 
 const KernelTable *portable_table();
-const KernelTable *avx2_table();  // null where the compiler does not target x86-64
+const KernelTable *avx2_table();  // this and those that follow on x86-64 alone
+const KernelTable *avxvnni_table();
 const KernelTable *avx512_table();
+const KernelTable *avx512vnni_table();
 const KernelTable *avx512amx_table();
 const KernelTable *kernel_in_use();
 

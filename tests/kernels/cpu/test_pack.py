@@ -72,3 +72,14 @@ def test_rows_and_columns_of_uneven_density(form):
 def test_resident_bytes(form, sparsity, limit):
     index, values = pack(form, *random_weight((768, 768), sparsity))
     assert (index.numel() + 4 * values.numel()) / (4 * 768 * 768) <= limit
+
+
+def test_quads_put_inputs_together_that_the_same_rows_keep():
+    """Columns come in four kinds, mixed; each kind is kept by other rows, so that a quarter of the quads is used."""
+    kind = torch.arange(256) * 7 % 4
+    mask = torch.arange(128)[:, None] % 4 == kind[None]
+    weight = torch.ones(128, 256, dtype=torch.int8) * mask
+    _, values = pack("quads", weight, mask)
+    assert values.numel() - 4 * 128 <= 1.4 * int(mask.sum())  # with the padding of runs
+    natural = mask.view(128, 64, 4).any(2).sum() * 4
+    assert natural > 3.9 * int(mask.sum())

@@ -1,0 +1,23 @@
+// The kernels of quads for AVX2 with AVX-VNNI; all others are those of AVX2.
+#include "simd/avx2.h"
+#include "simd/quads_avx2.h"
+// after the vectors
+#include "activation.inc.h"
+#include "quads/fill.inc.h"
+// after filling
+#include "quads/kernel.inc.h"
+
+namespace sparsify {
+
+const KernelTable *avxvnni_table() {
+    static const KernelTable table = [] {
+        KernelTable with_vnni = *avx2_table();
+        with_vnni.name = "avxvnni";
+        with_vnni.linear_int8[SPARSIFY_QUADS][SPARSIFY_F32] = linear_quads<float>;
+        with_vnni.linear_int8[SPARSIFY_QUADS][SPARSIFY_BF16] = linear_quads<uint16_t>;
+        return with_vnni;
+    }();
+    return &table;
+}
+
+}  // namespace sparsify
