@@ -27,20 +27,25 @@ inline float lowest(Vec a) {
 template <typename T>
 inline RowQuantization row_quantization(const T *x, int64_t n) {
     constexpr float LARGEST = 3.4028234663852886e38f;
-    Vec lo = zero(), hi = zero(), bad = zero();  // Inf x 0 and NaN x 0 are NaN, and stay
-    const auto look_at = [&](Vec a) {
-        lo = min(a, lo);
-        hi = max(a, hi);
-        bad = fma(a, zero(), bad);
+    Vec lo[4], hi[4], bad[4];  // Inf x 0 and NaN x 0 are NaN, and stay
+    for (int i = 0; i < 4; ++i) lo[i] = hi[i] = bad[i] = zero();
+    const auto look_at = [&](Vec a, int i) {
+        lo[i] = min(a, lo[i]);
+        hi[i] = max(a, hi[i]);
+        bad[i] = fma(a, zero(), bad[i]);
     };
     int64_t k = 0;
-    for (; k + WIDTH <= n; k += WIDTH) look_at(load(x + k));
-    if (k < n) look_at(load_first(x + k, int(n - k)));
+    for (; k + 4 * WIDTH <= n; k += 4 * WIDTH)
+        for (int i = 0; i < 4; ++i) look_at(load(x + k + i * WIDTH), i);
+    for (; k + WIDTH <= n; k += WIDTH) look_at(load(x + k), 0);
+    if (k < n) look_at(load_first(x + k, int(n - k)), 1);
     float lanes[WIDTH];
-    store(lanes, bad);
+    store(lanes, add(add(bad[0], bad[1]), add(bad[2], bad[3])));
     bool finite = true;
     for (const float lane : lanes) finite &= lane == 0;
-    const float low = lowest(lo), range = -lowest(sub(zero(), hi)) - low, factor = 255.0f / range;
+    const float low = lowest(min(min(lo[0], lo[1]), min(lo[2], lo[3])));
+    const float high = -lowest(sub(zero(), max(max(hi[0], hi[1]), max(hi[2], hi[3]))));
+    const float range = high - low, factor = 255.0f / range;
     finite &= range <= LARGEST;
     if (!finite) return {0, __builtin_nanf(""), 0};
     if (!(factor <= LARGEST)) return {0, 0, 0};

@@ -20,6 +20,8 @@ constexpr int QUADS_MAX_VECS = N_REGISTERS >= 32 ? 4 : 2;
 // A tile of all quads stays in the L2 cache: narrower for very many inputs.
 constexpr int64_t QUADS_TILE_BYTES = 1024 * 1024;
 constexpr int64_t QUADS_PART_ROWS = 1024;
+// 127 times as much is less than 2^22 (quads/empty.inc.h).
+constexpr int64_t QUADS_FEW_INPUTS = 33024;
 
 struct QuadsPlan {
     LinearCall call;
@@ -90,7 +92,7 @@ int run_quads_tile(const QuadsPlan &plan, int64_t tile_number, int64_t first_vec
             const Rows rows = part_of_call(call, row, window_rows);
             empty_quads<V>(window_sums + rows.skipped * V * WIDTH, quads_kept_tokens, plan.row_sums + rows.first,
                            plan.scale + rows.first, bias ? bias + rows.first : nullptr, y + rows.first - call.first_row,
-                           call.y_stride, n_tokens, rows.n, call.activation);
+                           call.y_stride, n_tokens, rows.n, call.activation, call.in <= QUADS_FEW_INPUTS);
         }
     }
     return SPARSIFY_OK;

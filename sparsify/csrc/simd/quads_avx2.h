@@ -49,4 +49,11 @@ inline IntVec fma(IntVec weights, IntVec activations, IntVec c) {
 #endif
 }
 
+inline IntVec low_and_high(IntVec a) {
+    const IntVec high = _mm256_slli_epi32(_mm256_srai_epi32(a, 7), 16);
+    return _mm256_or_si256(_mm256_and_si256(a, _mm256_set1_epi32(127)), high);
+}
+
+inline IntVec add_pairs(IntVec a, IntVec b, IntVec c) { return add(c, _mm256_madd_epi16(a, b)); }
+
 }  // namespace

@@ -52,4 +52,19 @@ inline IntVec fma(IntVec weights, IntVec activations, IntVec c) {
 #endif
 }
 
+// a = low + 128 high: the lower and the upper 16 bits of each lane.
+inline IntVec low_and_high(IntVec a) {
+    const IntVec high = _mm512_slli_epi32(_mm512_srai_epi32(a, 7), 16);
+    return _mm512_or_si512(_mm512_and_si512(a, _mm512_set1_epi32(127)), high);
+}
+
+// c + the sum of the products of the two halves of each lane.
+inline IntVec add_pairs(IntVec a, IntVec b, IntVec c) {
+#ifdef __AVX512VNNI__
+    return _mm512_dpwssd_epi32(c, a, b);
+#else
+    return add(c, _mm512_madd_epi16(a, b));
+#endif
+}
+
 }  // namespace

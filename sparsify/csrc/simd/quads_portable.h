@@ -60,4 +60,11 @@ inline IntVec fma(IntVec weights, IntVec activations, IntVec c) {
     return c;
 }
 
+inline IntVec low_and_high(IntVec a) { return (IntVec)((Bits)(a >> 7) << 16) | (a & 127); }
+
+inline IntVec add_pairs(IntVec a, IntVec b, IntVec c) {
+    const IntVec low = ((IntVec)((Bits)a << 16) >> 16) * ((IntVec)((Bits)b << 16) >> 16);
+    return c + low + (a >> 16) * (b >> 16);
+}
+
 }  // namespace
