@@ -81,6 +81,24 @@ __attribute__((always_inline)) inline void add_run(int n, const uint8_t *&column
     for (; n > 0; --n) add_columns<V, ROWS, PATTERNS...>(columns, values, tile, acc);
 }
 
+// Sums of integers are the same in any order.
+template <typename S>
+constexpr bool ANY_ORDER = false;
+template <>
+constexpr bool ANY_ORDER<int32_t> = true;
+
+// The same with two sums a row, in turn: one vector of tokens alone would wait for its own additions.
+template <int V, int ROWS, int... PATTERNS, typename W, typename X, typename Sums>
+__attribute__((always_inline)) inline void add_run_in_two(int n, const uint8_t *&columns, const W *&values,
+                                                          const X *tile, Sums (&a)[PANEL_CELL_ROWS][V],
+                                                          Sums (&b)[PANEL_CELL_ROWS][V]) {
+    for (; n > 1; n -= 2) {
+        add_columns<V, ROWS, PATTERNS...>(columns, values, tile, a);
+        add_columns<V, ROWS, PATTERNS...>(columns, values, tile, b);
+    }
+    if (n > 0) add_columns<V, ROWS, PATTERNS...>(columns, values, tile, a);
+}
+
 // sums[row][v] (+)= a cell's weights, for those of its 4 rows that are in ROWS, of [V * WIDTH] each. The block is
 // summed on its own first: shorter chains of additions, smaller error. Moves past the cell.
 template <int V, int ROWS, typename W, typename X, typename S>
@@ -92,13 +110,29 @@ __attribute__((always_inline)) inline void add_rows(PanelCell cell, const uint8_
 #define CLEAR(R) UNROLL for (int v = 0; v < V; ++v) acc[R][v] = Sums{};
     EACH_ROW(CLEAR)
 #define FOUR(RUN) RUN[0], RUN[1], RUN[2], RUN[3]
-    // Cells of few weights have nothing but singles: a row alone has no time for three empty loops.
-    if (ROWS == PANEL_ALL_ROWS || cell.n_quad + cell.n_triple + cell.n_pair > 0) {
-        add_run<V, ROWS, PANEL_QUADS[0]>(cell.n_quad, columns, values, tile, acc);
-        add_run<V, ROWS, FOUR(PANEL_TRIPLES)>(cell.n_triple, columns, values, tile, acc);
-        add_run<V, ROWS, FOUR(PANEL_PAIRS), PANEL_PAIRS[4], PANEL_PAIRS[5]>(cell.n_pair, columns, values, tile, acc);
+    bool done = false;
+    if constexpr (V == 1 && ROWS == PANEL_ALL_ROWS && ANY_ORDER<S>)
+        if (cell.n_quad + cell.n_triple > 0) {
+            done = true;
+            Sums more[PANEL_CELL_ROWS][V];
+            UNROLL for (int i = 0; i < PANEL_CELL_ROWS; ++i) more[i][0] = Sums{};
+            add_run_in_two<V, ROWS, PANEL_QUADS[0]>(cell.n_quad, columns, values, tile, acc, more);
+            add_run_in_two<V, ROWS, FOUR(PANEL_TRIPLES)>(cell.n_triple, columns, values, tile, acc, more);
+            add_run_in_two<V, ROWS, FOUR(PANEL_PAIRS), PANEL_PAIRS[4], PANEL_PAIRS[5]>(cell.n_pair, columns, values,
+                                                                                       tile, acc, more);
+            add_run_in_two<V, ROWS, FOUR(PANEL_SINGLES)>(cell.n_single, columns, values, tile, acc, more);
+            UNROLL for (int i = 0; i < PANEL_CELL_ROWS; ++i) acc[i][0] = add(acc[i][0], more[i][0]);
+        }
+    if (!done) {
+        // Cells of few weights have nothing but singles: a row alone has no time for three empty loops.
+        if (ROWS == PANEL_ALL_ROWS || cell.n_quad + cell.n_triple + cell.n_pair > 0) {
+            add_run<V, ROWS, PANEL_QUADS[0]>(cell.n_quad, columns, values, tile, acc);
+            add_run<V, ROWS, FOUR(PANEL_TRIPLES)>(cell.n_triple, columns, values, tile, acc);
+            add_run<V, ROWS, FOUR(PANEL_PAIRS), PANEL_PAIRS[4], PANEL_PAIRS[5]>(cell.n_pair, columns, values, tile,
+                                                                                acc);
+        }
+        add_run<V, ROWS, FOUR(PANEL_SINGLES)>(cell.n_single, columns, values, tile, acc);
     }
-    add_run<V, ROWS, FOUR(PANEL_SINGLES)>(cell.n_single, columns, values, tile, acc);
 #undef FOUR
     const auto sums_of = [&](int r) { return sums + size_t(cell.rows[r]) * (V * WIDTH); };
     S *const to[PANEL_CELL_ROWS] = {sums_of(0), sums_of(1), sums_of(2), sums_of(3)};

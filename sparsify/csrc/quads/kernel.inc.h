@@ -6,7 +6,7 @@
 #pragma once
 
 #include "panel/cell.inc.h"
-#include "quads/empty.inc.h"
+#include "quads/tile.inc.h"
 #include "runtime/kernels.h"
 #include "runtime/threads.h"
 #include "sparsify.h"
@@ -20,7 +20,7 @@ constexpr int QUADS_MAX_VECS = N_REGISTERS >= 32 ? 4 : 2;
 // A tile of all quads stays in the L2 cache: narrower for very many inputs.
 constexpr int64_t QUADS_TILE_BYTES = 1024 * 1024;
 constexpr int64_t QUADS_PART_ROWS = 1024;
-// 127 times as much is less than 2^22 (quads/empty.inc.h).
+// 127 times as much is less than 2^22 (quads/tile.inc.h).
 constexpr int64_t QUADS_FEW_INPUTS = 33024;
 
 struct QuadsPlan {
