@@ -2,7 +2,7 @@
 // pairs of pairs. Each time the densest that is left takes the partner with which it has most rows in common: on masks
 // pruned by ALPS at 80% this leaves .50 of the quads where the order of the layer leaves .57. Taking time, not memory:
 // for each pair of columns all bits are counted. Therefore columns look for partners among MOST_COLUMNS neighbours,
-// and of more than MOST_ROWS rows a part speaks for all: 0.1 s for a block of 4096.
+// and of more than MOST_ROWS rows a part speaks for all: packing 4096x4096 takes .5 s at 95% and 1.4 s at 50%.
 #include "quads/order.h"
 
 #include <stdlib.h>
