@@ -50,7 +50,7 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["sparsify", "comp"], {"compress", "completion"}),
         (["sparsify", "compress", "--spars"], {"--sparsity"}),
-        (["sparsify", "compress", "--format", "pa"], {"panel"}),
+        (["sparsify", "compress", "--format", "pan"], {"panel"}),
         (["sparsify", "bench", "--th"], {"--threads"}),
         (["sparsify", "inspect", "a.saf"], {"a.safetensors"}),
     ],
