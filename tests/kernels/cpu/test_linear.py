@@ -53,13 +53,14 @@ EVERY_VARIANT = {
     "panel": {"quads", "triples", "pairs", "singles", "blocks", "windows"},
     "bitmask": {"bitmask"},
     "gather": {(16, 6, 1), (16, 6, 0), (16, 3, 1), (16, 3, 0)},
-    "gather on avx2": {(8, 1, 1), (8, 1, 0)},
 }
+NARROW_GATHER = {(8, 1, 1), (8, 1, 0)}  # of AVX2
 
 
 def every_variant(form: str) -> set:
     """The kernels inside a form that an index packed for the instruction set in use can reach."""
-    return EVERY_VARIANT.get(f"{form} on {native.kernel()}", EVERY_VARIANT[form])
+    narrow = form == "gather" and native.kernel() in ("avx2", "avxvnni")
+    return NARROW_GATHER if narrow else EVERY_VARIANT[form]
 
 
 def test_a_kernel_that_was_set_is_in_use(kernel):
