@@ -24,9 +24,9 @@ def quantize(csr: CSR, out_features: int) -> tuple[CSR, Tensor]:
     The scale of an output is its largest weight by size, over 127, and 1 if that weight is 0. Halves are rounded to
     even numbers. Raises ValueError for a kept weight that is NaN or Inf in float32.
 
-    >>> weight = CSR(torch.tensor([0, 2, 2]), torch.tensor([0, 3]), torch.tensor([-6.35, 1.0]))
+    >>> weight = CSR(torch.tensor([0, 2, 2]), torch.tensor([0, 3]), torch.tensor([-63.5, 10.0]))
     >>> quantize(weight, 2)[0].values.tolist(), quantize(weight, 2)[1].tolist()
-    ([-127, 20], [0.04999999701976776, 1.0])
+    ([-127, 20], [0.5, 1.0])
     """
     values, rows = csr.values.detach().float(), csr_rows(csr)
     if not bool(values.isfinite().all()):

@@ -123,9 +123,12 @@ class ModelBench:
                 )
 
 
-def sparse_copy(model: nn.Module, sparsity: float, tokens: int, **conversion: Any) -> nn.Module:
+def sparse_copy(
+    model: nn.Module, sparsity: float, tokens: int, *, quantize: str | None = None, **conversion: Any
+) -> nn.Module:
     """Prune a copy of a model by magnitude, the same in each layer, and export it for `tokens` rows of input."""
-    return export(prune(convert(copy.deepcopy(model), **conversion), sparsity), tokens=tokens, copy=False)
+    masked = prune(convert(copy.deepcopy(model), **conversion), sparsity)
+    return export(masked, tokens=tokens, quantize=quantize, copy=False)
 
 
 @torch.inference_mode()

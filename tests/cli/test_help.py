@@ -90,7 +90,13 @@ def test_an_interruption_ends_in_a_word(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(sparsify.__file__).parents[1])}
     command = [sys.executable, "-m", "sparsify", "inspect", "--model", "waits:build"]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
+
+    def heed_interruptions() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a suite that runs in the background passes on that it does not
+
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=pipe, stderr=pipe, text=True, preexec_fn=heed_interruptions
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         time.sleep(0.1)
