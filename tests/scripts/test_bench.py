@@ -181,9 +181,10 @@ def test_models_end_to_end(monkeypatch):
         "torch fp32",
         "torch bf16",
         "torch int8",
-        *2 * layers.OURS.split(),
+        *2 * [layers.OURS],
+        *2 * [layers.INT8],
     ]
-    assert [(r["batch"], r["tokens"]) for r in result["rows"]] == [(1, 1)] * 5 + [(2, 2)] * 5
+    assert [(r["batch"], r["tokens"]) for r in result["rows"]] == [(1, 1)] * 7 + [(2, 2)] * 7
     assert all(sum(r["forms"].values()) == 1 for r in result["rows"] if r["candidate"] == layers.OURS)
     (table,) = tables.tables(result).values()
     assert table[0][4:] == ["times torch fp32 (bar)", "times best dense int8 (bar)", "layers by form"]
