@@ -3,6 +3,7 @@
 Prints nothing; leaves masks and weights, whole, in OUT/<kind>-<case>-<rank>.pt.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -130,7 +131,9 @@ def main(out: Path, kinds: list[str]) -> None:
             ended = train(case, kind, dist.get_rank(), dist.get_world_size())
             torch.save(ended, out / f"{kind}-{case}-{dist.get_rank()}.pt")
     torch.save(refusals(dist.get_rank()), out / f"refusals-{dist.get_rank()}.pt")
+    dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # threads of torch may outlive the objects that own them, and then abort a process that is done
 
 
 if __name__ == "__main__":
