@@ -21,6 +21,7 @@ from sparsify.kernels.torch_ops import (
     check_devices,
     check_exporter,
     check_no_tangent,
+    check_operands,
     operands,
 )
 
@@ -34,20 +35,13 @@ def _check(
     x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None, out: int, inner: int, first: int, end: int
 ) -> int:
     """Raise RuntimeError unless all of it fits together; return the rows' end."""
-    end = out if end == -1 else end
-    if not 0 <= first <= end <= out:
-        raise RuntimeError(f"the layer has rows 0 to {out}, asked for {first} to {end}")
-    if x.dim() == 0 or x.shape[-1] != inner:
-        raise RuntimeError(f"the layer takes inputs of shape (..., {inner}), got {tuple(x.shape)}")
     if values.dtype != torch.int8:
         raise RuntimeError(f"the layer's values must be int8, got {values.dtype}")
     if scale.dtype != torch.float32 or scale.shape != (out,):
         raise RuntimeError(f"the scale must be float32 of shape ({out},), got {scale.dtype} {tuple(scale.shape)}")
     if not x.is_floating_point():
         raise RuntimeError(f"the layer takes floating-point inputs, got {x.dtype}")
-    if bias is not None and (bias.dtype != x.dtype or bias.shape != (out,)):
-        raise RuntimeError(f"the bias must be {x.dtype} of shape ({out},), got {bias.dtype} {tuple(bias.shape)}")
-    return end
+    return check_operands(x, x, bias, out, inner, first, end)  # bias has the dtype of the inputs
 
 
 def _linear_int8(
@@ -63,11 +57,8 @@ def _linear_int8(
     first: int = 0,
     end: int = -1,
 ) -> Tensor:
-    rows, shape, name = (
-        (first, _check(x, values, scale, bias, out, inner, first, end)),
-        (out, inner),
-        native.INT8_FORMS[form],
-    )
+    shape, name = (out, inner), native.INT8_FORMS[form]
+    rows = first, _check(x, values, scale, bias, out, inner, first, end)
     if not (x.is_cpu and index.is_cpu and values.is_cpu and scale.is_cpu and (bias is None or bias.is_cpu)):
         check_devices(x, index, values, scale, bias)
     if x.dtype not in native.DTYPES:

@@ -93,7 +93,7 @@ def _linear_by_torch(
     activation: str,
     rows: tuple[int, int],
 ) -> Tensor:
-    end = _check(x, x if is_quantized(form, parts) else parts[-1], bias, *shape, *rows)
+    end = check_operands(x, x if is_quantized(form, parts) else parts[-1], bias, *shape, *rows)
     check_devices(x, *parts, bias)
     csr = unpack_in_transform(x.dtype, form, parts, shape)
     return reference.linear(x, csr, bias, shape, slice(rows[0], end), activation)
@@ -108,7 +108,7 @@ def check_exporter() -> None:
         )
 
 
-def _check(x: Tensor, values: Tensor, bias: Tensor | None, out: int, inner: int, first: int, end: int) -> int:
+def check_operands(x: Tensor, values: Tensor, bias: Tensor | None, out: int, inner: int, first: int, end: int) -> int:
     """Raise RuntimeError, as torch does for a dense layer, unless all of it fits together; return the rows' end."""
     end = out if end == -1 else end
     if not 0 <= first <= end <= out:
@@ -156,7 +156,7 @@ def _linear_csr(
     first: int = 0,
     end: int = -1,
 ) -> Tensor:
-    rows = slice(first, _check(x, values, bias, out, inner, first, end))
+    rows = slice(first, check_operands(x, values, bias, out, inner, first, end))
     check_devices(x, crow, col, values, bias)
     check_no_tangent(x, values, bias)
     csr = usable_csr(CSR(crow, col, values), (out, inner))
@@ -175,7 +175,11 @@ def _linear_packed(
     first: int = 0,
     end: int = -1,
 ) -> Tensor:
-    rows, shape, name = (first, _check(x, values, bias, out, inner, first, end)), (out, inner), _FORM_NAMES[form]
+    rows, shape, name = (
+        (first, check_operands(x, values, bias, out, inner, first, end)),
+        (out, inner),
+        _FORM_NAMES[form],
+    )
     if not (x.is_cpu and index.is_cpu and values.is_cpu and (bias is None or bias.is_cpu)):
         check_devices(x, index, values, bias)
     check_no_tangent(x, values, bias)
@@ -242,7 +246,7 @@ def _fake_linear(
     parts = [part for part in (first_part, second_part, third_part) if isinstance(part, Tensor)]
     values = parts[-1]
     check_devices(x, *parts, bias)
-    return x.new_empty((*x.shape[:-1], _check(x, values, bias, out, inner, first, end) - first))
+    return x.new_empty((*x.shape[:-1], check_operands(x, values, bias, out, inner, first, end) - first))
 
 
 def _fake_grad_input(

@@ -219,37 +219,39 @@ def linear(
     activation: int = 0,
     out: Tensor | None = None,
     rows: tuple[int, int] | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """activation(x @ weight.T + bias) for x of shape (..., in): a tensor of shape (..., out).
 
-    activation is a value of ACTIVATIONS. x, values and bias share a dtype of DTYPES. Of the outputs only those from
-    rows[0] to before rows[1] if given. Trusts index and values (see check), and does no more in Python than it must.
+    activation is a value of ACTIVATIONS. x, values and bias share a dtype of DTYPES; values with a scale are int8. Of
+    the outputs only those from rows[0] to before rows[1] if given. Trusts index and values (see check), and does no
+    more in Python than it must.
     """
     n_out, n_in = shape
     first, end = rows or (0, n_out)
     flat = _rows_of(x, n_in)
     tokens = flat.shape[0]
     y = flat.new_empty((tokens, end - first)) if out is None else out
-    status = _linear(
-        _FORM_NUMBERS[form],
-        DTYPES[values.dtype],
-        _pack_call(
-            index.data_ptr(),
-            values.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            flat.data_ptr(),
-            flat.stride(0),
-            y.data_ptr(),
-            y.stride(0),
-            tokens,
-            n_out,
-            n_in,
-            activation,
-            torch.get_num_threads(),
-            first,
-            end,
-        ),
+    call = (
+        index.data_ptr(),
+        values.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        flat.data_ptr(),
+        flat.stride(0),
+        y.data_ptr(),
+        y.stride(0),
+        tokens,
+        n_out,
+        n_in,
+        activation,
+        torch.get_num_threads(),
+        first,
+        end,
     )
+    if scale is None:
+        status = _linear(_FORM_NUMBERS[form], DTYPES[x.dtype], _pack_call(*call))
+    else:
+        status = _linear_int8(_FORM_NUMBERS[form], DTYPES[x.dtype], _pack_int8_call(*call, scale.data_ptr()))
     if status:
         checked(status)
     return y if x.dim() == 2 or out is not None else y.view(*x.shape[:-1], end - first)
@@ -271,35 +273,7 @@ def linear_int8(
 
     x and bias share a dtype of DTYPES. A form of QUANTIZES_INPUTS quantises each row of x (csrc/sparsify.h).
     """
-    n_out, n_in = shape
-    first, end = rows or (0, n_out)
-    flat = _rows_of(x, n_in)
-    tokens = flat.shape[0]
-    y = flat.new_empty((tokens, end - first)) if out is None else out
-    status = _linear_int8(
-        _FORM_NUMBERS[form],
-        DTYPES[x.dtype],
-        _pack_int8_call(
-            index.data_ptr(),
-            values.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            flat.data_ptr(),
-            flat.stride(0),
-            y.data_ptr(),
-            y.stride(0),
-            tokens,
-            n_out,
-            n_in,
-            activation,
-            torch.get_num_threads(),
-            first,
-            end,
-            scale.data_ptr(),
-        ),
-    )
-    if status:
-        checked(status)
-    return y if x.dim() == 2 or out is not None else y.view(*x.shape[:-1], end - first)
+    return linear(form, x, index, values, bias, shape, activation, out, rows, scale)
 
 
 def _rows_of(x: Tensor, n_in: int) -> Tensor:
