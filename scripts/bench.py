@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks import cases, gpu, isa, kernels, layers, load, models, page, picture, record, tables
+from benchmarks import cases, gpu, isa, kernels, layers, load, models, page, peers, picture, record, tables
 
 from sparsify.hardware.machine import machine_name
 from sparsify.hardware.timing import LoadMeter, disturbance
@@ -56,6 +56,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> None:
     if options.benchmark in PEERS_IN:
         isa.check_peers()
     result, watch = record.describe(options.benchmark, argv), LoadMeter()
+    result["absent"] |= _left_out(options)
     for peer, why in result["absent"].items():
         print(f"left out: {peer}: {why}", file=sys.stderr)
     if options.benchmark == "gpu":
@@ -101,7 +102,8 @@ def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         if options.models:
             chosen = {name: models.MODELS[name][: 1 if options.quick else None] for name in options.models}
         rounds = options.rounds or (QUICK_MODEL_ROUNDS if options.quick else MODEL_ROUNDS)
-        return list(models.bench_models(chosen, tuple(options.sparsity or models.SPARSITIES), rounds))
+        sparsities = tuple(options.sparsity or models.SPARSITIES)
+        return list(models.bench_models(chosen, sparsities, rounds, options.without or ()))
     grid = cases.GRIDS[options.benchmark][options.quick]
     wanted: dict[str, Any] = {
         "shapes": options.shapes,
@@ -115,8 +117,18 @@ def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     grid = dataclasses.replace(grid, **changes)
     if options.benchmark == "gpu":
         return list(gpu.run(grid, gpu.DTYPES[options.dtype], _device(options)))
-    runs = {"kernels": kernels.run, "layers": layers.run, "load": load.run}
-    return list(runs[options.benchmark](grid))
+    if options.benchmark == "layers":
+        return list(layers.run(grid, without=options.without or ()))
+    return list({"kernels": kernels.run, "load": load.run}[options.benchmark](grid))
+
+
+def _left_out(options: argparse.Namespace) -> dict[str, str]:
+    """Return the reason for peers that a run leaves out on request. Raises ValueError for a name that is none."""
+    names = getattr(options, "without", None) or ()
+    known = (models.BF16,) if options.benchmark == "models" else (*peers.DENSE, *peers.SPARSE)
+    if odd := [name for name in names if name not in known]:
+        raise ValueError(f"--without {odd[0]!r}: none of the peers that can be left out: {', '.join(known)}")
+    return dict.fromkeys(names, "left out by --without")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -137,6 +149,8 @@ def _parser() -> argparse.ArgumentParser:
         if name == "gpu":
             sub.add_argument("--device", default="cuda", help="default: %(default)s")
             sub.add_argument("--dtype", choices=gpu.DTYPES, default="bfloat16", help="default: %(default)s")
+        if name in ("layers", "models"):
+            sub.add_argument("--without", nargs="+", metavar="PEER", help="peers to leave out: 'torch csr'")
         if name == "models":
             sub.add_argument("--models", nargs="+", choices=models.MODELS, metavar="NAME", help=" ".join(models.MODELS))
             continue

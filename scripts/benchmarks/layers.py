@@ -1,7 +1,7 @@
 """Whole layers: CSRLinear as export(format="auto") makes it, against every peer, everything included."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -39,8 +39,10 @@ Pruned = dict[tuple[str, float], sparsify.SparseLinear]
 
 
 @torch.inference_mode()
-def run(grid: Grid) -> Iterator[dict[str, Any]]:
+def run(grid: Grid, without: Collection[str] = ()) -> Iterator[dict[str, Any]]:
     """Yield a row for each candidate of each shape and number of tokens, at every sparsity it depends on.
+
+    The peers named in `without` are left out: torch csr takes most of a run's time.
 
     Dense peers gain nothing from zeros: they appear once, with sparsity None. All candidates of a shape and a number
     of tokens are timed in turns. Raises RuntimeError if one of them gives a wrong answer.
@@ -53,7 +55,7 @@ def run(grid: Grid) -> Iterator[dict[str, Any]]:
     for shape, tokens, group in tqdm(cells, desc="layers"):
         if shape != last:
             pruned, last = {mask: weights.pruned_layer(shape, mask[1], mask[0]) for mask in masks}, shape
-        cell = _Cell(shape, tokens, group)
+        cell = _Cell(shape, tokens, group, without)
         cell.add_dense(pruned["unstructured", grid.sparsities[0]])
         for (pattern, sparsity), layer in pruned.items():
             if pattern == "unstructured":
@@ -67,7 +69,8 @@ def run(grid: Grid) -> Iterator[dict[str, Any]]:
 class _Cell:
     """The candidates of one shape and number of tokens: their calls, and what the rows say of each."""
 
-    def __init__(self, shape: Shape, tokens: int, group: str) -> None:
+    def __init__(self, shape: Shape, tokens: int, group: str, without: Collection[str]) -> None:
+        self.without = without
         self.common = {"shape": list(shape), "tokens": tokens, "group": group}
         self.cold = group == BEYOND_CACHE
         self.x = weights.inputs(shape, tokens)
@@ -78,7 +81,7 @@ class _Cell:
         """Add the dense peers, each in its fastest variant."""
         weight, bias = weights.dense_tensors(layer)
         for name in peers.dense_peers():
-            if self.cold and name in peers.COMPILED:
+            if name in self.without or (self.cold and name in peers.COMPILED):
                 continue
             variant, make = peers.fastest(name, weight, bias, self.x)
             n = weights.n_copies(weight.numel() * peers.item_bytes(name))
@@ -89,7 +92,8 @@ class _Cell:
         weight, bias = weights.dense_tensors(layer)
         n = weights.n_copies(8 * int(layer.mask.sum()))
         for name, peer in peers.SPARSE.items():
-            self._add((name, sparsity), layer, n, partial(peer, weight, bias, self.x))
+            if name not in self.without:
+                self._add((name, sparsity), layer, n, partial(peer, weight, bias, self.x))
 
     def add_ours(self, name: str, kind: Kind, layer: sparsify.SparseLinear, sparsity: float) -> None:
         """Add a layer as `export` makes it."""
@@ -116,7 +120,8 @@ class _Cell:
         weight, bias = weights.dense_tensors(layer)
         right = self.x.double() @ weight.double().t() + bias.double()
         self.calls[key] = [make() for _ in range(n if self.cold else 1)]
-        found = max(peers.check(key[0], call(), right) for call in self.calls[key][:2])
+        # The first call of a layer of ours checks its index: that of each copy, or it would be timed.
+        found = max(peers.check(key[0], call(), right) for call in self.calls[key])
         candidate, sparsity = key
         self.facts[key] = {
             "candidate": candidate,

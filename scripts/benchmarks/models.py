@@ -2,7 +2,7 @@
 
 import copy
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,6 +26,7 @@ from sparsify.reporting.model_run import Inputs, run
 SPARSITIES = (0.5, 0.9)
 #: Our candidate -> options of its export
 KINDS: dict[str, dict[str, Any]] = {OURS: {}, INT8: {"quantize": "int8"}}
+BF16 = "torch bf16"
 MINILM, BERT = "minilm", "bert_base"
 TEXT = (MINILM, BERT)
 #: name -> batch sizes; those of TEXT read 128 tokens of text, the others images of 224 x 224
@@ -38,11 +39,12 @@ QUICK: dict[str, tuple[int, ...]] = {"convnext_tiny": (1,)}
 
 @torch.inference_mode()
 def bench_models(
-    models: dict[str, tuple[int, ...]], sparsities: tuple[float, ...], rounds: int
+    models: dict[str, tuple[int, ...]], sparsities: tuple[float, ...], rounds: int, without: Collection[str] = ()
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for each candidate of each model and batch size; the dense ones have sparsity None.
 
-    The weights of all but MiniLM are random: the times do not depend on them.
+    The weights of all but MiniLM are random: the times do not depend on them. torch bf16 may be left out: where a
+    processor has no instructions for it, it takes most of a run's time.
     """
     for name, batches in models.items():
         model, spec = _build(name), f"hf:{name}" if name in TEXT else f"torchvision:{name}"
@@ -50,8 +52,10 @@ def bench_models(
         for batch in tqdm(batches, desc=name):
             inputs = make_inputs(model, spec, batch=batch)
             tokens = typical_tokens(model, inputs)
-            facts: dict[tuple[str, float | None], dict[str, Any]] = {("torch fp32", None): {}, ("torch bf16", None): {}}
-            calls = {key: [_call(m, x)] for key, m, x in zip(facts, (model, low), (inputs, _cast(inputs)), strict=True)}
+            facts: dict[tuple[str, float | None], dict[str, Any]] = {("torch fp32", None): {}}
+            calls = {("torch fp32", None): [_call(model, inputs)]}
+            if BF16 not in without:
+                facts[BF16, None], calls[BF16, None] = {}, [_call(low, _cast(inputs))]
             with TemporaryDirectory() as folder:
                 for engine in dense_engines(model, inputs, Path(folder)):
                     if engine.call is None:
