@@ -26,7 +26,7 @@ from benchmarks import cases, gpu, isa, kernels, layers, load, models, page, pee
 
 from sparsify.hardware.machine import machine_name
 from sparsify.hardware.timing import LoadMeter, disturbance
-from sparsify.reporting.table import table
+from sparsify.tables import Table
 
 RESULTS_FOLDER = Path(__file__).resolve().parent.parent / "docs" / "results"
 PEERS_IN = ("layers", "models", "load")
@@ -69,7 +69,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> None:
         result["roofs"] = {name: max(value, before[name]) for name, value in kernels.measure_roofs().items()}
     result["machine"]["others_cores"] = watch.others_cores()
     for title, lines in tables.tables(result).items():
-        print(f"\n{title}\n\n{table(lines)}")
+        print(f"\n{title}\n\n{Table(lines[0], lines[1:]).text()}")
     print(f"\n{result['machine']['name']}; {tables.spread(result)}; {disturbance(result['machine']['others_cores'])}")
     if options.json:
         file = options.json / record.file_name(result) if options.json.is_dir() else options.json

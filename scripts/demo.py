@@ -29,7 +29,7 @@ from torch import nn
 from tqdm import tqdm
 
 import sparsify
-from sparsify.reporting.table import table
+from sparsify.tables import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ASSETS / "demo"
@@ -147,11 +147,11 @@ def latency_ms(models: dict[str, nn.Module], batch: int) -> dict[str, list[float
 def comparison(measured: dict[str, Any]) -> str:
     """Lay out the figures of `measure`: one line each, dense beside sparse, and their ratio."""
     dense, sparse = measured["dense"], measured["sparse"]
-    lines = [("MiniLM-L6", "dense", "sparse", "sparse/dense")]
+    lines = []
     for label, key, text, with_ratio in MEASURES:
         ratio = f"{_middle(sparse[key]) / _middle(dense[key]):.2f}x" if with_ratio else ""
         lines.append((label, text(dense[key]), text(sparse[key]), ratio))
-    return f"""{table(lines)}
+    return f"""{Table(("MiniLM-L6", "dense", "sparse", "sparse/dense"), lines).text()}
 
 latency: median (fastest to slowest) of {" and ".join(map(str, REPEATS.values()))} runs taken in turns, \
 {torch.get_num_threads()} threads, {_processor()}, torch {torch.__version__}

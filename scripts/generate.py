@@ -24,7 +24,7 @@ from transformers import StaticCache
 import sparsify
 from sparsify.hardware.machine import machine_name
 from sparsify.hardware.timing import LoadMeter, disturbance
-from sparsify.reporting.table import table
+from sparsify.tables import Table
 
 PROMPT = "The most important thing about a garden is"
 ROUNDS = 5
@@ -131,10 +131,10 @@ def main() -> None:
     watch = LoadMeter()
     model = smollm.load_dense().to(options.device, getattr(torch, options.dtype))
     prompt = torch.tensor([smollm.load_tokenizer().encode(PROMPT).ids], device=options.device)
-    rows = [["zeros", "", "weights, MB", "ms a token", "times dense", "text"]]
+    head, rows = ("zeros", "", "weights, MB", "ms a token", "times dense", "text"), []
     for sparsity in options.sparsity:
         rows += compare(model, prompt, sparsity, options.new_tokens, smollm.BLOCK_LAYERS)
-    print(table(rows))
+    print(Table(head, rows).text())
     print(f"{machine_name(torch.device(options.device))}, {options.dtype}; {disturbance(watch.others_cores())}")
 
 

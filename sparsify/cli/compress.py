@@ -20,7 +20,7 @@ from sparsify.cli.files import check_output
 from sparsify.cli.layer_by_layer import compress_layer_by_layer
 from sparsify.cli.options import cache_of, conversion, data_of, form_of, given_inputs, model_of, naming, recipe_of
 from sparsify.cli.pages import write_page_of_run
-from sparsify.cli.printing import print_json, rows, terminal_width
+from sparsify.cli.printing import print_json, rows, show
 from sparsify.cli.quality import DataQuality
 from sparsify.cli.summary import Compressed, dense_bytes, inputs_to_time, loading_lines
 from sparsify.inference.export import check_format
@@ -167,7 +167,7 @@ def _print_result(arguments: argparse.Namespace, out: Path, done: Compressed) ->
             result |= {"in_memory": rows(done.report), "in_file": rows(sparsify.inspect(out))}
         print_json(result | done.as_json())
         return
-    print(done.report.text(terminal_width()))
+    show(done.report.listing())
     print(f"\n{done.text(out)}")
 
 

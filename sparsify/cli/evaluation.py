@@ -12,7 +12,7 @@ from sparsify.cli.user_code import load_function
 from sparsify.offload.journal import Journal
 from sparsify.offload.lazy_safetensors import LazySafetensors
 from sparsify.offload.streaming import offloaded
-from sparsify.reporting.table import table
+from sparsify.tables import Table
 
 Qualities = dict[str, float]
 
@@ -55,4 +55,4 @@ def evaluate_offloaded(
 def quality_table(dense: Qualities, sparse: Qualities) -> str:
     """Lay out qualities before and after."""
     lines = [(key, f"{dense[key]:.4g}", f"{value:.4g}") for key, value in sparse.items() if key in dense]
-    return table([("quality", "dense", "sparse"), *lines])
+    return Table(("quality", "dense", "sparse"), lines).text()

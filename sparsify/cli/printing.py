@@ -8,6 +8,10 @@ import sys
 from typing import Any
 
 from sparsify.reporting.report import Report
+from sparsify.tables import Listing
+
+#: Of the parts of a listing, where rich prints it.
+_STYLES = {"summary": "bold", "head": "bold", "rule": "dim", "note": "dim"}
 
 
 def rows(report: Report) -> list[dict[str, Any]]:
@@ -18,6 +22,25 @@ def rows(report: Report) -> list[dict[str, Any]]:
 def print_json(value: Any) -> None:
     """Print a value as JSON for people and programs."""
     print(json.dumps(value, indent=2))
+
+
+def show(listing: Listing, *first: str) -> None:
+    """Print a result, after sentences of the command's own.
+
+    On a terminal its lines fit the width, with a bold head where rich is installed; elsewhere they are whole and plain.
+    """
+    whole = Listing([*first, *listing.summary], listing.tables)
+    width = terminal_width()
+    try:
+        if width is None:
+            raise ImportError
+        from rich.console import Console
+    except ImportError:
+        print(whole.text(width))
+        return
+    console = Console(file=sys.stdout, markup=False, highlight=False, emoji=False, soft_wrap=True)
+    for part, text in whole.lines(width):
+        console.print(text, style=_STYLES.get(part))
 
 
 def terminal_width() -> int | None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sparsify.cli.printing import print_json, terminal_width
+from sparsify.cli.printing import print_json, show
 from sparsify.errors import RecipeError
 from sparsify.recipes.given import given_recipes, recipe_file
 from sparsify.recipes.loading import load_recipe
 from sparsify.recipes.schema import Recipe
-from sparsify.reporting.table import table
+from sparsify.tables import Listing, Table
 
 
 def recipes(arguments: argparse.Namespace) -> None:
@@ -28,8 +28,8 @@ def recipes(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_json({name: {"needs": _needs(r), "description": r.description} for name, r in loaded.items()})
         return
-    lines = [("recipe", "needs", "description"), *((n, _needs(r), r.description) for n, r in loaded.items())]
-    print(table(lines, left=("needs", "description"), width=terminal_width()))
+    lines = [(name, _needs(recipe), recipe.description) for name, recipe in loaded.items()]
+    show(Listing((), [("", Table(("recipe", "needs", "description"), lines, left=("needs", "description")))]))
     print("\nuse:  sparsify compress --recipe NAME ...        change variables: --set sparsity=0.8")
     print("copy: sparsify recipes NAME > mine.yaml          in Python: sparsify.load_recipe(NAME, sparsity=0.8)")
 

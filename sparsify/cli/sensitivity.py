@@ -10,7 +10,7 @@ from torch import nn
 
 from sparsify.cli.files import check_output
 from sparsify.cli.options import conversion, data_of, model_of
-from sparsify.cli.printing import print_json
+from sparsify.cli.printing import print_json, show
 from sparsify.conversion.convert import convert, sparse_layers
 from sparsify.conversion.converters.table import dense_types
 from sparsify.masking.methods.registry import required_statistics
@@ -23,7 +23,6 @@ from sparsify.pruning.sensitivity import (
     measure_sensitivity,
     plot_sensitivity,
 )
-from sparsify.reporting.table import table
 
 
 def sensitivity(arguments: argparse.Namespace) -> None:
@@ -89,11 +88,7 @@ def _print_result(arguments: argparse.Namespace, measured: Sensitivity, targets:
     if arguments.json:
         print_json({"sparsities": measured.sparsities, "damage": dict(measured.damage), "targets": targets})
         return
-    print("squared change of the model's output, relative to its variance, with one layer pruned to:")
-    lines = [["layer", *(f"{s:g}" for s in measured.sparsities), *(["target"] if targets else [])]]
-    for name, damage in measured.damage.items():
-        lines.append([name or "(root)", *(f"{d:.4f}" for d in damage)] + ([f"{targets[name]:.4f}"] if targets else []))
-    print(table(lines))
+    show(measured.listing(targets))
     if arguments.recipe:
         print(f"\nnext: sparsify compress --model {arguments.model} --recipe {arguments.recipe} --data ... --out ...")
 

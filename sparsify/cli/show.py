@@ -5,22 +5,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-from collections.abc import Sequence
 
 import torch
 
 import sparsify
 from sparsify.cli.models import build_model
 from sparsify.cli.options import conversion, given_inputs, inputs_of, model_of, naming, variables
-from sparsify.cli.printing import print_json, rows
+from sparsify.cli.printing import print_json, rows, show
 from sparsify.hardware.machine import doctor
-from sparsify.recipes.dry_run import PlannedLayer, plan
+from sparsify.recipes.dry_run import plan
 from sparsify.recipes.loading import load_recipe
 from sparsify.recipes.schema import Recipe
 from sparsify.reporting.model_bench import bench
-from sparsify.reporting.table import table
 
-_MAX_COLUMNS = 6
 _MAX_THREADS = 1024
 
 
@@ -43,7 +40,7 @@ def inspect(arguments: argparse.Namespace) -> None:
         raise ValueError("--batch, --seq, --shape and --inputs have no effect without --run")
     inspection = sparsify.inspect(model, example)
     if not arguments.json:
-        print(inspection)
+        show(inspection.listing())
         return
     print_json({"model": what or spec, **dataclasses.asdict(inspection)})
 
@@ -62,8 +59,8 @@ def _inspect_file(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_json({"file": arguments.what, "file_bytes": n_bytes, "in_file": rows(report)})
         return
-    print(report)
-    print(f"\n{arguments.what}: {n_bytes:,} bytes, {n_bytes - report.total.n_bytes:,} of it other tensors and header")
+    size = f"{arguments.what}: {n_bytes:,} bytes, {n_bytes - report.total.n_bytes:,} of it other tensors and header"
+    show(report.listing(), size)
 
 
 def plan_recipe(arguments: argparse.Namespace) -> None:
@@ -72,24 +69,17 @@ def plan_recipe(arguments: argparse.Namespace) -> None:
     model = model_of(arguments)
     with naming(arguments.recipe):
         layers = plan(recipe, model)
-    n_bytes, dense_bytes = sum(x.n_bytes for x in layers), sum(x.dense_bytes for x in layers)
     if arguments.json:
         keys = ("name", "group", "shape", "unit", "targets", "ranked", "n_bytes", "dense_bytes")
         print_json(
             {
                 "layers": [{key: getattr(layer, key) for key in keys} for layer in layers],
-                "n_bytes": n_bytes,
-                "dense_bytes": dense_bytes,
+                "n_bytes": layers.n_bytes,
+                "dense_bytes": layers.dense_bytes,
             }
         )
         return
-    for number in range(len(recipe.groups)):
-        print(f"groups.{number}")
-        print(_plan_table([layer for layer in layers if layer.group == number]), end="\n\n")
-    if any(layer.ranked for layer in layers):
-        print("~ layers ranked together: each one's part is taken from the present weights, and moves with training")
-    share = n_bytes / max(dense_bytes, 1)
-    print(f"{len(layers)} layers: {n_bytes:,} bytes in the file, {share:.3f} of dense {dense_bytes:,}")
+    show(layers.listing())
 
 
 def bench_model(arguments: argparse.Namespace) -> None:
@@ -106,7 +96,7 @@ def bench_model(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_json({**dataclasses.asdict(result), "speedup": result.speedup})
         return
-    print(result)
+    show(result.listing())
 
 
 def schema(arguments: argparse.Namespace) -> None:
@@ -122,18 +112,3 @@ def run_doctor(arguments: argparse.Namespace) -> None:
         return
     for what, found, to_do in findings:
         print(f"{what + ':':16}{found}" + (f"\n{'':16}-> {to_do}" if to_do else ""))
-
-
-def _plan_table(layers: Sequence[PlannedLayer]) -> str:
-    """Show a group's layers; of many updates the first, some between, and the last."""
-    n = len(layers[0].targets)
-    step = -(-n // _MAX_COLUMNS)
-    columns = sorted({*range(0, n, step), n - 1})
-    head = ["layer", "shape", *(f"{layers[0].unit} {layers[0].targets[i][0]:g}" for i in columns), "bytes", "of dense"]
-    lines = [head]
-    for x in layers:
-        mark = "~" if x.ranked else ""
-        targets = [f"{mark}{x.targets[i][1]:.4f}" for i in columns]
-        share = f"{x.n_bytes / max(x.dense_bytes, 1):.3f}"
-        lines.append([x.name or "(root)", f"{x.shape[0]}x{x.shape[1]}", *targets, f"{x.n_bytes:,}", share])
-    return table(lines)

@@ -29,16 +29,17 @@ from sparsify.masking.methods.registry import Method
 from sparsify.masking.patterns import Pattern, parse_pattern
 from sparsify.masking.spec import LayerSpec
 from sparsify.outputs import new_file
+from sparsify.tables import Listed, Listing, Table
 
 SPARSITIES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 @dataclass(frozen=True)
-class Sensitivity:
+class Sensitivity(Listed):
     """The damage of each layer, pruned alone, at each of `sparsities`; layers in the model's order.
 
     Damage is the squared change of the model's output over all data, relative to the output's variance. A sparsity is a
-    fraction of the layer's `n_units`.
+    fraction of the layer's `n_units`. `str()` is a table for people.
     """
 
     sparsities: tuple[float, ...]
@@ -64,6 +65,21 @@ class Sensitivity:
 
         removed = capped(allocate, self.n_units, check_sparsity(sparsity), highest)
         return {name: n / max(self.n_units[name], 1) for name, n in removed.items()}
+
+    def listing(self, targets: Mapping[str, float] | None = None) -> Listing:
+        """Return the layers with most and least damage, and a table of all, with a target for each layer if given."""
+        head = ("layer", *(f"{s:g}" for s in self.sparsities), *(["target"] if targets else []))
+        rows = []
+        for name, damage in self.damage.items():
+            target = [f"{targets[name]:.4f}"] if targets else []
+            rows.append((name or "(root)", *(f"{d:.4f}" for d in damage), *target))
+        summary = ["squared change of the model's output, relative to its variance, with one layer alone pruned"]
+        if self.damage:
+            at_most = {name: damage[-1] for name, damage in self.damage.items()}
+            ends = ((kind(at_most, key=at_most.__getitem__), word) for kind, word in ((max, "most"), (min, "least")))
+            said = ", ".join(f"{word} by {name or '(root)'} ({at_most[name]:.4f})" for name, word in ends)
+            summary.append(f"at sparsity {self.sparsities[-1]:g}: {said}")
+        return Listing(summary, [("", Table(head, rows, spare=head[2 : len(self.sparsities)]))])
 
     def _curve(self, name: str) -> list[tuple[int, float]]:
         """Return points (removed units, damage) up to all units, the last slope continued."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,9 +16,13 @@ from sparsify.masking.methods.registry import required_statistics
 from sparsify.masking.spec import layer_specs
 from sparsify.recipes.assignment import assign_layers
 from sparsify.recipes.schema import HOLD, Group, Recipe
+from sparsify.tables import Listed, Listing, Table
 
 #: Updates that a plan works out; a schedule may have a million, and each one ranks the weights of a whole group.
 MAX_UPDATES = 1000
+
+#: Updates that a printed plan shows of each layer, one more with the last.
+_SHOWN = 6
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,45 @@ class PlannedLayer:
     dense_bytes: int
 
 
-def plan(recipe: Recipe, model: nn.Module) -> list[PlannedLayer]:
+@dataclass(frozen=True)
+class DryRun(Listed, Sequence[PlannedLayer]):
+    """The layers of a recipe; `str()` of it is a table for people."""
+
+    layers: tuple[PlannedLayer, ...]
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __iter__(self) -> Iterator[PlannedLayer]:
+        return iter(self.layers)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        return self.layers[index]
+
+    @property
+    def n_bytes(self) -> int:
+        """The bytes of all weights in the file."""
+        return sum(layer.n_bytes for layer in self.layers)
+
+    @property
+    def dense_bytes(self) -> int:
+        """The bytes of the same weights before."""
+        return sum(layer.dense_bytes for layer in self.layers)
+
+    def listing(self) -> Listing:
+        """Return the size of all layers, and a table for each group."""
+        share = self.n_bytes / max(self.dense_bytes, 1)
+        size = f"{self.n_bytes:,} bytes in the file, {share:.3f} of dense {self.dense_bytes:,}"
+        summary = [f"{len(self.layers)} layers: {size}"]
+        if any(layer.ranked for layer in self.layers):
+            summary.append("~ ranked together: a layer's part is taken from the present weights, and may still move")
+        groups: dict[int, list[PlannedLayer]] = {}
+        for layer in self.layers:
+            groups.setdefault(layer.group, []).append(layer)
+        return Listing(summary, [(f"groups.{number}", _table(layers)) for number, layers in groups.items()])
+
+
+def plan(recipe: Recipe, model: nn.Module) -> DryRun:
     """Plan each layer of a model under a recipe, without a change; the model is converted or not, on any device.
 
     Raises ValueError for every fault in the way of the recipe itself.
@@ -65,7 +108,21 @@ def plan(recipe: Recipe, model: nn.Module) -> list[PlannedLayer]:
             planned.append(
                 PlannedLayer(name, number, shape, group.schedule.unit, targets, ranked, n_bytes, n_weights * itemsize)
             )
-    return planned
+    return DryRun(tuple(planned))
+
+
+def _table(layers: Sequence[PlannedLayer]) -> Table:
+    """Return the table of a group: of many updates the first, some between, and the last."""
+    n = len(layers[0].targets)
+    columns = sorted({*range(0, n, -(-n // _SHOWN)), n - 1})
+    updates = [f"{layers[0].unit} {layers[0].targets[i][0]:g}" for i in columns]
+    rows = []
+    for x in layers:
+        targets = [f"{'~' if x.ranked else ''}{x.targets[i][1]:.4f}" for i in columns]
+        share = f"{x.n_bytes / max(x.dense_bytes, 1):.3f}"
+        rows.append((x.name or "(root)", f"{x.shape[0]}x{x.shape[1]}", *targets, f"{x.n_bytes:,}", share))
+    head = ("layer", "shape", *updates, "bytes", "of dense")
+    return Table(head, rows, spare=("of dense", "shape", *updates[1:-1]))
 
 
 def _spread(times: tuple[float, ...]) -> tuple[float, ...]:

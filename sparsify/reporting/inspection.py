@@ -18,7 +18,7 @@ from sparsify.conversion.convert import Plan, plan_convert
 from sparsify.layer_names import Selector, join
 from sparsify.reporting.file_report import inspect_file
 from sparsify.reporting.report import Report
-from sparsify.reporting.table import table
+from sparsify.tables import Listed, Listing, Table
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Inspection(Sequence[Part]):
+class Inspection(Listed, Sequence[Part]):
     """The parts of a model; `str()` of it is a table for people. The totals are those of the whole model."""
 
     parts: tuple[Part, ...]
@@ -64,18 +64,20 @@ class Inspection(Sequence[Part]):
             return n_parameters, None
         return n_parameters, sum(part.n_multiply_adds or 0 for part in parts) / max(self.n_multiply_adds, 1)
 
-    def __str__(self) -> str:
-        lines = [("layer", "type", "shape", "parameters", "multiply-adds", "becomes")]
+    def listing(self) -> Listing:
+        """Return the share of the layers to convert, and a table of all parts."""
+        head = ("layer", "type", "shape", "parameters", "multiply-adds", "becomes")
+        rows = []
         for part in self.parts:
             shape = "x".join(map(str, part.shape))
             parameters = _percent(part.n_parameters, self.n_parameters)
             adds = _percent(part.n_multiply_adds, self.n_multiply_adds)
             becomes = part.becomes or f"stays dense: {part.reason}"
-            lines.append((part.name or "(root)", part.type, shape, parameters, adds, becomes))
+            rows.append((part.name or "(root)", part.type, shape, parameters, adds, becomes))
         n_parameters, adds_share = self.share()
         of_adds = "" if adds_share is None else f" and {adds_share:.1%} of the {self.n_multiply_adds:,} multiply-adds"
         total = f"convert takes layers with {n_parameters:.1%} of the {self.n_parameters:,} parameters{of_adds}"
-        return f"{table(lines)}\n\n{total}"
+        return Listing([total], [("", Table(head, rows, left=("type", "becomes"), spare=("shape", "type")))])
 
 
 @overload

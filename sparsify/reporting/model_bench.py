@@ -27,7 +27,7 @@ from sparsify.pruning.prune import prune
 from sparsify.reporting.dense_engines import dense_engines
 from sparsify.reporting.model_run import Inputs, run
 from sparsify.reporting.report import report
-from sparsify.reporting.table import table
+from sparsify.tables import Listed, Listing, Table
 
 #: Runs of the whole model to time each layer in.
 N_LAYER_ROUNDS = 5
@@ -60,7 +60,7 @@ class EngineBench:
 
 
 @dataclass(frozen=True)
-class ModelBench:
+class ModelBench(Listed):
     """A dense model and its sparse copy; `str()` of it is a table for people.
 
     tokens: rows of input in the measurement of forms. others_cores: number of cores busy with other processes.
@@ -81,8 +81,10 @@ class ModelBench:
         """Time of the dense model divided by that of the sparse model."""
         return self.dense.median_s / self.sparse.median_s
 
-    def __str__(self) -> str:
-        lines: list[tuple[str, ...]] = [("layer", "shape", "tokens", "form", "dense us", "sparse us", "times", "why")]
+    def listing(self) -> Listing:
+        """Return the times of the whole model, and a table of its layers."""
+        head = ("layer", "shape", "tokens", "form", "dense us", "sparse us", "times", "why")
+        lines: list[tuple[str, ...]] = []
         for x in self.layers:
             shape = f"{x.shape[0]}x{x.shape[1]}"
             if x.dense_us is None or x.sparse_us is None:
@@ -92,17 +94,15 @@ class ModelBench:
                 continue
             numbers = (f"{x.dense_us:.0f}", f"{x.sparse_us:.0f}", f"{x.dense_us / x.sparse_us:.2f}x")
             lines.append((x.name or "(root)", shape, str(x.tokens), x.form, *numbers, x.reason))
-        return "\n".join(
-            (
-                table(lines),
-                "",
-                f"dense   {self.dense}",
-                f"sparse  {self.sparse}",
-                f"{self.speedup:.2f}x dense at sparsity {self.sparsity:g}, forms measured for {self.tokens} tokens",
-                *self._engine_lines(),
-                f"{self.machine}; {disturbance(self.others_cores)}",
-            )
+        summary = (
+            f"{self.speedup:.2f}x dense at sparsity {self.sparsity:g}, forms measured for {self.tokens} tokens",
+            f"dense   {self.dense}",
+            f"sparse  {self.sparse}",
+            *self._engine_lines(),
+            f"{self.machine}; {disturbance(self.others_cores)}",
         )
+        table = Table(head, lines, left=("form", "why"), spare=("tokens", "shape", "form"))
+        return Listing(summary, [("microseconds of each layer in one run of the model", table)])
 
     def _engine_lines(self) -> Iterator[str]:
         """Tell the time of each other dense engine, and whether one is faster than torch's float32."""

@@ -15,7 +15,7 @@ from sparsify.layer_names import join
 from sparsify.layers import Int8Embedding, MaskedLayer, PackedLayer
 from sparsify.layers.copies import warn_stale
 from sparsify.layers.records import FormChoice, disturbance_of, form_choice, pruning_result, rounding_of
-from sparsify.reporting.table import html_table, table
+from sparsify.tables import Listed, Listing, Table
 
 #: Of the printed table; a column without any entry is left out.
 _COLUMNS = (
@@ -31,6 +31,9 @@ _COLUMNS = (
     "time",
     "why",
 )
+
+#: The columns that a narrow terminal does without, the first of them first.
+_SPARE = ("of dense", "shape", "time", "numbers", "int8 error", "error")
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Report(Sequence[Row]):
+class Report(Listed, Sequence[Row]):
     """The rows of all layers; `str()` of it is a table for people.
 
     n_parameters: of the whole model, dense; 0 without a model. `str()` tells if the rows hold less than half.
@@ -96,24 +99,12 @@ class Report(Sequence[Row]):
             time_s=sum(times) if (times := [row.time_s for row in self.rows if row.time_s is not None]) else None,
         )
 
-    def __str__(self) -> str:
-        return self.text()
-
-    def text(self, width: int | None = None) -> str:
-        """Return a table for people, of at most `width` letters a line if the numbers fit."""
-        text = table(self._lines(), left=("why",), width=width)
-        return f"{text}\n\n{share}" if (share := self._share()) else text
-
-    def _repr_html_(self) -> str:
-        """Show the table in a notebook."""
-        return html_table(self._lines()) + f"<p>{self._share()}</p>"
-
-    def _lines(self) -> list[tuple[str, ...]]:
-        """Return the head and the rows of the table; columns without any entry are left out."""
+    def listing(self) -> Listing:
+        """Return all layers in a sentence or two, and a table of them; columns without any entry are left out."""
         columns: dict[str, list[str]] = {name: [] for name in _COLUMNS}
-        for row in (*self.rows, self.total):
+        for row in self.rows:
             columns["layer"].append(row.name or "(root)")
-            columns["shape"].append(f"{row.shape[0]}x{row.shape[1]}" if row.format else f"{row.shape[1]:,} weights")
+            columns["shape"].append(f"{row.shape[0]}x{row.shape[1]}")
             columns["sparsity"].append(f"{row.sparsity:.4f}")
             columns["format"].append(row.format)
             columns["bytes"].append(f"{row.n_bytes:,}")
@@ -123,16 +114,21 @@ class Report(Sequence[Row]):
             columns["int8 error"].append("" if row.int8_error is None else f"{row.int8_error:.4f}")
             columns["time"].append("" if row.time_s is None else f"{row.time_s:.2f} s")
             columns["why"].append(row.reason)
-        filled = {name: cells for name, cells in columns.items() if any(cells)}
-        return [tuple(filled), *zip(*filled.values(), strict=True)]
+        filled = {name: cells for name, cells in columns.items() if any(cells) or not self.rows}
+        table = Table(tuple(filled), list(zip(*filled.values(), strict=True)), left=("why",), spare=_SPARE)
+        return Listing(self._summary(), [("", table)])
 
-    def _share(self) -> str:
-        """Return a sentence about the share of the layers in the model, if it is less than half; else ""."""
-        n_weights = self.total.shape[1]
-        if 2 * n_weights >= self.n_parameters:
-            return ""
-        share = f"{n_weights / self.n_parameters:.1%} of the model's {self.n_parameters:,} parameters"
-        return f"These layers hold {share}; the rest is dense."
+    def _summary(self) -> list[str]:
+        """Return the total in a sentence, and another if the layers hold less than half of the model."""
+        total = self.total
+        n_weights, share = total.shape[1], total.n_bytes / max(total.dense_bytes, 1)
+        of_all = f"total: {len(self.rows)} layers, {n_weights:,} weights, sparsity {total.sparsity:.4f}"
+        took = "" if total.time_s is None else f", pruned in {total.time_s:.2f} s"
+        sentences = [f"{of_all}, {total.n_bytes:,} bytes, {share:.3f} of dense{took}"]
+        if 2 * n_weights < self.n_parameters:
+            part = f"{n_weights / self.n_parameters:.1%} of the model's {self.n_parameters:,} parameters"
+            sentences.append(f"These layers hold {part}; the rest is dense.")
+        return sentences
 
 
 def report(model: nn.Module) -> Report:

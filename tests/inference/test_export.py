@@ -306,10 +306,10 @@ def test_report_is_a_sequence_and_prints_a_line_for_each_layer() -> None:
     assert len(rows) == 3
     assert rows[-1].name == "head"
     lines = str(rows).splitlines()
-    assert len(lines) == 6
-    assert lines[0].split() == ["layer", "shape", "sparsity", "format", "bytes", "of", "dense"]
-    assert lines[2].split()[:4] == ["body.0", "24x12", "0.7500", "masked"]
-    assert lines[-1].startswith("total")
+    assert len(lines) == 7
+    assert lines[0].startswith("total: 3 layers, 648 weights, sparsity 0.7500, ")
+    assert lines[2].split() == ["layer", "shape", "sparsity", "format", "bytes", "of", "dense"]
+    assert lines[4].split()[:4] == ["body.0", "24x12", "0.7500", "masked"]
     assert "(root)" in str(sparsify.report(nn.Linear(2, 2)))
 
 
