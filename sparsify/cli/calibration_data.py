@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify.cli.printing import note
+from sparsify.cli.processors import PictureProcessor, picture_processor, tokenizer_of
 from sparsify.cli.user_code import blaming, iterate, load_function
 
 SAMPLES, TOKENS, BATCH = 128, 256, 8
@@ -20,21 +22,20 @@ _DECODERS = ("JPEG", "PNG", "BMP", "WEBP")  # for files of any name: some of pil
 _PIXELS = 2**24  # of any picture; of a larger one each byte of the file may stand for so many:
 _PIXELS_PER_BYTE = 32
 
-_IMAGE_SIZE, _CROP = 256, 224
-_MEAN, _SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision's models expect
 
-
-def load_data(source: str, model: str, *, samples: int = SAMPLES, tokens: int = TOKENS) -> Iterable[Any]:
-    """Make calibration batches for the model named `model` from `source`.
+def load_data(
+    source: str, model: str, *, samples: int = SAMPLES, tokens: int = TOKENS, weights: str | None = None
+) -> Iterable[Any]:
+    """Make calibration batches for the model named `model`, with `weights`, from `source`.
 
     source is one of:
         package.module:function: returns an iterable of batches.
-        a file or folder of texts, for "hf:FOLDER" models: tokenizer.json of the folder cuts the texts into `samples`
+        a file or folder of texts, for "hf:FOLDER" models: the folder's own tokenizer cuts the texts into `samples`
             pieces of `tokens` tokens, without padding.
-        a folder of pictures: `samples` of the sorted files, evenly spread, are scaled to 256, cropped to 224 and
-            normalised as ImageNet's are.
+        a folder of pictures: `samples` of the sorted files, evenly spread, as the model's own processor prepares them.
 
-    Warns if there are fewer than `samples`, and raises ValueError with the way out.
+    A note tells the tokenizer or processor. Warns if there are fewer than `samples`, and raises ValueError with the way
+    out.
     """
     if samples < 1 or tokens < 1:
         raise ValueError(f"--samples and --sample-tokens must be positive, got {samples} and {tokens}")
@@ -45,7 +46,7 @@ def load_data(source: str, model: str, *, samples: int = SAMPLES, tokens: int = 
     texts = [file for file in files if file.suffix.lower() in TEXTS]
     images = [file for file in files if file.suffix.lower() in IMAGES]
     if images and not texts:
-        return _picture_batches(_spread(images, samples, source))
+        return _picture_batches(_spread(images, samples, source), model, weights)
     if texts and not images:
         return _text_batches(texts, source, model, samples, tokens)
     found = "both texts and pictures" if texts else "no text or picture"
@@ -55,24 +56,18 @@ def load_data(source: str, model: str, *, samples: int = SAMPLES, tokens: int = 
 def _text_batches(files: list[Path], texts: str, model: str, samples: int, tokens: int) -> list[dict[str, Tensor]]:
     """Cut the texts, one after the other, into pieces of one length, evenly spread over them."""
     source, _, folder = model.partition(":")
-    vocabulary = Path(folder) / "tokenizer.json"
-    if source != "hf" or not vocabulary.is_file():
+    found = tokenizer_of(Path(folder)) if source == "hf" else None
+    if found is None:
         raise ValueError(
-            f"--data: texts need an hf:FOLDER model with a tokenizer.json, and {model!r} has none; "
-            "give --data package.module:function, which returns batches"
+            f"--data: texts need an hf:FOLDER model with a tokenizer (tokenizer.json, or tokenizer_config.json and its "
+            f"files), and {model!r} has none; give --data package.module:function, which returns batches"
         )
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        raise ValueError("tokenizers is not installed: pip install 'sparsify-torch[hf]'") from None
-    with blaming(str(vocabulary)):
-        tokenizer = Tokenizer.from_file(str(vocabulary))
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
+    encode, about = found
+    note(f"--data {texts}: token ids by {about} of {model}")
     ids: list[int] = []
     for file in files:
         with blaming(f"--data {file}"):
-            ids += tokenizer.encode(file.read_text(encoding="utf-8", errors="replace")).ids
+            ids += encode(file.read_text(encoding="utf-8", errors="replace"))
     pieces = [ids[start : start + tokens] for start in range(0, len(ids) - tokens + 1, tokens)]
     if not pieces:
         raise ValueError(f"--data: the texts have {len(ids)} tokens, less than one sample of {tokens}")
@@ -80,34 +75,35 @@ def _text_batches(files: list[Path], texts: str, model: str, samples: int, token
     return [{"input_ids": torch.tensor(chosen[i : i + BATCH], device="cpu")} for i in range(0, len(chosen), BATCH)]
 
 
-def _picture_batches(files: list[Path]) -> Iterator[Tensor]:
+def _picture_batches(files: list[Path], model: str, weights: str | None) -> Iterator[Any]:
     try:
         import PIL.Image  # noqa: F401
     except ImportError:
         raise ValueError("pillow is not installed: pip install pillow") from None
-    return (torch.stack([_read_picture(file) for file in files[i : i + BATCH]]) for i in range(0, len(files), BATCH))
+    processor = picture_processor(model, weights)
+    note(f"--data: pictures by {processor.about}")
+    return (_picture_batch(files[i : i + BATCH], processor) for i in range(0, len(files), BATCH))
 
 
-def _read_picture(file: Path) -> Tensor:
-    """Scale a picture, crop it and normalise it, (3, 224, 224)."""
+def _picture_batch(files: list[Path], processor: PictureProcessor) -> Any:
+    pictures = [_read_picture(file, processor.edge) for file in files]
+    with blaming(f"--data {files[0]} to {files[-1].name}, {processor.about}"):
+        return processor.prepare(pictures)
+
+
+def _read_picture(file: Path, edge: int) -> Any:
+    """Open a picture as RGB; `edge` is the shorter side that it will be scaled to."""
     from PIL import Image
 
-    mean, spread = (torch.tensor(part, device="cpu")[:, None, None] for part in (_MEAN, _SPREAD))
     with blaming(f"--data {file}"), Image.open(file, formats=_DECODERS) as opened:
         width, height = opened.size
-        scale = _IMAGE_SIZE / min(width, height)
-        wide, high = max(_CROP, round(width * scale)), max(_CROP, round(height * scale))
+        scale = edge / max(min(width, height), 1)
         most = max(_PIXELS, _PIXELS_PER_BYTE * file.stat().st_size)
-        if width * height > most or wide * high > _PIXELS:  # a few bytes can stand for gigabytes
-            raise ValueError(
+        if width * height > most or round(width * scale) * round(height * scale) > _PIXELS:
+            raise ValueError(  # a few bytes can stand for gigabytes
                 f"{width}x{height} pixels in {file.stat().st_size:,} bytes; that is no photograph, leave it out"
             )
-        whole = opened if opened.mode == "RGB" else opened.convert("RGB")
-        picture = whole.resize((wide, high))
-    left, top = (wide - _CROP) // 2, (high - _CROP) // 2
-    pixels = bytearray(picture.crop((left, top, left + _CROP, top + _CROP)).tobytes())
-    values = torch.frombuffer(pixels, dtype=torch.uint8).reshape(_CROP, _CROP, 3)
-    return (values.permute(2, 0, 1) / 255 - mean) / spread
+        return opened.convert("RGB")
 
 
 def _function_batches(source: str) -> Iterator[Any]:

@@ -97,6 +97,15 @@ def named_weights(spec: str, weights: str) -> Any:
     return known[weights]
 
 
+def default_weights(spec: str) -> Any:
+    """Return torchvision's default weights of a model, or None if it has no weights for the model."""
+    name = spec.partition(":")[2]
+    _check_torchvision(name)
+    from torchvision.models import get_model_weights
+
+    return get_model_weights(name).__members__.get("DEFAULT")
+
+
 def build_pretrained(spec: str, weights: Any) -> nn.Module:
     """Build a model of torchvision with its pretrained weights, which torchvision downloads. Raises ValueError."""
     from torchvision.models import get_model

@@ -99,7 +99,7 @@ def data_of(arguments: argparse.Namespace) -> Any:
         if given:
             raise ValueError("--samples and --sample-tokens have no effect without --data")
         return None
-    return load_data(arguments.data, arguments.model, **given)
+    return load_data(arguments.data, arguments.model, weights=arguments.weights, **given)
 
 
 def given_inputs(arguments: argparse.Namespace) -> bool:

@@ -43,7 +43,7 @@ def test_texts_are_cut_into_pieces_of_one_length(words: Path) -> None:
     [
         ("texts", "hf:{}/model", {"tokens": 200}, "the texts have 103 tokens, less than one sample of 200"),
         ("texts", "hf:{}/model", {"samples": 0}, "--samples and --sample-tokens must be positive"),
-        ("texts", "my.models:small", {}, "texts need an hf:FOLDER model with a tokenizer.json"),
+        ("texts", "my.models:small", {}, "texts need an hf:FOLDER model with a tokenizer \\("),
         ("model", "hf:{}/model", {}, "no text or picture"),
         ("nothing", "hf:{}/model", {}, "there is no such file or folder, nor such a function"),
         ("json:nothing", "hf:{}/model", {}, "there is no such file or folder, nor such a function"),
@@ -68,6 +68,63 @@ def test_pictures(tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("a text")
     with pytest.raises(ValueError, match="both texts and pictures"):
         load_data(str(tmp_path), "torchvision:resnet18")
+
+
+def test_pictures_come_through_the_models_own_processor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = pytest.importorskip("PIL.Image", reason="pillow is missing: pip install pillow")
+    (tmp_path / "pictures").mkdir()
+    for number in range(2):
+        image.new("RGB", (300, 400), (255, 0, 0)).save(tmp_path / "pictures" / f"{number}.png")
+
+    def read(model: str, **options: str) -> object:
+        (batch,) = load_data(str(tmp_path / "pictures"), model, samples=2, **options)
+        return batch
+
+    def about() -> str:
+        return capsys.readouterr().err
+
+    batch = read("torchvision:vit_b_16", weights="IMAGENET1K_SWAG_E2E_V1")
+    assert batch.shape == (2, 3, 384, 384)
+    assert "pictures by the transforms of torchvision's ViT_B_16_Weights.IMAGENET1K_SWAG_E2E_V1" in about()
+    assert read("torchvision:vit_b_16").shape == (2, 3, 224, 224)
+    assert "ViT_B_16_Weights.IMAGENET1K_V1" in about()
+    batch = read("timm:vit_tiny_patch16_384")
+    assert batch.shape == (2, 3, 384, 384)
+    assert batch[1, :, 0, 0].tolist() == [1.0, -1.0, -1.0]  # a mean of 0.5, and not ImageNet's
+    assert "timm's configuration of vit_tiny_patch16_384" in about()
+    batch = read("my.models:build")
+    torch.testing.assert_close(batch[0, 0, 0, 0], torch.tensor((1 - 0.485) / 0.229))
+    assert "no processor is known for my.models:build; as ImageNet's: scaled to 256, cropped to 224" in about()
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=16
+    )
+    folder = tmp_path / "vit"
+    transformers.ViTModel(config).save_pretrained(folder)
+    assert read(f"hf:{folder}").shape == (2, 3, 224, 224)
+    assert "no processor is known" in about()
+    numbers = {"size": {"height": 32, "width": 32}, "image_mean": [0.25] * 3, "image_std": [0.5] * 3}
+    transformers.ViTImageProcessor(**numbers).save_pretrained(folder)
+    batch = read(f"hf:{folder}")
+    assert list(batch) == ["pixel_values"]
+    assert batch["pixel_values"].shape == (2, 3, 32, 32)
+    assert batch["pixel_values"][1, :, 0, 0].tolist() == [1.5, -0.5, -0.5]
+    assert f"ViTImageProcessor of hf:{folder}" in about().replace("Fast", "").replace("Pil", "")
+    out = ["--out", str(tmp_path / "out.safetensors")]
+    data = ["--data", str(tmp_path / "pictures"), "--samples", "2", "--method", "wanda"]
+    assert main(["compress", "--model", f"hf:{folder}", *data, "--sparsity", "0.5", "--format", "csr", *out]) == 0
+
+
+def test_texts_come_through_the_models_own_tokenizer(words: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    transformers = pytest.importorskip("transformers")
+    plain = list(load_data(str(words / "texts"), f"hf:{words / 'model'}", samples=2, tokens=10))
+    assert "token ids by tokenizer.json of hf:" in capsys.readouterr().err
+    file = str(words / "model" / "tokenizer.json")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=file, unk_token="w0", model_max_length=4)
+    tokenizer.save_pretrained(words / "own")
+    own = list(load_data(str(words / "texts"), f"hf:{words / 'own'}", samples=2, tokens=10))
+    assert torch.equal(own[0]["input_ids"], plain[0]["input_ids"])
+    assert f"token ids by {type(tokenizer).__name__} of hf:" in capsys.readouterr().err
 
 
 def test_pictures_that_are_none(tmp_path: Path) -> None:
