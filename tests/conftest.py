@@ -44,6 +44,25 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(str(error)) from error
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out tests of a form on an instruction set that takes the form's code from another one, where it is tested.
+
+    The module of a test says QUANTIZED = True if the values are int8, and FORM if the form is no parameter.
+    """
+    if native.available():
+        items[:] = [item for item in items if not _runs_code_of_another(item)]
+
+
+def _runs_code_of_another(item: pytest.Item) -> bool:
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    module = getattr(item, "module", None)
+    kernel, form = parameters.get("kernel"), parameters.get("form", getattr(module, "FORM", None))
+    if kernel is None or form not in (*native.INT8_FORMS, native.PAIRMASK):
+        return False
+    return native.kernel_origin(kernel, form, quantized=getattr(module, "QUANTIZED", False)) != kernel
+
+
 def pytest_deselected(items: list[pytest.Item]) -> None:
     for item in items:
         item.config.stash[DESELECTED] = True

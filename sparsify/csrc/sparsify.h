@@ -40,7 +40,7 @@ enum sparsify_activation {
 
 /* The number of this interface: whoever loads the library at run time compares it first, since a library built from
  * other sources may take other arguments. Raised with every change of a declaration below. */
-#define SPARSIFY_INTERFACE 1
+#define SPARSIFY_INTERFACE 2
 SPARSIFY_API int sparsify_interface(void);
 
 /* ---- instruction sets ------------------------------------------------------------------------------------------ */
@@ -53,6 +53,9 @@ SPARSIFY_API const char *sparsify_kernel(void);
 SPARSIFY_API int sparsify_set_kernel(const char *name);
 /* How the environment variable SPARSIFY_KERNEL was understood: OK, UNKNOWN_KERNEL or UNSUPPORTED_KERNEL. */
 SPARSIFY_API int sparsify_kernel_status(void);
+/* The table whose code a table runs for a form, with int8 values if quantized is not 0: a set of instructions that adds
+ * a few kernels to another takes the rest from there. NULL for an unknown name or form. */
+SPARSIFY_API const char *sparsify_kernel_origin(const char *name, int form, int quantized);
 
 /* ---- threads ---------------------------------------------------------------------------------------------------- */
 

@@ -17,6 +17,7 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     needs_native,
 ]
+FORM = "panel"  # an instruction set with panel kernels of its own has training kernels of its own
 EPS = 2.0**-24
 JIT_WARNS = pytest.mark.filterwarnings("ignore:`torch.jit")  # torch's own forward-mode derivatives use it
 

@@ -138,6 +138,22 @@ int sparsify_set_kernel(const char *name) {
     return choice.status;
 }
 
+const char *sparsify_kernel_origin(const char *name, int form, int quantized) {
+    if (!name || form < 0 || form >= SPARSIFY_N_FORMS) return nullptr;
+    const KernelTable *of = nullptr, *origin = nullptr;
+    for (const Known &known : best_first) {  // a table comes before the one that it copies
+        const KernelTable *table = known.table();
+        if (strcmp(name, table->name) == 0) of = table;
+        if (!of) continue;
+        bool same = true;
+        for (int dtype = 0; dtype < SPARSIFY_N_DTYPES; ++dtype)
+            same &= quantized ? of->linear_int8[form][dtype] == table->linear_int8[form][dtype]
+                              : of->linear[form][dtype] == table->linear[form][dtype];
+        if (same) origin = table;
+    }
+    return origin ? origin->name : nullptr;
+}
+
 int sparsify_linear(int form, int dtype, const sparsify_linear_call *call) {
     if (form < 0 || form >= SPARSIFY_N_FORMS || dtype < 0 || dtype >= SPARSIFY_N_DTYPES || !is_sound(*call))
         return SPARSIFY_BAD_ARGUMENT;

@@ -24,7 +24,7 @@ INT8_FORMS = (*FORMS, *QUANTIZES_INPUTS)
 #: The form of bfloat16 values and inputs alone; it is made for AMX, and slow on any other instruction set.
 PAIRMASK = "pairmask"
 MOST_QUANTIZED_IN = 65536  # SPARSIFY_MOST_QUANTIZED_IN
-INTERFACE = 1  # SPARSIFY_INTERFACE
+INTERFACE = 2  # SPARSIFY_INTERFACE
 ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -66,6 +66,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, f"{_LIBRARY} was built from other sources; build it again: python setup.py build_native"
     library.sparsify_kernel.restype = library.sparsify_known_kernels.restype = ctypes.c_char_p
     library.sparsify_set_kernel.argtypes = [ctypes.c_char_p]
+    library.sparsify_kernel_origin.restype = ctypes.c_char_p
+    library.sparsify_kernel_origin.argtypes = [ctypes.c_char_p, _int, _int]
     return library, ""
 
 
@@ -137,6 +139,17 @@ def set_kernel(name: str) -> None:
     status = _loaded().sparsify_set_kernel(name.encode())
     if status:
         _raise_kernel(name, status)
+
+
+def kernel_origin(name: str, form: str, *, quantized: bool) -> str:
+    """Return the instruction set whose code the kernels of another one run for a form, with int8 values if quantized.
+
+    "avx512vnni" runs "panel" by the code of "avx512", and "quads" by its own.
+    """
+    origin: bytes | None = _loaded().sparsify_kernel_origin(name.encode(), _FORM_NUMBERS[form], quantized)
+    if origin is None:
+        raise ValueError(f"{name}: unknown kernel; known: {', '.join(known_kernels())}")
+    return origin.decode()
 
 
 def forget_stalls() -> None:

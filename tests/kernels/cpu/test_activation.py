@@ -6,6 +6,7 @@ from table import ACTIVATIONS, FORMS, pack
 
 from sparsify.kernels.cpu import library as native
 
+FORM = "panel"
 N = 64
 ULPS = {"relu": 0, "gelu": 4, "silu": 4}
 
@@ -20,7 +21,7 @@ def activate(form: str, a: torch.Tensor, activation: str) -> torch.Tensor:
 def test_error_in_units_of_the_last_place(kernel, activation):
     size = torch.cat([torch.logspace(-30, 1.1, 64 * 256, dtype=torch.float64), torch.linspace(0, 12, 64 * 256)]).float()
     a = torch.cat([size, -size])
-    y = activate("panel", a, activation).double()
+    y = activate(FORM, a, activation).double()
     exact = ACTIVATIONS[activation](a.double())
     if activation == "gelu":  # torch's own formula cancels in the lower tail, in float64 too
         exact = a.double() * torch.special.erfc(-a.double() / 2**0.5) / 2

@@ -6,6 +6,8 @@ from table import before_a_guard_page
 
 from sparsify.kernels.cpu import training
 
+FORM = "panel"  # an instruction set with panel kernels of its own has these of its own
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_what_the_mask_does_not_keep_becomes_zero(kernel, dtype):

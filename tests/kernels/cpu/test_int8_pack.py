@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparsify.kernels.cpu import library as native
 
+QUANTIZED = True
 every_form = pytest.mark.parametrize("form", native.QUANTIZES_INPUTS)
 
 

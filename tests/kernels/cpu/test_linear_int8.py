@@ -20,6 +20,7 @@ from torch import Tensor
 from sparsify.kernels import reference
 from sparsify.kernels.cpu import library as native
 
+QUANTIZED = True
 every_form = pytest.mark.parametrize("form", native.INT8_FORMS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 exact_form = pytest.mark.parametrize("form", native.QUANTIZES_INPUTS)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sparsify.kernels.cpu import library as native
 
+FORM = "panel"  # whose code pointwise is: tests/conftest.py
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 #: (images, height, width): one position, odd planes, around a vector (16) and a tile (64) of tokens, several tiles.
