@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from tested_kernels import TestedKernels
+from tested_kernels import TestedKernels, needs_native
 
 from sparsify.kernels.cpu import library as native
 
@@ -44,7 +44,25 @@ def test_only_a_machine_without_a_compiler_may_test_none():
     assert "not there" in broken.fault(whole_suite=False)
 
 
-@pytest.mark.skipif(not native.available(), reason=f"no native kernels: {native.why_missing()}")
+@needs_native
+def test_code_that_instruction_sets_share_is_known():
+    """Leaving its tests out on all but one of them depends on that."""
+    for name in native.known_kernels():
+        for form in native.FORMS:
+            assert native.kernel_origin(name, form, quantized=False) in ("avx512", "avx2", "portable")
+    for name, form, quantized, origin in (
+        ("avx512vnni", "panel", False, "avx512"),
+        ("avx512amx", "quads", True, "avx512vnni"),
+        ("avx512amx", "quadmask", True, "avx512amx"),
+        ("avxvnni", "quads", True, "avxvnni"),
+    ):
+        if name in native.known_kernels():
+            assert native.kernel_origin(name, form, quantized=quantized) == origin
+    with pytest.raises(ValueError, match="sse9: unknown kernel; known: .*portable"):
+        native.kernel_origin("sse9", "panel", quantized=False)
+
+
+@needs_native
 def test_a_run_without_its_library_skips_kernel_tests_and_fails():
     """The hooks of pytest use all that: the skips give the reason, the last line too, and the exit status is 1."""
     folder = Path(__file__).parents[1]
