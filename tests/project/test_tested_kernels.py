@@ -58,7 +58,7 @@ def test_code_that_instruction_sets_share_is_known():
     ):
         if name in native.known_kernels():
             assert native.kernel_origin(name, form, quantized=quantized) == origin
-    with pytest.raises(ValueError, match="sse9: unknown kernel; known: .*portable"):
+    with pytest.raises(ValueError, match=r"sse9: unknown kernel; known: .*portable"):
         native.kernel_origin("sse9", "panel", quantized=False)
 
 
