@@ -40,7 +40,7 @@ enum sparsify_activation {
 
 /* The number of this interface: whoever loads the library at run time compares it first, since a library built from
  * other sources may take other arguments. Raised with every change of a declaration below. */
-#define SPARSIFY_INTERFACE 2
+#define SPARSIFY_INTERFACE 3
 SPARSIFY_API int sparsify_interface(void);
 
 /* ---- instruction sets ------------------------------------------------------------------------------------------ */
@@ -156,6 +156,32 @@ struct sparsify_pointwise_call {
 };
 
 SPARSIFY_API int sparsify_pointwise(int dtype, const struct sparsify_pointwise_call *call);
+
+/* A convolution of images x (n_images, channels, height, width) without groups: the weight, in the form panel, is
+ * (out, channels * kernel_height * kernel_width), its columns in this order. Output row i, column j is at row
+ * i * stride_height - top, column j * stride_width - left of the image, the first position of the kernel; positions
+ * outside of the image count as zeros, before it and, as far as out_height and out_width reach, behind it. The sum for
+ * an output o is multiplied by scale[o] before the bias. Strides of x count elements; either columns or channels are
+ * neighbours. y has no gaps: (n_images, out, out_height, out_width), or with y_channels_last (n_images, out_height,
+ * out_width, out).
+ */
+struct sparsify_convolution_call {
+    const uint8_t *index;
+    const void *values;
+    const float *scale; /* may be NULL, for ones */
+    const void *bias;   /* may be NULL */
+    const void *x;
+    int64_t x_image_stride, x_channel_stride, x_row_stride, x_column_stride;
+    void *y;
+    int64_t y_channels_last;
+    int64_t n_images, channels, height, width;
+    int64_t out, out_height, out_width;
+    int64_t kernel_height, kernel_width, stride_height, stride_width;
+    int64_t top, left, dilation_height, dilation_width;
+    int64_t activation, n_threads;
+};
+
+SPARSIFY_API int sparsify_convolution(int dtype, const struct sparsify_convolution_call *call);
 
 /* ---- gradient of the kept weights --------------------------------------------------------------------------------
  * y[o, k] = sum over tokens of grad[t, o] * x[t, k] for every kept (o, k) of a CSR matrix that pack has accepted, in

@@ -8,8 +8,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_input
 
 from sparsify.kernels.csr import CSR, csr_to_dense
+from sparsify.kernels.geometry import Geometry
 
 #: What may follow the product and the bias, by name.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -45,6 +47,38 @@ def pointwise(x: Tensor, csr: CSR, bias: Tensor | None, shape: tuple[int, int], 
     weight, _ = csr_to_dense(csr, shape)
     with torch.autocast(x.device.type, enabled=False):
         return ACTIVATIONS[activation](F.conv2d(x, weight[:, :, None, None], bias))
+
+
+def convolution(
+    x: Tensor,
+    csr: CSR,
+    bias: Tensor | None,
+    shape: tuple[int, int],
+    geometry: Geometry,
+    activation: str = "none",
+    scale: Tensor | None = None,
+) -> Tensor:
+    """Convolve images (n, channels, height, width) with a CSR weight (out, channels * kernel), as nn.Conv2d does.
+
+    scale: float32 (out), multiplies the sums before the bias is added.
+    """
+    weight = csr_to_dense(csr, shape)[0].view(shape[0], -1, *geometry.kernel)
+    with torch.autocast(x.device.type, enabled=False):
+        y = F.conv2d(x, weight, bias if scale is None else None, *geometry[1:])
+        if scale is not None:
+            y = y * scale[:, None, None]
+            y = (y if bias is None else y + bias[:, None, None]).to(x.dtype)
+        return ACTIVATIONS[activation](y)
+
+
+def convolution_grad_input(
+    grad: Tensor, csr: CSR, shape: tuple[int, int], geometry: Geometry, image: tuple[int, int]
+) -> Tensor:
+    """Return the gradient of the images (n, channels, *image), given that of a convolution's outputs."""
+    weight = csr_to_dense(csr, shape)[0].view(shape[0], -1, *geometry.kernel)
+    size = (len(grad), weight.shape[1], *image)
+    with torch.autocast(grad.device.type, enabled=False):
+        return conv2d_input(size, weight, grad, geometry.stride, geometry.padding, geometry.dilation)  # type: ignore[no-any-return]
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,7 @@
 #include "bitmask/avx2.inc.h"
 #include "gather/avx2.inc.h"
 #include "linalg/cholesky.inc.h"
-#include "panel/kernel.inc.h"
+#include "panel/convolution.inc.h"
 #include "quads/fill.inc.h"
 // after filling
 #include "quads/kernel.inc.h"
@@ -41,6 +41,7 @@ const KernelTable *avx2_table() {
             {nullptr, nullptr},
         },
         {pointwise_panel<float>, pointwise_panel<uint16_t>},
+        {convolution_panel<float>, convolution_panel<uint16_t>},
         GATHER_TILE,
         sddmm_f32,
         factor_f32,

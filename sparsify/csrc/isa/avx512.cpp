@@ -7,7 +7,7 @@
 #include "bitmask/avx512.inc.h"
 #include "gather/avx512.inc.h"
 #include "linalg/cholesky.inc.h"
-#include "panel/kernel.inc.h"
+#include "panel/convolution.inc.h"
 #include "quads/fill_avx512.inc.h"
 // after filling
 #include "quads/kernel.inc.h"
@@ -41,6 +41,7 @@ const KernelTable *avx512_table() {
             {nullptr, nullptr},
         },
         {pointwise_panel<float>, pointwise_panel<uint16_t>},
+        {convolution_panel<float>, convolution_panel<uint16_t>},
         GATHER_TILE,
         sddmm_f32,
         factor_f32,

@@ -97,6 +97,15 @@ bool is_sound(const sparsify_linear_call &call) {
            call.first_row <= call.end_row && call.end_row <= call.out;
 }
 
+bool is_sound(const sparsify_convolution_call &call) {
+    return call.n_images >= 0 && call.channels >= 0 && call.height >= 0 && call.width >= 0 && call.out >= 0 &&
+           call.out_height >= 0 && call.out_width >= 0 && call.kernel_height >= 1 && call.kernel_width >= 1 &&
+           call.stride_height >= 1 && call.stride_width >= 1 && call.top >= 0 && call.left >= 0 &&
+           call.dilation_height >= 1 && call.dilation_width >= 1 && call.n_threads >= 1 &&
+           call.activation >= SPARSIFY_NONE && call.activation <= SPARSIFY_SILU &&
+           (call.x_column_stride == 1 || call.x_channel_stride == 1);
+}
+
 }  // namespace
 
 const KernelTable *kernel_in_use() { return current().table; }
@@ -204,5 +213,12 @@ int sparsify_pointwise(int dtype, const sparsify_pointwise_call *call) {
     if (call->n_images == 0 || call->image.tokens == 0 || call->image.first_row == call->image.end_row)
         return SPARSIFY_OK;
     return current().table->pointwise[dtype](*call);
+}
+
+int sparsify_convolution(int dtype, const sparsify_convolution_call *call) {
+    if (dtype < 0 || dtype >= SPARSIFY_N_DTYPES || !is_sound(*call)) return SPARSIFY_BAD_ARGUMENT;
+    if (current().status) return current().status;
+    if (call->n_images == 0 || call->out == 0 || call->out_height == 0 || call->out_width == 0) return SPARSIFY_OK;
+    return current().table->convolution[dtype](*call);
 }
 }

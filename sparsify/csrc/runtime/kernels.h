@@ -16,6 +16,8 @@ using Int8Call = sparsify_int8_call;
 using Int8Kernel = int (*)(const Int8Call &);
 using PointwiseCall = sparsify_pointwise_call;
 using PointwiseKernel = int (*)(const PointwiseCall &);
+using ConvolutionCall = sparsify_convolution_call;
+using ConvolutionKernel = int (*)(const ConvolutionCall &);
 
 // One instruction set: its name and a kernel for every form and dtype; null where a form has none.
 struct KernelTable {
@@ -23,6 +25,7 @@ struct KernelTable {
     LinearKernel linear[SPARSIFY_N_FORMS][SPARSIFY_N_DTYPES];
     Int8Kernel linear_int8[SPARSIFY_N_FORMS][SPARSIFY_N_DTYPES];
     PointwiseKernel pointwise[SPARSIFY_N_DTYPES];
+    ConvolutionKernel convolution[SPARSIFY_N_DTYPES];
     GatherTile gather_tile;  // that pack writes for these kernels
     int (*sddmm)(const sparsify_sddmm_call &);
     int (*factor)(const sparsify_factor_call &);
