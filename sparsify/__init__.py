@@ -13,6 +13,7 @@ from sparsify.checkpoint.save_load import load, save
 from sparsify.conversion.convert import convert, masks_from_zeros, to_dense
 from sparsify.errors import (
     CheckpointError,
+    DefaultTypesWarning,
     LeftDenseWarning,
     MeasuredElsewhereWarning,
     PaddingWarning,
@@ -44,6 +45,7 @@ __all__ = [
     "CSRConv2d",
     "CSRLinear",
     "CheckpointError",
+    "DefaultTypesWarning",
     "LeftDenseWarning",
     "MeasuredElsewhereWarning",
     "PaddingWarning",

@@ -15,6 +15,10 @@ class RecipeError(ValueError):
     """An invalid recipe, or one for another model. The message names the file, the line and the key."""
 
 
+class DefaultTypesWarning(UserWarning):
+    """A model is made of convolutions, so that `convert` takes them unasked. The message has their share."""
+
+
 class LeftDenseWarning(UserWarning):
     """Some layers were left dense on purpose. The message names them, the reason, and their share of the parameters."""
 

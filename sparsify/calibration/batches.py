@@ -153,6 +153,9 @@ def naming_batch(number: int) -> Iterator[None]:
         raise ValueError(f"the model does not run on batch {number} of the calibration data: {reason}") from error
 
 
-def input_rows(tensor: Tensor, counts: Tensor | None) -> Tensor:
-    """Return the rows (rows, features) of a tensor (..., features): those with a True in `counts`, or all (None)."""
-    return tensor.reshape(-1, tensor.shape[-1]) if counts is None else tensor[counts]
+def input_rows(tensor: Tensor, counts: Tensor | None, n_last: int = 1) -> Tensor:
+    """Return the rows (rows, features) of a tensor (..., features): those with a True in `counts`, or all (None).
+
+    n_last: the number of dimensions of a row.
+    """
+    return tensor.reshape(-1, *tensor.shape[-n_last:]) if counts is None else tensor[counts]

@@ -77,12 +77,13 @@ def all_reduce_gram(gram: Gram | None, error: ValueError | None = None) -> Gram:
         return gram
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
     has_cross = gram is not None and gram.cross is not None
-    state = torch.tensor([0 if gram is None else len(gram.sum), int(error is not None), int(has_cross)], device=device)
+    sizes = (0, 1) if gram is None else (gram.sum.shape[-1], gram.n_groups)
+    state = torch.tensor([*sizes, int(error is not None), int(has_cross)], device=device)
     dist.all_reduce(state, op=dist.ReduceOp.MAX)
-    n_features, failed, crosses = state.tolist()
+    n_features, n_groups, failed, crosses = state.tolist()
     if failed:
         raise error or ValueError("another process found its calibration data wrong; its message says how")
-    total = gram or Gram(n_features, device)
+    total = gram or Gram(n_features, device, n_groups)
     matrix, n_rows = total.sum.to(device), torch.tensor(total.n_rows, device=device)
     dist.all_reduce(matrix)
     if crosses:

@@ -22,6 +22,7 @@ from sparsify.calibration.block_call import BlockCall, first_tensor, hidden_stat
 from sparsify.calibration.output_cache import OutputCache
 from sparsify.calibration.replay import ModelReplay, run_module
 from sparsify.layer_names import join
+from sparsify.layers import MaskedLayer
 
 #: Reasons for a layer without evidence.
 NEVER_RAN = "never ran on the calibration data"
@@ -78,7 +79,7 @@ class TraceRecorder:
         self.groups: list[list[str]] = []
         self.outputs: dict[str, list[BlockCall | None]] = {}  # one entry per call; None for one with a side effect
         self.links: set[tuple[str, str]] = set()
-        self._input: tuple[Tensor, int] | None = None  # of the last group
+        self._input: tuple[Tensor, tuple[Any, ...]] | None = None  # of the last group, with the key of its rows
         self._hidden: dict[int, tuple[str, Tensor]] = {}  # by sequence, its last block so far and the block's output
         self._versions: dict[str, int] = {}
 
@@ -129,11 +130,12 @@ class TraceRecorder:
             self._update_unseen(name, tensor)
         if self.n_calls[name] > 1:
             return
-        if self._input is not None and self._input[0] is tensor and self._input[1] == _version(tensor):
+        key = _version(tensor), module.rows_key if isinstance(module, MaskedLayer) else ()
+        if self._input is not None and self._input[0] is tensor and self._input[1] == key:
             self.groups[-1].append(name)
         else:
             self.groups.append([name])
-        self._input = tensor, _version(tensor)
+        self._input = tensor, key
 
     def _update_unseen(self, name: str, tensor: Tensor) -> None:
         """Remove a layer from the unseen ones if its input is evidence, else update the reason."""

@@ -72,6 +72,7 @@ def calibrate_groups(
     Raises ValueError, naming layer and batch, if the model does not run on the data, an input holds NaN or Inf, a layer
     never runs, or a layer of `choosing` has no evidence in the data.
     """
+    _check_rows(model, layers)
     batches = read_batches(model, data)
     with eval_without_cache(model), contextlib.ExitStack() as stores:
         choosing = layers if choosing is None else choosing
@@ -87,6 +88,17 @@ def calibrate_groups(
                 run.finish(group)
             elif chain not in replay.finals:
                 yield from run.calibrate_chain(chain, dense=dense)
+
+
+def _check_rows(model: nn.Module, layers: Iterable[str]) -> None:
+    """Raise ValueError, naming the layer, for one whose weight is no factor of rows of its input."""
+    for name in layers:
+        layer = model.get_submodule(name)
+        if isinstance(layer, MaskedLayer) and not layer.multiplies_rows:
+            raise ValueError(
+                f"{name or '(root)'}: a {type(layer).__name__} does not multiply its weight with rows of its input, "
+                f"which calibration needs; leave it dense with exclude=[{name!r}], or prune it without data"
+            )
 
 
 def _trace_and_padding(
@@ -156,7 +168,7 @@ class _SequentialRun:
         finally:
             hook.remove()
         gram = all_reduce_gram(total.gram or _empty_gram(total.layer), failed)
-        if not bool(gram.sum.diagonal().any()):
+        if gram.is_empty:
             reason = (ONLY_ZEROS if gram.n_rows else NO_ROWS) + ", behind the layers that were pruned before"
             refuse_unseen(dict.fromkeys((name for name in group if name in self.choosing), reason), _REMEDY)
         return CalibratedGroup(group, gram, block)
@@ -233,12 +245,25 @@ class _SequentialRun:
     def rows(self, name: str, number: int, n_before: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         """Return the rows (rows, in_features) that a layer multiplies its weight with, without padding.
 
-        args and kwargs are those of its call after `n_before` others in batch `number`.
+        args and kwargs are those of its call after `n_before` others in batch `number`. With groups, rows are
+        (rows, input_groups, in_features).
         """
         layer, tensor = self.replay.model.get_submodule(name), first_tensor(args, kwargs)
         rows = layer.rows(tensor) if isinstance(layer, MaskedLayer) else tensor
-        counts = self.padding.counts(("input", name), n_before, rows.shape[:-1], self.replay.batches[number])
-        return input_rows(rows, counts)
+        n_last = 2 if isinstance(layer, MaskedLayer) and layer.input_groups > 1 else 1
+        counts = self.padding.counts(("input", name), n_before, rows.shape[:-n_last], self.replay.batches[number])
+        return input_rows(rows, counts, n_last)
+
+    def row_parts(
+        self, name: str, number: int, n_before: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Iterator[Tensor]:
+        """Yield the same rows in parts of bounded memory; in one where padding is left out."""
+        layer = self.replay.model.get_submodule(name)
+        if not isinstance(layer, MaskedLayer) or self.padding.layouts.get(("input", name)):
+            yield self.rows(name, number, n_before, args, kwargs)
+            return
+        for part in layer.row_parts(first_tensor(args, kwargs)):
+            yield input_rows(part, None, 2 if layer.input_groups > 1 else 1)
 
     def _new_list(self, stores: contextlib.ExitStack) -> SpillingTensorList:
         return stores.enter_context(SpillingTensorList(len(self.replay.batches), self.budget))
@@ -260,15 +285,27 @@ class _GramSum:
         self.number, self.n_calls = number, 0
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        rows = self.run.rows(self.name, self.number, self.n_calls, args, kwargs)
+        rows_of = self.run.row_parts if self.dense_rows is None else self._whole
+        for rows in rows_of(self.name, self.number, self.n_calls, args, kwargs):
+            self._add(rows)
         self.n_calls += 1
-        if isinstance(self.layer, MaskedLayer) and rows.shape[1] != self.layer.shape[1]:
+        if self.name in self.run.trace.ran_once:
+            raise StopForward
+
+    def _whole(self, *call: Any) -> Iterator[Tensor]:
+        """Yield all rows of a call at once, as those of the dense model are stored."""
+        yield self.run.rows(*call)
+
+    def _add(self, rows: Tensor) -> None:
+        """Add some rows of a call."""
+        n_groups = self.layer.input_groups if isinstance(self.layer, MaskedLayer) else 1
+        if isinstance(self.layer, MaskedLayer) and rows.shape[-1] != self.layer.shape[1]:
             raise ValueError(
                 f"{self.name}: a {type(self.layer).__name__} does not multiply its weight with rows of its input, "
                 f"which calibration needs; leave it dense with exclude=[{self.name!r}], or prune it without data"
             )
         if self.gram is None:
-            self.gram = Gram(rows.shape[1], rows.device)
+            self.gram = Gram(rows.shape[-1], rows.device, n_groups)
         dense = None if self.dense_rows is None else self.dense_rows[self.number]
         if dense is not None and dense.shape != rows.shape:
             dense = rows  # a router has sent other rows here since
@@ -277,12 +314,12 @@ class _GramSum:
         except ValueError as error:
             reason = f"its input in batch {self.number} of the calibration data {error}"
             raise ValueError(f"{self.name}: {reason}") from None
-        if self.name in self.run.trace.ran_once:
-            raise StopForward
 
 
 def _empty_gram(layer: nn.Module) -> Gram:
     """Return the Gram matrix of a layer without a call."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    return Gram(layer.shape[1] if isinstance(layer, MaskedLayer) else weight.shape[1], weight.device)
+    if isinstance(layer, MaskedLayer):
+        return Gram(layer.shape[1], weight.device, layer.input_groups)
+    return Gram(weight.shape[1], weight.device)

@@ -12,7 +12,7 @@ from sparsify.checkpoint.container import Header, LayerEntry
 from sparsify.checkpoint.shared_tensors import as_bytes
 from sparsify.checkpoint.state_names import Names
 from sparsify.checkpoint.weight_codec import StoredWeight
-from sparsify.conversion.converters.table import matrices
+from sparsify.conversion.converters.table import matrices, packed_type
 from sparsify.conversion.module_surgery import own_mask
 from sparsify.conversion.writable import cannot_be_written
 from sparsify.errors import CheckpointError
@@ -66,6 +66,12 @@ def check_layers(names: Names, layers: Mapping[str, LayerEntry]) -> None:
                     if module is None
                     else f"a {type(module).__name__} there (load onto a dense model)"
                 )
+            )
+        assert module is not None
+        if entry.module == "CSRLinear" and packed_type(module) is None:
+            raise CheckpointError(
+                f"for another architecture: {name or '(root)'} is packed in the file, and the model has a "
+                f"{type(module).__name__} there that is never packed"
             )
         if weight.shape != entry.shape:
             raise CheckpointError(

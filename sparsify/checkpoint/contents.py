@@ -90,7 +90,10 @@ def _storable_state(names: Names) -> dict[str, Any]:
 
 
 def _linear_layers(names: Names) -> dict[str, nn.Module]:
-    """Return the layers with packed weights in the file: ours, and dense ones with a weight of their own."""
+    """Return the layers with packed weights in the file: ours, and dense ones with a weight of their own.
+
+    A dense table is one of them only after an export: any other may have been tied to a layer.
+    """
     used: dict[int, int] = {}
     for module in names.modules.values():
         for parameter in module._parameters.values():
@@ -102,6 +105,7 @@ def _linear_layers(names: Names) -> dict[str, nn.Module]:
         or (
             any(type(module) is converter.dense and converter.layers(module) == ("",) for converter in converters())
             and module._parameters.get("weight") is not None
+            and (not isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or form_choice(module) is not None)
             and "" in matrices(module)
             and used.get(id(module._parameters.get("weight"))) == 1
         )

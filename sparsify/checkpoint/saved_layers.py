@@ -14,13 +14,13 @@ from sparsify.checkpoint.shared_tensors import restore_sharing
 from sparsify.checkpoint.state_names import Names
 from sparsify.checkpoint.weight_codec import StoredWeight
 from sparsify.conversion.converters.functional import functional_kind
-from sparsify.conversion.converters.table import Converter, converter_for, dependent_modules, matrices
+from sparsify.conversion.converters.table import Converter, converter_for, dependent_modules, matrices, packed_type
 from sparsify.conversion.module_surgery import replace, replace_in_place
 from sparsify.conversion.transaction import Transaction
 from sparsify.errors import CheckpointError, MeasuredElsewhereWarning
 from sparsify.hardware.machine import machine_name
 from sparsify.kernels import FORMS, form_for
-from sparsify.kernels.csr import CSR
+from sparsify.kernels.csr import CSR, csr_to_dense
 from sparsify.layer_names import join
 from sparsify.layers import Int8Embedding, MaskedLayer
 from sparsify.layers.functional_module import layer_name
@@ -96,8 +96,9 @@ def _make(entry: LayerEntry, old: nn.Module, stored: StoredWeight, choice: FormC
 
     On a device without kernels for it, another form stands in, until the layer is moved to a device with them.
     """
-    if isinstance(old, nn.Embedding):
+    if entry.module == "Embedding":
         assert stored.scale is not None
+        assert isinstance(old, nn.Embedding)
         device = stored.values.device if old.weight.is_meta else old.weight.device
         rows = stored.values.to(device), stored.scale.to(device)
         return Int8Embedding(*rows, stored.dtype, old.padding_idx).train(old.training)
@@ -105,21 +106,21 @@ def _make(entry: LayerEntry, old: nn.Module, stored: StoredWeight, choice: FormC
     assert converter is not None
     assert issubclass(converter.sparse, MaskedLayer)
     device = stored.values.device if weight.is_meta else weight.device
-    wanted = choice.form if choice and entry.module == "CSRLinear" and choice.form in FORMS else "csr"
-    packed = entry.module == "CSRLinear"
+    settings = converter.sparse.settings_of(old)
+    packed = packed_type(old) if entry.module == "CSRLinear" else None
     on_device = CSR(*(part.to(device) for part in (stored.csr if packed else stored.plain)))
-    scale = stored.scale.to(device) if packed and stored.scale is not None else None
-    form = form_for(wanted, on_device, entry.shape, stored.dtype)
-    layer = converter.packed(
+    if packed is None:
+        sparse = converter.sparse.from_matrix(*csr_to_dense(on_device, entry.shape), bias, settings)
+        sparse.weight.requires_grad_(weight.requires_grad)
+        return sparse if entry.module == "SparseLinear" else converter.to_dense(sparse)
+    wanted = choice.form if choice and choice.form in FORMS else "csr"
+    layer = packed(
         *(entry.in_features, entry.out_features, on_device, bias),
-        scale=scale,
+        scale=stored.scale.to(device) if stored.scale is not None else None,
         dtype=stored.dtype,
-        form=form,
+        form=form_for(wanted, on_device, entry.shape, stored.dtype),
         masked_type=converter.sparse,
+        dense_settings=settings,
     )
     layer.wanted_form = wanted
-    if packed:
-        return layer
-    sparse = layer.to_sparse()
-    sparse.weight.requires_grad_(weight.requires_grad)
-    return sparse if entry.module == "SparseLinear" else converter.to_dense(sparse)
+    return layer

@@ -165,7 +165,7 @@ def _data(add: Add) -> None:
 def _layers(add: Add, verb: str) -> None:
     add("--include", action="append", metavar="PATTERN", help=f"layers to {verb} (default: all)")
     add("--exclude", action="append", metavar="PATTERN", help="layers to leave dense")
-    types = "dense types to convert, instead of the default ones: Linear,Conv2d takes 1x1 convolutions too"
+    types = "dense types to convert, instead of the default ones: Linear,Conv2d"
     add("--types", type=lambda text: text.split(","), metavar="TYPE,TYPE", help=types)
     _conversion(add)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from sparsify.conversion.converters.convolution import is_depthwise
 from sparsify.conversion.converters.functional import functional_kind
 from sparsify.conversion.converters.table import (
     Converter,
@@ -18,11 +19,11 @@ from sparsify.conversion.converters.table import (
     select_converters,
 )
 from sparsify.conversion.foreign_masks import check_converted, peft_adapters
-from sparsify.conversion.left_dense import notice, uncovered
+from sparsify.conversion.left_dense import DEPTHWISE, convolutions_notice, notice, uncovered
 from sparsify.conversion.module_surgery import Model, layers_of_type, replace_in_place
 from sparsify.conversion.tied_weights import resolve_tied_weights
 from sparsify.conversion.transaction import Transaction
-from sparsify.errors import LeftDenseWarning
+from sparsify.errors import DefaultTypesWarning, LeftDenseWarning
 from sparsify.layer_names import Selector, join, select
 from sparsify.layers import Int8Embedding, MaskedLayer, PackedLayer, Tied
 from sparsify.layers.copies import warn_stale
@@ -30,6 +31,7 @@ from sparsify.layers.deferred import unfuse_activations
 from sparsify.layers.fsdp import data_or_shape, refuse_flattened
 from sparsify.layers.functional_module import Functional
 from sparsify.layers.functional_module import undo as undo_unfuse
+from sparsify.layers.held_weight import HeldWeight
 from sparsify.layers.inference_mode import making_tensors
 from sparsify.layers.records import set_form_choice
 from sparsify.layers.tied import tie, untie
@@ -45,6 +47,7 @@ class Plan:
     left: the modules left dense, each with the reason.
     weights: the matrix (out_features, in_features) of every chosen layer, masked now or by this plan.
     shared: the modules to be tied to a masked layer, each with the name of that owner.
+    converters: those in use.
     """
 
     swap: dict[str, Converter]
@@ -52,6 +55,7 @@ class Plan:
     left: dict[str, str]
     weights: dict[str, Tensor]
     shared: dict[str, str]
+    converters: tuple[Converter, ...]
 
 
 def convert(
@@ -73,7 +77,8 @@ def convert(
 
     include, exclude: layers by globs over their names, "re:" patterns, or module types; see
         `sparsify.layer_names.Selector`.
-    types: the dense types to convert at all (default: every type made of linear maps only).
+    types: the dense types to convert at all. By default every type made of linear maps only; in a model with more
+        convolutions than Linears, counted or by their weights, convolutions too, except depthwise ones.
     tied: for a weight used by several modules, such as an output head and its Embedding:
         "error": raise ValueError.
         "skip": leave the weight dense.
@@ -84,7 +89,8 @@ def convert(
 
     One LeftDenseWarning names the layers that stay dense because they cannot be swapped, and their share of the
     parameters. It also names weights outside of all convertible layers (recurrent layers, convolutions, experts,
-    einsum), if they are the majority and neither `types` nor `include` is given.
+    einsum), if they are the majority and neither `types` nor `include` is given. A DefaultTypesWarning says that
+    convolutions are taken by default, and their share.
     Raises ValueError, before any change, for a selector without a match, for a weight shared with another module, and
     for a model with nothing to convert.
 
@@ -94,13 +100,15 @@ def convert(
     plan = plan_convert(model, include=include, exclude=exclude, types=types, tied=tied, functional=functional)
     if not plan.swap and not plan.already:
         reasons = "; ".join(f"{name or '(root)'}: {why}" for name, why in list(plan.left.items())[:3])
-        public = [converter.dense for converter in select_converters(types) if converter.dense is not Transposed]
+        public = [converter.dense for converter in plan.converters if converter.dense not in (Transposed, HeldWeight)]
         names = ", ".join(map(_name, public))
         raise ValueError(f"the model has no layer that can be converted (of the types {names}). {reasons}".rstrip())
     says_what = types is not None or include not in (None, "*", ["*"])
-    rest = () if says_what else uncovered(model, plan.weights.values(), plan.left)
+    rest = () if says_what else uncovered(model, plan.weights.values(), plan.left, plan.converters)
     if said := notice(model, plan.left, rest, functional):  # before any change: warnings may be errors
         warnings.warn(said, LeftDenseWarning, stacklevel=2)
+    if not says_what and (said := convolutions_notice(model, plan.swap)):
+        warnings.warn(said, DefaultTypesWarning, stacklevel=2)
     with Transaction(model) as undo:
         _swap(model, plan, undo)
     return model
@@ -133,7 +141,9 @@ def plan_convert(
     functional: bool = False,
 ) -> Plan:
     """Return the plan of `convert` for the same arguments, with the same errors; the model is not changed."""
-    owners, left = _owners(model, select_converters(types), functional)
+    chosen = select_converters(model, types)
+    owners, left = _owners(model, chosen, functional)
+    everything = types is None and include in (None, "*", ["*"])
     readers = {
         id(child): f"{type(owner).__name__} reads its weight directly"
         for owner in model.modules()
@@ -158,6 +168,9 @@ def plan_convert(
         if id(module) in readers:
             left[name] = readers[id(module)]
             continue
+        if everything and is_depthwise(module):
+            left[name] = DEPTHWISE
+            continue
         try:
             converter.check(module)
         except ValueError as error:
@@ -177,7 +190,7 @@ def plan_convert(
     swap = {name: converter for name, converter in swap.items() if name not in skipped and name not in shared}
     weights = {layer: weight for layer, weight in weights.items() if owners[layer][0] in swap}
     swap = dependent_modules(model, {modules[name] for name in swap}) | swap
-    return Plan(swap, tuple(already), left, already | weights, shared)
+    return Plan(swap, tuple(already), left, already | weights, shared, chosen)
 
 
 def to_dense(model: Model) -> Model:

@@ -6,10 +6,16 @@ from collections.abc import Collection, Iterable, Mapping
 
 from torch import Tensor, nn
 
+from sparsify.conversion.converters.base import Converter
+from sparsify.conversion.converters.convolution import CONVOLUTIONS
+from sparsify.conversion.converters.recurrent import RECURRENT
 from sparsify.conversion.converters.table import converter_for
 from sparsify.conversion.foreign_masks import peft_adapters
 from sparsify.conversion.module_surgery import plain_type
 from sparsify.layers import MaskedLayer, PackedLayer, Tied
+
+#: The reason for a depthwise convolution that nobody asked for.
+DEPTHWISE = "it is depthwise, with a few weights for each channel; types= takes such layers too"
 
 #: Tables with looked-up rows and no product: nobody expects them to be pruned.
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
@@ -39,11 +45,30 @@ def notice(model: nn.Module, left: Mapping[str, str], uncovered: Collection[str]
     return ". ".join(sentences)
 
 
-def uncovered(model: nn.Module, taken: Iterable[Tensor], left: Iterable[str]) -> tuple[str, ...]:
+def convolutions_notice(model: nn.Module, swap: Mapping[str, Converter]) -> str:
+    """Return the notice that a plan takes convolutions by default, with their share of the model; "" if it does not.
+
+    swap: the modules to convert, each with its converter.
+    """
+    modules, total = dict(model.named_modules()), max(_n_parameters(model.parameters()), 1)
+    taken = [modules[name] for name, converter in swap.items() if converter in CONVOLUTIONS]
+    if not taken:
+        return ""
+    share = _n_parameters(p for module in taken for p in _weights(module)) / total
+    kinds = sorted({f"torch.nn.{plain_type(module).__name__}" for module in taken})
+    return (
+        f"this model is made of convolutions: {len(taken)} of them convert, {share:.1%} of the parameters; "
+        f"types=[torch.nn.Linear, {', '.join(kinds)}] says that this is meant, types=torch.nn.Linear leaves them dense"
+    )
+
+
+def uncovered(
+    model: nn.Module, taken: Iterable[Tensor], left: Iterable[str], converters: Collection[Converter]
+) -> tuple[str, ...]:
     """Return the names of modules with weights outside of all convertible layers, if these are the majority.
 
     A weight is a Parameter of two or more dimensions, outside of embeddings and adapters. Majority: more weights than
-    in `taken`, in `left`, and in all layers that convert by default, chosen or not.
+    in `taken`, in `left`, and in all layers of the types of `converters`, chosen or not.
     """
     modules = dict(model.named_modules())
     known = {_memory(weight) for weight in taken}
@@ -52,7 +77,7 @@ def uncovered(model: nn.Module, taken: Iterable[Tensor], left: Iterable[str]) ->
     for module in modules.values():
         converter = converter_for(module)
         ours = isinstance(module, (MaskedLayer, PackedLayer, Tied, *_TABLES)) or module in beside
-        if ours or (converter is not None and converter.by_default):
+        if ours or converter in converters:
             known |= {_memory(p) for p in module.parameters()}
     weights_outside = {
         name: rest
@@ -82,8 +107,9 @@ def _called(name: str, modules: Mapping[str, nn.Module]) -> str:
 def _hint(modules: Collection[nn.Module], functional: bool) -> str:
     """Return the options that would convert some of these modules, as a clause."""
     hints = []
-    if any(isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) for module in modules):
-        hints.append("types=[torch.nn.Linear, torch.nn.Conv2d] takes 1x1 convolutions")
+    if kinds := {plain_type(m) for m in modules} & {c.dense for c in (*CONVOLUTIONS, *RECURRENT)}:
+        names = ", ".join(sorted(f"torch.nn.{kind.__name__}" for kind in kinds))
+        hints.append(f"types=[torch.nn.Linear, {names}] takes such layers")
     own = [module for module in modules if not type(module).__module__.startswith("torch.nn")]
     if not functional and any(p.ndim == 2 for module in own for p in _weights(module)):
         hints.append("functional=True takes Parameters that a module's own code multiplies")

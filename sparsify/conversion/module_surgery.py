@@ -10,11 +10,13 @@ import copy
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from sparsify.kernels import FORMS
 from sparsify.kernels.forms import SCALE
 from sparsify.layers import Int8Embedding, MaskedLayer, PackedLayer, Tied, UnfusedAttention
+from sparsify.layers.held_weight import HeldWeight
 from sparsify.layers.inference_mode import making_tensors, writing_to
 from sparsify.layers.transposed import Transposed
 
@@ -26,6 +28,9 @@ _OF_ATTENTION = frozenset(
     | {"out_proj", "in_proj_bias", "bias_k", "bias_v", "parametrizations"}
 )
 _OF_UNFUSED = frozenset({"in_proj", "q_proj", "k_proj", "v_proj", "out_proj", "in_proj_bias", "bias_k", "bias_v"})
+
+#: Dense layers with a weight, and perhaps a bias, of their own.
+_DENSE = (nn.Linear, _ConvNd, nn.Embedding, nn.EmbeddingBag, nn.Bilinear, Transposed, HeldWeight)
 
 #: Classes with declared attributes of ours, without meaning after a change of a layer's type.
 _OURS = (MaskedLayer, PackedLayer, Tied, Int8Embedding)
@@ -163,7 +168,7 @@ def _state_of(module: nn.Module) -> frozenset[str]:
         return _OF_PACKED
     if isinstance(module, MaskedLayer):
         return _OF_DENSE | {"mask"}
-    if isinstance(module, (nn.Linear, nn.Conv2d, Transposed)) or plain_type(module).__name__ == "Conv1D":
+    if isinstance(module, _DENSE) or plain_type(module).__name__ == "Conv1D":
         return _OF_DENSE | ({"mask"} if own_mask(module) is not None else set())
     return frozenset()
 

@@ -10,6 +10,7 @@ from torch import nn
 from tqdm import tqdm
 
 from sparsify.calibration.layer_inputs import layer_inputs
+from sparsify.conversion.converters.table import packed_type
 from sparsify.conversion.foreign_masks import check_converted
 from sparsify.conversion.module_surgery import Model, copy_replacing, layers_of_type
 from sparsify.inference.form_selection import FormSelector, exported_as
@@ -105,9 +106,10 @@ def export(
         replacements: dict[nn.Module, nn.Module] = {}
         hidden = not progress or format != "auto" or None  # None: shown on a terminal only
         for layer in tqdm(layers.values(), desc="measuring layers", disable=hidden):
-            rounding = judge.judge(layer, chooser.tokens) if judge else None
+            packs = packed_type(layer) is not None
+            rounding = judge.judge(layer, chooser.tokens) if judge and packs else None
             allowed = rounding.allowed if rounding else ""
-            auto = format == "auto"
+            auto = format == "auto" or (not packs and format != "dense")
             form = chooser.choose(layer, given.get(layer), allowed) if auto else _asked_for(layer, format, allowed)
             replacements[layer] = exported_as(layer, form.form, quantized=allowed != "" and form.form != "dense")
             set_form_choice(replacements[layer], form)
@@ -145,6 +147,8 @@ def _check_layer(name: str, layer: MaskedLayer, format: str, quantize: str | Non
     weight = layer.weight
     if weight.is_meta:
         raise ValueError(f"{name}: the weight is on the meta device and has no data; load the model's weights first")
+    if packed_type(layer) is None:  # dense in any format
+        return
     if format in FORMS and not supports(format, weight.device, weight.dtype, quantized=quantize is not None):
         rounded = "" if quantize is None else " with int8 values"
         raise ValueError(

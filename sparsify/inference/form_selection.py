@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from sparsify.conversion.converters.table import converter_of_layer
+from sparsify.conversion.converters.table import converter_of_layer, packed_type
 from sparsify.hardware import gpu_timing
 from sparsify.hardware.machine import machine_name
 from sparsify.hardware.timing import Call, LoadMeter, measure
@@ -62,6 +62,8 @@ class FormSelector:
         given: a tensor of the shape and layout of its input, on any device; else `tokens` rows of input.
         rounded: "int8" for forms of int8 values, "int8-weights" for those of them that leave inputs as they are.
         """
+        if packed_type(layer) is None:
+            return FormChoice("dense", self.tokens, {}, machine_name(layer.weight.device))
         shape = layer.input_shape(self.tokens) if given is None else tuple(given.shape)
         strides = None if given is None else given.stride()
         weight, bias = layer.weight, layer._parameters.get("bias")
@@ -73,6 +75,7 @@ class FormSelector:
         forms = tuple(form for form in here if fits(form, csr, layer.shape))
         converter = (
             type(layer),
+            str(layer.settings_of(layer)),
             layer.shape,
             weight.dtype,
             weight.device,
@@ -168,13 +171,14 @@ def exported_as(layer: MaskedLayer, form: str, *, quantized: bool = False) -> nn
 
     quantized: with int8 values; not for "dense".
     """
-    converter = converter_of_layer(layer)
     if form != "dense":
-        return converter.packed.from_sparse(layer, form=form, quantized=quantized)
+        packed = packed_type(layer)
+        assert packed is not None
+        return packed.from_sparse(layer, form=form, quantized=quantized)
     zeroed = copy.copy(layer)  # the layer itself may be in a schedule that brings its masked values back
     weight = nn.Parameter(layer.masked_weight().detach(), requires_grad=layer.weight.requires_grad)
     zeroed._parameters = {**layer._parameters, "weight": weight}
-    return converter.to_dense(zeroed)
+    return converter_of_layer(layer).to_dense(zeroed)
 
 
 def _call(module: nn.Module, x: Tensor) -> Call:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.calibration.layer_inputs import layer_inputs
+from sparsify.conversion.converters.table import packed_type
 from sparsify.errors import LeftFloatWarning
 from sparsify.kernels.csr import csr_to_dense, dense_to_csr
 from sparsify.kernels.int8 import dequantize, quantize
@@ -71,6 +72,8 @@ class RoundingJudge:
     def _add(self, layer: nn.Module, x: Tensor) -> None:
         """Add up the squares of a layer's products with these inputs, and of their changes by rounding."""
         assert isinstance(layer, MaskedLayer)
+        if packed_type(layer) is None:
+            return
         if x.is_nested:
             x = torch.cat(x.unbind())
         rows = layer.rows(x).detach().reshape(-1, layer.shape[1]).float()

@@ -9,6 +9,7 @@ from collections import Counter
 from torch import nn
 
 from sparsify.conversion.convert import convert
+from sparsify.conversion.converters.table import converters
 from sparsify.conversion.module_surgery import Model, copy_replacing, layers_of_type
 from sparsify.errors import LeftDenseWarning
 from sparsify.layers import Int8Embedding
@@ -22,7 +23,8 @@ def with_masks_everywhere(model: Model) -> Model:
         masked = copy_replacing(model, {}, share_memory=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LeftDenseWarning)
-        return convert(masked, tied="skip")
+        types = [converter.dense for converter in converters() if converter.by_default]
+        return convert(masked, types=types, tied="skip")
 
 
 def int8_embeddings(model: nn.Module, max_error: float) -> tuple[dict[nn.Module, nn.Module], dict[str, Rounding]]:

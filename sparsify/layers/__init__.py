@@ -10,7 +10,7 @@ from sparsify.layers.encoder import UnfusedEncoder
 from sparsify.layers.int8_embedding import Int8Embedding
 from sparsify.layers.masked import MaskedLayer
 from sparsify.layers.packed import PackedLayer
-from sparsify.layers.sparse_conv2d import SparseConv2d
+from sparsify.layers.sparse_convolution import SparseConv2d
 from sparsify.layers.sparse_linear import SparseLinear
 from sparsify.layers.tied import Tied
 

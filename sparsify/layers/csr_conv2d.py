@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor
 
 from sparsify.kernels import pointwise
 from sparsify.layers.deferred import DeferredOutput
 from sparsify.layers.masked import MaskedLayer
 from sparsify.layers.packed import PackedLayer
-from sparsify.layers.sparse_conv2d import SparseConv2d
+from sparsify.layers.sparse_convolution import SparseConv2d
 from sparsify.layers.tracing import call_node, tracer_of
 
 
@@ -23,6 +26,12 @@ class CSRConv2d(PackedLayer):
     """
 
     masked_type: type[MaskedLayer] = SparseConv2d
+
+    @classmethod
+    def packs(cls, settings: Mapping[str, Any]) -> bool:
+        """Return whether a convolution with these settings is pointwise."""
+        shape = settings["kernel_size"], settings["stride"], settings["groups"]
+        return shape == ((1, 1), (1, 1), 1) and not any(settings["_reversed_padding_repeated_twice"])
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer to (n, in_channels, height, width), or to one image without n."""

@@ -76,8 +76,11 @@ def cut_by_rows(layer: Any, pattern: Pattern, ranks: Ranks) -> bool:
     if ranks.n == 1 or n_unit_rows == 0 or -(-layer.shape[0] // ranks.n) % n_unit_rows:
         return False
     placements = weight.placements if is_sharded(weight) else None
-    as_matrix = layer.matrix(weight.new_empty(layer.mask.shape, device="meta"))
-    return as_matrix.is_contiguous() and (placements is None or (len(placements) == 1 and placements[0].is_shard(0)))
+    whole_weight = torch.empty(layer.mask.shape, device="meta")
+    as_matrix = layer.matrix(whole_weight)
+    in_place = as_matrix.untyped_storage()._cdata == whole_weight.untyped_storage()._cdata
+    by_row = in_place and as_matrix.is_contiguous()
+    return by_row and (placements is None or (len(placements) == 1 and placements[0].is_shard(0)))
 
 
 def own_rows(layer: Any, ranks: Ranks) -> Tensor:

@@ -14,8 +14,13 @@ from torch import Tensor, nn
 
 from sparsify.layers.construct import linear_from_parameters
 from sparsify.layers.csr_linear import CSRLinear
+from sparsify.layers.held_weight import HeldWeight, SparseHeldWeight
 from sparsify.layers.masked import MaskedLayer
+from sparsify.layers.recurrent import Recurrent
 from sparsify.layers.transposed import SparseTransposed, Transposed
+
+#: Attributes of an nn.RNNBase that refer to its Parameters.
+_OF_RECURRENT = ("_flat_weights", "_flat_weight_refs")
 
 
 class Functional(nn.Module):
@@ -46,28 +51,27 @@ def layer_name(name: str) -> str:
     return f"{name}_layer"
 
 
-def unfuse(module: nn.Module, transposed: Mapping[str, bool]) -> Functional:
-    """Make a module of the same code, with the named Parameters in dense layers.
+def dense_layer(weight: nn.Parameter, *, transposed: bool) -> nn.Module:
+    """Return the dense layer of a Parameter multiplied by a module's own code; transposed: stored (in, out)."""
+    return Transposed(weight) if transposed else linear_from_parameters(nn.Linear, weight, None)
 
-    transposed: the Parameters' names, each with True if stored (in_features, out_features).
-    """
-    made = _bare(type(module), tuple(transposed), tuple(module._parameters))
-    made.__dict__.update(module.__dict__)
-    made._parameters = {key: value for key, value in module._parameters.items() if key not in transposed}
-    layers: dict[str, nn.Module] = {}
-    for name, is_transposed in transposed.items():
-        weight = module._parameters[name]
-        assert weight is not None
-        layer = Transposed(weight) if is_transposed else linear_from_parameters(nn.Linear, weight, None)
-        layers[layer_name(name)] = layer.train(module.training)
-    made._modules = {**module._modules, **layers}
+
+def unfuse(module: nn.Module, layers: Mapping[str, nn.Module]) -> Functional:
+    """Make a module of the same code, with the named Parameters in these dense layers."""
+    made = _bare(type(module), tuple(layers), tuple(module._parameters))
+    made.__dict__.update({key: value for key, value in module.__dict__.items() if key not in _OF_RECURRENT})
+    made._parameters = {key: value for key, value in module._parameters.items() if key not in layers}
+    children = {layer_name(name): layer.train(module.training) for name, layer in layers.items()}
+    made._modules = {**module._modules, **children}
+    if isinstance(made, Recurrent):
+        made.__dict__.update(dict.fromkeys(_OF_RECURRENT, ()))
     return made
 
 
 def undo(module: Functional) -> nn.Module:
     """Make the plain module of an unfused one with only dense layers; return any other as it is."""
     layers = {name: module._modules[layer_name(name)] for name in module.weight_names}
-    if any(type(layer) not in (nn.Linear, Transposed) for layer in layers.values()):
+    if any(type(layer) not in (nn.Linear, Transposed, HeldWeight) for layer in layers.values()):
         return module
     plain: nn.Module = module.plain.__new__(module.plain)
     plain.__dict__.update(module.__dict__)
@@ -77,6 +81,8 @@ def undo(module: Functional) -> nn.Module:
     plain._parameters = {
         name: parameters[name] for name in (*module.parameter_names, *parameters) if name in parameters
     }
+    if isinstance(plain, nn.RNNBase):
+        plain._init_flat_weights()
     return plain
 
 
@@ -84,7 +90,8 @@ def _bare(plain: type[nn.Module], names: tuple[str, ...], parameters: tuple[str,
     """Make an empty unfused module, of the class for these names."""
     reads = {name: property(partial(_read, name)) for name in names}
     own = {"plain": plain, "weight_names": names, "parameter_names": parameters}
-    kind: Any = type(f"Functional{plain.__name__}", (Functional, plain), {**reads, **own})
+    mixins = (Recurrent, Functional) if issubclass(plain, nn.RNNBase) else (Functional,)
+    kind: Any = type(f"Functional{plain.__name__}", (*mixins, plain), {**reads, **own})
     made: Functional = kind.__new__(kind)
     return made
 
@@ -93,6 +100,8 @@ def _read(name: str, module: nn.Module) -> Tensor:
     """Return the weight of a layer of an unfused module, in the layout expected by the module's code."""
     layer = module._modules[layer_name(name)]
     assert layer is not None
+    if isinstance(layer, SparseHeldWeight):
+        return layer.forward_weight()
     if isinstance(layer, MaskedLayer):
         return layer.masked_weight()
     if isinstance(layer, CSRLinear):

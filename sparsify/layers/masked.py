@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import torch
@@ -28,12 +28,15 @@ class MaskedLayer(nn.Module):
     of the mask, get a gradient of exactly zero, and take no part in the forward, even after an optimizer has written
     to them. A write into the mask tensor itself counts from the next forward, and zeroes weights at the next change.
 
-    Code for choosing, packing or reporting weights sees them through `matrix`, as (out_features, in_features). A
-    subclass defines `matrix` and `from_matrix`, and computes with `masked_weight()` in its forward.
+    Code for choosing, packing or reporting weights sees them through `matrix`, as (out_features, in_features), and
+    writes through `as_weight`. A subclass defines these two and `from_matrix`, and computes with `masked_weight()` in
+    its forward.
     """
 
     weight: Tensor
     mask: Tensor
+    #: False for a layer whose weight is no factor of rows of its input: then methods on calibration data do not apply.
+    multiplies_rows: bool = True
     #: The masked mode ("zero", "frozen" or "trained"), set by a Pruner for a schedule.
     masked_mode: str = "zero"
     #: Sums of gradients from the backward passes, for a Pruner's methods.
@@ -48,13 +51,27 @@ class MaskedLayer(nn.Module):
     pruning_result: LayerResult | None = None
 
     def matrix(self, tensor: Tensor) -> Tensor:
-        """View a tensor of the weight's shape as (out_features, in_features), over the same memory."""
+        """Return a tensor of the weight's shape as (out_features, in_features): a view, or a copy if there is none."""
+        raise NotImplementedError
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        """Return a matrix (out_features, in_features) in the weight's shape: the inverse of `matrix`."""
         raise NotImplementedError
 
     @classmethod
-    def from_matrix(cls, weight: Tensor, mask: Tensor, bias: nn.Parameter | None) -> Self:
-        """Make a layer of a weight and a mask, (out_features, in_features); the bias is shared."""
+    def from_matrix(
+        cls, weight: Tensor, mask: Tensor, bias: nn.Parameter | None, settings: Mapping[str, Any] | None = None
+    ) -> Self:
+        """Make a layer of a weight and a mask, (out_features, in_features); the bias is shared.
+
+        settings: those of the dense layer (`settings_of`), for a kind of layer with any.
+        """
         raise NotImplementedError
+
+    @classmethod
+    def settings_of(cls, layer: nn.Module) -> dict[str, Any]:
+        """Return the settings of a layer of this kind, dense or masked, beside its weight, bias and their shapes."""
+        return {}
 
     @property
     def weight_matrix(self) -> Tensor:
@@ -70,6 +87,20 @@ class MaskedLayer(nn.Module):
     def rows(self, input: Tensor) -> Tensor:
         """View an input of the layer as (..., in_features), the rows multiplied with the weight."""
         return input
+
+    def row_parts(self, input: Tensor) -> Iterator[Tensor]:
+        """Yield the rows in parts, each of bounded memory where `rows` needs more than the input."""
+        yield self.rows(input)
+
+    @property
+    def input_groups(self) -> int:
+        """The number of groups of outputs with rows of their own: then rows are (..., input_groups, in_features)."""
+        return 1
+
+    @property
+    def rows_key(self) -> tuple[Any, ...]:
+        """The settings that decide the rows: layers with the same input and key have the same rows."""
+        return ()
 
     def input_shape(self, n_rows: int) -> tuple[int, ...]:
         """Return the shape of an input with this many rows for the weight."""
@@ -134,7 +165,7 @@ class MaskedLayer(nn.Module):
         before = self.mask
         with making_tensors():
             new = torch.empty_like(before, device=self.weight.device)
-            self.matrix(new).copy_(mask)
+            new.copy_(self.as_weight(mask))
         self.mask = new
         self._settle()
         self.zero_masked(before if back_at_zero else None)

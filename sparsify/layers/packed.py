@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
@@ -60,6 +60,8 @@ class PackedLayer(nn.Module):
     rounding: Rounding | None = None
     #: The result of the masked layer's pruning on data.
     pruning_result: LayerResult | None = None
+    #: The settings of the dense layer beside its weight and bias (MaskedLayer.settings_of); None: the plain ones.
+    dense_settings: Mapping[str, Any] | None = None
 
     def __init__(
         self,
@@ -73,6 +75,7 @@ class PackedLayer(nn.Module):
         form: str = "csr",
         activation: str = "none",
         masked_type: type[MaskedLayer] | None = None,
+        dense_settings: Mapping[str, Any] | None = None,
     ) -> None:
         """csr: the kept weights; int8 ones come with their `scale`, and the `dtype` of the layer's inputs."""
         super().__init__()
@@ -82,9 +85,16 @@ class PackedLayer(nn.Module):
         self.activation = activation
         if masked_type is not None:
             self.masked_type = masked_type
+        if dense_settings:
+            self.dense_settings = dict(dense_settings)
         self.own_dtype = None if scale is None else dtype
         self._set_tensors(form, pack(form, csr, self.shape, scale, self.own_dtype))
         self.register_parameter("bias", bias)
+
+    @classmethod
+    def packs(cls, settings: Mapping[str, Any]) -> bool:
+        """Return whether layers of this type can stand for one with these settings (MaskedLayer.settings_of)."""
+        return True
 
     @classmethod
     def from_sparse(cls, layer: MaskedLayer, *, form: str = "csr", quantized: bool = False) -> Self:
@@ -94,7 +104,7 @@ class PackedLayer(nn.Module):
         """
         csr = dense_to_csr(layer.weight_matrix, layer.matrix(layer.mask))
         out_features, in_features = layer.shape
-        options: dict[str, Any] = {"form": form, "masked_type": type(layer)}
+        options: dict[str, Any] = {"form": form, "masked_type": type(layer), "dense_settings": layer.settings_of(layer)}
         if quantized:
             csr, options["scale"] = quantize(csr, out_features)
             options["dtype"] = layer.weight.dtype
@@ -103,7 +113,7 @@ class PackedLayer(nn.Module):
     def to_sparse(self) -> MaskedLayer:
         """Unpack into a masked layer, to be trained; the bias is shared, an activation left out."""
         weight, mask = csr_to_dense(self.csr, self.shape)
-        return self.masked_type.from_matrix(weight, mask, self.bias).train(self.training)
+        return self.masked_type.from_matrix(weight, mask, self.bias, self.dense_settings).train(self.training)
 
     @property
     def shape(self) -> tuple[int, int]:

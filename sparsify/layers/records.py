@@ -43,6 +43,8 @@ class FormChoice:
         >>> FormChoice("panel", 64, {"dense": 300.0, "panel": 60.0}, "a machine").reason
         '5.00x dense for 64 tokens (60 of 300 us)'
         """
+        if not self.times_us and self.form == "dense" and self.tokens:
+            return "no sparse kernel for this kind of layer; its file is compact all the same"
         if not self.times_us:
             return "no kernel for int8 values runs here; see sparsify doctor" if self.tokens else "asked for"
         dense = self.times_us["dense"]

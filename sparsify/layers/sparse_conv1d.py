@@ -5,6 +5,7 @@ This file imports transformers, so the package imports it late, once transformer
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Self, TypeVar
 
 import torch
@@ -31,7 +32,9 @@ class SparseConv1D(MaskedLayer, Conv1D):  # type: ignore[misc]
         return made.train(layer.training)
 
     @classmethod
-    def from_matrix(cls, weight: Tensor, mask: Tensor, bias: nn.Parameter | None) -> Self:
+    def from_matrix(
+        cls, weight: Tensor, mask: Tensor, bias: nn.Parameter | None, settings: Mapping[str, Any] | None = None
+    ) -> Self:
         """Make a layer of a weight and a mask, (out_features, in_features); the bias is shared."""
         made = conv1d_from_parameters(cls, nn.Parameter(weight.t().contiguous()), bias)
         made._keep_all()
@@ -46,6 +49,10 @@ class SparseConv1D(MaskedLayer, Conv1D):  # type: ignore[misc]
     def matrix(self, tensor: Tensor) -> Tensor:
         """View a tensor of the weight's shape as (out_features, in_features)."""
         return tensor.t()
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        """View a matrix (out_features, in_features) in the weight's layout."""
+        return matrix.t()
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to (..., in_features); returns (..., out_features)."""

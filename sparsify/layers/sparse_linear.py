@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Mapping
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +67,9 @@ class SparseLinear(MaskedLayer, nn.Linear):
         return layer.train(linear.training)
 
     @classmethod
-    def from_matrix(cls, weight: Tensor, mask: Tensor, bias: nn.Parameter | None) -> Self:
+    def from_matrix(
+        cls, weight: Tensor, mask: Tensor, bias: nn.Parameter | None, settings: Mapping[str, Any] | None = None
+    ) -> Self:
         """Make a layer of a weight and a mask, (out_features, in_features); the bias is shared."""
         return cls.from_linear(linear_from_parameters(nn.Linear, nn.Parameter(weight), bias), mask)
 
@@ -78,6 +81,10 @@ class SparseLinear(MaskedLayer, nn.Linear):
     def matrix(self, tensor: Tensor) -> Tensor:
         """Return a tensor of the weight's shape as it is."""
         return tensor
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        """Return a matrix as it is."""
+        return matrix
 
     def forward(self, input: Tensor, rows: tuple[int, int] | None = None) -> Tensor:
         """Apply the layer to (..., in_features); returns (..., out_features), or the outputs rows[0] to rows[1] - 1."""

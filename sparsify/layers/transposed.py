@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Mapping
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,9 @@ class SparseTransposed(MaskedLayer, Transposed):
         self._keep_all()
 
     @classmethod
-    def from_matrix(cls, weight: Tensor, mask: Tensor, bias: nn.Parameter | None) -> Self:
+    def from_matrix(
+        cls, weight: Tensor, mask: Tensor, bias: nn.Parameter | None, settings: Mapping[str, Any] | None = None
+    ) -> Self:
         """Make a layer of a weight and a mask, (out_features, in_features); there is never a bias."""
         assert bias is None
         made = cls(nn.Parameter(weight.t().contiguous()))
@@ -47,6 +50,10 @@ class SparseTransposed(MaskedLayer, Transposed):
     def matrix(self, tensor: Tensor) -> Tensor:
         """View a tensor of the weight's shape as (out_features, in_features)."""
         return tensor.t()
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        """View a matrix (out_features, in_features) in the weight's layout."""
+        return matrix.t()
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer to (..., in_features); returns (..., out_features)."""

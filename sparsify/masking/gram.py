@@ -12,6 +12,9 @@ _BLOCK = 384  # columns of one product: above the diagonal only, the products of
 class Gram:
     """The sum of x xᵀ over the rows x of a layer's input, (in_features, in_features).
 
+    With n_groups above 1, as for a convolution with groups: one such sum for each group of outputs, (n_groups,
+    in_features, in_features), over rows (rows, n_groups, in_features).
+
     Each batch's product is taken in float32 (float64 inputs: in float64) and added up in float64, so that the result
     does not lose digits over many batches and hardly depends on their order: the sums of several processes, each over
     its part of the data, can be added.
@@ -22,8 +25,10 @@ class Gram:
     ([[1.0, 2.0], [2.0, 5.0]], 2)
     """
 
-    def __init__(self, n_features: int, device: torch.device | str = "cpu") -> None:
-        self.sum = torch.zeros(n_features, n_features, dtype=torch.float64, device=device)
+    def __init__(self, n_features: int, device: torch.device | str = "cpu", n_groups: int = 1) -> None:
+        groups = () if n_groups == 1 else (n_groups,)
+        self.sum = torch.zeros(*groups, n_features, n_features, dtype=torch.float64, device=device)
+        self.n_groups = n_groups
         self.cross: Tensor | None = None
         self.n_rows = 0
 
@@ -32,28 +37,38 @@ class Gram:
 
         Raises ValueError if one of the rows holds NaN or Inf.
         """
-        rows, dtype = rows.detach(), rows.dtype
+        rows, dtype = self._by_group(rows.detach()), rows.dtype
         rows = rows if rows.dtype == torch.float64 else rows.float()
-        for start in range(0, rows.shape[1], _BLOCK):
-            left = rows[:, start : start + _BLOCK]
-            product = left.T @ rows[:, start:]
-            if not torch.isfinite(product.diagonal()).all():  # a sum of squares is finite only if its values are
+        for start in range(0, rows.shape[-1], _BLOCK):
+            left = rows[..., start : start + _BLOCK]
+            product = left.mT @ rows[..., start:]
+            diagonal = product.diagonal(dim1=-2, dim2=-1)
+            if not torch.isfinite(diagonal).all():  # a sum of squares is finite only if its values are
                 hint = ": float16 ends at 65504; calibrate in float32 or bfloat16" if dtype == torch.float16 else ""
                 raise ValueError(f"holds NaN or Inf, or values whose squares overflow{hint}")
-            self.sum[start : start + _BLOCK, start:] += product
+            self.sum[..., start : start + _BLOCK, start:] += product
         if dense is not None:
             self.cross = torch.zeros_like(self.sum) if self.cross is None else self.cross
-            product = dense.to(rows).T @ rows
+            product = self._by_group(dense).to(rows).mT @ rows
             if not torch.isfinite(product).all():
                 raise ValueError("held NaN or Inf in the dense model")
             self.cross += product
-        self.n_rows += rows.shape[0]
+        self.n_rows += rows.shape[-2]
 
     @property
     def matrix(self) -> Tensor:
-        """The full symmetric matrix, float64 (a copy: the sum keeps its upper part only)."""
+        """The full symmetric matrix, or that of each group, float64 (a copy: the sum keeps its upper part only)."""
         upper = self.sum.triu()
-        return upper + upper.triu(1).T
+        return upper + upper.triu(1).mT
+
+    @property
+    def is_empty(self) -> bool:
+        """True if no row has had a value other than zero."""
+        return not bool(self.sum.diagonal(dim1=-2, dim2=-1).any())
+
+    def _by_group(self, rows: Tensor) -> Tensor:
+        """Return rows as (rows, in_features), or (n_groups, rows, in_features)."""
+        return rows if self.n_groups == 1 else rows.transpose(0, 1)
 
 
 def add_damping(matrix: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsify.masking.gram import Gram, add_damping
 from sparsify.masking.methods.refit import refit
-from sparsify.masking.methods.registry import BY_ROW, SOLVERS
+from sparsify.masking.methods.registry import BY_ROW, SOLVERS, Method, takes
 from sparsify.masking.methods.scoring import check_finite, score
 from sparsify.masking.patterns import choose_mask
 from sparsify.masking.spec import LayerSpec
@@ -18,17 +18,63 @@ _BLOCK = 256  # columns of one product, so that half of a symmetric matrix is le
 
 
 def prune_layer(name: str, weight: Tensor, mask: Tensor, spec: LayerSpec, gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a layer's new weight and mask, from the present ones (out, in) and its inputs' Gram matrix (in, in)."""
+    """Return a layer's new weight and mask, from the present ones (out, in) and its inputs' Gram matrix (in, in).
+
+    With a Gram matrix for each group of rows, (n_groups, in, in), scores are ranked over the whole layer, and a solver
+    prunes group by group: each group loses as many units, and if that does not come out even, the last ones one more.
+    Raises ValueError, naming the layer, if a solver's pattern has units over several groups.
+    """
     check_finite(name, weight)
     weight = weight.detach().masked_fill(~mask, 0)
     if spec.method in SOLVERS:
-        assert isinstance(spec.method, str)
-        new, mask = SOLVERS[spec.method](weight, mask, spec.n_removed, spec.pattern, gram=gram)
+        new, mask = _solve(name, weight, mask, spec, gram)
     else:
-        scores = score(name, weight, spec.method, spec.seed, gram)
+        scores = layer_scores(name, weight, spec.method, spec.seed, gram)
         mask = choose_mask(scores, mask, spec.pattern, spec.n_removed, by_row=spec.method in BY_ROW)
         new = weight.masked_fill(~mask, 0)
-    return (refit(weight, mask, gram=gram) if spec.refit else new), mask
+    if spec.refit:
+        grams = as_groups(gram)
+        parts = zip(weight.chunk(len(grams)), mask.chunk(len(grams)), grams, strict=True)
+        new = torch.cat([refit(part, kept, gram=own) for part, kept, own in parts])
+    return new, mask
+
+
+def layer_scores(name: str, weight: Tensor, method: str | Method, seed: int | None, gram: Tensor) -> Tensor:
+    """Score a layer's weight (out, in), each group of rows by its own Gram matrix."""
+    if gram.dim() == 2 or not takes(method, "gram"):
+        return score(name, weight, method, seed, gram)
+    return torch.cat(
+        [score(name, part, method, seed, own) for part, own in zip(weight.chunk(len(gram)), gram, strict=True)]
+    )
+
+
+def as_groups(gram: Tensor) -> Tensor:
+    """Return Gram matrices as (n_groups, in, in)."""
+    return gram if gram.dim() == 3 else gram.unsqueeze(0)
+
+
+def _solve(name: str, weight: Tensor, mask: Tensor, spec: LayerSpec, gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Let a solver prune a layer, group by group."""
+    assert isinstance(spec.method, str)
+    solver, grams = SOLVERS[spec.method], as_groups(gram)
+    n_groups, pattern = len(grams), spec.pattern
+    if n_groups == 1:
+        return solver(weight, mask, spec.n_removed, pattern, gram=grams[0])
+    shape = (weight.shape[0] // n_groups, weight.shape[1])
+    if shape[0] % max(pattern.unit_shape(shape)[0], 1) or n_groups * pattern.n_units(shape) != pattern.n_units(
+        weight.shape
+    ):
+        raise ValueError(
+            f"{name}: method {spec.method!r} prunes a layer with groups group by group, and pattern {pattern.text} has "
+            f"units over several groups of {shape[0]} rows; use method 'wanda' or pattern 'unstructured'"
+        )
+    results = []
+    parts = zip(weight.chunk(n_groups), mask.chunk(n_groups), grams, strict=True)
+    for number, (part, kept, own) in enumerate(parts):
+        n_removed = spec.n_removed // n_groups + (number >= n_groups - spec.n_removed % n_groups)
+        results.append(solver(part, kept, n_removed, pattern, gram=own))
+    weights, masks = zip(*results, strict=True)
+    return torch.cat(weights), torch.cat(masks)
 
 
 def weight_for_dense_outputs(weight: Tensor, gram: Gram) -> Tensor:
@@ -41,11 +87,13 @@ def weight_for_dense_outputs(weight: Tensor, gram: Gram) -> Tensor:
     """
     if gram.cross is None:
         return weight
-    matrix = gram.matrix
-    hessian = add_damping(matrix)
-    wanted = weight.detach().to(hessian) @ (gram.cross + hessian - matrix)
-    aimed: Tensor = torch.cholesky_solve(wanted.T, torch.linalg.cholesky(hessian)).T
-    return aimed
+    aimed = []
+    matrices = as_groups(gram.matrix)
+    for part, matrix, cross in zip(weight.detach().chunk(len(matrices)), matrices, as_groups(gram.cross), strict=True):
+        hessian = add_damping(matrix)
+        wanted = part.to(hessian) @ (cross + hessian - matrix)
+        aimed.append(torch.cholesky_solve(wanted.T, torch.linalg.cholesky(hessian)).T)
+    return torch.cat(aimed)
 
 
 def output_error(weight: Tensor, new: Tensor, gram: Tensor) -> float:
@@ -62,6 +110,8 @@ def output_error(weight: Tensor, new: Tensor, gram: Tensor) -> float:
 
 def _energy(weight: Tensor, gram: Tensor) -> float:
     """Return the sum of w G w over the rows w; entries above the diagonal of the symmetric G count twice."""
+    if gram.dim() == 3:
+        return sum(_energy(part, own) for part, own in zip(weight.chunk(len(gram)), gram, strict=True))
     weight, total = weight.detach(), torch.zeros((), dtype=gram.dtype, device=gram.device)
     for start in range(0, len(gram), _BLOCK):
         part, rest = weight[:, start : start + _BLOCK], weight[:, start:]

@@ -112,7 +112,7 @@ class DiskOffload:
             if masked:
                 weight, mask = decode_weight(entry, tensors)
                 parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
-                module.matrix(parameter.data).copy_(weight)
+                parameter.data.copy_(module.as_weight(weight))
                 module.mask = torch.ones_like(parameter, dtype=torch.bool, memory_format=torch.contiguous_format)
                 module.set_mask(mask)
             else:

@@ -117,7 +117,7 @@ class Journal:
         """Give a layer of a model in memory its finished weight and mask."""
         weight, mask = decode_weight(*self.read(name))
         with torch.no_grad():
-            layer.matrix(layer.weight.detach()).copy_(weight)
+            layer.weight.detach().copy_(layer.as_weight(weight))
         layer.set_mask(mask, back_at_zero=False)
         layer.pruning_result = self.pruning_result(name)
 

@@ -16,10 +16,9 @@ from sparsify.calibration.batches import Batch
 from sparsify.calibration.sequential import calibrate_groups
 from sparsify.layers import MaskedLayer
 from sparsify.masking.allocation import least_error, n_removed, owl
-from sparsify.masking.layer_solve import output_error, prune_layer
+from sparsify.masking.layer_solve import layer_scores, output_error, prune_layer
 from sparsify.masking.masks import allocate_globally
 from sparsify.masking.methods.registry import SOLVERS
-from sparsify.masking.methods.scoring import score
 from sparsify.masking.spec import Allocate, PruningSpec
 
 _OUTLIER = 5  # times the mean of a layer's scores: the paper's M for language models
@@ -59,7 +58,7 @@ def allocate_global(layers: Iterable[CalibratedLayer], spec: PruningSpec) -> All
     scores: dict[str, Tensor] = {}
     masks: dict[str, Tensor] = {}
     for layer in layers:
-        scores[layer.name] = score(layer.name, layer.weight, spec.method, spec.seed, layer.gram).float()
+        scores[layer.name] = layer_scores(layer.name, layer.weight, spec.method, spec.seed, layer.gram).float()
         masks[layer.name] = layer.mask
     return functools.partial(allocate_globally, scores, masks, spec.parsed_pattern)
 
@@ -72,7 +71,7 @@ def allocate_owl(layers: Iterable[CalibratedLayer], spec: PruningSpec) -> Alloca
     counts: dict[str, list[tuple[int, int]]] = {}
     blocks: dict[str, str] = {}
     for layer in layers:
-        scores = score(layer.name, layer.weight, "wanda", None, layer.gram)
+        scores = layer_scores(layer.name, layer.weight, "wanda", None, layer.gram)
         blocks[layer.name] = layer.name if layer.block is None else layer.block
         n_outliers = int((scores > _OUTLIER * scores.mean()).sum())
         counts.setdefault(blocks[layer.name], []).append((n_outliers, scores.numel()))

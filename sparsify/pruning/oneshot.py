@@ -113,7 +113,7 @@ def _prune(name: str, layer: MaskedLayer, spec: LayerSpec, group: CalibratedGrou
     wanted = weight_for_dense_outputs(used, group.gram) if spec.correct else used
     weight, mask = prune_layer(name, wanted, present, spec, gram)
     error = output_error(wanted, weight, gram)
-    matrix.copy_(weight)
+    layer.weight.detach().copy_(layer.as_weight(weight))
     layer.set_mask(mask, back_at_zero=False)  # a solver may have given a value to weights that come back
     result = layer.pruning_result = LayerResult(error, time.perf_counter() - started)
     return result

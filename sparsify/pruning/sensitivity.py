@@ -214,7 +214,7 @@ def _pruned(name: str, layer: MaskedLayer, spec: LayerSpec, gram: Tensor) -> Ite
     with Transaction(layer) as undo:
         undo.keep([layer.weight])
         new, _ = prune_layer(name, layer.weight_matrix.detach(), layer.matrix(layer.mask), spec, gram)
-        layer.matrix(layer.weight.detach()).copy_(new)
+        layer.weight.detach().copy_(layer.as_weight(new))
         yield
         undo.roll_back()
 

@@ -50,7 +50,7 @@ class Group(BaseModel):
     layers: list[str] = Field(["*"], description="globs or re: patterns over layer names")
     exclude: list[str] = Field([], description="patterns of layers to leave out")
     types: list[str] | None = Field(
-        None, min_length=1, description="dense types to convert: Linear, Conv2d (1x1) ...; the default ones if left out"
+        None, min_length=1, description="dense types to convert: Linear, Conv2d ...; the default ones if left out"
     )
     sparsity: float | None = Field(
         None, description="the final fraction of zeros; left out with N:M or an allocation per layer"

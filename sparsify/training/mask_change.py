@@ -29,8 +29,8 @@ def change_masks(
     them; otherwise they come back with their own values.
     """
     for name, mask in masks.items():
-        layer, new = layers[name], torch.empty_like(layers[name].mask)
-        layer.matrix(new).copy_(mask)
+        layer = layers[name]
+        new = torch.empty_like(layer.mask).copy_(layer.as_weight(mask))
         at_zero, layer.masked_mode = layer.masked_mode == "zero", masked_mode[name]
         if layer.masked_mode == "zero":
             _keep(undo, layer.weight.detach(), ~(new & layer.mask) if at_zero else ~new, 0.0)

@@ -162,7 +162,7 @@ def test_types_choose_the_kinds_of_modules() -> None:
 
 def test_a_model_without_linears_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"no layer that can be converted \(of the types nn\.Linear"):
-        convert(nn.Sequential(nn.Conv2d(1, 1, 1)))
+        convert(nn.Sequential(nn.LSTM(1, 1)))
 
 
 def test_a_model_on_the_meta_device_converts_and_loads_later() -> None:

@@ -49,13 +49,9 @@ def test_convert_keeps_the_parameters_and_every_bit_of_the_outputs():
     assert repr(conv) == "SparseConv2d(6, 5, kernel_size=(1, 1), stride=(1, 1), sparsity=0)"
 
 
-def test_convolutions_stay_dense_unless_asked_for():
-    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(4, 2))
-    with pytest.warns(
-        sparsify.LeftDenseWarning,
-        match=r"53\.3% .*: 0 \(Conv2d\); types=\[.*, torch\.nn\.Conv2d\] takes",
-    ):
-        sparsify.convert(model)
+def test_a_few_convolutions_stay_dense_unless_asked_for():
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(4, 8))
+    sparsify.convert(model)
     assert type(model[0]) is nn.Conv2d
     assert [row.name for row in sparsify.report(model)] == ["2"]
     sparsify.convert(model, types=[nn.Linear, nn.Conv2d])
@@ -64,27 +60,30 @@ def test_convolutions_stay_dense_unless_asked_for():
 
 
 @pytest.mark.parametrize(
-    ("conv", "why"),
+    ("options", "packs"),
     [
-        (nn.Conv2d(4, 4, 3), r"kernel_size \(3, 3\)"),
-        (nn.Conv2d(4, 4, 1, stride=2), r"stride \(2, 2\)"),
-        (nn.Conv2d(4, 4, 1, groups=2), "groups 2"),
-        (nn.Conv2d(4, 4, 1, padding=1), r"padding \(1, 1\)"),
-        (type("Mine", (nn.Conv2d,), {})(4, 4, 1), "a Mine"),
+        ({"kernel_size": 3}, False),
+        ({"kernel_size": 1, "stride": 2}, False),
+        ({"kernel_size": 1, "groups": 2}, False),
+        ({"kernel_size": 1, "padding": 1}, False),
+        ({"kernel_size": 1, "padding": "valid"}, True),
+        ({"kernel_size": 1, "padding": "same"}, True),
     ],
 )
-def test_what_is_not_pointwise_stays_dense_and_says_why(conv, why):
-    model = nn.Sequential(nn.Conv2d(4, 4, 1), conv)
-    with pytest.warns(LeftDenseWarning, match=rf"1 layer stays dense.* 1 \(it (has|is) {why}"):
-        sparsify.convert(model, types=nn.Conv2d)
-    assert isinstance(model[0], SparseConv2d)
-    assert not isinstance(conv, SparseConv2d)
-    with pytest.raises(ValueError, match=why):
+def test_what_is_not_pointwise_is_exported_dense_and_says_why(options, packs):
+    model = sparsify.prune(sparsify.convert(nn.Sequential(nn.Conv2d(4, 4, **options)), types=nn.Conv2d), 0.5)
+    fast = sparsify.export(model, format="csr")
+    assert type(fast[0]) is (CSRConv2d if packs else nn.Conv2d)
+    assert ("no sparse kernel" in sparsify.report(fast)[0].reason) != packs
+    assert str(sparsify.to_dense(fast)[0]) == str(nn.Conv2d(4, 4, **options))
+
+
+def test_a_subclass_stays_dense_and_says_why():
+    conv = type("Mine", (nn.Conv2d,), {})(4, 4, 1)
+    with pytest.warns(LeftDenseWarning, match=r"1 layer stays dense.* 1 \(it is a Mine"):
+        sparsify.convert(nn.Sequential(nn.Conv2d(4, 4, 1), conv), types=nn.Conv2d)
+    with pytest.raises(ValueError, match="a Mine"):
         sparsify.convert(nn.Sequential(conv), include="*", types=nn.Conv2d)
-
-
-def test_padding_valid_is_no_padding():
-    assert isinstance(sparsify.convert(nn.Conv2d(4, 4, 1, padding="valid"), types=nn.Conv2d), SparseConv2d)
 
 
 def test_a_mask_of_torch_prune_is_taken_over():

@@ -105,7 +105,9 @@ def test_types_in_a_recipe_and_on_the_command_line(
     fast = compress(convnet(), recipe=recipe, format="csr")
     assert [(row.name, row.sparsity) for row in report(fast)] == [("0", 0.5), ("4", 0.75)]
     assert [list(weights) for weights in assign_layers(recipe, convnet())] == [["0"], ["4"]]
-    with pytest.raises(ValueError, match=r"groups.0: types: 'Conv' is none of the types that convert: Linear, Conv2d"):
+    with pytest.raises(
+        ValueError, match=r"groups.0: types: 'Conv' is none of the types that convert: Linear, Conv1d, Conv2d"
+    ):
         assign_layers(Recipe(groups=[{"types": ["Conv"], "sparsity": 0.5}]), convnet())
     attention = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     heads = Recipe(groups=[{"types": ["MultiheadAttention"], "sparsity": 0.5}])

@@ -32,8 +32,8 @@ class Converter:
     to_dense(sparse): make the dense module, with zeros.
     layers(dense): the names of the layers with those weights, below the module; "" is the module itself. A layer still
         dense after to_sparse is converted by a converter of its own.
-    packed: the type of each of those layers after export.
-    by_default: True if convert needs no `types` to take such modules.
+    packed: the type of each of those layers after export, if it `packs` them; None: dense, with zeros.
+    by_default: True if convert needs no `types` to take such modules, in a model of any kind.
     """
 
     dense: type[nn.Module]
@@ -43,5 +43,5 @@ class Converter:
     to_sparse: Callable[[_Of], nn.Module]
     to_dense: Callable[[_Of], nn.Module]
     layers: Callable[[_Of], tuple[str, ...]] = lambda _: ("",)
-    packed: type[PackedLayer] = CSRLinear
+    packed: type[PackedLayer] | None = CSRLinear
     by_default: bool = True

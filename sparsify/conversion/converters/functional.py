@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from sparsify.conversion.converters.base import Converter
 from sparsify.conversion.foreign_masks import check_plain_parameter
-from sparsify.layers.functional_module import Functional, layer_name, undo, unfuse
+from sparsify.layers.functional_module import Functional, dense_layer, layer_name, undo, unfuse
 from sparsify.layers.transposed import SparseTransposed, Transposed
 
 _MULTIPLY = (torch.matmul, torch.mm, torch.addmm)
@@ -71,9 +71,11 @@ def functional_kind(module: nn.Module) -> Converter | None:
             assert weight is not None
             check_plain_parameter(weight)
 
-    return Converter(
-        type(module), Functional, check, matrices, lambda dense: unfuse(dense, transposed), undo, lambda _: layers
-    )
+    def to_unfused(dense: nn.Module) -> nn.Module:
+        weights = {name: weight for name, weight in dense._parameters.items() if weight is not None}
+        return unfuse(dense, {name: dense_layer(weights[name], transposed=t) for name, t in transposed.items()})
+
+    return Converter(type(module), Functional, check, matrices, to_unfused, undo, lambda _: layers)
 
 
 #: For the layer of a Parameter multiplied as `x @ self.weight`, inside an unfused module.
