@@ -101,7 +101,7 @@ class _Cell:
         x = self.x.to(kind.dtype)
         fast: nn.Module = sparsify.export(copy.deepcopy(layer).to(kind.dtype), example=x, **kind.options)
         form = fast.form if isinstance(fast, sparsify.CSRLinear) else "dense"
-        n = weights.n_copies(sparsify.report(fast).total.n_bytes)
+        n = weights.n_copies(sparsify.report(fast).layers.n_bytes)
         self._add((name, sparsity), layer, n, partial(_copy, fast, x), form)
 
     def measure(self, rounds: int) -> Iterator[dict[str, Any]]:

@@ -147,7 +147,9 @@ class _Before:
         quality = {"dense": self.quality, "sparse": after} if after else {}
         speed = None if self.inputs is None else model_speed(fast, self.inputs)
         why = self.about_inputs if speed is None else ""
-        return Compressed(sparsify.report(fast), quality, loader, self.n_bytes, speed, self.about_inputs, why)
+        return Compressed(
+            sparsify.report(fast, self.inputs), quality, loader, self.n_bytes, speed, self.about_inputs, why
+        )
 
 
 def _compress_layer_by_layer(arguments: argparse.Namespace, recipe: Recipe, data: Any, out: Path) -> Compressed | None:

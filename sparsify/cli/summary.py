@@ -50,9 +50,13 @@ class Compressed:
     def facts(self) -> list[tuple[str, str]]:
         """Return share and speed in words, each with its name."""
         lines = []
-        if (share := self.sparse_share) is not None:
+        if (share := self.sparse_share) is not None and (covered := self.report.coverage) is not None:
             of = f"the model's {self.report.n_parameters:,} parameters"
-            lines.append(("sparse", f"layers with {share:.1%} of {of}"))
+            adds = covered.of_multiply_adds
+            work = "" if adds is None else f" and {adds:.1%} of its multiply-adds"
+            lines.append(("pruned", f"layers with {covered.of_parameters:.1%} of {of}{work}"))
+            lines += [("dense", covered.dense)] if covered.dense else []
+            lines.append(("sparse", f"layers with {share:.1%} of {of} run sparse"))
         if self.speed is not None:
             first, second = str(self.speed).splitlines()
             lines += [("speed", first), ("measured", f"on {self.inputs}; {second}")]
@@ -73,6 +77,9 @@ class Compressed:
     def as_json(self) -> dict[str, Any]:
         """Return the summary for programs."""
         found: dict[str, Any] = {"dense_bytes": self.dense_bytes, "sparse_share": self.sparse_share}
+        if (covered := self.report.coverage) is not None:
+            found |= {"pruned_share": covered.of_parameters, "pruned_work_share": covered.of_multiply_adds}
+            found["dense"] = {part.type: part.n_parameters for part in covered.rest}
         if self.speed is not None:
             speed = {"dense_s": self.speed.dense.median_s, "sparse_s": self.speed.sparse.median_s}
             speed |= {"speedup": self.speed.speedup, "others_cores": self.speed.others_cores}

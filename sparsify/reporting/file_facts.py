@@ -60,7 +60,7 @@ def file_facts(path: str | os.PathLike[str], measured: Report | None = None) -> 
     return FileFacts(
         path=os.fspath(path),
         n_bytes=os.path.getsize(path),
-        rows=Report(tuple(rows), listed.n_parameters if measured is None else measured.n_parameters),
+        rows=Report(tuple(rows)),
         forms={name: choice.form for name, choice in header.choices.items()},
         machine="; ".join(sorted(machines)),
         bytes_by_part=_bytes_by_part(header, tensors, os.path.getsize(path)),

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
-import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 
-from sparsify.calibration.batches import read_example
-from sparsify.calibration.eval_mode import eval_without_cache
 from sparsify.conversion.convert import Plan, plan_convert
 from sparsify.layer_names import Selector, join
 from sparsify.reporting.file_report import inspect_file
+from sparsify.reporting.multiply_adds import memory_of, multiply_adds
 from sparsify.reporting.report import Report
 from sparsify.tables import Listed, Listing, Table
 
@@ -123,11 +120,11 @@ def inspect(
         return inspect_file(model)
     plan = plan_convert(model, include=include, exclude=exclude, types=types, tied="skip", functional=functional)
     layers, holder = _layers(model, plan)
-    counts = None if example is None else _multiply_adds(model, example)
+    counts = None if example is None else multiply_adds(model, example)
     parameters = {p for p in model.parameters() if not isinstance(p, nn.UninitializedParameter)}
     n_parameters: Counter[str] = Counter()
     for parameter in parameters:
-        n_parameters[holder[_memory(parameter)]] += parameter.numel()
+        n_parameters[holder[memory_of(parameter)]] += parameter.numel()
     n_multiply_adds: Counter[str | None] = Counter()
     for memory, n in (counts or {}).items():
         n_multiply_adds[holder.get(memory)] += n
@@ -152,78 +149,23 @@ def _layers(model: nn.Module, plan: Plan) -> tuple[dict[str, tuple[str, tuple[in
                 becomes = f"{'layer of ' if layer else ''}{kind.sparse.__name__}" if kind else "already masked"
                 layers[name] = type(module).__name__, tuple(weight.shape), becomes, ""
                 biases = [p for key, p in module.named_parameters() if key.startswith(layer)]
-                holder |= {_memory(tensor): name for tensor in (weight, *biases)}
+                holder |= {memory_of(tensor): name for tensor in (weight, *biases)}
         if owner in plan.left:
             layers[owner] = type(module).__name__, (), "", plan.left[owner]
             for parameter in module.parameters():
-                holder.setdefault(_memory(parameter), owner)
+                holder.setdefault(memory_of(parameter), owner)
     rest: dict[str, list[nn.Parameter]] = {}
     n_modules: Counter[str] = Counter()
     for module in modules.values():
-        own = [p for p in module._parameters.values() if p is not None and _memory(p) not in holder]
+        own = [p for p in module._parameters.values() if p is not None and memory_of(p) not in holder]
         if own:
             n_modules[type(module).__name__] += 1
             rest.setdefault(type(module).__name__, []).extend(own)
     for type_, parameters in rest.items():
         name = f"{n_modules[type_]} x {type_}"
         layers[name] = type_, (), "", "not of the types that convert, or not chosen"
-        holder |= {_memory(parameter): name for parameter in parameters}
+        holder |= {memory_of(parameter): name for parameter in parameters}
     return layers, holder
-
-
-class _Counter(TorchDispatchMode):
-    """Sums of the multiply-adds of all operators, by the memory of the Parameter used, 0 for none."""
-
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        from torch.utils.flop_counter import flop_registry  # a third of a second, for this alone
-
-        self.formulas = flop_registry
-        self.known = {_memory(p): _memory(p) for p in parameters}
-        self.counts: Counter[int] = Counter()
-        self.kept: list[Tensor] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        flops = self.formulas.get(func._overloadpacket)
-        if flops is None:
-            with self:
-                result = func.decompose(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        result = func(*args, **kwargs)
-        tensors = sorted((a for a in args if isinstance(a, Tensor)), key=lambda tensor: tensor.ndim)
-        used = [self.known[m] for tensor in reversed(tensors) if (m := _memory(tensor)) in self.known]  # weight, bias
-        if flops is not None:
-            self.counts[used[0] if used else 0] += flops(*args, **kwargs, out_val=result) // 2
-        elif used and func._overloadpacket is torch.ops.aten.where:  # a masked weight
-            self.kept.append(result)  # while it lives, its memory is no other's
-            self.known[_memory(result)] = used[0]
-        return result
-
-
-@torch.no_grad()
-def _multiply_adds(model: nn.Module, example: Any) -> Counter[int]:
-    """Run the model on an example, and return the multiply-adds by the memory of the weight used."""
-    batch = read_example(model, example)
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # its fused operator would hide its products
-    try:
-        with eval_without_cache(model), _Counter(model.parameters()) as counter:
-            model(*batch.args, **batch.kwargs)
-    except Exception as error:  # whatever the model's own code raises
-        raise ValueError(f"the model does not run on the example: {type(error).__name__}: {error}") from error
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-    counts: Counter[int] = counter.counts
-    return counts
-
-
-def _memory(tensor: Tensor) -> int:
-    """Return a number for the memory behind a tensor, on any device, the meta device included."""
-    return int(tensor.untyped_storage()._cdata)
 
 
 def _percent(part: int | None, whole: int | None) -> str:

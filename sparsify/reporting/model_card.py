@@ -102,7 +102,7 @@ def _part(folder: Path, model: nn.Module, facts: CardFacts) -> str:
 
 def _summary(folder: Path, model: nn.Module, facts: CardFacts) -> list[str]:
     found = report(model)
-    total = found.total
+    total = found.layers
     sparse = [row for row in found if row.format != "dense"]
     n_bytes = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in _WEIGHTS)
     kind = "masked, to be trained on" if any(row.format == "masked" for row in found) else "exported, to be run"

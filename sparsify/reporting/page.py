@@ -56,7 +56,7 @@ def page(facts: FileFacts, run: RunFacts | None = None) -> str:
 
 
 def _summary(facts: FileFacts, run: RunFacts) -> str:
-    total = facts.rows.total
+    total = facts.rows.layers
     size = f"{facts.n_bytes:,} bytes"
     if run.dense_bytes:
         size += f", {facts.n_bytes / run.dense_bytes:.2f} of dense ({run.dense_bytes:,} bytes)"

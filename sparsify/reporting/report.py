@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from sparsify.conversion.converters.table import converter_for, matrices
+from sparsify.conversion.converters.table import converter_for, default_converters, matrices
 from sparsify.conversion.module_surgery import layers_of_type
 from sparsify.inference.form_selection import why_chosen
 from sparsify.kernels import quantizes_inputs
@@ -15,6 +17,7 @@ from sparsify.layer_names import join
 from sparsify.layers import Int8Embedding, MaskedLayer, PackedLayer
 from sparsify.layers.copies import warn_stale
 from sparsify.layers.records import FormChoice, disturbance_of, form_choice, pruning_result, rounding_of
+from sparsify.reporting.coverage import Coverage, coverage
 from sparsify.tables import Listed, Listing, Table
 
 #: Of the printed table; a column without any entry is left out.
@@ -67,13 +70,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Report(Listed, Sequence[Row]):
-    """The rows of all layers; `str()` of it is a table for people.
+    """The rows of all layers; `str()` of it is a table for people, with the total and the share of the model in front.
 
-    n_parameters: of the whole model, dense; 0 without a model. `str()` tells if the rows hold less than half.
+    rest: all parameters outside of the rows, dense; its shape counts them, (1, n). None if there are none.
+    coverage: the share of the model in masked and exported layers; None without a model.
     """
 
     rows: tuple[Row, ...]
-    n_parameters: int = 0
+    rest: Row | None = None
+    coverage: Coverage | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -85,7 +90,23 @@ class Report(Listed, Sequence[Row]):
         return self.rows[index]
 
     @property
+    def n_parameters(self) -> int:
+        """The parameters of the whole model, as before packing; 0 without a model."""
+        return 0 if self.coverage is None else self.coverage.n_parameters
+
+    @property
     def total(self) -> Row:
+        """The whole model, or all layers without a model; its shape counts the weights, (1, n)."""
+        layers, rest = self.layers, self.rest
+        if rest is None:
+            return layers
+        n = layers.shape[1] + rest.shape[1]
+        n_bytes, dense_bytes = layers.n_bytes + rest.n_bytes, layers.dense_bytes + rest.dense_bytes
+        sparsity = layers.sparsity * layers.shape[1] / n
+        return replace(layers, shape=(1, n), sparsity=sparsity, n_bytes=n_bytes, dense_bytes=dense_bytes)
+
+    @property
+    def layers(self) -> Row:
         """All layers together; its shape counts the weights, (1, n)."""
         n_weights = [row.shape[0] * row.shape[1] for row in self.rows]
         zeros = sum(row.sparsity * n for row, n in zip(self.rows, n_weights, strict=True))
@@ -119,20 +140,23 @@ class Report(Listed, Sequence[Row]):
         return Listing(self._summary(), [("", table)])
 
     def _summary(self) -> list[str]:
-        """Return the total in a sentence, and another if the layers hold less than half of the model."""
-        total = self.total
-        n_weights, share = total.shape[1], total.n_bytes / max(total.dense_bytes, 1)
-        of_all = f"total: {len(self.rows)} layers, {n_weights:,} weights, sparsity {total.sparsity:.4f}"
-        took = "" if total.time_s is None else f", pruned in {total.time_s:.2f} s"
-        sentences = [f"{of_all}, {total.n_bytes:,} bytes, {share:.3f} of dense{took}"]
-        if 2 * n_weights < self.n_parameters:
-            part = f"{n_weights / self.n_parameters:.1%} of the model's {self.n_parameters:,} parameters"
-            sentences.append(f"These layers hold {part}; the rest is dense.")
-        return sentences
+        """Return the total, the sum of the layers, and the share of the model in pruned layers."""
+        layers, total = self.layers, self.total
+        took = "" if layers.time_s is None else f", pruned in {layers.time_s:.2f} s"
+        of_layers = f"{len(self.rows)} layers, {layers.shape[1]:,} weights, {_size(layers)}{took}"
+        if self.coverage is None or not self.n_parameters:
+            return [f"total: {of_layers}"]
+        return [f"total: {total.shape[1]:,} parameters, {_size(total)}", f"of these: {of_layers}", str(self.coverage)]
 
 
-def report(model: nn.Module) -> Report:
+def report(model: nn.Module, example: Any = None) -> Report:
     """List every exported or masked layer, and every dense one of a type in convert's default, with its memory.
+
+    The total is of the whole model. Beside it stands the share of the model in masked and exported layers, and what
+    else there is, by type.
+
+    example: a typical input (a tensor, a tuple, or a dict by name), on which the model runs once: then the share of the
+    multiply-adds is told too. Raises ValueError if the model does not run on it.
 
     >>> model = sparsify.convert(nn.Sequential(nn.Linear(8, 4)))
     >>> row = report(sparsify.export(sparsify.prune(model, 0.75), format="csr"))[0]
@@ -140,9 +164,13 @@ def report(model: nn.Module) -> Report:
     ('csr', 60, 128)
     """
     warn_stale(layers_of_type(model, MaskedLayer))
-    rows = []
+    rows: list[Row] = []
+    pruned: list[nn.Module] = []
+    default = default_converters(model)
     for name, layer in layers_of_type(model, nn.Module).items():
         choice = form_choice(layer)
+        if isinstance(layer, (MaskedLayer, PackedLayer)) or choice is not None:
+            pruned.append(layer)
         measured = (_why(choice, layer), dict(choice.times_us)) if choice is not None else ("", {})
         if isinstance(layer, PackedLayer):
             if (applied := layer.followed_by if layer.activation == "none" else layer.activation) != "none":
@@ -155,7 +183,7 @@ def report(model: nn.Module) -> Report:
             shape, n_bytes = (layer.num_embeddings, layer.embedding_dim), _n_bytes(layer.values, layer.weight_scale)
             rows.append(Row(name, shape, 0.0, "dense", n_bytes, layer.values.numel() * layer.own_dtype.itemsize))
         kind = converter_for(layer)
-        by_default = kind is None or kind.by_default or isinstance(layer, MaskedLayer) or choice is not None
+        by_default = kind is None or kind in default or isinstance(layer, MaskedLayer) or choice is not None
         for part, weight in matrices(layer).items() if by_default else ():
             shape, n_bytes = (weight.shape[0], weight.shape[1]), _n_bytes(weight)
             if isinstance(layer, MaskedLayer):
@@ -167,7 +195,8 @@ def report(model: nn.Module) -> Report:
             rows[-1] = replace(rows[-1], error=result.error, time_s=result.time_s)
         if isinstance(layer, (PackedLayer, Int8Embedding)) or rounding_of(layer) is not None:
             rows[-1] = _with_rounding(rows[-1], layer)
-    return Report(tuple(rows), _n_parameters(model))
+    found = coverage(model, pruned, example)
+    return Report(tuple(rows), _rest(model, rows, found.n_parameters), found)
 
 
 def _why(choice: FormChoice, layer: nn.Module) -> str:
@@ -192,11 +221,18 @@ def _with_rounding(row: Row, layer: nn.Module) -> Row:
     return replace(row, numbers=numbers, int8_error=shown, reason=why)
 
 
-def _n_parameters(model: nn.Module) -> int:
-    """Count the parameters of a model, as before its layers were packed."""
-    n_packed = sum(layer.shape[0] * layer.shape[1] for layer in layers_of_type(model, PackedLayer).values())
-    n_packed += sum(layer.values.numel() for layer in layers_of_type(model, Int8Embedding).values())
-    return n_packed + sum(p.numel() for p in model.parameters() if not isinstance(p, nn.UninitializedParameter))
+def _rest(model: nn.Module, rows: Sequence[Row], n_parameters: int) -> Row | None:
+    """Return the parameters outside of all rows as a row; None without any."""
+    n = n_parameters - sum(row.shape[0] * row.shape[1] for row in rows)
+    packed = {name for name, layer in model.named_modules() if isinstance(layer, (PackedLayer, Int8Embedding))}
+    n_bytes = sum(p.nbytes for p in model.parameters() if not is_lazy(p))
+    n_bytes -= sum(row.dense_bytes for row in rows if row.name not in packed)
+    return Row("the rest", (1, n), 0.0, "", n_bytes, n_bytes) if n > 0 else None
+
+
+def _size(row: Row) -> str:
+    """Return sparsity and bytes of a row in words."""
+    return f"sparsity {row.sparsity:.4f}, {row.n_bytes:,} bytes, {row.n_bytes / max(row.dense_bytes, 1):.3f} of dense"
 
 
 def _zeros(weight: Tensor) -> float:

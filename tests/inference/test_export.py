@@ -295,7 +295,7 @@ def test_report_lists_every_linear_layer_with_its_bytes() -> None:
 def test_report_total_is_the_sum_weighted_by_size() -> None:
     model = masked(0.5)
     model.head.sparse_update(1.0)
-    total = sparsify.report(model).total
+    total = sparsify.report(model).layers
     assert total.shape == (1, 648)
     assert total.sparsity == pytest.approx((288 + 72) / 648)
     assert total.n_bytes == sum(row.n_bytes for row in sparsify.report(model))
@@ -306,10 +306,12 @@ def test_report_is_a_sequence_and_prints_a_line_for_each_layer() -> None:
     assert len(rows) == 3
     assert rows[-1].name == "head"
     lines = str(rows).splitlines()
-    assert len(lines) == 7
-    assert lines[0].startswith("total: 3 layers, 648 weights, sparsity 0.7500, ")
-    assert lines[2].split() == ["layer", "shape", "sparsity", "format", "bytes", "of", "dense"]
-    assert lines[4].split()[:4] == ["body.0", "24x12", "0.7500", "masked"]
+    assert len(lines) == 9
+    assert lines[0].startswith("total: 732 parameters, sparsity 0.6639, ")
+    assert lines[1].startswith("of these: 3 layers, 648 weights, sparsity 0.7500, ")
+    assert lines[2].startswith("Pruned layers hold 88.5% of the model's 732 parameters. Dense: ")
+    assert lines[4].split() == ["layer", "shape", "sparsity", "format", "bytes", "of", "dense"]
+    assert lines[6].split()[:4] == ["body.0", "24x12", "0.7500", "masked"]
     assert "(root)" in str(sparsify.report(nn.Linear(2, 2)))
 
 

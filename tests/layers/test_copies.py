@@ -92,7 +92,7 @@ def test_an_average_without_masks_is_noticed_wherever_it_goes(update: Update, tm
     # As the warning says:
     masks = {key: value for key, value in model.state_dict().items() if value.dtype == torch.bool}
     average.load_state_dict(masks, strict=False)
-    assert report(average).total.sparsity == 0.75
+    assert report(average).layers.sparsity == 0.75
     assert not average[0].weight[~model[0].mask].any()
 
 
@@ -115,7 +115,7 @@ def test_an_average_that_gets_the_masks_is_as_sparse_as_its_model(update: Update
     else:
         average = trained(copy.deepcopy(model), model, update)
     fast = export(average, format="csr")
-    assert report(fast).total.sparsity == 0.75
+    assert report(fast).layers.sparsity == 0.75
     torch.testing.assert_close(fast(X), average(X))
     assert int((to_dense(average)[0].weight == 0).sum()) >= 72
 
@@ -128,7 +128,7 @@ def test_averages_of_state_dicts_keep_the_masks_and_no_bool_is_taken_for_a_numbe
     }
     loaded = convert(mlp())
     loaded.load_state_dict(state)
-    assert report(loaded).total.sparsity == 0.5
+    assert report(loaded).layers.sparsity == 0.5
     assert torch.equal(loaded[0].mask, one[0].mask)
     with pytest.raises(RuntimeError, match=r"0\.mask must be bool, got torch\.float32"):
         loaded.load_state_dict({key: value.float() for key, value in state.items()})
@@ -143,7 +143,7 @@ def test_a_mask_written_over_in_place_is_noticed_and_one_set_is_not() -> None:
         report(model)
     for layer in (model[0], model[2]):
         layer.set_mask(torch.ones_like(layer.mask))
-    assert report(model).total.sparsity == 0
+    assert report(model).layers.sparsity == 0
 
 
 def fine_tune(model: nn.Module) -> nn.Module:
@@ -171,16 +171,16 @@ def test_other_copies_of_a_model_that_is_pruned_further_are_silent(use: Callable
     model = prune(convert(mlp()), 0.5)
     copied = copy.deepcopy(model)
     prune(fine_tune(model), 0.75)
-    assert report(use(copied)).total.sparsity in (0.5, 0.625)
-    assert report(model).total.sparsity == 0.75
+    assert report(use(copied)).layers.sparsity in (0.5, 0.625)
+    assert report(model).layers.sparsity == 0.75
 
 
 def test_a_copy_that_trains_under_masks_no_denser_than_its_original_is_silent() -> None:
     model = prune(convert(mlp()), 0.5)
     copied = fine_tune(copy.deepcopy(model))
-    assert report(copied).total.sparsity == 0.5
+    assert report(copied).layers.sparsity == 0.5
     prune(model, 0.25)
-    assert report(copied).total.sparsity == 0.5
+    assert report(copied).layers.sparsity == 0.5
 
 
 def test_a_copy_is_as_the_layer_was() -> None:
