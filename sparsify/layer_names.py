@@ -12,9 +12,13 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 import regex
 from torch import nn
 
-#: A glob over dotted names ("encoder.*.query"); "re:" and a regular expression for the whole name; a module type, for
-#: every layer of the type, or inside a module of the type; or a function of a layer's name and module to true or false.
+#: A glob over dotted names ("encoder.*.query"); "re:" and a regular expression for the whole name; ":first" or ":last",
+#: in the order of the model's modules; a module type, for every layer of the type, or inside a module of the type; or a
+#: function of a layer's name and module to true or false.
 Selector = str | type[nn.Module] | Callable[[str, nn.Module], bool]
+
+#: Patterns for one layer by its place, and the part of the names that each means.
+_ENDS = {":first": slice(None, 1), ":last": slice(-1, None)}
 
 #: Processor time of one regular expression for all names together.
 MAX_MATCH_S = 1.0
@@ -33,12 +37,16 @@ def join(*names: str) -> str:
 
 
 def matching(pattern: str, names: Collection[str]) -> list[str]:
-    """Return the names matched by a glob or `re:` pattern; raise ValueError with near names if there are none.
+    """Return the names matched by a glob or `re:` pattern, or the ":first" or ":last" of them.
+
+    Raises ValueError with near names if there are none.
 
     >>> matching("*.fc1", ["a.fc1", "a.fc2"]), matching(r"re:a\\.fc\\d", ["a.fc1", "a.fc2"])
     (['a.fc1'], ['a.fc1', 'a.fc2'])
     """
-    if pattern.startswith("re:"):
+    if pattern in _ENDS:
+        matches = list(names)[_ENDS[pattern]]
+    elif pattern.startswith("re:"):
         matches = _matching_expression(pattern[3:], names)
     else:
         matches = [name for name in names if fnmatch.fnmatchcase(name, pattern)]

@@ -51,6 +51,9 @@ def erk(n_units: Mapping[str, int], shapes: Mapping[str, tuple[int, int]], spars
     >>> erk({"a": 100, "b": 400}, {"a": (10, 10), "b": (20, 20)}, 0.8)
     {'a': 67, 'b': 333}
 
+    A convolution counts as its matrix, with in_channels / groups x kernel inputs. So a k x k layer keeps more than by
+    the paper's rule for kernels, where their sides are added to the channels.
+
     Evci et al. 2020, arXiv:1911.11134 (the Erdos-Renyi kernel rule for linear layers).
     """
     total = sum(n_units.values())
