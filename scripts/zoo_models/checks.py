@@ -42,6 +42,7 @@ def convert(subject: Subject) -> str:
     """Nothing changes: not a bit, or in an attention computed in another way, nothing beyond rounding."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", sparsify.LeftDenseWarning)
+        warnings.simplefilter("ignore", sparsify.DefaultTypesWarning)
         subject.sparse = sparsify.convert(copy.deepcopy(subject.dense), **subject.model.convert)
     after = outputs(subject.sparse, subject.inputs)
     if layers_of_type(subject.dense, nn.MultiheadAttention) and not same(after, subject.before):

@@ -47,6 +47,7 @@ def share(model: Model, **arguments: Any) -> Share:
         work = counter.of_memory
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", sparsify.LeftDenseWarning)
+        warnings.simplefilter("ignore", sparsify.DefaultTypesWarning)
         sparsify.convert(full, **arguments)
     weights = [layer.weight for layer in layers_of_type(full, MaskedLayer).values()]
     n_parameters = sum(parameter.numel() for parameter in full.parameters())

@@ -79,7 +79,7 @@ def cut_by_rows(layer: Any, pattern: Pattern, ranks: Ranks) -> bool:
     whole_weight = torch.empty(layer.mask.shape, device="meta")
     as_matrix = layer.matrix(whole_weight)
     in_place = as_matrix.untyped_storage()._cdata == whole_weight.untyped_storage()._cdata
-    by_row = in_place and as_matrix.is_contiguous()
+    by_row = in_place and as_matrix.is_contiguous() and len(as_matrix) == len(whole_weight)
     return by_row and (placements is None or (len(placements) == 1 and placements[0].is_shard(0)))
 
 

@@ -48,11 +48,15 @@ def normed() -> nn.Sequential:
 @pytest.mark.parametrize(
     ("build", "options", "said"),
     [
-        (Recurrent, {}, r"^most weights stay dense, 86\.6% of the parameters, .*: lstm \(LSTM\); with types="),
+        (
+            Recurrent,
+            {},
+            r"^most weights stay dense, 86\.6% .*: lstm \(LSTM\); types=\[.*LSTM\] takes.*; with types=",
+        ),
         (
             Convolutions,
             {},
-            r".*: lstm \(LSTM\); features \(Conv2d\); types=\[torch.nn.Linear, torch.nn.Conv2d\] takes conv.*; with",
+            r"lstm \(LSTM\); features \(Conv2d\); types=\[torch.nn.Linear, .*Conv2d, torch.nn.LSTM\] takes.*; with",
         ),
         (Experts, {}, r"93\.4% .*: \(root\) \(Experts\); with"),
         (Experts, {"functional": True}, r"93\.4% .*: \(root\) \(Experts\); with"),
