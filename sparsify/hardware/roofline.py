@@ -14,9 +14,10 @@ from sparsify.kernels.cpu import library as native
 N_TRIES = 5
 
 
-def fma_gflops(seconds: float = 0.2) -> float:
+def fma_gflops(seconds: float = 0.2, n_tries: int = N_TRIES) -> float:
     """Measure the peak of float32 multiply-adds (two operations each) of the kernel in use, on torch's threads."""
-    return _best("sparsify_measure_fma_gflops", [ctypes.c_double, ctypes.c_int], seconds, torch.get_num_threads())
+    signature = [ctypes.c_double, ctypes.c_int]
+    return _best("sparsify_measure_fma_gflops", signature, seconds, n_tries, torch.get_num_threads())
 
 
 def read_gbs(n_bytes: int, seconds: float = 0.2) -> float:
@@ -25,14 +26,14 @@ def read_gbs(n_bytes: int, seconds: float = 0.2) -> float:
     Raises ValueError for a buffer too small to share (512 bytes a thread).
     """
     signature = [ctypes.c_double, ctypes.c_int, ctypes.c_int64]
-    return _best("sparsify_measure_read_gbs", signature, seconds, torch.get_num_threads(), n_bytes)
+    return _best("sparsify_measure_read_gbs", signature, seconds, N_TRIES, torch.get_num_threads(), n_bytes)
 
 
-def _best(name: str, signature: Sequence[Any], seconds: float, *arguments: int) -> float:
+def _best(name: str, signature: Sequence[Any], seconds: float, n_tries: int, *arguments: int) -> float:
     if not native.available():
         raise RuntimeError(f"roofs are measured by the native library: {native.why_missing()}; see 'sparsify doctor'")
     function = native.function(name, (ctypes.c_double, list(signature)))
-    best: float = max(function(seconds / N_TRIES, *arguments) for _ in range(N_TRIES))
+    best: float = max(function(seconds / n_tries, *arguments) for _ in range(n_tries))
     if best < 0:
         raise ValueError(
             f"{name}({seconds}, {', '.join(map(str, arguments))}): argument out of range, or out of memory"

@@ -61,7 +61,7 @@ DEFINE_LOOPS(avx512, TARGET_OF("avx512f,avx512vl,fma"), Floats16)
 Loops loops() {
 #if defined(__x86_64__)
     if (!strncmp(sparsify_kernel(), "avx512", 6)) return {multiply_adds_avx512, read_floats_avx512, 16};
-    if (!strcmp(sparsify_kernel(), "avx2")) return {multiply_adds_avx2, read_floats_avx2, 8};
+    if (!strncmp(sparsify_kernel(), "avx", 3)) return {multiply_adds_avx2, read_floats_avx2, 8};
 #endif
     return {multiply_adds_portable, read_floats_portable, 4};
 }
