@@ -1,6 +1,7 @@
 """Fixtures of several test files, and the instruction sets of the native kernels that a run has tested."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -70,15 +71,30 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    if exitstatus == pytest.ExitCode.OK and fault(session.config):
+    if (output := getattr(session.config, "workeroutput", None)) is not None:  # one of several processes, pytest -n 2
+        tested = session.config.stash[TESTED]
+        output |= {"ran": dict(tested.ran), "skipped": tested.skipped, "deselected": DESELECTED in session.config.stash}
+    elif exitstatus == pytest.ExitCode.OK and fault(session.config):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object | None) -> None:
+    """Add up what each of several processes has tested; one that died says nothing, and fails the run by itself."""
+    output = getattr(node, "workeroutput", None)
+    if output is not None:
+        tested = node.config.stash[TESTED]
+        tested.ran.update(output["ran"])
+        tested.skipped.update(output["skipped"])
+        if output["deselected"]:
+            node.config.stash[DESELECTED] = True
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> Iterator[None]:
     """Print the instruction sets last, after the summary of skips."""
     yield
-    if config.option.collectonly:
+    if config.option.collectonly or hasattr(config, "workeroutput"):
         return
     tested = config.stash[TESTED]
     for line in tested.lines():
