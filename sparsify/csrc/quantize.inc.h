@@ -16,14 +16,6 @@ struct RowQuantization {
     int32_t zero_point;
 };
 
-inline float lowest(Vec a) {
-    float lanes[WIDTH];
-    store(lanes, a);
-    float least = lanes[0];
-    for (int i = 1; i < WIDTH; ++i) least = lanes[i] < least ? lanes[i] : least;
-    return least;
-}
-
 template <typename T>
 inline RowQuantization row_quantization(const T *x, int64_t n) {
     constexpr float LARGEST = 3.4028234663852886e38f;
@@ -39,10 +31,7 @@ inline RowQuantization row_quantization(const T *x, int64_t n) {
         for (int i = 0; i < 4; ++i) look_at(load(x + k + i * WIDTH), i);
     for (; k + WIDTH <= n; k += WIDTH) look_at(load(x + k), 0);
     if (k < n) look_at(load_first(x + k, int(n - k)), 1);
-    float lanes[WIDTH];
-    store(lanes, add(add(bad[0], bad[1]), add(bad[2], bad[3])));
-    bool finite = true;
-    for (const float lane : lanes) finite &= lane == 0;
+    bool finite = all_zero(add(add(bad[0], bad[1]), add(bad[2], bad[3])));
     const float low = lowest(min(min(lo[0], lo[1]), min(lo[2], lo[3])));
     const float high = -lowest(sub(zero(), max(max(hi[0], hi[1]), max(hi[2], hi[3]))));
     const float range = high - low, factor = 255.0f / range;
@@ -66,6 +55,10 @@ inline void quantize_row(const T *x, int64_t n, uint8_t *to, float *step, int32_
     const Vec factor = set1(row.factor);
     const IntVec zeros = set1(row.zero_point);
     int64_t k = 0;
+    for (; k + 4 * WIDTH <= n; k += 4 * WIDTH) {
+        const auto scaled = [&](int i) { return mul(load(x + k + i * WIDTH), factor); };
+        store_quantized(to + k, scaled(0), scaled(1), scaled(2), scaled(3), zeros);
+    }
     for (; k + WIDTH <= n; k += WIDTH) store_quantized(to + k, mul(load(x + k), factor), zeros);
     if (k < n) store_quantized(to + k, mul(load_first(x + k, int(n - k)), factor), zeros);
 }

@@ -175,14 +175,14 @@ void pack_window(int64_t first_row, int64_t n_rows, int64_t out, int64_t first_c
 int pack(int64_t out, int64_t in, const int32_t *crow, const int32_t *col, uint8_t *index, int64_t *order,
          PanelHeader *header) {
     if (const int status = check_csr(out, in, crow, col)) return status;
-    return pack_panel(out, in, crow, col, most_columns(out, in, crow[out]), index, order, header);
+    return pack_panel(out, in, crow, col, index, order, header);
 }
 
 }  // namespace
 
-int pack_panel(int64_t out, int64_t in, const int32_t *crow, const int32_t *col, int64_t most_columns, uint8_t *index,
-               int64_t *order, PanelHeader *header) {
-    const Layout layout = choose_layout(out, in, most_columns);
+int pack_panel(int64_t out, int64_t in, const int32_t *crow, const int32_t *col, uint8_t *index, int64_t *order,
+               PanelHeader *header) {
+    const Layout layout = choose_layout(out, in, most_columns(out, in, crow[out]));
     const PanelSections sections = panel_sections(out, in, layout.k_block, layout.window_rows);
     int32_t *cursor = static_cast<int32_t *>(malloc(size_t(out + 1) * sizeof(int32_t)));
     if (!cursor) return SPARSIFY_NO_MEMORY;

@@ -5,9 +5,9 @@
 
 namespace sparsify {
 
-// Packs a sound CSR matrix (runtime/csr.h) in blocks of at most most_columns <= PANEL_MAX_K_BLOCK, or measures when
-// index is null. Writes the header that the index has or would have.
-int pack_panel(int64_t out, int64_t in, const int32_t *crow, const int32_t *col, int64_t most_columns, uint8_t *index,
-               int64_t *order, PanelHeader *header);
+// Packs a sound CSR matrix (runtime/csr.h), or measures when index is null. Writes the header that the index has or
+// would have.
+int pack_panel(int64_t out, int64_t in, const int32_t *crow, const int32_t *col, uint8_t *index, int64_t *order,
+               PanelHeader *header);
 
 }  // namespace sparsify

@@ -20,8 +20,6 @@ constexpr int QUADS_MAX_VECS = N_REGISTERS >= 32 ? 4 : 2;
 // A tile of all quads stays in the L2 cache: narrower for very many inputs.
 constexpr int64_t QUADS_TILE_BYTES = 1024 * 1024;
 constexpr int64_t QUADS_PART_ROWS = 1024;
-// 127 times as much is less than 2^22 (quads/tile.inc.h).
-constexpr int64_t QUADS_FEW_INPUTS = 33024;
 
 struct QuadsPlan {
     LinearCall call;
@@ -30,7 +28,8 @@ struct QuadsPlan {
     const uint8_t *inputs, *panel;
     PanelHeader header;  // of the panel of quads
     PanelSections sections;
-    int64_t id;  // of this call, unlike any other
+    bool in_order;  // place i holds input i
+    int64_t id;     // of this call, unlike any other
     int64_t n_vecs, n_tiles, n_parts;
     int64_t first_window, end_window, windows_per_part;
 };
@@ -38,6 +37,16 @@ struct QuadsPlan {
 // What this thread has in its scratch memory.
 thread_local int64_t quads_kept_call = 0, quads_kept_tile = 0;
 thread_local TokenScales quads_kept_tokens;
+
+inline bool in_order(const uint8_t *inputs, int64_t in) {
+    int32_t differs = 0;
+    for (int32_t i = 0; i < in; ++i) {
+        int32_t input;
+        memcpy(&input, inputs + 4 * size_t(i), sizeof input);
+        differs |= input ^ i;
+    }
+    return !differs;
+}
 
 template <int V>
 void add_quads(const QuadsPlan &plan, int64_t block, int64_t window, int64_t n_rows, const uint32_t *tile,
@@ -73,7 +82,8 @@ int run_quads_tile(const QuadsPlan &plan, int64_t tile_number, int64_t first_vec
     int32_t *const sums = reinterpret_cast<int32_t *>(tile + tile_words);
     if (quads_kept_call != plan.id || quads_kept_tile != tile_number) {
         fill_quads<V>(static_cast<const T *>(call.x) + first_token * call.x_stride, call.x_stride, n_tokens, call.in,
-                      plan.inputs, k_block, reinterpret_cast<uint8_t *>(sums + sums_words), quads_kept_tokens, tile);
+                      plan.inputs, plan.in_order, k_block, reinterpret_cast<uint8_t *>(sums + sums_words),
+                      quads_kept_tokens, tile);
         for (int64_t block = 0; block < n_blocks; ++block)  // what padding refers to
             memset(tile + (block * (k_block + 1) + k_block) * V * WIDTH, 0, V * WIDTH * sizeof *tile);
         quads_kept_call = plan.id;
@@ -92,7 +102,7 @@ int run_quads_tile(const QuadsPlan &plan, int64_t tile_number, int64_t first_vec
             const Rows rows = part_of_call(call, row, window_rows);
             empty_quads<V>(window_sums + rows.skipped * V * WIDTH, quads_kept_tokens, plan.row_sums + rows.first,
                            plan.scale + rows.first, bias ? bias + rows.first : nullptr, y + rows.first - call.first_row,
-                           call.y_stride, n_tokens, rows.n, call.activation, call.in <= QUADS_FEW_INPUTS);
+                           call.y_stride, n_tokens, rows.n, call.activation, call.in);
         }
     }
     return SPARSIFY_OK;
@@ -136,6 +146,7 @@ int linear_quads(const Int8Call &int8_call) {
         reinterpret_cast<const int32_t *>(static_cast<const QuadWeights *>(call.values) + header.n_panel_values);
     memcpy(&plan.header, plan.panel, sizeof plan.header);
     plan.sections = panel_sections(call.out, quads_of(call.in), plan.header.k_block, plan.header.window_rows);
+    plan.in_order = in_order(plan.inputs, call.in);
     plan.id = next_call_id();
     plan.first_window = call.first_row / plan.header.window_rows;
     plan.end_window = (call.end_row + plan.header.window_rows - 1) / plan.header.window_rows;

@@ -125,12 +125,22 @@ void order_some(int64_t out, int64_t first, int64_t n, const int32_t *crow, cons
     }
 }
 
+// Quads of neighbours are kept as a whole or not at all, as in a mask of blocks 1x4: there is no better order.
+bool quads_are_full(int64_t out, const int32_t *crow, const int32_t *col) {
+    for (int64_t row = 0; row < out; ++row) {
+        const int32_t end = crow[row + 1];
+        for (int32_t i = crow[row]; i < end; i += 4)
+            if (end - i < 4 || col[i] % 4 || col[i + 3] != col[i] + 3) return false;
+    }
+    return true;
+}
+
 }  // namespace
 
 int order_inputs(int64_t out, int64_t in, const int32_t *crow, const int32_t *col, int32_t *inputs) {
     for (int64_t i = 0; i < 4 * quads_of(in); ++i) inputs[i] = i < in ? int32_t(i) : QUADS_NO_INPUT;
     const int64_t nnz = crow[out];
-    if (nnz == 0 || nnz == out * in) return SPARSIFY_OK;
+    if (nnz == out * in || quads_are_full(out, crow, col)) return SPARSIFY_OK;
     Columns columns;
     columns.rows = static_cast<uint64_t (*)[WORDS]>(malloc(MOST_COLUMNS * sizeof *columns.rows));
     columns.kept = static_cast<int32_t *>(malloc(5 * MOST_COLUMNS * sizeof(int32_t)));

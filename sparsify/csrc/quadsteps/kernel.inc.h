@@ -10,9 +10,12 @@ using namespace sparsify;
 
 #ifdef __AVX512VBMI__
 
-constexpr int QUADSTEPS_MAX_TOKENS = 8;
+// A step is loaded once for so many tokens, whose sums fill half of the registers.
+constexpr int QUADSTEPS_MAX_TOKENS = 16, QUADSTEPS_FEW_TOKENS = 8;
+// The tokens of a pass stay in the L1 cache: fewer than the most for many inputs.
+constexpr int64_t QUADSTEPS_PASS_BYTES = 32 * 1024;
 
-// sums[token][row of the block] of one tile for N tokens. With few tokens steps take turns with several sums, as an
+// sums[token][lane of the block] of one tile for N tokens. With few tokens steps take turns with several sums, as an
 // addition waits for the one before.
 template <int N>
 void quadsteps_tile(const QuadstepsView &view, const int8_t *values, int64_t tile, const uint8_t *x, int64_t x_stride,
@@ -23,9 +26,11 @@ void quadsteps_tile(const QuadstepsView &view, const int8_t *values, int64_t til
         const IntVec inputs = _mm512_loadu_si512(view.inputs + step * QUADSTEPS_BYTES);
         const IntVec weights = _mm512_loadu_si512(values + step * QUADSTEPS_BYTES);
         const uint8_t *window = x + view.starts[step];
-#pragma GCC unroll 8
-        for (int n = 0; n < N; ++n)
-            to[n] = fma(weights, _mm512_permutexvar_epi8(inputs, _mm512_loadu_si512(window + n * x_stride)), to[n]);
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) {
+            to[n] = fma(weights, _mm512_permutexvar_epi8(inputs, _mm512_loadu_si512(window)), to[n]);
+            window += x_stride;
+        }
     };
     int64_t step = view.tile_steps[tile];
     const int64_t end = view.tile_steps[tile + 1];
@@ -33,29 +38,27 @@ void quadsteps_tile(const QuadstepsView &view, const int8_t *values, int64_t til
 #pragma GCC unroll 4
         for (int turn = 0; turn < TURNS; ++turn) take(acc[turn], step + turn);
     for (; step < end; ++step) take(acc[0], step);
-    const uint8_t *rows = view.rows + tile * QUADSTEPS_LANES;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int n = 0; n < N; ++n) {
         IntVec total = acc[0][n];
 #pragma GCC unroll 4
         for (int turn = 1; turn < TURNS; ++turn) total = add(total, acc[turn][n]);
-        alignas(64) int32_t lanes[QUADSTEPS_LANES];
-        store(lanes, total);
-        for (int l = 0; l < QUADSTEPS_LANES && rows[l] != QUADSTEPS_NO_ROW; ++l)
-            sums[n * QUADSTEPS_BLOCK_ROWS + rows[l]] = lanes[l];
+        store(sums + n * QUADSTEPS_BLOCK_ROWS + tile % QUADSTEPS_BLOCK_TILES * QUADSTEPS_LANES, total);
     }
 }
 
 #else
 
-constexpr int QUADSTEPS_MAX_TOKENS = 1;
+constexpr int QUADSTEPS_MAX_TOKENS = 1, QUADSTEPS_FEW_TOKENS = 1;
+constexpr int64_t QUADSTEPS_PASS_BYTES = 0;
 
 // The same, input by input.
 template <int N>
 void quadsteps_tile(const QuadstepsView &view, const int8_t *values, int64_t tile, const uint8_t *x, int64_t,
                     int32_t *sums) {
     static_assert(N == 1, "a token at a time");
-    int32_t lanes[QUADSTEPS_LANES] = {};
+    int32_t *const lanes = sums + tile % QUADSTEPS_BLOCK_TILES * QUADSTEPS_LANES;
+    memset(lanes, 0, QUADSTEPS_LANES * sizeof *lanes);
     for (int64_t step = view.tile_steps[tile]; step < view.tile_steps[tile + 1]; ++step) {
         const uint8_t *inputs = view.inputs + step * QUADSTEPS_BYTES, *window = x + view.starts[step];
         const int8_t *weights = values + step * QUADSTEPS_BYTES;
@@ -63,11 +66,11 @@ void quadsteps_tile(const QuadstepsView &view, const int8_t *values, int64_t til
             for (int i = 0; i < QUADSTEPS_TAKEN; ++i)
                 lanes[l] += weights[4 * l + i] * window[inputs[4 * l + i] % QUADSTEPS_WINDOW];
     }
-    const uint8_t *rows = view.rows + tile * QUADSTEPS_LANES;
-    for (int l = 0; l < QUADSTEPS_LANES && rows[l] != QUADSTEPS_NO_ROW; ++l) sums[rows[l]] = lanes[l];
 }
 
 #endif
+
+constexpr int64_t QUADSTEPS_CACHED_BYTES = 1024 * 1024;
 
 template <int N>
 void quadsteps_block(const QuadstepsView &view, const int8_t *values, int64_t block, int64_t n_tokens, const uint8_t *x,
@@ -87,13 +90,32 @@ struct Quadsteps {
         return reinterpret_cast<const int32_t *>(values + int64_t(view.header->n_steps) * QUADSTEPS_BYTES);
     }
     static double flops(const View &view) { return double(view.header->n_steps) * QUADSTEPS_BYTES / 4; }
-    static int64_t at_once(int64_t n_tokens) {
-        return n_tokens < QUADSTEPS_MAX_TOKENS ? n_tokens : QUADSTEPS_MAX_TOKENS;
+
+    // A thread that reads all weights for some tokens finds them in its L2 cache, and shares no line of y with others.
+    static int64_t n_tiles(const View &view, int64_t n_tokens, int64_t n_threads) {
+        const bool cached = int64_t(view.header->n_steps) * 2 * QUADSTEPS_BYTES <= QUADSTEPS_CACHED_BYTES;
+        return cached && n_tokens >= n_threads * QUADSTEPS_FEW_TOKENS ? n_threads : 1;
+    }
+
+    // Passes of equal size.
+    static int64_t at_once(int64_t n_tokens, int64_t row_bytes) {
+        const int64_t fitting = QUADSTEPS_PASS_BYTES / row_bytes;
+        const int64_t most = fitting > QUADSTEPS_MAX_TOKENS   ? QUADSTEPS_MAX_TOKENS
+                             : fitting > QUADSTEPS_FEW_TOKENS ? fitting
+                                                              : QUADSTEPS_FEW_TOKENS;
+        const int64_t n_passes = (n_tokens + most - 1) / most;
+        return (n_tokens + n_passes - 1) / n_passes;
     }
     static void block(const View &view, const int8_t *values, int64_t block, int64_t n_tokens, const uint8_t *rows,
                       int64_t row_bytes, int32_t *sums) {
         quadsteps_block<QUADSTEPS_MAX_TOKENS>(view, values, block, n_tokens, rows, row_bytes, sums);
     }
+
+    struct Sums {
+        Lanes lanes;
+        IntVec of(const int32_t *sums) const { return pick(sums, lanes); }
+    };
+    static Sums sums_of(const View &view, int64_t row, int width) { return {load_lanes(view.lanes + row, width)}; }
 };
 
 }  // namespace

@@ -11,13 +11,14 @@ using namespace sparsify;
 namespace {
 
 constexpr int LANES = QUADSTEPS_LANES, BLOCK_ROWS = QUADSTEPS_BLOCK_ROWS;
+constexpr uint8_t NO_ROW = 255;
 
 // The rows of a block, those that keep most first, of equal ones the upper first; counted from the block's first row.
-// Those past the last row are QUADSTEPS_NO_ROW.
+// Those past the last row are NO_ROW.
 void sort_rows(int64_t out, const int32_t *crow, int64_t block, uint8_t (&sorted)[BLOCK_ROWS]) {
     const int64_t first = block * BLOCK_ROWS, n = out - first < BLOCK_ROWS ? out - first : BLOCK_ROWS;
     const auto kept = [&](int row) { return crow[first + row + 1] - crow[first + row]; };
-    memset(sorted, QUADSTEPS_NO_ROW, sizeof sorted);
+    memset(sorted, NO_ROW, sizeof sorted);
     for (int row = 0; row < n; ++row) {
         int at = row;
         for (; at > 0 && kept(sorted[at - 1]) < kept(row); --at) sorted[at] = sorted[at - 1];
@@ -31,7 +32,7 @@ template <typename Step>
 int64_t walk_tile(int64_t first_row, const uint8_t *rows, const int32_t *crow, const int32_t *col, Step step) {
     int32_t next[LANES], end[LANES];
     for (int l = 0; l < LANES; ++l) {
-        const bool exists = rows[l] != QUADSTEPS_NO_ROW;
+        const bool exists = rows[l] != NO_ROW;
         next[l] = exists ? crow[first_row + rows[l]] : 0;
         end[l] = exists ? crow[first_row + rows[l] + 1] : 0;
     }
@@ -40,6 +41,7 @@ int64_t walk_tile(int64_t first_row, const uint8_t *rows, const int32_t *crow, c
         for (int l = 0; l < LANES; ++l)
             if (next[l] < end[l] && col[next[l]] < start) start = col[next[l]];
         if (start == INT32_MAX) return n;
+        start = start / QUADSTEPS_ALIGNED * QUADSTEPS_ALIGNED;
         int32_t taken[LANES][QUADSTEPS_TAKEN];
         for (int l = 0; l < LANES; ++l)
             for (int i = 0; i < QUADSTEPS_TAKEN; ++i) {
@@ -74,40 +76,52 @@ int64_t count_steps(int64_t out, const int32_t *crow, const int32_t *col) {
     return n_steps;
 }
 
+// rows[l]: of lane l of a block, counted from its first, or NO_ROW.
+void rows_of_lanes(const QuadstepsView &view, int64_t block, uint8_t (&rows)[BLOCK_ROWS]) {
+    const uint8_t *lanes = view.lanes + block * BLOCK_ROWS;
+    memset(rows, NO_ROW, sizeof rows);
+    for (int64_t row = 0; row < BLOCK_ROWS && block * BLOCK_ROWS + row < view.header->out; ++row)
+        rows[lanes[row]] = uint8_t(row);
+}
+
 // Calls visit(row, input, place of its value) for what each lane takes, tile by tile, lane by lane and from left to
-// right, as long as it returns true.
+// right, as long as it returns true; a lane without a row has row -1.
 template <typename Visit>
 bool for_each_taken(const QuadstepsView &view, Visit visit) {
-    for (int64_t tile = 0; tile < quadsteps_n_tiles(view.header->out); ++tile)
+    uint8_t rows[BLOCK_ROWS];
+    for (int64_t tile = 0; tile < quadsteps_n_tiles(view.header->out); ++tile) {
+        const int64_t block = tile / QUADSTEPS_BLOCK_TILES, in_block = tile % QUADSTEPS_BLOCK_TILES;
+        if (in_block == 0) rows_of_lanes(view, block, rows);
         for (int l = 0; l < LANES; ++l) {
-            const uint8_t lane_row = view.rows[tile * LANES + l];
-            const int64_t row =
-                lane_row == QUADSTEPS_NO_ROW ? -1 : tile / QUADSTEPS_BLOCK_TILES * BLOCK_ROWS + lane_row;
+            const uint8_t row = rows[in_block * LANES + l];
             for (uint32_t step = view.tile_steps[tile]; step < view.tile_steps[tile + 1]; ++step)
                 for (int i = 0; i < QUADSTEPS_TAKEN; ++i) {
                     const int64_t place = int64_t(step) * QUADSTEPS_BYTES + l * QUADSTEPS_TAKEN + i;
                     const uint8_t input = view.inputs[place];
-                    if (input != QUADSTEPS_EMPTY && !visit(row, int64_t(view.starts[step]) + input, place))
+                    if (input != QUADSTEPS_EMPTY && !visit(row == NO_ROW ? -1 : block * BLOCK_ROWS + row,
+                                                           int64_t(view.starts[step]) + input, place))
                         return false;
                 }
         }
+    }
     return true;
 }
 
-// Each row of a block in one lane of its tiles.
-bool rows_are_sound(const QuadstepsView &view, int64_t block) {
-    const int64_t out = view.header->out, first = block * BLOCK_ROWS;
-    const int64_t n_rows = out - first < BLOCK_ROWS ? out - first : BLOCK_ROWS;
+// A lane of its own for each row of a block, and none for others.
+bool lanes_are_sound(const QuadstepsView &view, int64_t block) {
+    const int64_t left = view.header->out - block * BLOCK_ROWS, n_rows = left < BLOCK_ROWS ? left : BLOCK_ROWS;
     const int64_t n_lanes = (n_rows + LANES - 1) / LANES * LANES;
+    const uint8_t *lanes = view.lanes + block * BLOCK_ROWS;
     bool seen[BLOCK_ROWS] = {};
-    int64_t n_seen = 0;
-    for (int64_t l = 0; l < n_lanes; ++l) {
-        const uint8_t row = view.rows[block * BLOCK_ROWS + l];
-        if (row == QUADSTEPS_NO_ROW) continue;
-        if (row >= n_rows || seen[row]) return false;
-        n_seen += seen[row] = true;
+    for (int64_t row = 0; row < n_lanes; ++row) {
+        if (row >= n_rows) {
+            if (lanes[row] != QUADSTEPS_NO_LANE) return false;
+        } else {
+            if (lanes[row] >= n_lanes || seen[lanes[row]]) return false;
+            seen[lanes[row]] = true;
+        }
     }
-    return n_seen == n_rows;
+    return true;
 }
 
 }  // namespace
@@ -130,6 +144,7 @@ int sparsify_quadsteps_pack(int64_t out, int64_t in, const int32_t *crow, const 
     const int64_t n_steps = count_steps(out, crow, col);
     const QuadstepsSections s = quadsteps_sections(out, n_steps);
     memset(index, 0, size_t(s.inputs));
+    memset(index + s.lanes, QUADSTEPS_NO_LANE, size_t(s.starts - s.lanes));
     const QuadstepsHeader header = {QUADSTEPS_MAGIC, uint32_t(n_steps), out, in, crow[out], {0, 0, 0, 0}};
     memcpy(index, &header, sizeof header);
     uint32_t *tile_steps = reinterpret_cast<uint32_t *>(index + s.tile_steps);
@@ -138,7 +153,9 @@ int sparsify_quadsteps_pack(int64_t out, int64_t in, const int32_t *crow, const 
     int64_t value = 0;
     uint32_t step = 0;
     for_each_tile(out, crow, [&](int64_t tile, const uint8_t *rows, int64_t first_row) {
-        memcpy(index + s.rows + tile * LANES, rows, LANES);
+        for (int l = 0; l < LANES; ++l)
+            if (rows[l] != NO_ROW)
+                index[s.lanes + first_row + rows[l]] = uint8_t(tile % QUADSTEPS_BLOCK_TILES * LANES + l);
         tile_steps[tile] = step;
         const auto write = [&](int32_t start, const int32_t (&taken)[LANES][QUADSTEPS_TAKEN]) {
             starts[step++] = uint16_t(start);
@@ -172,7 +189,7 @@ int sparsify_quadsteps_check(int64_t out, int64_t in, const uint8_t *index, int6
     for (int64_t tile = 0; tile < n_tiles; ++tile)
         if (view.tile_steps[tile] > view.tile_steps[tile + 1]) return SPARSIFY_BAD_INDEX;
     for (int64_t block = 0; block * BLOCK_ROWS < out; ++block)
-        if (!rows_are_sound(view, block)) return SPARSIFY_BAD_INDEX;
+        if (!lanes_are_sound(view, block)) return SPARSIFY_BAD_INDEX;
     for (uint32_t step = 0; step < header.n_steps; ++step)
         if (view.starts[step] >= in) return SPARSIFY_BAD_INDEX;
     int64_t n_taken = 0, last_row = -1, last_input = -1;

@@ -62,6 +62,18 @@ inline Vec broadcast(const uint16_t *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_set1_epi16((short)*p), 16));
 }
 
+// In each quarter of four vectors: to[i][j] = s[j][i].
+inline void transpose_quarters(const Vec (&s)[4], Vec *to) {
+    const __m512d ab0 = _mm512_castps_pd(_mm512_unpacklo_ps(s[0], s[1]));
+    const __m512d ab1 = _mm512_castps_pd(_mm512_unpackhi_ps(s[0], s[1]));
+    const __m512d cd0 = _mm512_castps_pd(_mm512_unpacklo_ps(s[2], s[3]));
+    const __m512d cd1 = _mm512_castps_pd(_mm512_unpackhi_ps(s[2], s[3]));
+    to[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(ab0, cd0));
+    to[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(ab0, cd0));
+    to[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(ab1, cd1));
+    to[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(ab1, cd1));
+}
+
 // r[i][j] -> r[j][i]
 inline void transpose(Vec (&r)[16]) {
     Vec s[16];
@@ -83,16 +95,9 @@ inline void transpose(Vec (&r)[16]) {
 #pragma GCC unroll 4
     for (int block = 0; block < 4; ++block) {
         const int odd = block % 2, upper = block / 2;
-        const Vec a = t[2 * (4 * odd + 0) + upper], b = t[2 * (4 * odd + 1) + upper];
-        const Vec c = t[2 * (4 * odd + 2) + upper], d = t[2 * (4 * odd + 3) + upper];
-        const __m512d ab0 = _mm512_castps_pd(_mm512_unpacklo_ps(a, b));
-        const __m512d ab1 = _mm512_castps_pd(_mm512_unpackhi_ps(a, b));
-        const __m512d cd0 = _mm512_castps_pd(_mm512_unpacklo_ps(c, d));
-        const __m512d cd1 = _mm512_castps_pd(_mm512_unpackhi_ps(c, d));
-        r[4 * block + 0] = _mm512_castpd_ps(_mm512_unpacklo_pd(ab0, cd0));
-        r[4 * block + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(ab0, cd0));
-        r[4 * block + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(ab1, cd1));
-        r[4 * block + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(ab1, cd1));
+        const Vec rows[4] = {t[2 * (4 * odd + 0) + upper], t[2 * (4 * odd + 1) + upper], t[2 * (4 * odd + 2) + upper],
+                             t[2 * (4 * odd + 3) + upper]};
+        transpose_quarters(rows, r + 4 * block);
     }
 }
 

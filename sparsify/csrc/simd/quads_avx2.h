@@ -24,10 +24,24 @@ inline Vec rounded(Vec a) {
     return a;
 }
 
+inline float lowest(Vec a) {
+    __m128 least = _mm_min_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    least = _mm_min_ps(least, _mm_movehl_ps(least, least));
+    return _mm_cvtss_f32(_mm_min_ss(least, _mm_shuffle_ps(least, least, 1)));
+}
+inline bool all_zero(Vec a) { return _mm256_movemask_ps(_mm256_cmp_ps(a, _mm256_setzero_ps(), _CMP_EQ_OQ)) == 0xff; }
+
 inline void store_quantized(uint8_t *p, Vec a, IntVec zero_point) {
     const IntVec q = add(_mm256_cvtps_epi32(a), zero_point);
     const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
     _mm_storel_epi64((__m128i *)p, _mm_packus_epi16(words, words));
+}
+
+inline void store_quantized(uint8_t *p, Vec a, Vec b, Vec c, Vec d, IntVec zero_point) {
+    store_quantized(p, a, zero_point);
+    store_quantized(p + WIDTH, b, zero_point);
+    store_quantized(p + 2 * WIDTH, c, zero_point);
+    store_quantized(p + 3 * WIDTH, d, zero_point);
 }
 
 inline IntVec broadcast(const sparsify::QuadWeights *p) {
@@ -55,5 +69,13 @@ inline IntVec low_and_high(IntVec a) {
 }
 
 inline IntVec add_pairs(IntVec a, IntVec b, IntVec c) { return add(c, _mm256_madd_epi16(a, b)); }
+
+using Lanes = IntVec;
+inline Lanes load_lanes(const uint8_t *p, int n) {
+    uint8_t copy[8] = {};
+    memcpy(copy, p, size_t(n < 8 ? n : 8));
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)copy));
+}
+inline IntVec pick(const int32_t *sums, Lanes lanes) { return _mm256_i32gather_epi32(sums, lanes, 4); }
 
 }  // namespace

@@ -26,10 +26,24 @@ inline Vec rounded(Vec a) {
     return a;
 }
 
+inline float lowest(Vec a) { return _mm512_reduce_min_ps(a); }
+inline bool all_zero(Vec a) { return _mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_EQ_OQ) == 0xffff; }
+
 // 16 numbers, to the nearest and clamped to 0..255 after zero was added, as bytes.
 inline void store_quantized(uint8_t *p, Vec a, IntVec zero_point) {
     const IntVec q = _mm512_max_epi32(add(_mm512_cvtps_epi32(a), zero_point), _mm512_setzero_si512());
     _mm_storeu_si128((__m128i *)p, _mm512_cvtusepi32_epi8(q));
+}
+
+// 64 numbers, the same way.
+inline void store_quantized(uint8_t *p, Vec a, Vec b, Vec c, Vec d, IntVec zero_point) {
+    const IntVec zeros = _mm512_packs_epi32(zero_point, zero_point);
+    const IntVec ab = _mm512_packs_epi32(_mm512_cvtps_epi32(a), _mm512_cvtps_epi32(b));
+    const IntVec cd = _mm512_packs_epi32(_mm512_cvtps_epi32(c), _mm512_cvtps_epi32(d));
+    // In each quarter four numbers of a, of b, of c and of d.
+    const IntVec q = _mm512_packus_epi16(_mm512_add_epi16(ab, zeros), _mm512_add_epi16(cd, zeros));
+    const IntVec in_order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi32(in_order, q));
 }
 
 inline IntVec broadcast(const sparsify::QuadWeights *p) {
@@ -65,6 +79,16 @@ inline IntVec add_pairs(IntVec a, IntVec b, IntVec c) {
 #else
     return add(c, _mm512_madd_epi16(a, b));
 #endif
+}
+
+// Which of 64 sums belong to up to WIDTH rows.
+using Lanes = IntVec;
+inline Lanes load_lanes(const uint8_t *p, int n) { return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first_n(n), p)); }
+// r[i] = sums[lanes[i]]
+inline IntVec pick(const int32_t *sums, Lanes lanes) {
+    const IntVec low = _mm512_permutex2var_epi32(load(sums), lanes, load(sums + 16));
+    const IntVec high = _mm512_permutex2var_epi32(load(sums + 32), lanes, load(sums + 48));
+    return _mm512_mask_blend_epi32(_mm512_test_epi32_mask(lanes, set1(32)), low, high);
 }
 
 }  // namespace

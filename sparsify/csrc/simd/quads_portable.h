@@ -37,12 +37,26 @@ inline Vec rounded(Vec a) {
     return a;
 }
 
+inline float lowest(Vec a) {
+    float least = a[0];
+    for (int i = 1; i < 4; ++i) least = a[i] < least ? a[i] : least;
+    return least;
+}
+inline bool all_zero(Vec a) { return a[0] == 0 && a[1] == 0 && a[2] == 0 && a[3] == 0; }
+
 inline void store_quantized(uint8_t *p, Vec a, IntVec zero_point) {
     for (int i = 0; i < 4; ++i) {
         const float nearest = rintf(a[i]);  // beyond the range of int for what is not finite
         const int32_t q = (nearest > -1e6f && nearest < 1e6f ? int32_t(nearest) : -1000) + zero_point[i];
         p[i] = uint8_t(q < 0 ? 0 : q > 255 ? 255 : q);
     }
+}
+
+inline void store_quantized(uint8_t *p, Vec a, Vec b, Vec c, Vec d, IntVec zero_point) {
+    store_quantized(p, a, zero_point);
+    store_quantized(p + WIDTH, b, zero_point);
+    store_quantized(p + 2 * WIDTH, c, zero_point);
+    store_quantized(p + 3 * WIDTH, d, zero_point);
 }
 
 inline IntVec broadcast(const sparsify::QuadWeights *p) {
@@ -65,6 +79,16 @@ inline IntVec low_and_high(IntVec a) { return (IntVec)((Bits)(a >> 7) << 16) | (
 inline IntVec add_pairs(IntVec a, IntVec b, IntVec c) {
     const IntVec low = ((IntVec)((Bits)a << 16) >> 16) * ((IntVec)((Bits)b << 16) >> 16);
     return c + low + (a >> 16) * (b >> 16);
+}
+
+using Lanes = IntVec;
+inline Lanes load_lanes(const uint8_t *p, int n) {
+    Lanes lanes = {};
+    for (int i = 0; i < n && i < 4; ++i) lanes[i] = p[i];
+    return lanes;
+}
+inline IntVec pick(const int32_t *sums, Lanes lanes) {
+    return IntVec{sums[lanes[0]], sums[lanes[1]], sums[lanes[2]], sums[lanes[3]]};
 }
 
 }  // namespace

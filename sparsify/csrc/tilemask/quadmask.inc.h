@@ -98,7 +98,8 @@ struct Quadmask {
     }
     static double flops(const View &view) { return double(view.header->out) * double(view.header->in) / 8; }
 
-    static int64_t at_once(int64_t n_tokens) {
+    static int64_t n_tiles(const View &, int64_t, int64_t) { return 1; }
+    static int64_t at_once(int64_t n_tokens, int64_t) {
 #ifdef __AMX_INT8__
         if (n_tokens >= QUADMASK_AMX_TOKENS) return n_tokens;
 #endif
@@ -117,6 +118,12 @@ struct Quadmask {
 #endif
         quadmask_block<QUADMASK_MAX_TOKENS>(n_tiles, n_tokens, masks, values, n_quads, rows, row_bytes, sums);
     }
+
+    struct Sums {
+        int64_t row;
+        IntVec of(const int32_t *sums) const { return load(sums + row); }
+    };
+    static Sums sums_of(const View &, int64_t row, int) { return {row % BLOCK_ROWS}; }
 };
 
 }  // namespace
