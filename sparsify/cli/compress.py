@@ -66,10 +66,10 @@ def _check_options(arguments: argparse.Namespace, recipe: Recipe) -> None:
     check_format(arguments.format, arguments.tokens, torch.device("cpu"), quantize)
     if arguments.quantize_rest and quantize is None:
         raise ValueError("--quantize-rest has no effect without --quantize")
-    if quantize is not None and arguments.stream:
+    if arguments.quantize_rest and arguments.stream:
         raise ValueError(
-            "int8 needs the model in memory, which --stream does without; leave out --quantize, load the file, and "
-            "save sparsify.export(model, quantize='int8')"
+            "--quantize-rest needs the model in memory, which --stream does without; leave it out, or load the file "
+            "and save sparsify.export(model, quantize='int8', quantize_rest=True)"
         )
     if arguments.tokens is not None and arguments.tokens > _MAX_TOKENS:
         raise ValueError(f"--tokens must be at most {_MAX_TOKENS}, got {arguments.tokens}")

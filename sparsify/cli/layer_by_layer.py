@@ -61,7 +61,8 @@ def compress_layer_by_layer(
     if weights is not None:
         weights.rename(dense, model)
     specs = recipe_layer_specs(recipe, model)
-    check_space(out.parent, least_bytes(model, weights, specs, folder), "--out ")
+    quantized = form_of(arguments, recipe)["quantize"] is not None
+    check_space(out.parent, least_bytes(model, weights, specs, folder, quantized=quantized), "--out ")
     about["weights"] = tensors_fingerprint(named_tensors(model, weights))
     journal = Journal(folder, about)
     if journal.result is not None:
@@ -85,7 +86,9 @@ def compress_layer_by_layer(
         save(model, out)
         rows = report(model)
     else:
-        rows = write_from_disk(model, weights, journal, out, format=arguments.format, tokens=arguments.tokens)
+        form = form_of(arguments, recipe, data)
+        options = {key: form[key] for key in ("format", "tokens", "quantize", "example")}
+        rows = write_from_disk(model, weights, journal, out, **options)
     if evaluate is not None:
         quality["sparse"] = evaluate_offloaded(evaluate, model, weights, journal)
     journal.conclude({"file": _state(out), "rows": [vars(row) for row in rows], "quality": quality})

@@ -110,7 +110,7 @@ def export(
             rounding = judge.judge(layer, chooser.tokens) if judge and packs else None
             allowed = rounding.allowed if rounding else ""
             auto = format == "auto" or (not packs and format != "dense")
-            form = chooser.choose(layer, given.get(layer), allowed) if auto else _asked_for(layer, format, allowed)
+            form = chooser.choose(layer, given.get(layer), allowed) if auto else form_asked_for(layer, format, allowed)
             replacements[layer] = exported_as(layer, form.form, quantized=allowed != "" and form.form != "dense")
             set_form_choice(replacements[layer], form)
             set_rounding(replacements[layer], rounding)
@@ -162,7 +162,7 @@ def _check_layer(name: str, layer: MaskedLayer, format: str, quantize: str | Non
             raise ValueError(f"{name}: its {what} does not fit the form {format!r}; use format='auto' or {other!r}")
 
 
-def _asked_for(layer: MaskedLayer, format: str, allowed: str) -> FormChoice:
+def form_asked_for(layer: MaskedLayer, format: str, allowed: str) -> FormChoice:
     """Return the form asked for, or one that runs for a layer that may not be rounded as much as that form needs."""
     form = format
     if quantizes_inputs(format) and allowed != "int8":

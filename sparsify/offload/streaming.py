@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,20 +15,25 @@ from torch import Tensor, nn
 
 from sparsify.checkpoint import container
 from sparsify.checkpoint.container import LayerEntry
-from sparsify.checkpoint.weight_codec import decode_weight, packed_bytes
+from sparsify.checkpoint.weight_codec import decode_weight, encode_weight, packed_bytes
 from sparsify.conversion.convert import sparse_layers
-from sparsify.inference.export import check_format
+from sparsify.conversion.converters.table import packed_type
+from sparsify.inference.export import check_format, form_asked_for
 from sparsify.inference.form_selection import FormSelector
-from sparsify.kernels import FORMS
+from sparsify.inference.rounding import MAX_ERROR, RoundingJudge, warn_left_float
+from sparsify.kernels import FORMS, quantizes_inputs
+from sparsify.kernels.csr import dense_to_csr
+from sparsify.kernels.int8 import quantize as round_weight
 from sparsify.layer_names import join
-from sparsify.layers.records import FormChoice
+from sparsify.layers import CSRLinear
+from sparsify.layers.records import FormChoice, Rounding
 from sparsify.masking.spec import LayerSpec
 from sparsify.offload.disk_offload import DiskOffload, largest_block_bytes, parameter_bytes
 from sparsify.offload.journal import Journal
 from sparsify.offload.lazy_safetensors import LazySafetensors
 from sparsify.pruning.oneshot import prune_sequentially
 from sparsify.reporting.file_report import entry_row
-from sparsify.reporting.report import Report
+from sparsify.reporting.report import Report, Row
 
 #: Default for the bytes of activations in memory.
 CACHE_BYTES = 10**9
@@ -71,42 +76,62 @@ def write_from_disk(
     *,
     format: str = "auto",
     tokens: int | None = None,
+    quantize: str | None = None,
+    example: Any = None,
 ) -> Report:
     """Write the exported layers of a journal, and everything else of the model, to `out`.
 
-    format, tokens: as for `export`. The model itself is of no use afterwards; `sparsify.load` reads the file.
+    format, tokens, quantize, example: as for `export`; the example tells what may be int8. The model itself is of no
+    use afterwards; `sparsify.load` reads the file.
     """
-    check_format(format, tokens, torch.device("cpu"))
+    check_format(format, tokens, torch.device("cpu"), quantize)
     offload = DiskOffload(model, weights, journal, largest_block_bytes(model))
     try:
         selector = FormSelector(128 if tokens is None else tokens)
-        choices = {}
+        judge = None if quantize is None else RoundingJudge(model, quantize, MAX_ERROR, example)
+        choices, roundings = {}, {}
         for name, layer in sparse_layers(model).items():
             offload.fetch(layer)
-            choices[name] = selector.choose(layer) if format == "auto" else FormChoice(format, 0, {}, "")
+            packs = packed_type(layer) is not None
+            rounding = judge.judge(layer, selector.tokens) if judge and packs else None
+            if rounding is not None:
+                roundings[name] = rounding
+            allowed = rounding.allowed if rounding else ""
+            given = judge.inputs.get(layer) if judge else None
+            auto = format == "auto" or (not packs and format != "dense")
+            choices[name] = selector.choose(layer, given, allowed) if auto else form_asked_for(layer, format, allowed)
     finally:
         offload.close()
-    return _write(model, weights, journal, choices, out)
+    warn_left_float(roundings)
+    return _write(model, weights, journal, choices, roundings, out)
 
 
 def least_bytes(
-    model: nn.Module, weights: LazySafetensors | None, specs: Mapping[str, LayerSpec], journal: Path
+    model: nn.Module,
+    weights: LazySafetensors | None,
+    specs: Mapping[str, LayerSpec],
+    journal: Path,
+    *,
+    quantized: bool = False,
 ) -> int:
     """Return a lower bound of the bytes still to write: the layers not yet in the journal, and the file.
 
     weights: the source of the Parameters, of a model built `parameters_on_meta`.
     journal: its folder, with or without files.
+    quantized: the file may hold int8 weights.
     """
     sizes = parameter_bytes(model, weights)
     layers = sparse_layers(model)
-    packed = 0
+    packed = in_file = 0
     for name, spec in specs.items():
         shape, n_weights = layers[name].shape, layers[name].weight.numel()
         rows, columns = (1, 1) if spec.pattern.is_nm else spec.pattern.unit_shape(shape)
         itemsize = sizes.pop(id(layers[name].weight)) // max(n_weights, 1)
-        packed += packed_bytes(shape, n_weights - spec.n_removed * rows * columns, itemsize)
+        n_kept = n_weights - spec.n_removed * rows * columns
+        packed += packed_bytes(shape, n_kept, itemsize)
+        in_file += packed_bytes(shape, n_kept, 1 if quantized else itemsize)
     finished = sum(file.stat().st_size for file in journal.iterdir()) if journal.is_dir() else 0
-    return max(packed - finished, 0) + packed + sum(sizes.values())
+    return max(packed - finished, 0) + in_file + sum(sizes.values())
 
 
 @contextlib.contextmanager
@@ -145,10 +170,12 @@ def _write(
     weights: LazySafetensors,
     journal: Journal,
     choices: Mapping[str, FormChoice],
+    roundings: Mapping[str, Rounding],
     out: str | os.PathLike[str],
 ) -> Report:
     """Put the journal's layers and the file's other tensors together, one at a time."""
-    finished, layers = _FinishedLayers(journal), sparse_layers(model)
+    rounded = {name for name, rounding in roundings.items() if rounding.allowed and choices[name].form != "dense"}
+    finished, layers = _FinishedLayers(journal, rounded), sparse_layers(model)
     readers: dict[str, Callable[[], Tensor]] = {}
     entries: dict[str, LayerEntry] = {}
     rows = []
@@ -162,6 +189,8 @@ def _write(
         n_bytes = sum(tensor.nbytes for key, tensor in tensors.items() if key.startswith("weight"))
         row = entry_row(name, entry, n_kept, layer.weight.dtype, n_bytes)
         row = replace(row, reason=choice.reason, times_us=dict(choice.times_us))
+        if name in roundings:
+            row = _with_rounding(row, roundings[name], choice.form, name in rounded)
         rows.append(row if result is None else replace(row, error=result.error, time_s=result.time_s))
         readers |= {join(name, key): partial(finished.tensor, name, key) for key in tensors}
     aliases: dict[str, str] = {}
@@ -188,21 +217,41 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-class _FinishedLayers:
-    """Packed layers of a journal; the last one read stays in memory."""
+def _with_rounding(row: Row, rounding: Rounding, form: str, rounded: bool) -> Row:
+    """Return the row of a layer with its change by rounding, and why a part of it stays as it is."""
+    inputs = rounded and quantizes_inputs(form)
+    shown = rounded or not rounding.allowed
+    error = rounding.by_inputs if inputs else rounding.by_weights
+    why = "; ".join(filter(None, (row.reason, rounding.reason)))
+    return replace(row, int8_error=error if shown else None, reason=why)
 
-    def __init__(self, journal: Journal) -> None:
-        self.journal = journal
+
+class _FinishedLayers:
+    """Packed layers of a journal, some rounded to int8; the last one read stays in memory."""
+
+    def __init__(self, journal: Journal, rounded: Collection[str] = ()) -> None:
+        self.journal, self.rounded = journal, rounded
         self._last: tuple[str, tuple[LayerEntry, dict[str, Tensor]]] | None = None
 
     def read(self, name: str) -> tuple[LayerEntry, dict[str, Tensor]]:
         if self._last is None or self._last[0] != name:
             self._last = None
-            self._last = name, self.journal.read(name)
+            read = self.journal.read(name)
+            self._last = name, _rounded(*read) if name in self.rounded else read
         return self._last[1]
 
     def tensor(self, name: str, key: str) -> Tensor:
         return self.read(name)[1][key]
+
+
+def _rounded(entry: LayerEntry, tensors: dict[str, Tensor]) -> tuple[LayerEntry, dict[str, Tensor]]:
+    """Round the weight of a packed layer to int8; all else stays."""
+    weight, mask = decode_weight(entry, tensors)
+    csr, scale = round_weight(dense_to_csr(weight, mask), entry.out_features)
+    layer = CSRLinear(entry.in_features, entry.out_features, csr, scale=scale, dtype=weight.dtype)
+    int8_entry, parts = encode_weight(layer)
+    others = {key: tensor for key, tensor in tensors.items() if key.partition(".")[0] != "weight"}
+    return int8_entry, others | {join("weight", key): tensor for key, tensor in parts.items()}
 
 
 class _ReadOnLookup(Mapping[str, Tensor]):

@@ -96,21 +96,29 @@ def tasks_for(model: nn.Module) -> dict[str, LayerSpec]:
     return layer_specs(PruningSpec(0.5, "sparsegpt"), shapes)
 
 
-def from_disk(folder: Path, out: Path, **options: Any) -> Report:
+def from_disk(folder: Path, out: Path, quantize: str | None = None, **options: Any) -> Report:
     model = empty()
     journal = Journal(out.with_suffix(".partial"), {"sparsity": "0.5"})
     prune_from_disk(model, LazySafetensors(folder), tasks_for(model), BATCHES, journal, **options)
-    return write_from_disk(model, LazySafetensors(folder), journal, out, format="csr")
+    example = BATCHES[0] if quantize else None
+    return write_from_disk(
+        model, LazySafetensors(folder), journal, out, format="csr", quantize=quantize, example=example
+    )
 
 
-def test_the_file_is_that_of_the_model_in_memory(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_the_file_is_that_of_the_model_in_memory(folder: Path, tmp_path: Path, quantize: str | None) -> None:
     model = sparsify.convert(made(), include="blocks.*")
     sparsify.prune(model, 0.5, method="sparsegpt", data=BATCHES)
-    expected = sparsify.export(model, format="csr")
-    report = from_disk(folder, tmp_path / "out.safetensors", cache_bytes=0)
+    example = BATCHES[0] if quantize else None
+    expected = sparsify.export(model, format="csr", quantize=quantize, example=example)
+    report = from_disk(folder, tmp_path / "out.safetensors", quantize, cache_bytes=0)
     loaded = sparsify.load(tmp_path / "out.safetensors", Small().eval())
     assert {row.name: row.sparsity for row in report} == dict.fromkeys(sparse_layers(model), 0.5)
     assert all(row.error and row.error > 0 for row in report)
+    errors = {row.name: row.int8_error for row in sparsify.report(expected)}
+    assert {row.name: row.int8_error for row in report} == {row.name: errors[row.name] for row in report}
+    assert {row.numbers for row in report} == {"int8 weights" if quantize else "float32"}
     with torch.no_grad():
         assert torch.equal(loaded(**BATCHES[0]), expected(**BATCHES[0]))
     for name, tensor in expected.state_dict().items():
