@@ -67,7 +67,7 @@ def convert(
     tied: str = "error",
     functional: bool = False,
 ) -> Model:
-    """Swap every nn.Linear of a model for a SparseLinear, in place, and return the model.
+    """Swap the linear layers of a model, or also its convolutions, for masked layers, in place, and return the model.
 
     Nothing is pruned yet: all outputs stay as they were, bit for bit, and so do Parameter objects, names, devices,
     dtypes, flags and hooks. An nn.MultiheadAttention becomes a `UnfusedAttention` first, which adds up in another
@@ -84,8 +84,9 @@ def convert(
         "skip": leave the weight dense.
         "share": the first linear layer among them gets the mask, and the others use the same masked weight.
     functional: also convert Parameters multiplied by a module's own code, in F.linear(x, self.weight),
-        x @ self.weight and their like, found with torch.fx. Such a Parameter becomes a layer with its name and
-        "_layer", the code stays as it is, and a dense state_dict still loads. Modules with untraceable code stay dense.
+        x @ self.weight, einsum and their like, found with torch.fx, and experts of transformers. Such a Parameter
+        becomes a layer with its name and "_layer", the code stays as it is, and a dense state_dict still loads. Modules
+        with untraceable code stay dense.
 
     One LeftDenseWarning names the layers that stay dense because they cannot be swapped, and their share of the
     parameters. It also names weights outside of all convertible layers (recurrent layers, convolutions, experts,
@@ -104,7 +105,9 @@ def convert(
         names = ", ".join(map(_name, public))
         raise ValueError(f"the model has no layer that can be converted (of the types {names}). {reasons}".rstrip())
     says_what = types is not None or include not in (None, "*", ["*"])
-    rest = () if says_what else uncovered(model, plan.weights.values(), plan.left, plan.converters)
+    modules = dict(model.named_modules())
+    taken = [p for name in plan.swap for p in modules[name].parameters(recurse=False)]
+    rest = () if says_what else uncovered(model, [*plan.weights.values(), *taken], plan.left, plan.converters)
     if said := notice(model, plan.left, rest, functional):  # before any change: warnings may be errors
         warnings.warn(said, LeftDenseWarning, stacklevel=2)
     if not says_what and (said := convolutions_notice(model, plan.swap)):

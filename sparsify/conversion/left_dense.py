@@ -111,7 +111,7 @@ def _hint(modules: Collection[nn.Module], functional: bool) -> str:
         names = ", ".join(sorted(f"torch.nn.{kind.__name__}" for kind in kinds))
         hints.append(f"types=[torch.nn.Linear, {names}] takes such layers")
     own = [module for module in modules if not type(module).__module__.startswith("torch.nn")]
-    if not functional and any(p.ndim == 2 for module in own for p in _weights(module)):
+    if not functional and any(p.ndim in (2, 3) for module in own for p in _weights(module)):
         hints.append("functional=True takes Parameters that a module's own code multiplies")
     return "".join(f"; {hint}" for hint in hints) + "; with types= convert takes this as meant"
 

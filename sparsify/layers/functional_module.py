@@ -6,6 +6,7 @@ training, a WeightView (sparse in products) after export.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -18,6 +19,9 @@ from sparsify.layers.held_weight import HeldWeight, SparseHeldWeight
 from sparsify.layers.masked import MaskedLayer
 from sparsify.layers.recurrent import Recurrent
 from sparsify.layers.transposed import SparseTransposed, Transposed
+
+#: In each thread, the weights read in a call of experts.
+_Call = threading.local()
 
 #: Attributes of an nn.RNNBase that refer to its Parameters.
 _OF_RECURRENT = ("_flat_weights", "_flat_weight_refs")
@@ -41,6 +45,23 @@ class Functional(nn.Module):
             if prefix + name in state_dict:
                 state_dict[f"{prefix}{layer_name(name)}.weight"] = state_dict.pop(prefix + name)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class ReadsOnce(nn.Module):
+    """The mixin of experts: their code reads a weight for each expert in use, and gets one tensor for a call."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute as the plain class does."""
+        before, _Call.weights = getattr(_Call, "weights", None), {}
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            _Call.weights = before
+
+
+def is_experts(kind: type[nn.Module]) -> bool:
+    """Return whether a class is one of experts in transformers, as its decorator leaves it."""
+    return hasattr(kind, "_apply_gate")
 
 
 def layer_name(name: str) -> str:
@@ -90,8 +111,8 @@ def _bare(plain: type[nn.Module], names: tuple[str, ...], parameters: tuple[str,
     """Make an empty unfused module, of the class for these names."""
     reads = {name: property(partial(_read, name)) for name in names}
     own = {"plain": plain, "weight_names": names, "parameter_names": parameters}
-    mixins = (Recurrent, Functional) if issubclass(plain, nn.RNNBase) else (Functional,)
-    kind: Any = type(f"Functional{plain.__name__}", (*mixins, plain), {**reads, **own})
+    mixin = (Recurrent,) if issubclass(plain, nn.RNNBase) else (ReadsOnce,) if is_experts(plain) else ()
+    kind: Any = type(f"Functional{plain.__name__}", (*mixin, Functional, plain), {**reads, **own})
     made: Functional = kind.__new__(kind)
     return made
 
@@ -101,7 +122,12 @@ def _read(name: str, module: nn.Module) -> Tensor:
     layer = module._modules[layer_name(name)]
     assert layer is not None
     if isinstance(layer, SparseHeldWeight):
-        return layer.forward_weight()
+        of_call: dict[int, Tensor] | None = getattr(_Call, "weights", None)
+        if of_call is None:
+            return layer.forward_weight()
+        if id(layer) not in of_call:
+            of_call[id(layer)] = layer.forward_weight()
+        return of_call[id(layer)]
     if isinstance(layer, MaskedLayer):
         return layer.masked_weight()
     if isinstance(layer, CSRLinear):

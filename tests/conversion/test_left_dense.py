@@ -58,7 +58,7 @@ def normed() -> nn.Sequential:
             {},
             r"lstm \(LSTM\); features \(Conv2d\); types=\[torch.nn.Linear, .*Conv2d, torch.nn.LSTM\] takes.*; with",
         ),
-        (Experts, {}, r"93\.4% .*: \(root\) \(Experts\); with"),
+        (Experts, {}, r"93\.4% .*: \(root\) \(Experts\); functional=True takes Parameters that"),
         (Experts, {"functional": True}, r"93\.4% .*: \(root\) \(Experts\); with"),
         (Product, {}, r"79\.0% .*: \(root\) \(Product\); functional=True takes Parameters that"),
         (normed, {}, r"0 \(Conv1d\); with"),

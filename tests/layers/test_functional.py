@@ -193,7 +193,7 @@ B = torch.linspace(-1, 1, 8)
 def test_every_way_to_multiply(use: Callable[[Tensor, Tensor], Tensor], transposed: bool) -> None:
     torch.manual_seed(0)
     model, x = Use(use), torch.randn(3, 8)
-    assert multiplied(model) == {"weight": transposed}
+    assert multiplied(model) == ({"weight": transposed}, {})
     expected = model(x)
     convert(model, functional=True)
     assert torch.equal(model(x), expected)
@@ -207,4 +207,4 @@ def test_every_way_to_multiply(use: Callable[[Tensor, Tensor], Tensor], transpos
     [lambda x, w: x * w, lambda x, w: w @ x, lambda x, w: F.linear(w, x), lambda x, w: torch.addmm(w, x, x)],
 )
 def test_other_uses_are_none(use: Callable[[Tensor, Tensor], Tensor]) -> None:
-    assert multiplied(Use(use)) == {}
+    assert multiplied(Use(use)) == ({}, {})

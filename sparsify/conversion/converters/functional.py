@@ -6,15 +6,17 @@ Each module is traced alone, without its children, so that one with untraceable 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sparsify.conversion.converters.base import Converter
+from sparsify.conversion.converters.held import experts, held
 from sparsify.conversion.foreign_masks import check_plain_parameter
 from sparsify.layers.functional_module import Functional, dense_layer, layer_name, undo, unfuse
+from sparsify.layers.held_weight import HeldWeight
 from sparsify.layers.transposed import SparseTransposed, Transposed
 
 _MULTIPLY = (torch.matmul, torch.mm, torch.addmm)
@@ -28,38 +30,56 @@ class _OwnCode(fx.Tracer):
         return True
 
 
-def multiplied(module: nn.Module) -> dict[str, bool]:
-    """Return the Parameters multiplied by a module's own code, each with True if stored (in, out).
+class Products(NamedTuple):
+    """The Parameters multiplied by a module's own code, each with True if stored (in, out).
 
-    Raises ValueError if the code cannot be traced.
+    layers: those multiplied as matrices of one product. held: those in other products (held.py).
     """
+
+    layers: dict[str, bool]
+    held: dict[str, bool]
+
+
+def multiplied(module: nn.Module) -> Products:
+    """Return the Parameters multiplied by a module's own code. Raises ValueError if the code cannot be traced."""
+    if of_experts := experts(module):
+        return Products({}, of_experts)
     matrices = {name for name, p in module._parameters.items() if p is not None and p.ndim == 2}
-    transposed_of: dict[str, bool] = {}
-    if not matrices:
-        return transposed_of
+    found = Products({}, {})
+    if not any(p is not None and p.ndim in (2, 3) for p in module._parameters.values()):
+        return found
     was_training = module.training
     try:
         for module.training in (was_training, not was_training):
             for node in _OwnCode().trace(module).nodes:
                 for name, transposed in _uses(node):
                     if name in matrices:
-                        transposed_of.setdefault(name, transposed)
+                        found.layers.setdefault(name, transposed)
+                for name, transposed in held(module, node).items():
+                    found.held.setdefault(name, transposed)
     except Exception as error:  # of any kind: the code gets proxies instead of tensors
+        if not matrices:  # other Parameters are seldom factors: positions, tokens
+            return Products({}, {})
         raise ValueError(f"its code cannot be traced by torch.fx ({str(error).splitlines()[0]})") from None
     finally:
         module.training = was_training
-    return {name: transposed_of[name] for name in module._parameters if name in transposed_of}
+    layers, others = found
+    return Products(
+        {name: layers[name] for name in module._parameters if name in layers},
+        {name: others[name] for name in module._parameters if name in others and name not in layers},
+    )
 
 
 def functional_kind(module: nn.Module) -> Converter | None:
     """Return the converter of a module with multiplied Parameters, or None. Raises ValueError for untraceable code."""
-    if isinstance(module, Functional) or not (transposed := multiplied(module)):
+    if isinstance(module, Functional) or not any(products := multiplied(module)):
         return None
+    transposed = products.layers | products.held
     layers = tuple(map(layer_name, transposed))
 
     def matrices(dense: nn.Module) -> dict[str, Tensor]:
         weights = {name: dense._parameters[name] for name in transposed}
-        return {layer_name(name): w.t() if transposed[name] else w for name, w in weights.items() if w is not None}
+        return {layer_name(name): _matrix(w, transposed[name]) for name, w in weights.items() if w is not None}
 
     def check(dense: nn.Module) -> None:
         for name in transposed:
@@ -73,9 +93,20 @@ def functional_kind(module: nn.Module) -> Converter | None:
 
     def to_unfused(dense: nn.Module) -> nn.Module:
         weights = {name: weight for name, weight in dense._parameters.items() if weight is not None}
-        return unfuse(dense, {name: dense_layer(weights[name], transposed=t) for name, t in transposed.items()})
+        made: dict[str, nn.Module] = {
+            name: dense_layer(weights[name], transposed=t) for name, t in products.layers.items()
+        }
+        return unfuse(
+            dense, made | {name: HeldWeight(weights[name], transposed=t) for name, t in products.held.items()}
+        )
 
     return Converter(type(module), Functional, check, matrices, to_unfused, undo, lambda _: layers)
+
+
+def _matrix(weight: Tensor, transposed: bool) -> Tensor:
+    """Return a weight, or a stack of weights, as one matrix (out_features, in_features)."""
+    rows = weight.mT if transposed else weight
+    return rows if rows.ndim == 2 else rows.flatten(0, 1)
 
 
 #: For the layer of a Parameter multiplied as `x @ self.weight`, inside an unfused module.
