@@ -20,7 +20,6 @@ from sparsify.kernels.csr import CSR
 from sparsify.kernels.forms import SCALE
 from sparsify.layer_names import join
 from sparsify.layers import Int8Embedding, MaskedLayer, PackedLayer
-from sparsify.layers.records import FormChoice
 
 
 def packed_state_keys(names: Names, layers: Mapping[str, LayerEntry]) -> set[str]:
@@ -124,9 +123,11 @@ def check_state(
         raise CheckpointError(reason)
 
 
-def check_choices(names: Names, choices: Mapping[str, FormChoice]) -> None:
-    """Raise CheckpointError if a form choice is for no layer of the model."""
-    for name in choices:
+def check_records(names: Names, header: Header) -> None:
+    """Raise CheckpointError if a form choice or an error is of no layer of the model."""
+    if odd := sorted(header.records.keys() - names.modules.keys()):
+        raise CheckpointError(f"the file has an error of {odd[0]!r}, which is no layer of the model")
+    for name in header.choices:
         if name not in names.modules or "" not in matrices(names.modules[name]):
             raise CheckpointError(f"the header has a choice for {name!r}, which is no linear layer of the model")
 

@@ -14,13 +14,13 @@ from typing import Annotated, Any, Literal
 
 import pydantic_core
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from sparsify.checkpoint.tensor_file import DTYPES, TensorFile
 from sparsify.errors import CheckpointError
-from sparsify.layers.records import FormChoice
+from sparsify.layers.records import FormChoice, LayerRecord
 from sparsify.outputs import check_writable, new_file
 
 #: The newest version, and the first one with int8 values. A file without them is written in version 1.
@@ -56,7 +56,7 @@ class LayerEntry(BaseModel):
 
 
 class Header(BaseModel):
-    """The metadata entry `sparsify` of a file."""
+    """The metadata entry `sparsify` of a file; `records` is an entry of its own, which old readers pass by."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
     version: int
@@ -64,6 +64,10 @@ class Header(BaseModel):
     aliases: dict[str, str]
     choices: dict[str, FormChoice] = {}
     tensors: dict[str, _Sha256]
+    records: dict[str, LayerRecord] = Field(default={}, exclude=True)
+
+
+_RECORDS = TypeAdapter(dict[str, LayerRecord])
 
 
 def write(
@@ -72,6 +76,7 @@ def write(
     aliases: Mapping[str, str],
     choices: Mapping[str, FormChoice],
     tensors: Mapping[str, Tensor],
+    records: Mapping[str, LayerRecord],
 ) -> None:
     """Write a file, complete or not at all: an old file at `path` stays until the new one is whole on disk.
 
@@ -89,7 +94,7 @@ def write(
         hashes[name], widths[name] = _sha256(tensor), tensor.element_size()
     # Safetensors' own order: the widest first, so that each tensor lies at a multiple of its element's size.
     order = sorted(tensors, key=lambda name: (-widths[name], name))
-    header = header_of(layers, aliases, choices, hashes)
+    header = header_of(layers, aliases, choices, hashes, records)
     metadata = {"format": "pt", **metadata_of(header)}
     with new_file(path, "cannot save to ") as file:
         file.write(_safetensors_header({name: places[name] for name in order}, metadata))
@@ -102,18 +107,28 @@ def header_of(
     aliases: Mapping[str, str],
     choices: Mapping[str, FormChoice],
     hashes: Mapping[str, str],
+    records: Mapping[str, LayerRecord],
 ) -> Header:
     """Return the header of these contents, in the lowest version that can hold them."""
     version = INT8_VERSION if any(entry.dequantized for entry in layers.values()) else 1
     return Header(
-        version=version, layers=dict(layers), aliases=dict(aliases), choices=dict(choices), tensors=dict(hashes)
+        version=version,
+        layers=dict(layers),
+        aliases=dict(aliases),
+        choices=dict(choices),
+        tensors=dict(hashes),
+        records=dict(records),
     )
 
 
 def metadata_of(header: Header) -> dict[str, str]:
     """Return the entries of a file's metadata for a header."""
     text = header.model_dump_json(exclude_unset=True)
-    return {"sparsify": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    metadata = {"sparsify": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    if header.records:
+        records = _RECORDS.dump_json(header.records, exclude_defaults=True)
+        metadata |= {"records": records.decode(), "records_sha256": hashlib.sha256(records).hexdigest()}
+    return metadata
 
 
 def hash_of(tensor: Tensor) -> str:
@@ -177,6 +192,9 @@ def read_header(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> He
                 f"{path}: written in format version {version}, this sparsify reads up to {VERSION}; upgrade it"
             )
         header = Header.model_validate_json(text)
+        if "records" in parsed:
+            raise CheckpointError(f"{path}: the header is wrong: `records` is an entry beside it")
+        header = header.model_copy(update={"records": _read_records(metadata, path)})
     except ValidationError as error:
         first = error.errors()[0]
         raise CheckpointError(
@@ -191,6 +209,13 @@ def read_header(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> He
     if header.version < INT8_VERSION and any(entry.dequantized for entry in header.layers.values()):
         raise CheckpointError(f"{path}: the header is wrong: version {header.version} has no int8 values")
     return header
+
+
+def _read_records(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> dict[str, LayerRecord]:
+    text = metadata.get("records")
+    if (None if text is None else hashlib.sha256(text.encode()).hexdigest()) != metadata.get("records_sha256"):
+        raise CheckpointError(f"{path}: the records of its layers were altered (their SHA-256 does not match)")
+    return {} if text is None else _RECORDS.validate_json(text)
 
 
 def read_tensor(file: TensorFile, name: str, sha256: str, path: str | os.PathLike[str]) -> Tensor:

@@ -22,7 +22,7 @@ from sparsify.layer_names import join
 from sparsify.layers import Int8Embedding, MaskedLayer, PackedLayer
 from sparsify.layers.copies import warn_stale
 from sparsify.layers.fsdp import refuse_flattened
-from sparsify.layers.records import FormChoice, form_choice
+from sparsify.layers.records import FormChoice, LayerRecord, form_choice, record_of
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Contents:
     aliases: dict[str, str]
     choices: dict[str, FormChoice]
     tensors: dict[str, Tensor]
+    records: dict[str, LayerRecord]
 
 
 def contents_of(model: nn.Module) -> Contents:
@@ -78,7 +79,7 @@ def contents_of(model: nn.Module) -> Contents:
             SavedParametrizedWarning,
             stacklevel=3,
         )
-    return Contents(layers, aliases, _choices(names), tensors)
+    return Contents(layers, aliases, _choices(names), tensors, _records(names))
 
 
 def _storable_state(names: Names) -> dict[str, Any]:
@@ -115,3 +116,8 @@ def _linear_layers(names: Names) -> dict[str, nn.Module]:
 def _choices(names: Names) -> dict[str, FormChoice]:
     """Return the form choices of an export, by layer name."""
     return {name: choice for name, module in names.modules.items() if (choice := form_choice(module)) is not None}
+
+
+def _records(names: Names) -> dict[str, LayerRecord]:
+    """Return the errors of the layers, by layer name."""
+    return {name: record for name, module in names.modules.items() if (record := record_of(module)) is not None}

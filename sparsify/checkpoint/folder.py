@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +71,7 @@ def tensors_and_metadata(model: nn.Module, left_out: Collection[str] = ()) -> tu
     tensors = _unshared({name: value for name, value in contents.tensors.items() if name not in left_out})
     aliases = {alias: name for alias, name in contents.aliases.items() if alias not in left_out}
     hashes = {name: container.hash_of(value) for name, value in tensors.items()}
-    header = container.header_of(contents.layers, aliases, contents.choices, hashes)
+    header = container.header_of(contents.layers, aliases, contents.choices, hashes, contents.records)
     return tensors, container.metadata_of(header)
 
 
@@ -123,13 +123,13 @@ def _with_dense_weights(model: nn.Module, contents: Contents) -> Contents:
         else:
             tensors[weight] = module.weight.detach()
     layers = {name: entry.model_copy(update={"format": "dense"}) for name, entry in masked.items()}
-    return Contents(layers, contents.aliases, contents.choices, tensors)
+    return replace(contents, layers=layers, tensors=tensors)
 
 
 def _with_named_parts(model: nn.Module, contents: Contents) -> Contents:
     """Give packed weights of the format dense a name of their own: NAME.weight is that of a plain layer's."""
     tensors = {part_in_folder(name, contents.layers): tensor for name, tensor in contents.tensors.items()}
-    return Contents(contents.layers, contents.aliases, contents.choices, tensors)
+    return replace(contents, tensors=tensors)
 
 
 def part_in_folder(name: str, layers: Mapping[str, LayerEntry]) -> str:

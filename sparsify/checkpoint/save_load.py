@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from sparsify.checkpoint import container
 from sparsify.checkpoint.compatibility import (
-    check_choices,
     check_layers,
+    check_records,
     check_state,
     check_state_names,
 )
 from sparsify.checkpoint.container import Header
 from sparsify.checkpoint.contents import contents_of
-from sparsify.checkpoint.saved_layers import lay_out_as, make_layers, set_choices
+from sparsify.checkpoint.saved_layers import lay_out_as, make_layers, set_records
 from sparsify.checkpoint.shared_tensors import (
     check_aliases,
     check_tied,
@@ -46,7 +46,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     SavedParametrizedWarning names parametrized modules other than our layers.
     """
     contents = contents_of(model)
-    container.write(path, contents.layers, contents.aliases, contents.choices, contents.tensors)
+    container.write(path, contents.layers, contents.aliases, contents.choices, contents.tensors, contents.records)
 
 
 def load(path: str | os.PathLike[str], model: Model) -> Model:
@@ -73,7 +73,7 @@ def load(path: str | os.PathLike[str], model: Model) -> Model:
         make_layers(names, header, weights)
         _fill(names, tensors, undo)
         fuse_activations(model)
-        set_choices(names, header.choices, path)
+        set_records(names, header, path)
     return model
 
 
@@ -90,7 +90,7 @@ def _checked(names: Names, header: Header, tensors: dict[str, Tensor]) -> dict[s
     weights = decode_weights(layers, tensors)
     expand_shared(header, tensors, weights)
     check_state(names, header.layers, weights, tensors)
-    check_choices(names, header.choices)
+    check_records(names, header)
     check_tied(names, header)
     return weights
 

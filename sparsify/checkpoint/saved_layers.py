@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -25,7 +25,7 @@ from sparsify.layer_names import join
 from sparsify.layers import Int8Embedding, MaskedLayer
 from sparsify.layers.functional_module import layer_name
 from sparsify.layers.inference_mode import making_tensors
-from sparsify.layers.records import FormChoice, set_form_choice
+from sparsify.layers.records import FormChoice, set_form_choice, set_record
 
 
 def make_layers(names: Names, header: Header, weights: dict[str, StoredWeight]) -> None:
@@ -60,10 +60,13 @@ def lay_out_as(keys: Iterable[str], names: Names, undo: Transaction) -> None:
             replace_in_place(module, converter.to_sparse(module))
 
 
-def set_choices(names: Names, choices: Mapping[str, FormChoice], source: str | os.PathLike[str]) -> None:
-    """Record the form choices of a file on its layers, with a warning if they are of another machine."""
+def set_records(names: Names, header: Header, source: str | os.PathLike[str]) -> None:
+    """Record a file's form choices and errors on its layers, with a warning if the forms are of another machine."""
+    choices = header.choices
     for name, choice in choices.items():
         set_form_choice(names.modules[name], choice)
+    for name, record in header.records.items():
+        set_record(names.modules[name], record)
     here = machine_name(next((parameter.device for parameter in names.model.parameters()), None))
     elsewhere = sorted({choice.machine for choice in choices.values() if choice.times_us} - {here})
     if elsewhere:

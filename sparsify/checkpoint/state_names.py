@@ -63,7 +63,7 @@ class Names:
 
     def of_file(self, header: Header, tensors: Mapping[str, Tensor]) -> tuple[Header, dict[str, Tensor]]:
         """Return a file's header and tensors under plain names; files had the names of wrappers in them once."""
-        found = {*header.layers, *header.aliases, *header.aliases.values(), *header.choices, *tensors}
+        found = {*header.layers, *header.aliases, *header.aliases.values(), *header.choices, *header.records, *tensors}
         renamed = {name: ".".join(p for p in name.split(".") if p not in _HELD_AS or p == "module") for name in found}
         while found and "module" not in self.modules and all(n.split(".")[0] == "module" for n in renamed.values()):
             renamed = {name: plain.partition(".")[2] for name, plain in renamed.items()}
@@ -73,5 +73,6 @@ class Names:
             "layers": {renamed[name]: entry for name, entry in header.layers.items()},
             "aliases": {renamed[alias]: renamed[name] for alias, name in header.aliases.items()},
             "choices": {renamed[name]: choice for name, choice in header.choices.items()},
+            "records": {renamed[name]: record for name, record in header.records.items()},
         }
         return header.model_copy(update=changes), {renamed[name]: tensor for name, tensor in tensors.items()}

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsify.checkpoint.compatibility import check_choices, check_layers, check_state_names
+from sparsify.checkpoint.compatibility import check_layers, check_records, check_state_names
 from sparsify.checkpoint.container import Header, LayerEntry
 from sparsify.checkpoint.folder import DENSE_PART, Place, part_in_folder
-from sparsify.checkpoint.saved_layers import lay_out_as, make_layers, set_choices
+from sparsify.checkpoint.saved_layers import lay_out_as, make_layers, set_records
 from sparsify.checkpoint.shared_tensors import check_aliases, check_tied, entries_with_tensors, expand_shared
 from sparsify.checkpoint.state_names import Names
 from sparsify.checkpoint.weight_codec import decode_weights, other_tensors, part_names
@@ -63,7 +63,7 @@ def await_layers(
         _check_places(names, header, places)
         others = other_tensors(entries_with_tensors(packed), places)
         check_aliases(packed, others | masked.layers.keys())
-        check_choices(names, header.choices)
+        check_records(names, header)
         check_tied(names, masked)
         _mask(names, masked)
         if not partly:
@@ -109,7 +109,7 @@ def make_waiting_layers(
         if dtype is not None and isinstance(layer, PackedLayer):
             layer.to(dtype)
     fuse_activations(model)
-    set_choices(names, header.choices, source)
+    set_records(names, header, source)
     return made
 
 

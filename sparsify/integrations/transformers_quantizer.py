@@ -217,8 +217,9 @@ def _renamed(
         for alias, name in header.aliases.items()
         if (new := rename(alias)) is not None and (other := rename(name)) is not None
     }
-    changes = {"layers": renamed(header.layers), "aliases": aliases, "choices": renamed(header.choices)}
-    return header.model_copy(update={**changes, "tensors": renamed(header.tensors)}), renamed(places), False
+    tables = ("layers", "choices", "tensors", "records")
+    changes = {table: renamed(getattr(header, table)) for table in tables}
+    return header.model_copy(update={**changes, "aliases": aliases}), renamed(places), False
 
 
 def _ties_left_to_transformers(model: Any, header: Header) -> set[str]:

@@ -19,10 +19,13 @@ MARGIN = 0.97
 
 @dataclass(frozen=True)
 class LayerResult:
-    """The outcome for one layer: the relative change of its outputs on the calibration data, and the time spent."""
+    """The outcome for one layer: the relative change of its outputs on the calibration data, and the time spent.
+
+    A file holds no time: a layer that was loaded has None.
+    """
 
     error: float
-    time_s: float
+    time_s: float | None
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class Rounding:
     input_limit: the most allowed for inputs to be rounded, if less than `limit`.
     """
 
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid", "ser_json_inf_nan": "strings"}
+
     by_weights: float
     by_inputs: float | None
     limit: float
@@ -98,6 +103,32 @@ class Rounding:
             return ""
         limit = min(self.limit, self.input_limit)
         return f"int8 inputs would change its outputs by {self.by_inputs:.2g}, over {limit:g}"
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """The errors of a layer as a file holds them: that of its pruning on data, and those of its rounding."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid", "ser_json_inf_nan": "strings"}
+
+    error: float | None = None
+    rounding: Rounding | None = None
+
+
+def record_of(module: nn.Module) -> LayerRecord | None:
+    """Return the errors of a layer; None for one without any."""
+    result, rounding = pruning_result(module), rounding_of(module)
+    if result is None and rounding is None:
+        return None
+    return LayerRecord(None if result is None else result.error, rounding)
+
+
+def set_record(module: nn.Module, record: LayerRecord) -> None:
+    """Set the errors of a layer, as `record_of` returned them."""
+    layer: Any = module
+    if record.error is not None:
+        layer.pruning_result = LayerResult(record.error, None)
+    set_rounding(module, record.rounding)
 
 
 def rounding_of(module: nn.Module) -> Rounding | None:

@@ -21,18 +21,18 @@ from sparsify.conversion.converters.table import packed_type
 from sparsify.inference.export import check_format, form_asked_for
 from sparsify.inference.form_selection import FormSelector
 from sparsify.inference.rounding import MAX_ERROR, RoundingJudge, warn_left_float
-from sparsify.kernels import FORMS, quantizes_inputs
+from sparsify.kernels import FORMS
 from sparsify.kernels.csr import dense_to_csr
 from sparsify.kernels.int8 import quantize as round_weight
 from sparsify.layer_names import join
 from sparsify.layers import CSRLinear
-from sparsify.layers.records import FormChoice, Rounding
+from sparsify.layers.records import FormChoice, LayerRecord, Rounding
 from sparsify.masking.spec import LayerSpec
 from sparsify.offload.disk_offload import DiskOffload, largest_block_bytes, parameter_bytes
 from sparsify.offload.journal import Journal
 from sparsify.offload.lazy_safetensors import LazySafetensors
 from sparsify.pruning.oneshot import prune_sequentially
-from sparsify.reporting.file_report import entry_row
+from sparsify.reporting.file_report import entry_row, with_rounding
 from sparsify.reporting.report import Report, Row
 
 #: Default for the bytes of activations in memory.
@@ -178,7 +178,8 @@ def _write(
     finished, layers = _FinishedLayers(journal, rounded), sparse_layers(model)
     readers: dict[str, Callable[[], Tensor]] = {}
     entries: dict[str, LayerEntry] = {}
-    rows = []
+    rows: list[Row] = []
+    records: dict[str, LayerRecord] = {}
     for name, layer in layers.items():
         entry, tensors = finished.read(name)
         choice, result = choices[name], journal.pruning_result(name)
@@ -190,8 +191,12 @@ def _write(
         row = entry_row(name, entry, n_kept, layer.weight.dtype, n_bytes)
         row = replace(row, reason=choice.reason, times_us=dict(choice.times_us))
         if name in roundings:
-            row = _with_rounding(row, roundings[name], choice.form, name in rounded)
-        rows.append(row if result is None else replace(row, error=result.error, time_s=result.time_s))
+            row = with_rounding(row, roundings[name], choice.form, rounded=name in rounded)
+        if result is not None:
+            row = replace(row, error=result.error, time_s=result.time_s)
+        if result is not None or name in roundings:
+            records[name] = LayerRecord(row.error, roundings.get(name))
+        rows.append(row)
         readers |= {join(name, key): partial(finished.tensor, name, key) for key in tensors}
     aliases: dict[str, str] = {}
     packed = {id(tensor) for layer in layers.values() for tensor in (layer.weight, layer.mask)}
@@ -200,7 +205,7 @@ def _write(
             aliases |= dict.fromkeys(others, first)
             in_file = next((name for name in (first, *others) if name in weights), None)
             readers.setdefault(first, partial(_same, value) if in_file is None else partial(weights.read, in_file))
-    container.write(out, entries, aliases, dict(choices), _ReadOnLookup(readers))
+    container.write(out, entries, aliases, dict(choices), _ReadOnLookup(readers), records)
     return Report(tuple(rows))
 
 
@@ -215,15 +220,6 @@ def _names_of_state(model: nn.Module) -> list[tuple[list[str], Tensor]]:
 
 def _same(tensor: Tensor) -> Tensor:
     return tensor
-
-
-def _with_rounding(row: Row, rounding: Rounding, form: str, rounded: bool) -> Row:
-    """Return the row of a layer with its change by rounding, and why a part of it stays as it is."""
-    inputs = rounded and quantizes_inputs(form)
-    shown = rounded or not rounding.allowed
-    error = rounding.by_inputs if inputs else rounding.by_weights
-    why = "; ".join(filter(None, (row.reason, rounding.reason)))
-    return replace(row, int8_error=error if shown else None, reason=why)
 
 
 class _FinishedLayers:

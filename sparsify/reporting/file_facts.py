@@ -43,7 +43,7 @@ class FileFacts:
 def file_facts(path: str | os.PathLike[str], measured: Report | None = None) -> FileFacts:
     """Read the facts about a file. Everything is checked as in `load`; raises CheckpointError.
 
-    measured: the report of the same layers after the pruning, whose errors and times the file does not hold.
+    measured: the report of the same layers after the pruning, whose times and reasons the file does not hold.
     """
     listed = inspect_file(path)
     header, tensors = container.read(path)
@@ -52,9 +52,10 @@ def file_facts(path: str | os.PathLike[str], measured: Report | None = None) -> 
     for row in listed:
         choice = header.choices.get(row.name)
         if choice is not None:
-            row = replace(row, reason=choice.reason, times_us=dict(choice.times_us))
+            reasons = filter(None, (choice.reason, row.reason))
+            row = replace(row, reason="; ".join(reasons), times_us=dict(choice.times_us))
         if (seen := known.get(row.name)) is not None:
-            row = replace(row, error=seen.error, time_s=seen.time_s, reason=seen.reason or row.reason)
+            row = replace(row, time_s=seen.time_s, reason=seen.reason or row.reason)
         rows.append(row)
     machines = {choice.machine for choice in header.choices.values() if choice.machine}
     return FileFacts(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import torch
 
@@ -11,7 +12,9 @@ from sparsify.checkpoint.container import LayerEntry
 from sparsify.checkpoint.shared_tensors import check_aliases, entries_with_tensors
 from sparsify.checkpoint.weight_codec import check_weight, other_tensors, part_names
 from sparsify.errors import CheckpointError
+from sparsify.kernels import quantizes_inputs
 from sparsify.layer_names import join
+from sparsify.layers.records import FormChoice, LayerRecord, Rounding
 from sparsify.reporting.report import Report, Row
 
 
@@ -32,8 +35,26 @@ def inspect_file(path: str | os.PathLike[str]) -> Report:
         key = join(name, "weight")
         n_kept, dtype = weights[header.aliases.get(key, key)]
         n_bytes = sum(tensors[part].nbytes for part in part_names(name, entry)) if name in layers else 0
-        rows.append(entry_row(name, entry, n_kept, dtype, n_bytes))
+        row = entry_row(name, entry, n_kept, dtype, n_bytes)
+        rows.append(_with_errors(row, header.records.get(name), header.choices.get(name)))
     return Report(tuple(rows))
+
+
+def _with_errors(row: Row, record: LayerRecord | None, choice: FormChoice | None) -> Row:
+    """Return the row of a layer with the errors in its file."""
+    if record is None:
+        return row
+    row = replace(row, error=record.error)
+    if record.rounding is None:
+        return row
+    return with_rounding(row, record.rounding, choice.form if choice else "", rounded="int8" in row.numbers)
+
+
+def with_rounding(row: Row, rounding: Rounding, form: str, *, rounded: bool) -> Row:
+    """Return the row of a layer with its change by rounding, and why a part of it stays as it is."""
+    error = rounding.by_inputs if rounded and quantizes_inputs(form) else rounding.by_weights
+    why = "; ".join(filter(None, (row.reason, rounding.reason)))
+    return replace(row, int8_error=error if rounded or not rounding.allowed else None, reason=why)
 
 
 def entry_row(name: str, entry: LayerEntry, n_kept: int, dtype: torch.dtype, n_bytes: int) -> Row:

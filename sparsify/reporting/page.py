@@ -14,6 +14,9 @@ from sparsify.reporting.png import data_url
 
 _TEMPLATE = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
 
+#: Columns of the layers, left out where no layer has such an error: of pruning on data, and of rounding.
+_ERRORS = ("error", "int8 error")
+
 #: Parts of the file with fewer bytes than this share are added up.
 SMALL_PART = 0.005
 
@@ -90,14 +93,14 @@ def _layers(facts: FileFacts) -> str:
     lines = []
     for row in sorted(facts.rows, key=lambda row: -row.n_bytes):
         shape = f"{row.shape[0]} x {row.shape[1]}"
-        error = "" if row.error is None else f"{row.error:.4f}"
+        errors = ["" if error is None else f"{error:.4f}" for error in (row.error, row.int8_error)]
         share = f"{row.n_bytes / max(row.dense_bytes, 1):.3f}"
         form = facts.forms.get(row.name, "")
         cells = (row.name or "(root)", shape, f"{row.sparsity:.1%}", row.format, form, f"{row.n_bytes:,}", share)
-        lines.append((*cells, _bar(row.n_bytes / max(most, 1)), error, row.reason))
-    head = ("layer", "shape", "sparsity", "in the file", "in memory", "bytes", "of dense", "size", "error", "why")
-    has_error = any(row.error is not None for row in facts.rows)
-    return _table("Layers by size", head, lines, hidden=() if has_error else ("error",))
+        lines.append((*cells, _bar(row.n_bytes / max(most, 1)), *errors, row.reason))
+    head = ("layer", "shape", "sparsity", "in the file", "in memory", "bytes", "of dense", "size", *_ERRORS, "why")
+    hidden = [name for name in _ERRORS if all(not line[head.index(name)] for line in lines)]
+    return _table("Layers by size", head, lines, hidden=hidden)
 
 
 def _times(facts: FileFacts) -> str:

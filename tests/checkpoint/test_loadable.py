@@ -121,7 +121,9 @@ def test_files_that_have_names_of_wrappers_in_them_load_as_before(tmp_path: Path
     header, tensors = container.read(tmp_path / "plain")
     for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
         layers = {prefix + name: entry for name, entry in header.layers.items()}
-        container.write(tmp_path / "old", layers, {}, {}, {prefix + name: tensor for name, tensor in tensors.items()})
+        container.write(
+            tmp_path / "old", layers, {}, {}, {prefix + name: tensor for name, tensor in tensors.items()}, {}
+        )
         for wrap in TARGETS.values():
             loaded = sparsify.load(tmp_path / "old", wrap(fresh()))
             with torch.inference_mode():
