@@ -25,6 +25,7 @@ from sparsify.checkpoint.folder import Place, kind_of, read_headers, tensors_and
 from sparsify.checkpoint.waiting_layers import WaitingWeight, await_layers, make_waiting_layers
 from sparsify.conversion.module_surgery import layers_of_type
 from sparsify.errors import CheckpointError
+from sparsify.integrations import transformers_vocabulary
 from sparsify.integrations.accelerate_hooks import without_hooks
 from sparsify.integrations.pretrained import facts_of
 from sparsify.integrations.sparsify_config import QuantMethod, SparsifyConfig
@@ -49,6 +50,7 @@ class SparsifyQuantizer(HfQuantizer):
 
     _header: Header
     _source: str
+    _ties: dict[str, str]
     _dtype: torch.dtype | None
 
     def is_serializable(self) -> bool:
@@ -87,8 +89,9 @@ class SparsifyQuantizer(HfQuantizer):
             raise CheckpointError(
                 f"{self._source}: config.json says {self.quantization_config.layers} layers, the files do not"
             )
-        ties = _ties_left_to_transformers(model, header)
-        await_layers(model, header, places, tied=ties, partly=not whole)
+        self._ties = model.all_tied_weights_keys
+        model.all_tied_weights_keys = ties = _ties_left_to_transformers(model, header)
+        await_layers(model, header, places, tied={*ties, *ties.values()}, partly=not whole)
         for module in model.modules():
             if any(isinstance(child, WaitingWeight) for child in module.children()):
                 module._is_hf_initialized = True  # else transformers would draw random weights for it
@@ -103,6 +106,7 @@ class SparsifyQuantizer(HfQuantizer):
         if self.pre_quantized:
             with without_hooks(model, list(self._header.layers)):
                 make_waiting_layers(model, self._header, self._source, dtype=self._dtype)
+            model.all_tied_weights_keys = self._ties
         else:
             self.quantization_config.prune(model)
 
@@ -119,6 +123,7 @@ def register() -> None:
         model_class: Any = PreTrainedModel
         model_class.save_pretrained = _saving(model_class.save_pretrained)
         model_class._upload_modified_files = _uploading(model_class._upload_modified_files)
+    transformers_vocabulary.register(PreTrainedModel)
 
 
 def _saving(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -222,12 +227,9 @@ def _renamed(
     return header.model_copy(update={**changes, "aliases": aliases}), renamed(places), False
 
 
-def _ties_left_to_transformers(model: Any, header: Header) -> set[str]:
-    """Return the names that transformers ties, and take from it those of packed weights: they are no Parameters."""
+def _ties_left_to_transformers(model: Any, header: Header) -> dict[str, str]:
+    """Return the ties of a model without those of packed weights: they are no Parameters."""
     packed = {join(name, "weight") for name, entry in header.layers.items() if entry.module != "SparseLinear"}
     ours = packed | {alias for alias, name in header.aliases.items() if name in packed}
     ties = model.all_tied_weights_keys
-    for target, source in list(ties.items()):
-        if target in ours or source in ours:
-            del ties[target]
-    return {*ties, *ties.values()}
+    return {target: source for target, source in ties.items() if target not in ours and source not in ours}
