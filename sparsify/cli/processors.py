@@ -89,7 +89,8 @@ def _transformers(folder: Path) -> PictureProcessor | None:
     except ImportError:
         raise ValueError("transformers is not installed: pip install 'sparsify-torch[hf]'") from None
     with blaming(f"--data: the image processor of hf:{folder}"):
-        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        options = {"local_files_only": True, "trust_remote_code": False}
+        processor = AutoImageProcessor.from_pretrained(folder, **options)  # type: ignore[no-untyped-call]
 
     def prepare(pictures: Sequence[Any]) -> dict[str, Tensor]:
         batch: Mapping[str, Any] = processor(images=list(pictures), return_tensors="pt")
