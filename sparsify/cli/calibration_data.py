@@ -81,7 +81,7 @@ def _picture_batches(files: list[Path], model: str, weights: str | None) -> Iter
     except ImportError:
         raise ValueError("pillow is not installed: pip install pillow") from None
     processor = picture_processor(model, weights)
-    note(f"--data: pictures by {processor.about}")
+    note(f"--data: pictures {processor.about}")
     return (_picture_batch(files[i : i + BATCH], processor) for i in range(0, len(files), BATCH))
 
 

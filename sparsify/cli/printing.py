@@ -31,16 +31,21 @@ def show(listing: Listing, *first: str) -> None:
     """
     whole = Listing([*first, *listing.summary], listing.tables)
     width = terminal_width()
-    try:
-        if width is None:
-            raise ImportError
-        from rich.console import Console
-    except ImportError:
+    console = None if width is None else _console()
+    if console is None:
         print(whole.text(width))
         return
-    console = Console(file=sys.stdout, markup=False, highlight=False, emoji=False, soft_wrap=True)
     for part, text in whole.lines(width):
         console.print(text, style=_STYLES.get(part))
+
+
+def _console() -> Any:
+    """Return a console of rich, None where rich is missing."""
+    try:
+        from rich.console import Console
+    except ImportError:
+        return None
+    return Console(file=sys.stdout, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
 def terminal_width() -> int | None:

@@ -23,7 +23,7 @@ _MEAN, _SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class PictureProcessor:
     """The way from pictures to a model's input.
 
-    about: the processor in a few words.
+    about: the way in a few words: "through ..." or "as ...".
     edge: pixels of the shorter side of a scaled picture, or more.
     prepare: from RGB pictures of pillow to a batch, a tensor or a dict of tensors by name.
     """
@@ -98,7 +98,7 @@ def _transformers(folder: Path) -> PictureProcessor | None:
 
     size = dict(getattr(processor, "size", None) or {})
     edge = max((n for key, n in size.items() if key in ("shortest_edge", "height", "width")), default=_EDGE)
-    return PictureProcessor(f"{type(processor).__name__} of hf:{folder}", max(edge, _EDGE), prepare)
+    return PictureProcessor(f"through {type(processor).__name__} of hf:{folder}", max(edge, _EDGE), prepare)
 
 
 def _torchvision(model: str, weights: str | None) -> PictureProcessor | None:
@@ -108,7 +108,7 @@ def _torchvision(model: str, weights: str | None) -> PictureProcessor | None:
         return None
     transform = named.transforms()
     edge = getattr(transform, "resize_size", None) or [_EDGE]
-    about = f"the transforms of torchvision's {type(named).__name__}.{named.name}"
+    about = f"through the transforms of torchvision's {type(named).__name__}.{named.name}"
     return PictureProcessor(about, max(edge), _one_by_one(transform))
 
 
@@ -124,13 +124,14 @@ def _timm(name: str) -> PictureProcessor | None:
         return None
     config = resolve_data_config(pretrained_cfg=known.to_dict())
     edge = int(max(config["input_size"][1:]) / config["crop_pct"]) + 1
-    return PictureProcessor(f"timm's configuration of {name}", edge, _one_by_one(create_transform(**config)))
+    return PictureProcessor(f"through timm's configuration of {name}", edge, _one_by_one(create_transform(**config)))
 
 
 def _imagenet(model: str) -> PictureProcessor:
     """Return the processor for a model with none of its own."""
     numbers = f"scaled to {_EDGE}, cropped to {_CROP}, less a mean of {_MEAN}, over {_SPREAD}"
-    return PictureProcessor(f"no processor is known for {model}; as ImageNet's: {numbers}", _EDGE, _one_by_one(_crop))
+    about = f"as ImageNet's, since no processor is known for {model}: {numbers}"
+    return PictureProcessor(about, _EDGE, _one_by_one(_crop))
 
 
 def _crop(picture: Any) -> Tensor:

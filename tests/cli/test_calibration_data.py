@@ -85,7 +85,7 @@ def test_pictures_come_through_the_models_own_processor(tmp_path: Path, capsys: 
 
     batch = read("torchvision:vit_b_16", weights="IMAGENET1K_SWAG_E2E_V1")
     assert batch.shape == (2, 3, 384, 384)
-    assert "pictures by the transforms of torchvision's ViT_B_16_Weights.IMAGENET1K_SWAG_E2E_V1" in about()
+    assert "pictures through the transforms of torchvision's ViT_B_16_Weights.IMAGENET1K_SWAG_E2E_V1" in about()
     assert read("torchvision:vit_b_16").shape == (2, 3, 224, 224)
     assert "ViT_B_16_Weights.IMAGENET1K_V1" in about()
     batch = read("timm:vit_tiny_patch16_384")
@@ -94,7 +94,7 @@ def test_pictures_come_through_the_models_own_processor(tmp_path: Path, capsys: 
     assert "timm's configuration of vit_tiny_patch16_384" in about()
     batch = read("my.models:build")
     torch.testing.assert_close(batch[0, 0, 0, 0], torch.tensor((1 - 0.485) / 0.229))
-    assert "no processor is known for my.models:build; as ImageNet's: scaled to 256, cropped to 224" in about()
+    assert "pictures as ImageNet's, since no processor is known for my.models:build: scaled to 256," in about()
     transformers = pytest.importorskip("transformers")
     config = transformers.ViTConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=16
