@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from sparsify.cli.files import check_output
 from sparsify.cli.summary import Compressed
 from sparsify.outputs import write_text
+from sparsify.recipes.loading import recipe_text
 from sparsify.recipes.schema import Recipe
 from sparsify.reporting.file_facts import file_facts
 from sparsify.reporting.page import RunFacts, page
@@ -27,9 +25,3 @@ def write_page_of_run(path: str, out: Path, recipe: Recipe, done: Compressed) ->
     """Write the page about the file of a finished compression."""
     run = RunFacts(done.facts(), done.quality, recipe_text(recipe), done.loader, done.dense_bytes)
     write_text(path, page(file_facts(out, done.report), run), "--report ")
-
-
-def recipe_text(recipe: Recipe) -> str:
-    """Return a recipe as YAML, without the keys at their defaults."""
-    content: dict[str, Any] = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"vars"})
-    return yaml.safe_dump({"version": 1, **content}, sort_keys=False, width=100)

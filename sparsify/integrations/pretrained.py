@@ -16,6 +16,7 @@ from torch import nn
 from sparsify.checkpoint.folder import kind_of
 from sparsify.checkpoint.save_load import load, save
 from sparsify.outputs import new_file
+from sparsify.recipes.loading import recipe_text
 from sparsify.recipes.schema import Recipe
 from sparsify.reporting.model_card import CardFacts, write_card
 
@@ -60,9 +61,9 @@ def save_pretrained(
     else:
         owner: Any = model
         owner.save_pretrained(os.fspath(folder), **options)
-    text = recipe if isinstance(recipe, str) or recipe is None else recipe.model_dump_json(indent=1, exclude_unset=True)
+    text = recipe_text(recipe) if isinstance(recipe, Recipe) else recipe
     facts = facts_of(model, base_model=base_model, recipe=text, quality=quality or {}, speed=speed or {})
-    write_card(folder, model, facts)
+    write_card(folder, model, facts, over=() if base_model is None else ("base_model",))
 
 
 def from_pretrained(folder: str | os.PathLike[str], **options: Any) -> nn.Module:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 from dataclasses import fields
+from typing import Any
 
+import yaml
 from pydantic import ValidationError
 
 from sparsify.errors import RecipeError
@@ -83,3 +85,9 @@ def _known_keys(place: tuple[str | int, ...]) -> list[str]:
     if place and place[-1] == "recover":
         return list(Recover.model_fields)
     return list(Group.model_fields if place else Recipe.model_fields)
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """Return a recipe as YAML, without the keys at their defaults."""
+    content: dict[str, Any] = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"vars"})
+    return yaml.safe_dump({"version": 1, **content}, sort_keys=False, width=100)

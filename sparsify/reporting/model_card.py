@@ -7,7 +7,7 @@ matter that is already there, belongs to the user.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import yaml
 from torch import nn
 
 from sparsify.conversion.module_surgery import layers_of_type
-from sparsify.layers.records import form_choice
+from sparsify.layers.records import disturbance_of, form_choice
 from sparsify.outputs import new_file
 from sparsify.reporting.report import report
 
@@ -44,15 +44,20 @@ class CardFacts:
     speed: Mapping[str, Any] = field(default_factory=dict)
 
 
-def write_card(folder: str | os.PathLike[str], model: nn.Module, facts: CardFacts) -> None:
-    """Write the card of a saved model, or our part of a card that is there."""
+def write_card(
+    folder: str | os.PathLike[str], model: nn.Module, facts: CardFacts, *, over: Collection[str] = ()
+) -> None:
+    """Write the card of a saved model, or our part of a card that is there.
+
+    over: the keys of the front matter that are written even if they are there.
+    """
     path = Path(folder) / _CARD
     front, body = _split(path.read_text(encoding="utf-8") if path.is_file() else "")
     if front is None:  # front matter of someone else's making: left as it is
         text = _with_part(body, _part(Path(folder), model, facts))
     else:
         for key, value in _front(facts).items():
-            front.setdefault(key, value)
+            front[key] = value if key in over else front.get(key, value)
         tags = front.get("tags")
         if isinstance(tags, list) and "sparsify" not in tags:
             tags.append("sparsify")
@@ -121,7 +126,8 @@ def _summary(folder: Path, model: nn.Module, facts: CardFacts) -> list[str]:
 
 def _speed(model: nn.Module, given: Mapping[str, Any]) -> list[str]:
     """Return the times of `export` for all its layers together, and the figures of the user."""
-    choices = [choice for module in layers_of_type(model, nn.Module).values() if (choice := form_choice(module))]
+    modules = layers_of_type(model, nn.Module).values()
+    choices = [choice for module in modules if (choice := form_choice(module))]
     measured = [choice for choice in choices if "dense" in choice.times_us and choice.form in choice.times_us]
     lines: list[str] = []
     if measured:
@@ -132,6 +138,8 @@ def _speed(model: nn.Module, given: Mapping[str, Any]) -> list[str]:
             f"{len(measured)} layers, measured one by one at export: {ours_ms:.2f} ms, dense {dense_ms:.2f} ms, with "
             f"{', '.join(map(str, tokens[:3]))} rows of input, on {measured[0].machine}."
         )
+        if n_busy := sum(bool(disturbance_of(module)) for module in modules):
+            lines[0] += f" Uncertain for {n_busy} layers: other processes kept cores busy."
     if given:
         lines += ["", *_pairs("measure", given)] if lines else _pairs("measure", given)
     return lines or ["Not measured."]

@@ -151,6 +151,13 @@ def test_sentence_transformers(tmp_path: Path) -> None:
         sparsify.from_pretrained(tmp_path / "own")
 
 
+def skeleton(lines: list[str]) -> list[str]:
+    """Return headings, marks, and the names of the facts at the beginning of a card."""
+    first = next(i for i, line in enumerate(lines) if line.startswith("## "))
+    facts = [line.split("|")[1] for line in lines[:first] if line.startswith("|")]
+    return [line for line in lines if line.startswith(("#", "<!--", "---"))] + facts
+
+
 def test_the_card_says_what_is_known(tmp_path: Path) -> None:
     model = sparsify.export(masked("bert"), tokens=8)
     model.config._name_or_path = "some/encoder"
@@ -164,11 +171,16 @@ def test_the_card_says_what_is_known(tmp_path: Path) -> None:
         "base_model": "some/encoder",
         "base_model_relation": "quantized",
     }
-    for words in ("70.", "from transformers import BertForMaskedLM", '"sparsity": 0.7', "Lee", "0.641", "2.5 ms", "MB"):
+    for words in ("70.", "from transformers import BertForMaskedLM", "- sparsity: 0.7", "Lee", "0.641", "2.5 ms", "MB"):
         assert words in card, words
     assert "measured one by one at export" in card
+    page = (Path(__file__).parents[2] / "docs/model-card.md").read_text().partition("The file:")[2].splitlines()
+    assert skeleton([line[4:] for line in page if line.startswith("    ")]) == skeleton(card.splitlines())
     loaded = sparsify.from_pretrained(tmp_path)
     assert torch.equal(outputs("bert", loaded)["logits"], outputs("bert", model)["logits"])
+    sparsify.save_pretrained(model, tmp_path, base_model="another/encoder")
+    assert (tmp_path / "README.md").read_text().count("another/encoder") == 3
+    assert "some/encoder" not in (tmp_path / "README.md").read_text()
 
 
 def test_an_export_that_stayed_dense(tmp_path: Path) -> None:
