@@ -43,6 +43,7 @@ def export(
     max_error: float = MAX_ERROR,
     max_input_error: float = MAX_INPUT_ERROR,
     quantize_rest: bool = False,
+    fuse: bool = True,
     progress: bool = False,
     copy: bool = True,
 ) -> Model:
@@ -50,8 +51,9 @@ def export(
 
     The model itself stays as it was, and its later changes do not reach the copy: they share no memory and no hooks.
     copy=False lets both share the memory of biases, norms, embeddings and layers without a mask, for a model with no
-    training or loading ahead. Outputs equal the masked model's. An activation with a layer's output as its only input,
-    and no other reader of this output, is applied by the layer. Layers exported before are exported anew.
+    training or loading ahead. Outputs equal the masked model's. An activation, or after a convolution a BatchNorm in
+    eval mode, with a layer's output as its only input and no other reader of this output, is applied by the layer.
+    Layers exported before are exported anew.
 
     format: the form of the weights in memory. "auto" measures each layer here and takes the fastest form, dense if
     no sparse one is faster: no layer is left slower than dense. Or one form for all layers: "csr" (runs anywhere,
@@ -72,6 +74,7 @@ def export(
     rounded.
     quantize_rest: with `quantize`, int8 for the rest too: "auto" keeps no layer dense, Linears without a mask are
     layers with all weights kept, and Embeddings hold int8 rows.
+    fuse: False leaves activations and BatchNorms to the modules after a layer.
     max_error: a layer stays as it is if rounding changes its outputs by more than this share of their size, on the
     example or else on random rows. A LeftFloatWarning and `report` name it.
     max_input_error: the same for its inputs: above it only the weights are rounded, and `report` says so.
@@ -119,7 +122,8 @@ def export(
             replacements[tied] = _export_tied(tied, replacements[tied.owner[0]])
         embeddings, roundings = int8_embeddings(model, max_error) if quantize_rest else ({}, {})
         replacements |= embeddings
-        fast = fuse_activations(copy_replacing(model, replacements, share_memory=not copy))
+        fast = copy_replacing(model, replacements, share_memory=not copy)
+        fast = fuse_activations(fast) if fuse else fast
     roundings |= {name: r for name, layer in layers.items() if (r := rounding_of(replacements[layer])) is not None}
     warn_left_float(roundings)
     return fast

@@ -25,6 +25,9 @@ N_ROUNDS, SAMPLE_S = 7, 2e-3
 #: of processes ticks every 10 ms, so less than a quarter of a core is within its error.
 BUSY_CORES, N_TRIES = 0.25, 2
 
+#: A dense convolution on images with channels last: dense is the better of both layouts.
+_DENSE_LAST = "dense, channels last"
+
 #: What a choice looks at first. "speed": the fastest form, of those as fast (within the margin) the smallest, and dense
 #: unless it is beaten by the margin. "memory": the smallest form, however fast, of several the fastest.
 PREFERENCES = ("speed", "memory")
@@ -62,7 +65,8 @@ class FormSelector:
         given: a tensor of the shape and layout of its input, on any device; else `tokens` rows of input.
         rounded: "int8" for forms of int8 values, "int8-weights" for those of them that leave inputs as they are.
         """
-        if packed_type(layer) is None:
+        packed_as = packed_type(layer)
+        if packed_as is None:
             return FormChoice("dense", self.tokens, {}, machine_name(layer.weight.device))
         shape = layer.input_shape(self.tokens) if given is None else tuple(given.shape)
         strides = None if given is None else given.stride()
@@ -72,10 +76,13 @@ class FormSelector:
         here = _forms_here(weight, rounded)
         if rounded and not here:
             return FormChoice("csr", self.tokens, {}, machine_name(weight.device))
-        forms = tuple(form for form in here if fits(form, csr, layer.shape))
+        settings = layer.settings_of(layer)
+        forms = tuple(
+            f for f in here if fits(f, csr, layer.shape) and (rounded or packed_as.worth_measuring(f, settings))
+        )
         converter = (
             type(layer),
-            str(layer.settings_of(layer)),
+            str(settings),
             layer.shape,
             weight.dtype,
             weight.device,
@@ -98,7 +105,7 @@ class FormSelector:
             packed = {form: time for form, time in times.items() if form != "dense"}
             only_packed = bool(rounded and packed) and not self.may_be_dense
             form = _best(packed if only_packed else times, n_bytes, self.prefer)
-            tokens = x.numel() // max(layer.shape[1], 1)
+            tokens = x.numel() // max(getattr(layer, "in_channels", layer.shape[1]), 1)
             self._known[converter] = FormChoice(form, tokens, times, machine_name(weight.device))
             self._others_cores[id(self._known[converter])] = others_cores
         return self._known[converter]
@@ -122,6 +129,10 @@ class FormSelector:
     def _measure(self, candidates: Mapping[str, nn.Module], x: Tensor) -> dict[str, float]:
         """Time the candidates of a layer in turns, on an input: medians in us. A GPU finds no weight in its cache."""
         calls = {form: [_call(module, x)] for form, module in candidates.items()}
+        if x.dim() == 4 and not x.is_cuda:  # dense convolutions are mostly faster with channels last
+            last = torch.channels_last
+            dense = copy.deepcopy(candidates["dense"]).to(memory_format=last)
+            calls[_DENSE_LAST] = [_call(dense, x.contiguous(memory_format=last))]
         if x.is_cuda:
             for form, module in candidates.items():
                 n = gpu_timing.n_copies(_n_bytes(module), x.device)
@@ -129,7 +140,10 @@ class FormSelector:
             timings = gpu_timing.measure_replays(calls, x.device, rounds=N_ROUNDS, sample_s=SAMPLE_S)
         else:
             timings = measure(calls, rounds=N_ROUNDS, sample_s=SAMPLE_S)
-        return {form: timing.median_s * 1e6 for form, timing in timings.items()}
+        times = {form: timing.median_s * 1e6 for form, timing in timings.items()}
+        if _DENSE_LAST in times:
+            times["dense"] = min(times["dense"], times.pop(_DENSE_LAST))
+        return times
 
 
 def _forms_here(weight: Tensor, rounded: str) -> list[str]:

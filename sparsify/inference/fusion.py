@@ -1,9 +1,9 @@
-"""Activations fused into the layer before them: one pass over the outputs less.
+"""Activations and BatchNorms fused into the layer before them: one or two passes over the outputs less.
 
-If a module calls an exported layer and passes its result to an activation only, the layer defers its output until the
-activation asks for it (`layers/deferred.py`). The order of calls is read off the module's own forward, traced with
-torch.fx; a module without a trace is left as it is. The trace only finds the outputs worth deferring: an output is
-right for any use.
+If a module calls an exported layer and passes its result to an activation only, or that of a convolution to a
+BatchNorm, the layer defers its output until they ask for it (`layers/deferred.py`). The order of calls is read off the
+module's own forward, traced with torch.fx; a module without a trace is left as it is. The trace only finds the outputs
+worth deferring: an output is right for any use.
 """
 
 from __future__ import annotations
@@ -16,33 +16,46 @@ from torch.nn import functional as F
 
 from sparsify.conversion.module_surgery import Model
 from sparsify.layers import PackedLayer
+from sparsify.layers.csr_convolution import CSRConvolution
 from sparsify.layers.deferred import begin, end
+
+#: The name of a BatchNorm among what follows a layer.
+BATCH_NORM = "batch_norm"
 
 #: Below so many outputs a row telling the layer when to defer costs as much as the activation by itself.
 FEWEST_FEATURES = 256
 
 
 def fuse_activations(model: Model) -> Model:
-    """Let exported layers apply the activation after them, in place, and return the model.
+    """Let exported layers apply the BatchNorm and activation after them, in place, and return the model.
 
-    A layer or activation with hooks, or in several places of the model, stays as it is.
+    A layer, BatchNorm or activation with hooks, or in several places of the model, stays as it is.
     """
     paths = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     for owner in list(model.modules()):
         free = {name: m for name, m in owner.named_children() if paths[id(m)] == 1 and not _has_hooks(m)}
         layers = {name: m for name, m in free.items() if isinstance(m, PackedLayer) and _is_worth_it(m)}
-        activations = {name: known for name, m in free.items() if (known := activation_name(m))} if layers else {}
-        if not activations:
+        readers = {name: known for name, m in free.items() if (known := _reader_name(m))} if layers else {}
+        if not readers:
             continue
         for layer_name, name in _followed_by(owner):
-            if layer_name in layers and name in activations:
-                layers[layer_name].followed_by = activations[name]
+            if layer_name not in layers or name not in readers:
+                continue
+            if readers[name] != BATCH_NORM or isinstance(layers[layer_name], CSRConvolution):
+                layers[layer_name].followed_by = readers[name]
                 _let_defer(owner)
     return model
 
 
 def _is_worth_it(layer: PackedLayer) -> bool:
-    return layer.activation == "none" and layer.out_features >= FEWEST_FEATURES
+    """Return whether a layer has enough outputs: a convolution has its channels at every position."""
+    many = layer.out_features >= FEWEST_FEATURES or isinstance(layer, CSRConvolution)
+    return layer.activation == "none" and many
+
+
+def _reader_name(module: nn.Module) -> str | None:
+    """Return the name of a module that a layer's kernel can do the work of: an activation or a BatchNorm."""
+    return BATCH_NORM if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d) else activation_name(module)
 
 
 def _let_defer(owner: nn.Module) -> None:
@@ -80,7 +93,7 @@ class _Shallow(fx.Tracer):
 
 
 def _followed_by(owner: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield (child, the only reader of its output), both called once, training or not."""
+    """Yield (child, the only reader of its output), the child called once, training or not."""
     was_training = owner.training
     pairs = []
     try:
@@ -104,7 +117,7 @@ def _pairs(graph: fx.Graph) -> set[tuple[str, str]]:
         and user.op == "call_module"
         and user.args == (node,)
         and not user.kwargs
-        and n_calls[node.target] == n_calls[user.target] == 1
+        and n_calls[node.target] == 1
     }
 
 

@@ -4,7 +4,7 @@ UnfusedAttention and UnfusedEncoder are torch's attention and encoder, with thei
 """
 
 from sparsify.layers.attention import UnfusedAttention
-from sparsify.layers.csr_conv2d import CSRConv2d
+from sparsify.layers.csr_convolution import CSRConv1d, CSRConv2d
 from sparsify.layers.csr_linear import CSRLinear
 from sparsify.layers.encoder import UnfusedEncoder
 from sparsify.layers.int8_embedding import Int8Embedding
@@ -15,6 +15,7 @@ from sparsify.layers.sparse_linear import SparseLinear
 from sparsify.layers.tied import Tied
 
 __all__ = [
+    "CSRConv1d",
     "CSRConv2d",
     "CSRLinear",
     "Int8Embedding",

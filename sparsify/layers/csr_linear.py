@@ -32,7 +32,7 @@ class CSRLinear(PackedLayer):
             return call_node(self, tracer, input, rows=rows)  # type: ignore[no-any-return]
         # From _parameters: nn.Module's own look-up of `self.bias` takes a microsecond.
         bias = self._parameters["bias"]
-        if self.followed_by != "none" and self._may_defer(input, input.dim() - 1) and rows == (0, -1):
+        if self.followed_by != "none" and self._may_defer(input, input.dim() - 1, self.in_features) and rows == (0, -1):
             return DeferredOutput.make(
                 lambda activation: self._multiply(input, bias, activation),
                 input,

@@ -10,12 +10,12 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sparsify.kernels.torch_ops import is_transformed
 
@@ -30,6 +30,17 @@ _CHEAP = {
 
 _RELU_IN_PLACE = {torch.relu_, Tensor.relu_}
 _RELU = {F.relu, torch.relu, Tensor.relu, *_RELU_IN_PLACE}
+
+
+class Affine(NamedTuple):
+    """The effect of a BatchNorm in eval mode on its channels: x * scale + shift, float32 (channels)."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def shift_of(self, bias: Tensor | None) -> Tensor:
+        """Return the shift for inputs to which this bias was not added yet."""
+        return self.shift if bias is None else torch.addcmul(self.shift, bias, self.scale)
 
 
 class _Runs(threading.local):
@@ -49,15 +60,21 @@ def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
         _RUNS.stack = [*(run for run in _RUNS.stack if run[0] is not module), (module, [])]
 
 
-def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Compute the deferred outputs of a module's run that are still referenced: a forward hook."""
+def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """Compute the deferred outputs of a module's run that are still referenced: a forward hook.
+
+    Returns the module's output without deferred ones, or None for one that has none.
+    """
     if torch.compiler.is_compiling():
-        return
+        return None
     ended = [run for run in _RUNS.stack if run[0] is module]
     _RUNS.stack = [run for run in _RUNS.stack if run[0] is not module]
     for deferred in (reference() for _, outputs in ended for reference in outputs):
         if deferred is not None and output is not None:  # there is none if the module failed
             deferred.settle()
+    if not any(isinstance(leaf, DeferredOutput) for leaf in tree_leaves(output)):
+        return None
+    return tree_map_only(DeferredOutput, lambda deferred: deferred.settle(), output)
 
 
 def unfuse_activations(model: nn.Module) -> None:
@@ -87,18 +104,24 @@ def may_defer(layer: nn.Module, input: Tensor, n_outputs: int) -> bool:
 class DeferredOutput(Tensor):
     """The output of a layer before anybody has used it; see this file's docstring."""
 
-    compute: Callable[[str], Tensor]
+    compute: Callable[..., Tensor]
     input: Tensor
     version: int | None
     value: Tensor | None
+    takes_affine: bool
 
     @staticmethod
-    def make(compute: Callable[[str], Tensor], input: Tensor, shape: Sequence[int]) -> DeferredOutput:
-        """Defer `compute`, which takes the name of an activation, of an input: an output of this shape."""
+    def make(
+        compute: Callable[..., Tensor], input: Tensor, shape: Sequence[int], *, takes_affine: bool = False
+    ) -> DeferredOutput:
+        """Defer `compute`, which takes the name of an activation, of an input: an output of this shape.
+
+        takes_affine: `compute` takes an Affine too, to be applied before the activation.
+        """
         made: DeferredOutput = Tensor._make_wrapper_subclass(
             DeferredOutput, shape, dtype=input.dtype, device=input.device
         )
-        made.compute, made.input, made.value = compute, input, None
+        made.compute, made.input, made.value, made.takes_affine = compute, input, None, takes_affine
         made.version = None if input.is_inference() else input._version
         _RUNS.stack[-1][1].append(weakref.ref(made))
         return made
@@ -118,6 +141,13 @@ class DeferredOutput(Tensor):
             )
         return self.compute(activation)
 
+    def normalized(self, affine: Affine) -> DeferredOutput:
+        """Return the output of a BatchNorm of this one, deferred too."""
+        compute = self.compute
+        made = DeferredOutput.make(lambda activation: compute(activation, affine), self.input, self.shape)
+        made.version = self.version
+        return made
+
     @classmethod
     def __torch_function__(
         cls,
@@ -126,7 +156,7 @@ class DeferredOutput(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Answer, compute together with an activation, or use the plain output."""
+        """Answer, compute together with an activation or a BatchNorm, or use the plain output."""
         kwargs = dict(kwargs or {})
         if func in _CHEAP:
             with torch._C.DisableTorchFunctionSubclass():
@@ -139,6 +169,8 @@ class DeferredOutput(Tensor):
                 if is_in_place:
                     output.value = activated
                 return activated
+            if func is F.batch_norm and output.takes_affine and (affine := _batch_norm(*args, **kwargs)) is not None:
+                return output.normalized(affine)
         return _on_value(func, args, kwargs)
 
     @classmethod
@@ -164,6 +196,30 @@ def _activation(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping
         approximate = options.pop("approximate", "none")
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(approximate) if not options else None, False
     return None, False
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Affine | None:
+    """Return the effect of a call of F.batch_norm; None for one that looks at its inputs, or has no float32 numbers."""
+    of_batch_norm = [t for t in (running_mean, running_var, weight, bias) if t is not None]
+    if training or running_mean is None or running_var is None or not _RUNS.stack:
+        return None
+    if not all(type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.dtype == torch.float32 for t in of_batch_norm):
+        return None
+    if any(t.shape != (input.shape[1],) for t in of_batch_norm):
+        return None
+    scale = torch.rsqrt(running_var + eps)
+    scale = scale if weight is None else scale.mul_(weight)
+    start = torch.zeros_like(scale) if bias is None else bias
+    return Affine(scale, torch.addcmul(start, running_mean, scale, value=-1))
 
 
 def _on_value(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -97,6 +97,11 @@ class PackedLayer(nn.Module):
         return True
 
     @classmethod
+    def worth_measuring(cls, form: str, settings: Mapping[str, Any]) -> bool:
+        """Return whether a form may be the fastest for such a layer; others are right, but for no use but memory."""
+        return True
+
+    @classmethod
     def from_sparse(cls, layer: MaskedLayer, *, form: str = "csr", quantized: bool = False) -> Self:
         """Pack the kept weights of a masked layer (kept zeros included), rounded to int8 if `quantized`.
 
@@ -175,16 +180,16 @@ class PackedLayer(nn.Module):
         castable = input.is_floating_point() and input.dtype != torch.float64
         return torch.get_autocast_dtype(device) if castable else None
 
-    def _may_defer(self, input: Tensor, dim: int) -> bool:
-        """Return whether the output for an input with its features in this dimension may be deferred."""
+    def _may_defer(self, input: Tensor, dim: int, n_features: int) -> bool:
+        """Return whether the output for an input with so many features in this dimension may be deferred."""
         return (
             type(input) is Tensor
             and not input.is_nested
             and input.dim() > 1
             and self.activation == "none"
-            and input.shape[dim] == self.in_features
+            and input.shape[dim] == n_features
             and input.dtype == self.float_dtype
-            and may_defer(self, input, input.numel() // max(self.in_features, 1) * self.out_features)
+            and may_defer(self, input, input.numel() // max(n_features, 1) * self.out_features)
             and self._autocast_dtype(input) is None
         )
 

@@ -139,9 +139,11 @@ class SparseConvolution(TorchLayer):
         return type(self), *(str(getattr(self, name)) for name in _SETTINGS if name != "out_channels")
 
     def input_shape(self, n_rows: int) -> tuple[int, ...]:
-        """Return the shape of one input with this many positions in the first dimension, without padding."""
-        sizes = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel_size, strict=True)]
-        return 1, self.in_channels, (n_rows - 1) * self.stride[0] + sizes[0], *sizes[1:]
+        """Return the shape of one input with this many positions or a few more, about square, without padding."""
+        n_dims = len(self.kernel_size)
+        edge = math.ceil(n_rows ** (1 / n_dims) - 1e-9)
+        sizes = zip(self.stride, self.dilation, self.kernel_size, strict=True)
+        return 1, self.in_channels, *((edge - 1) * s + d * (k - 1) + 1 for s, d, k in sizes)
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve (n, in_channels, *sizes), or one input without n."""

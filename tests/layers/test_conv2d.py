@@ -62,15 +62,14 @@ def test_a_few_convolutions_stay_dense_unless_asked_for():
 @pytest.mark.parametrize(
     ("options", "packs"),
     [
-        ({"kernel_size": 3}, False),
-        ({"kernel_size": 1, "stride": 2}, False),
         ({"kernel_size": 1, "groups": 2}, False),
-        ({"kernel_size": 1, "padding": 1}, False),
+        ({"kernel_size": 3, "padding": 1, "padding_mode": "circular"}, False),
+        ({"kernel_size": 3}, True),
         ({"kernel_size": 1, "padding": "valid"}, True),
         ({"kernel_size": 1, "padding": "same"}, True),
     ],
 )
-def test_what_is_not_pointwise_is_exported_dense_and_says_why(options, packs):
+def test_what_has_no_kernel_is_exported_dense_and_says_why(options, packs):
     model = sparsify.prune(sparsify.convert(nn.Sequential(nn.Conv2d(4, 4, **options)), types=nn.Conv2d), 0.5)
     fast = sparsify.export(model, format="csr")
     assert type(fast[0]) is (CSRConv2d if packs else nn.Conv2d)

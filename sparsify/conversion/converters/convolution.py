@@ -7,7 +7,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from sparsify.conversion.converters.torch_layer import torch_converter
 from sparsify.conversion.foreign_masks import check_shapes
-from sparsify.layers import CSRConv2d
+from sparsify.layers import CSRConv1d, CSRConv2d
 from sparsify.layers.sparse_convolution import (
     SparseConv1d,
     SparseConv2d,
@@ -33,7 +33,7 @@ def is_depthwise(module: nn.Module) -> bool:
 
 #: All of them are in use without `types` for a model made of convolutions.
 CONVOLUTIONS = (
-    torch_converter(SparseConv1d, _check),
+    torch_converter(SparseConv1d, _check, CSRConv1d),
     torch_converter(SparseConv2d, _check, CSRConv2d),
     torch_converter(SparseConv3d, _check),
     torch_converter(SparseConvTranspose1d, _check),

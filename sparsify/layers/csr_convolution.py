@@ -1,0 +1,162 @@
+"""CSRConv2d and CSRConv1d: exported convolutions. Only the kept weights are in memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import Tracer
+
+from sparsify.kernels import Geometry, convolution
+from sparsify.layers.deferred import Affine, DeferredOutput
+from sparsify.layers.masked import MaskedLayer
+from sparsify.layers.packed import PackedLayer
+from sparsify.layers.sparse_convolution import SparseConv1d, SparseConv2d
+from sparsify.layers.tracing import call_node, tracer_of
+
+
+class CSRConvolution(PackedLayer):
+    """A convolution over a packed weight (out_channels, in_channels x kernel); `PackedLayer` describes its buffers.
+
+    Images keep their memory layout, channels first or last. A BatchNorm in eval mode and an activation that read
+    nothing but the layer's output are computed together with it, see `layers/deferred.py`. Each read of `weight`
+    unpacks the dense weight.
+    """
+
+    n_dims: ClassVar[int]
+
+    @cached_property
+    def geometry(self) -> Geometry:
+        """The settings of the convolution as kernels take them; those of a signal are of an image of one row."""
+        return Geometry((1, 1)) if self.dense_settings is None else self._geometry_of(self.dense_settings)
+
+    @classmethod
+    def packs(cls, settings: Mapping[str, Any]) -> bool:
+        """Return whether a convolution with these settings has kernels: without groups, padded with zeros evenly."""
+        edges = settings["_reversed_padding_repeated_twice"]
+        even = edges[::2] == edges[1::2]
+        return settings["groups"] == 1 and even and (settings["padding_mode"] == "zeros" or not any(edges))
+
+    @classmethod
+    def worth_measuring(cls, form: str, settings: Mapping[str, Any]) -> bool:
+        """Return whether a form has a kernel for these settings, which needs no copies of the inputs."""
+        return form == "panel" or cls._geometry_of(settings).is_pointwise
+
+    @classmethod
+    def _geometry_of(cls, settings: Mapping[str, Any]) -> Geometry:
+        padding = settings["_reversed_padding_repeated_twice"][::-2]
+        ones, zeros = (1,) * (2 - cls.n_dims), (0,) * (2 - cls.n_dims)
+        kernel, stride, dilation = ((*ones, *settings[name]) for name in ("kernel_size", "stride", "dilation"))
+        return Geometry(kernel, stride, (*zeros, *padding), dilation)
+
+    def _run(self, input: Tensor) -> Tensor:
+        """Apply the layer to (n, in_channels, *sizes), or to one image without n."""
+        bias, activation = self._parameters["bias"], self.activation
+        if type(input) is not Tensor and (tracer := tracer_of(input)) is not None:
+            return self._trace(tracer, input, bias)
+        if input.dim() == self.n_dims + 1:
+            return self._run(input.unsqueeze(0)).squeeze(0)
+        if self.followed_by != "none" and self._may_defer(input, 1, self.in_channels):
+            sizes = self._output_sizes(input)
+            if min(sizes) > 0:  # else it is an error, said now
+                return self._defer(input, bias, sizes)
+        autocast = self._autocast_dtype(input)
+        if autocast is None:
+            if self.own_dtype is not None:
+                self._check_dtype(input)
+            return self._convolve(input, bias, activation)
+        return self._convolve(input.to(self.float_dtype), bias, activation).to(autocast)
+
+    def _convolve(self, input: Tensor, bias: Tensor | None, activation: str, scale: Tensor | None = None) -> Tensor:
+        """Convolve images, or what is an image of one row for the kernels."""
+        images = input.unsqueeze(2) if self.n_dims == 1 and input.dim() == 3 else input
+        y = convolution(images, self.tensors, self.form, self.shape, self.geometry, bias, activation, scale)
+        return y.squeeze(2) if images is not input else y
+
+    def _output_sizes(self, input: Tensor) -> tuple[int, ...]:
+        """Return the sizes of the output behind its channels, (0,) for an input of another number of dimensions."""
+        if input.dim() != self.n_dims + 2:
+            return (0,)
+        height, width = (1, input.shape[2]) if self.n_dims == 1 else input.shape[2:]
+        return self.geometry.output_size(height, width)[-self.n_dims :]
+
+    def _defer(self, input: Tensor, bias: Tensor | None, sizes: tuple[int, ...]) -> Tensor:
+        def compute(activation: str, affine: Affine | None = None) -> Tensor:
+            if affine is None:
+                return self._convolve(input, bias, activation)
+            return self._convolve(input, affine.shift_of(bias), activation, affine.scale)
+
+        shape = (input.shape[0], self.out_features, *sizes)
+        takes_affine = self.form == "panel" and self.own_dtype is None and input.dtype == torch.float32
+        return DeferredOutput.make(compute, input, shape, takes_affine=takes_affine)
+
+    def _trace(self, tracer: Tracer, input: Tensor, bias: Tensor | None) -> Tensor:
+        """Record a call in a graph of torch.fx: of this layer, or of the operator if the layer itself is traced."""
+        if tracer.root is not self:
+            return call_node(self, tracer, input)  # type: ignore[no-any-return]
+        images = input.unsqueeze(2) if self.n_dims == 1 else input
+        whole = (images, self.tensors, self.form, self.shape, self.geometry, bias, self.activation)
+        y: Tensor = tracer.create_proxy("call_function", convolution, whole, {})  # type: ignore[assignment]
+        return y.squeeze(2) if self.n_dims == 1 else y
+
+    @property
+    def kernel_size(self) -> tuple[int, ...]:
+        """The kernel's sizes, as torch's convolutions name them."""
+        return self.geometry.kernel[-self.n_dims :]
+
+    @property
+    def in_channels(self) -> int:
+        """The channels of the input."""
+        return self.in_features // math.prod(self.kernel_size)
+
+    @property
+    def out_channels(self) -> int:
+        """nn.Conv2d's name for `out_features`."""
+        return self.out_features
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, (out_channels, in_channels, *kernel_size), for code written for torch's convolutions."""
+        return self._unpack().view(self.out_features, self.in_channels, *self.kernel_size)
+
+    def extra_repr(self) -> str:
+        """Describe the layer as any packed one, with its kernel and stride."""
+        if self.geometry.is_pointwise:
+            return super().extra_repr()
+        return f"{super().extra_repr()}, kernel_size={self.kernel_size}, stride={self.geometry.stride[-self.n_dims :]}"
+
+
+class CSRConv2d(CSRConvolution):
+    """nn.Conv2d without groups over a packed weight; see `CSRConvolution`.
+
+    >>> layer = CSRConv2d.from_sparse(SparseConv2d(8, 4, 0.75, kernel_size=3, padding=1, seed=1))
+    >>> layer.n_kept, layer(torch.ones(2, 8, 5, 5)).shape
+    (72, torch.Size([2, 4, 5, 5]))
+    """
+
+    n_dims = 2
+    masked_type: type[MaskedLayer] = SparseConv2d
+
+    @classmethod
+    def packs(cls, settings: Mapping[str, Any]) -> bool:
+        """Return whether a convolution with these settings has kernels: without groups, padded with zeros evenly."""
+        return super().packs(settings)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the layer to (n, in_channels, height, width), or to one image without n."""
+        return self._run(input)
+
+
+class CSRConv1d(CSRConvolution):
+    """nn.Conv1d without groups over a packed weight; see `CSRConvolution`."""
+
+    n_dims = 1
+    masked_type: type[MaskedLayer] = SparseConv1d
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the layer to (n, in_channels, length), or to one signal without n."""
+        return self._run(input)
