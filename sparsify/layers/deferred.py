@@ -7,6 +7,7 @@ pass over memory, and any other use finds the plain output. Nothing is left to d
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sparsify.kernels.torch_ops import is_transformed
+from sparsify.layers.inference_mode import making_tensors
 
 #: Below so many outputs a pass of its own over them costs less than deferring them.
 FEWEST_OUTPUTS = 4096
@@ -216,10 +218,17 @@ def _batch_norm(
         return None
     if any(t.shape != (input.shape[1],) for t in of_batch_norm):
         return None
-    scale = torch.rsqrt(running_var + eps)
+    scale = torch.rsqrt(torch.add(running_var, _as_tensor(eps)))
     scale = scale if weight is None else scale.mul_(weight)
     start = torch.zeros_like(scale) if bias is None else bias
     return Affine(scale, torch.addcmul(start, running_mean, scale, value=-1))
+
+
+@functools.cache
+def _as_tensor(eps: float) -> Tensor:
+    """Return a number as a float32 tensor: a Python float would be converted in each call."""
+    with making_tensors():
+        return torch.tensor(eps, dtype=torch.float32, device="cpu")
 
 
 def _on_value(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
