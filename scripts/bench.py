@@ -2,6 +2,7 @@
 
     scripts/bench.py layers --json docs/results     CSRLinear against dense and sparse peers
     scripts/bench.py kernels --json docs/results    kernels alone against the peak of the machine
+    scripts/bench.py convolutions --json docs/results   single 3x3 convolutions
     scripts/bench.py gpu --json docs/results        forms for GPUs against cuBLAS, in graph replays
     scripts/bench.py models --json docs/results     whole models
     scripts/bench.py load --json docs/results       latency beside a busy process
@@ -22,14 +23,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks import cases, gpu, isa, kernels, layers, load, models, page, peers, picture, record, tables
+from benchmarks import (
+    cases,
+    convolutions,
+    gpu,
+    isa,
+    kernels,
+    layers,
+    load,
+    models,
+    page,
+    peers,
+    picture,
+    record,
+    tables,
+)
 
 from sparsify.hardware.machine import machine_name
 from sparsify.hardware.timing import LoadMeter, disturbance
 from sparsify.tables import Table
 
 RESULTS_FOLDER = Path(__file__).resolve().parent.parent / "docs" / "results"
-PEERS_IN = ("layers", "models", "load")
+PEERS_IN = ("layers", "convolutions", "models", "load")
 MODEL_ROUNDS, QUICK_MODEL_ROUNDS = 9, 3
 
 
@@ -104,6 +119,9 @@ def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         rounds = options.rounds or (QUICK_MODEL_ROUNDS if options.quick else MODEL_ROUNDS)
         sparsities = tuple(options.sparsity or models.SPARSITIES)
         return list(models.bench_models(chosen, sparsities, rounds, options.without or ()))
+    if options.benchmark == "convolutions":
+        changed = {"sparsities": options.sparsity, "rounds": options.rounds, "images": options.images}
+        return list(convolutions.run(convolutions.chosen(options.quick, **changed)))
     grid = cases.GRIDS[options.benchmark][options.quick]
     wanted: dict[str, Any] = {
         "shapes": options.shapes,
@@ -133,8 +151,10 @@ def _left_out(options: argparse.Namespace) -> dict[str, str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, dest="benchmark", metavar="kernels|layers|gpu|models|load|report")
-    for name in ("kernels", "layers", "gpu", "models", "load"):
+    commands = parser.add_subparsers(
+        required=True, dest="benchmark", metavar="kernels|layers|convolutions|gpu|models|load|report"
+    )
+    for name in ("kernels", "layers", "convolutions", "gpu", "models", "load"):
         sub = commands.add_parser(name)
         sub.add_argument("--quick", action="store_true", help="a few cells, few rounds")
         sub.add_argument(
@@ -153,6 +173,9 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--without", nargs="+", metavar="PEER", help="peers to leave out: 'torch csr'")
         if name == "models":
             sub.add_argument("--models", nargs="+", choices=models.MODELS, metavar="NAME", help=" ".join(models.MODELS))
+            continue
+        if name == "convolutions":
+            sub.add_argument("--images", type=int, nargs="+", metavar="N", help="images in a batch")
             continue
         sub.add_argument("--tokens", type=int, nargs="+", metavar="N")
         sub.add_argument("--shapes", type=_shape, nargs="+", metavar="OUTxIN")

@@ -120,8 +120,16 @@ MODEL_BARS = {
         **{(model, OURS, 0.5): 1.5 for model in ("vit_b_16", "convnext_tiny", "minilm")},
     },
 }
-#: Instruction set -> (model, candidate, sparsity) -> engine -> times as fast, "int8": as the fastest dense int8
-BEST_MODEL_BARS = {"avx512-vnni": {("bert_base", INT8, 0.9): {"int8": 2.0, "ONNX Runtime float32": 6.5}}}
+#: Times as fast as the best dense float32, at every batch size
+_BEST_CNN_BARS = {("resnet50", OURS, s): {"32": factor} for s, factor in ((0.8, 1.7), (0.9, 2.5))}
+#: Instruction set -> (model, candidate, sparsity) -> engines whose names end so -> times as fast as the fastest of them
+BEST_MODEL_BARS: dict[str, dict[tuple[str, str, float], dict[str, float]]] = {
+    "avx512-amx": _BEST_CNN_BARS,
+    "avx512-vnni": {("bert_base", INT8, 0.9): {"int8": 2.0, "ONNX Runtime float32": 6.5}, **_BEST_CNN_BARS},
+    "avx2": _BEST_CNN_BARS,
+}
+#: Kernels of an instruction set -> sparsity -> times as fast as the best dense float32 convolution
+CONVOLUTION_BARS = {"avx512": {0.8: 2.4, 0.9: 4.0}, "avx2": {0.8: 2.0, 0.9: 3.2}}
 #: 99th percentile beside a busy process, over the median without it, at most
 LOAD_BAR = 4.0
 

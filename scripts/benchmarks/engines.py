@@ -31,15 +31,17 @@ def openvino(weight: Tensor, bias: Tensor, x: Tensor) -> Call:
     return openvino_call(op.add(product, op.constant(bias.numpy())), parameter, x, len(weight))
 
 
-def onnxruntime_call(nodes: Sequence[Any], constants: Mapping[str, NDArray[Any]], x: Tensor, out: int) -> Call:
-    """Run nodes from "x" to "y", (tokens, out): all graph optimizations, input and output bound.
+def onnxruntime_call(
+    nodes: Sequence[Any], constants: Mapping[str, NDArray[Any]], x: Tensor, out: int, sizes: Sequence[int] = ()
+) -> Call:
+    """Run nodes from "x" to "y", (tokens, out, *sizes): all graph optimizations, input and output bound.
 
     The threads spin between calls, as by default.
     """
     import onnx
     import onnxruntime as ort
 
-    float32, y_shape = onnx.TensorProto.FLOAT, [x.shape[0], out]
+    float32, y_shape = onnx.TensorProto.FLOAT, [x.shape[0], out, *sizes]
     graph = onnx.helper.make_graph(
         nodes,
         "linear",
@@ -65,8 +67,8 @@ def onnxruntime_call(nodes: Sequence[Any], constants: Mapping[str, NDArray[Any]]
     return call
 
 
-def openvino_call(result: Any, parameter: Any, x: Tensor, out: int, **settings: Any) -> Call:
-    """Run a graph with one input and one output, (tokens, out): latency hint, one stream.
+def openvino_call(result: Any, parameter: Any, x: Tensor, out: int, sizes: Sequence[int] = (), **settings: Any) -> Call:
+    """Run a graph with one input and one output, (tokens, out, *sizes): latency hint, one stream.
 
     What is not quantized is float32; the default would be bfloat16 where the processor has it.
     """
@@ -83,7 +85,7 @@ def openvino_call(result: Any, parameter: Any, x: Tensor, out: int, **settings: 
             **settings,
         },
     )
-    x, y = x.contiguous(), torch.full((x.shape[0], out), torch.nan)
+    x, y = x.contiguous(), torch.full((x.shape[0], out, *sizes), torch.nan)
     request = compiled.create_infer_request()
     request.set_input_tensor(ov.Tensor(x.numpy(), shared_memory=True))
     request.set_output_tensor(ov.Tensor(y.numpy(), shared_memory=True))

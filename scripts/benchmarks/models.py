@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from benchmarks import record
 from benchmarks.layers import INT8, OURS
-from sparsify import CSRLinear
 from sparsify.cli.model_inputs import make_inputs
 from sparsify.cli.models import build_model
-from sparsify.hardware.timing import measure
+from sparsify.hardware.timing import Call, measure
+from sparsify.layers import PackedLayer
 from sparsify.reporting.dense_engines import dense_engines
 from sparsify.reporting.model_bench import sparse_copy, typical_tokens
 from sparsify.reporting.model_run import Inputs, run
@@ -26,12 +26,15 @@ from sparsify.reporting.model_run import Inputs, run
 SPARSITIES = (0.5, 0.9)
 #: Our candidate -> options of its export
 KINDS: dict[str, dict[str, Any]] = {OURS: {}, INT8: {"quantize": "int8"}}
-BF16 = "torch bf16"
+#: Options of its conversion for CNNS
+CNN_OPTIONS: dict[str, Any] = {"types": (nn.Conv2d, nn.Linear)}
+BF16, CHANNELS_LAST = "torch bf16", "channels-last torch fp32"
 MINILM, BERT = "minilm", "bert_base"
 TEXT = (MINILM, BERT)
 #: name -> batch sizes; those of TEXT read 128 tokens of text, the others images of 224 x 224
+CNNS = ("resnet50", "mobilenet_v3_large")
 MODELS: dict[str, tuple[int, ...]] = {
-    **dict.fromkeys(("vit_b_16", "swin_t", "convnext_tiny"), (1, 8)),
+    **dict.fromkeys(("vit_b_16", "swin_t", "convnext_tiny", *CNNS), (1, 8)),
     **dict.fromkeys(TEXT, (32,)),
 }
 QUICK: dict[str, tuple[int, ...]] = {"convnext_tiny": (1,)}
@@ -44,7 +47,8 @@ def bench_models(
     """Yield a row for each candidate of each model and batch size; the dense ones have sparsity None.
 
     The weights of all but MiniLM are random: the times do not depend on them. torch bf16 may be left out: where a
-    processor has no instructions for it, it takes most of a run's time.
+    processor has no instructions for it, it takes most of a run's time. All convolutions and Linears of CNNS are
+    pruned; their layers are measured on their own inputs.
     """
     for name, batches in models.items():
         model, spec = _build(name), f"hf:{name}" if name in TEXT else f"torchvision:{name}"
@@ -53,7 +57,10 @@ def bench_models(
             inputs = make_inputs(model, spec, batch=batch)
             tokens = typical_tokens(model, inputs)
             facts: dict[tuple[str, float | None], dict[str, Any]] = {("torch fp32", None): {}}
-            calls = {("torch fp32", None): [_call(model, inputs)]}
+            calls: dict[tuple[str, float | None], list[Call]] = {("torch fp32", None): [_call(model, inputs)]}
+            if name in CNNS:
+                facts[CHANNELS_LAST, None] = {}
+                calls[CHANNELS_LAST, None] = [_call(*_channels_last(model, inputs))]
             if BF16 not in without:
                 facts[BF16, None], calls[BF16, None] = {}, [_call(low, _cast(inputs))]
             with TemporaryDirectory() as folder:
@@ -63,8 +70,9 @@ def bench_models(
                         continue
                     facts[engine.name, None] = {"error": round(engine.error or 0.0, 6), "n_bytes": engine.n_bytes}
                     calls[engine.name, None] = [engine.call]
-                for kind, sparsity in [(kind, s) for kind in KINDS for s in sparsities]:
-                    fast = sparse_copy(model, sparsity, tokens, **KINDS[kind])
+                kinds = {OURS: CNN_OPTIONS | {"example": inputs}} if name in CNNS else KINDS
+                for kind, sparsity in [(kind, s) for kind in kinds for s in sparsities]:
+                    fast = sparse_copy(model, sparsity, tokens, **kinds[kind])
                     facts[kind, sparsity], calls[kind, sparsity] = _facts(fast), [_call(fast, inputs)]
                 for key, timing in measure(calls, rounds=rounds).items():
                     common = {"model": name, "batch": batch, "tokens": tokens, "sparsity": key[1]}
@@ -92,15 +100,22 @@ def _build(name: str) -> nn.Module:
 
 def _facts(model: nn.Module) -> dict[str, Any]:
     forms = [
-        m.form if isinstance(m, CSRLinear) else "dense"
+        m.form if isinstance(m, PackedLayer) else "dense"
         for m in model.modules()
-        if isinstance(m, (CSRLinear, nn.Linear))
+        if isinstance(m, (PackedLayer, nn.Linear, nn.Conv2d))
     ]
     return {"forms": {form: forms.count(form) for form in sorted(set(forms))}}
 
 
 def _call(model: nn.Module, inputs: Inputs) -> Callable[[], Any]:
     return lambda: run(model, inputs)
+
+
+def _channels_last(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
+    """Return a copy of a model of images, and its inputs, in the layout in which torch is mostly faster."""
+    assert isinstance(inputs, tuple)
+    last = torch.channels_last
+    return copy.deepcopy(model).to(memory_format=last), tuple(x.contiguous(memory_format=last) for x in inputs)
 
 
 def _cast(inputs: Inputs) -> Inputs:

@@ -10,6 +10,7 @@ from sparsify.hardware.timing import disturbance
 
 TITLES = {
     "layers": "Layers, everything included",
+    "convolutions": "Single 3x3 convolutions, everything included",
     "kernels": "Kernels alone",
     "gpu": "On a GPU, against cuBLAS in the same dtype",
     "models": "Whole models",

@@ -5,6 +5,7 @@ from typing import Any
 
 from benchmarks.bars import (
     BEST_MODEL_BARS,
+    CONVOLUTION_BARS,
     KERNEL_BARS,
     LOAD_BAR,
     MODEL_BARS,
@@ -28,7 +29,14 @@ Table = list[list[str]]
 
 def tables(record: Record) -> dict[str, Table]:
     """Return the tables of a record, title -> rows; the first row is the head."""
-    by_benchmark = {"kernels": _kernels, "layers": _layers, "gpu": _gpu, "models": _models, "load": _load}
+    by_benchmark = {
+        "kernels": _kernels,
+        "layers": _layers,
+        "convolutions": _convolutions,
+        "gpu": _gpu,
+        "models": _models,
+        "load": _load,
+    }
     return by_benchmark[record["benchmark"]](record)
 
 
@@ -112,6 +120,34 @@ def _time(row: Row | None) -> str:
     return f"{time} {row['form']}" if row.get("form") else time
 
 
+def _convolutions(record: Record) -> dict[str, Table]:
+    rows = record["rows"]
+    names = list(dict.fromkeys(r["candidate"] for r in rows if r["sparsity"] is None))
+    lines = [["channels, map, images", *(f"{name} us" for name in names), "layout", *_percents(rows)]]
+    bars = CONVOLUTION_BARS.get(_isa_kernels(record), {})
+    means: dict[float, list[float]] = {}
+    for where in dict.fromkeys((r["channels"], r["size"], r["images"]) for r in rows):
+        cells = [r for r in rows if (r["channels"], r["size"], r["images"]) == where]
+        dense = {r["candidate"]: r["median_us"] for r in cells if r["sparsity"] is None}
+        best: dict[float, float] = {}
+        for layout in dict.fromkeys(r["candidate"] for r in cells if r["sparsity"] is not None):
+            ours = {r["sparsity"]: r for r in cells if r["candidate"] == layout}
+            times = {s: min(dense.values()) / r["median_us"] for s, r in ours.items()}
+            best = {s: max(t, best.get(s, 0.0)) for s, t in times.items()}
+            texts = [f"{t:.2f}x" + (" dense" if ours[s]["form"] == "dense" else "") for s, t in sorted(times.items())]
+            place = f"{where[0]}, {where[1]}x{where[1]}, {where[2]}"
+            lines.append([place, *(f"{dense[name]:.0f}" for name in names), layout.split()[-1], *texts])
+        for sparsity, factor in best.items():
+            means.setdefault(sparsity, []).append(factor)
+    totals = [against_bar(geometric_mean(factors), bars.get(s)) for s, factors in sorted(means.items())]
+    lines.append(["geometric mean of the better layout (bar)", *[""] * len(names), "", *totals])
+    return {"3x3 convolutions, times as fast as the best dense one; * falls short": lines}
+
+
+def _percents(rows: Sequence[Row]) -> list[str]:
+    return [f"{s:.0%}" for s in sparsities(rows)]
+
+
 def _kernels(record: Record) -> dict[str, Table]:
     rows, (peak, bandwidth) = record["rows"], (record["roofs"]["fma_gflops"], record["roofs"]["read_gbs"])
     bars = KERNEL_BARS.get(_isa_kernels(record), {})
@@ -154,7 +190,12 @@ def _where(row: Row) -> list[str]:
 def _models(record: Record) -> dict[str, Table]:
     rows = record["rows"]
     head = ["model", "batch", "candidate", "ms", "times torch fp32 (bar)"]
-    more = {"ONNX Runtime float32": "times ONNX Runtime fp32 (bar)", "int8": "times best dense int8 (bar)"}
+    several = any(r["candidate"].endswith("float32") for r in rows)  # engines beside torch
+    more = {
+        **({"32": "times best dense fp32 (bar)"} if several else {}),
+        "ONNX Runtime float32": "times ONNX Runtime fp32 (bar)",
+        "int8": "times best dense int8 (bar)",
+    }
     more = {engine: title for engine, title in more.items() if any(r["candidate"].endswith(engine) for r in rows)}
     lines = [[*head, *more.values(), "layers by form"]]
     bars, best_bars = MODEL_BARS.get(_isa_kernels(record), {}), BEST_MODEL_BARS.get(record["machine"]["isa"], {})

@@ -124,11 +124,20 @@ class ModelBench(Listed):
 
 
 def sparse_copy(
-    model: nn.Module, sparsity: float, tokens: int, *, quantize: str | None = None, **conversion: Any
+    model: nn.Module,
+    sparsity: float,
+    tokens: int,
+    *,
+    quantize: str | None = None,
+    example: Any = None,
+    **conversion: Any,
 ) -> nn.Module:
-    """Prune a copy of a model by magnitude, the same in each layer, and export it for `tokens` rows of input."""
+    """Prune a copy of a model by magnitude, the same in each layer, and export it for `tokens` rows of input.
+
+    example: an input of the model, for layers to be measured on their own inputs.
+    """
     masked = prune(convert(copy.deepcopy(model), **conversion), sparsity)
-    return export(masked, tokens=tokens, quantize=quantize, copy=False)
+    return export(masked, tokens=tokens, example=example, quantize=quantize, copy=False)
 
 
 @torch.inference_mode()
