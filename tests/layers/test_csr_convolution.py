@@ -8,7 +8,7 @@ from tested_kernels import needs_native
 from torch import nn
 
 import sparsify
-from sparsify.layers import CSRConv1d, CSRConv2d, PackedLayer
+from sparsify.layers import CSRConv1d, CSRConv2d, PackedLayer, csr_convolution
 from sparsify.layers.sparse_convolution import SparseConv1d, SparseConv2d
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -95,6 +95,11 @@ def test_without_an_example_layers_are_measured_on_square_images():
     assert SparseConv1d(3, 4, 0, kernel_size=3).input_shape(100) == (1, 3, 102)
 
 
+@pytest.fixture
+def _few_outputs_are_fused(monkeypatch):
+    monkeypatch.setattr(csr_convolution, "FEWEST_NORMALIZED", 1)
+
+
 class Residual(nn.Module):
     """A block as in ResNets: one activation module is used several times."""
 
@@ -124,6 +129,7 @@ def residual():
     return sparsify.prune(sparsify.convert(block.eval(), types=nn.Conv2d), 0.7)
 
 
+@pytest.mark.usefixtures("_few_outputs_are_fused")
 @needs_native
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
@@ -151,6 +157,7 @@ def test_batchnorms_are_applied_by_the_layer_before_them(layout, mode, monkeypat
         torch.testing.assert_close(plain(x), wanted, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.usefixtures("_few_outputs_are_fused")
 @needs_native
 def test_a_batchnorm_that_changes_or_looks_at_its_input_is_respected():
     model = residual()
@@ -170,6 +177,7 @@ def test_a_batchnorm_that_changes_or_looks_at_its_input_is_respected():
     assert seen[0].shape == (2, 16, 12, 13)
 
 
+@pytest.mark.usefixtures("_few_outputs_are_fused")
 @needs_native
 def test_a_small_resnet_of_torchvision():
     torchvision = pytest.importorskip("torchvision", reason="torchvision is missing: pip install torchvision")
