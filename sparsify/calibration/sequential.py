@@ -34,7 +34,7 @@ from sparsify.calibration.output_cache import OutputCache
 from sparsify.calibration.padding import Padding, see_padding
 from sparsify.calibration.replay import ModelReplay, StopForward, run_module
 from sparsify.layers import MaskedLayer
-from sparsify.masking.gram import Gram
+from sparsify.masking.gram import Gram, SampledGram
 from sparsify.masking.unseen import refuse_unseen
 
 _REMEDY = "give data that reaches them"
@@ -57,6 +57,7 @@ def calibrate_groups(
     dense: bool = False,
     cache_bytes: int | None = None,
     choosing: Collection[str] | None = None,
+    sampled: Collection[str] = (),
 ) -> Generator[CalibratedGroup]:
     """Yield each group of the named layers in execution order.
 
@@ -64,6 +65,7 @@ def calibrate_groups(
     cache_bytes: memory for intermediates between blocks and outputs of finished layers; beyond it, intermediates lie in
         a file (None: all intermediates in memory, and 1 GiB for outputs)
     choosing: layers with a choice of weights to make, decided by the inputs (None: all)
+    sampled: layers with no need of products of two features: a group of them has a SampledGram, made faster
 
     In a process group (torchrun) every process gives the same data and runs its part of the batches; the Gram matrices
     are those of all batches. The model is in eval mode and without a key-value cache (`config.use_cache`) until the
@@ -80,7 +82,7 @@ def calibrate_groups(
         batches = local_batches(batches)
         budget = None if cache_bytes is None else MemoryBudget(cache_bytes)
         replay = ModelReplay(model, trace.outputs, batches, stores.enter_context(OutputCache(model, budget)))
-        run = _SequentialRun(trace, padding, choosing, replay, budget, stores)
+        run = _SequentialRun(trace, padding, choosing, sampled, replay, budget, stores)
         for group in trace.groups:
             chain = trace.chain_of(group[0])
             if chain is None:
@@ -140,6 +142,7 @@ class _SequentialRun:
     trace: ModelTrace
     padding: Padding
     choosing: Collection[str]
+    sampled: Collection[str]
     replay: ModelReplay
     budget: MemoryBudget | None
     stores: contextlib.ExitStack
@@ -155,8 +158,7 @@ class _SequentialRun:
 
         `dense_rows` has the rows of the group's input before any change.
         """
-        name = group[0]
-        total = _GramSum(self, name, dense_rows)
+        total = _GramSum(self, group, dense_rows)
         failed: ValueError | None = None
         hook = total.layer.register_forward_pre_hook(total, with_kwargs=True)
         try:
@@ -167,7 +169,7 @@ class _SequentialRun:
             failed = error  # raised below: other processes wait for the sum
         finally:
             hook.remove()
-        gram = all_reduce_gram(total.gram or _empty_gram(total.layer), failed)
+        gram = all_reduce_gram((total.gram or _empty_gram(total.layer)).finish(), failed)
         if gram.is_empty:
             reason = (ONLY_ZEROS if gram.n_rows else NO_ROWS) + ", behind the layers that were pruned before"
             refuse_unseen(dict.fromkeys((name for name in group if name in self.choosing), reason), _REMEDY)
@@ -270,14 +272,15 @@ class _SequentialRun:
 
 
 class _GramSum:
-    """The Gram matrix of one layer's input: a forward pre-hook of the layer that adds the rows of each call.
+    """The Gram matrix of a group's input: a forward pre-hook of its first layer that adds the rows of each call.
 
     `gram` is None before the first call.
     """
 
-    def __init__(self, run: _SequentialRun, name: str, dense_rows: SpillingTensorList | None) -> None:
-        self.run, self.name, self.dense_rows = run, name, dense_rows
-        self.layer = run.replay.model.get_submodule(name)
+    def __init__(self, run: _SequentialRun, group: tuple[str, ...], dense_rows: SpillingTensorList | None) -> None:
+        self.run, self.name, self.dense_rows = run, group[0], dense_rows
+        self.layer = run.replay.model.get_submodule(group[0])
+        self.sampled = all(name in run.sampled for name in group)
         self.gram: Gram | None = None
 
     def begin(self, number: int) -> None:
@@ -305,7 +308,10 @@ class _GramSum:
                 f"which calibration needs; leave it dense with exclude=[{self.name!r}], or prune it without data"
             )
         if self.gram is None:
-            self.gram = Gram(rows.shape[-1], rows.device, n_groups)
+            sampled = self.sampled and n_groups == 1
+            self.gram = (
+                SampledGram(rows.shape[-1], rows.device) if sampled else Gram(rows.shape[-1], rows.device, n_groups)
+            )
         dense = None if self.dense_rows is None else self.dense_rows[self.number]
         if dense is not None and dense.shape != rows.shape:
             dense = rows  # a router has sent other rows here since

@@ -17,7 +17,14 @@ from sparsify.masking.allocation import (
     n_removed,
     uniform,
 )
-from sparsify.masking.methods.registry import SOLVERS, Method, method_label, resolve_method, takes_seed
+from sparsify.masking.methods.registry import (
+    SOLVERS,
+    Method,
+    method_label,
+    needs_products,
+    resolve_method,
+    takes_seed,
+)
 from sparsify.masking.patterns import Pattern, check_fits, parse_pattern
 
 Allocation = str | Mapping[str, float]
@@ -42,6 +49,11 @@ class LayerSpec:
     def chooses(self, shape: tuple[int, int]) -> bool:
         """Return whether the method has a choice in a layer of this shape: it loses some units, and not all."""
         return self.pattern.is_nm or 0 < self.n_removed < self.pattern.n_units(shape)
+
+    @property
+    def needs_products(self) -> bool:
+        """True if the method or the refit looks at the Gram matrix off its diagonal."""
+        return self.refit or self.correct or needs_products(self.method)
 
     def empties(self, shape: tuple[int, int]) -> bool:
         """Return whether a layer of this shape loses all its weights."""

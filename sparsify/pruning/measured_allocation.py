@@ -37,10 +37,19 @@ class CalibratedLayer:
 
 
 def calibrated_layers(
-    model: nn.Module, layers: Mapping[str, MaskedLayer], batches: list[Batch], cache_bytes: int | None
+    model: nn.Module,
+    layers: Mapping[str, MaskedLayer],
+    batches: list[Batch],
+    cache_bytes: int | None,
+    *,
+    sampled: bool = False,
 ) -> Iterator[CalibratedLayer]:
-    """Yield each layer with its inputs, in execution order, all layers as they are now."""
-    for group in calibrate_groups(model, list(layers), batches, cache_bytes=cache_bytes):
+    """Yield each layer with its inputs, in execution order, all layers as they are now.
+
+    sampled: the diagonals of the Gram matrices are enough.
+    """
+    names = list(layers)
+    for group in calibrate_groups(model, names, batches, cache_bytes=cache_bytes, sampled=names if sampled else ()):
         gram = group.gram.matrix
         for name in group.names:
             layer = layers[name]

@@ -19,6 +19,7 @@ from sparsify.layers import MaskedLayer
 from sparsify.layers.records import LayerResult
 from sparsify.masking.layer_solve import output_error, prune_layer, weight_for_dense_outputs
 from sparsify.masking.masks import warn_removed_whole
+from sparsify.masking.methods.registry import needs_products
 from sparsify.masking.spec import LayerSpec, PruningSpec, check_spec, layer_specs
 from sparsify.pruning.measured_allocation import MEASURED, calibrated_layers
 
@@ -42,7 +43,9 @@ def prune_with_specs(
         allocate = None
         if spec.is_measured:
             assert isinstance(spec.allocation, str)
-            calibrated = calibrated_layers(model, {name: layers[name] for name in names}, batches, cache_bytes)
+            of_spec = {name: layers[name] for name in names}
+            by_sizes = spec.allocation == "owl" or (spec.allocation == "global" and not needs_products(spec.method))
+            calibrated = calibrated_layers(model, of_spec, batches, cache_bytes, sampled=by_sizes)
             allocate = MEASURED[spec.allocation](calibrated, spec)
         chosen = layer_specs(spec, shapes_of_spec, allocate)
         warn_removed_whole({name: layer.empties(shapes_of_spec[name]) for name, layer in chosen.items()}, spec)
@@ -79,6 +82,7 @@ def prune_sequentially(
     """
     layers = {name: layer for name, layer in sparse_layers(model).items() if name in specs}
     choosing = [name for name, layer in layers.items() if specs[name].chooses(layer.shape)]
+    sampled = [name for name in layers if not specs[name].needs_products]
     correct = any(spec.correct for spec in specs.values())
     with contextlib.ExitStack() as stack:
         undo = None
@@ -87,7 +91,9 @@ def prune_sequentially(
                 None if cache_bytes is None else stack.enter_context(SpillingTensorList(len(layers), MemoryBudget(0)))
             )
             undo = stack.enter_context(Transaction(model, copies=copies))
-        groups = calibrate_groups(model, layers, data, dense=correct, cache_bytes=cache_bytes, choosing=choosing)
+        groups = calibrate_groups(
+            model, layers, data, dense=correct, cache_bytes=cache_bytes, choosing=choosing, sampled=sampled
+        )
         stack.callback(groups.close)
         bar = stack.enter_context(tqdm(total=len(layers), desc="calibrate", unit="layer", disable=not progress or None))
         for group in groups:

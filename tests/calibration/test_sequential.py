@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparsify.calibration.batches import read_batches
 from sparsify.calibration.model_trace import TraceRecorder, trace_model
 from sparsify.calibration.sequential import calibrate_groups
-from sparsify.masking.gram import Gram
+from sparsify.masking.gram import Gram, SampledGram
 
 BATCHES = [weight((5, 8), seed=i) for i in range(3)]
 
@@ -294,6 +294,21 @@ def test_gram_is_the_sum_of_products(n_features: int, dtype: torch.dtype) -> Non
     torch.testing.assert_close(gram.matrix, exact.T @ exact, rtol=1e-5, atol=1e-5)
     assert gram.n_rows == 24
     assert torch.equal(gram.matrix, gram.matrix.T)
+
+
+@pytest.mark.parametrize("n_rows", [0, 1, 100, 4096, 4097, 20_000])
+def test_a_sampled_gram_has_an_exact_diagonal_and_a_sample_of_the_rest(n_rows: int) -> None:
+    rows = weight((n_rows, 5), seed=n_rows) @ weight((5, 5))
+    gram = SampledGram(5)
+    for part in rows.split(700):
+        gram.add(part)
+    found, exact = gram.finish().matrix, rows.double().T @ rows.double()
+    torch.testing.assert_close(found.diagonal(), exact.diagonal(), rtol=1e-5, atol=1e-5)
+    # Products of n sampled rows have an error of about their size over the root of n, here 2048 and more.
+    scale = exact.diagonal().sqrt()
+    error = ((found - exact) / scale / scale[:, None]).abs().max() if n_rows else 0.0
+    assert error < (1e-5 if n_rows <= 4096 else 5 / 2048**0.5)
+    assert gram.finish().n_rows == n_rows
 
 
 def test_many_batches_lose_no_digits() -> None:

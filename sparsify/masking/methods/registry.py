@@ -44,6 +44,9 @@ TRAINING_STATISTICS: dict[str, str] = {
 #: Methods with scores compared within a row only.
 BY_ROW = ("wanda",)
 
+#: Calibrated methods that look at the diagonal of the Gram matrix only: the sizes of the inputs.
+BY_DIAGONAL = ("wanda",)
+
 #: `(weight, mask, n_removed, pattern, *, gram) -> weight, mask`; see `sparsegpt`.
 SOLVERS: dict[str, Solver] = {"sparsegpt": sparsegpt, "alps": alps}
 
@@ -65,6 +68,11 @@ def resolve_method(method: str | Method) -> Method:
 def needs_data(method: str | Method) -> bool:
     """Return whether a method takes the Gram matrix of a layer's inputs."""
     return method in SOLVERS or takes(method, "gram")
+
+
+def needs_products(method: str | Method) -> bool:
+    """Return whether a method looks at products of two inputs, off the diagonal of the Gram matrix."""
+    return needs_data(method) and method not in BY_DIAGONAL
 
 
 def takes_seed(method: str | Method) -> bool:
