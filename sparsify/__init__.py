@@ -9,9 +9,11 @@ Sequential(
 )
 """
 
+from sparsify.calibration.sources import mix_data
 from sparsify.checkpoint.save_load import load, save
 from sparsify.conversion.convert import convert, masks_from_zeros, to_dense
 from sparsify.errors import (
+    CarryOverWarning,
     CheckpointError,
     DefaultTypesWarning,
     LeftDenseWarning,
@@ -30,11 +32,13 @@ from sparsify.integrations.sparsify_config import SparsifyConfig
 from sparsify.layers import CSRConv2d, CSRLinear, SparseConv2d, SparseLinear
 from sparsify.masking.schedules import Schedule
 from sparsify.pruning.prune import prune
+from sparsify.pruning.reconstruct import Reconstruction
 from sparsify.pruning.recover import recover
 from sparsify.recipes.apply import apply
 from sparsify.recipes.compress import compress
 from sparsify.recipes.loading import load_recipe
 from sparsify.recipes.schema import Recipe
+from sparsify.reporting.carry_over import carry_over
 from sparsify.reporting.inspection import inspect
 from sparsify.reporting.report import report
 from sparsify.training.pruner import Pruner
@@ -44,6 +48,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CSRConv2d",
     "CSRLinear",
+    "CarryOverWarning",
     "CheckpointError",
     "DefaultTypesWarning",
     "LeftDenseWarning",
@@ -52,6 +57,7 @@ __all__ = [
     "Pruner",
     "Recipe",
     "RecipeError",
+    "Reconstruction",
     "RemovedLayerWarning",
     "SavedParametrizedWarning",
     "Schedule",
@@ -61,6 +67,7 @@ __all__ = [
     "SparsifyConfig",
     "StaleMaskWarning",
     "apply",
+    "carry_over",
     "compress",
     "convert",
     "export",
@@ -69,6 +76,7 @@ __all__ = [
     "load",
     "load_recipe",
     "masks_from_zeros",
+    "mix_data",
     "prune",
     "recover",
     "report",

@@ -1,6 +1,10 @@
 """Errors and warnings of this library. Wrong arguments are plain ValueError and TypeError."""
 
 
+class CarryOverWarning(UserWarning):
+    """A pruned model's outputs are far worse on other data than on its calibration data. The message names the data."""
+
+
 class CheckpointError(ValueError):
     """An invalid checkpoint, or one for another model. The message names the fault and its place.
 

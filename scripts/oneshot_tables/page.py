@@ -83,7 +83,8 @@ def _dense(cells: Cells, subject: str) -> str:
     cell = cells.get(key(subject, "dense", "0%"))
     if cell is None:
         return ""
-    return "Dense: " + ", ".join(f"{figure} {show(cell, figure)}" for figure in SUBJECTS[subject].figures) + "."
+    figures = [figure for figure in SUBJECTS[subject].figures if figure in cell]
+    return "Dense: " + ", ".join(f"{figure} {show(cell, figure)}" for figure in figures) + "."
 
 
 def _allocations(cells: Cells, subject: str) -> list[str]:

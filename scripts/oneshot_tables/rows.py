@@ -9,8 +9,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "Wanda": {"method": "wanda"},
     "SparseGPT": {"method": "sparsegpt"},
     "SparseGPT + refit": {"method": "sparsegpt", "refit": True},
+    "SparseGPT, correcting": {"method": "sparsegpt", "correct": True},
+    "SparseGPT, correcting, reconstruct 2": {"method": "sparsegpt", "correct": True, "reconstruct": 2},
     "ALPS": {"method": "alps"},
     "ALPS, correcting": {"method": "alps", "correct": True},
+    "ALPS, correcting, reconstruct 2": {"method": "alps", "correct": True, "reconstruct": 2},
     "ALPS, correcting, then recover for 4 min": {"method": "alps", "correct": True, "recover_s": 240.0},
 }
 #: Column -> sparsity or pattern.

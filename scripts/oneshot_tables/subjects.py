@@ -6,6 +6,7 @@ from typing import Any
 
 from pretrained import minilm
 from torch import Tensor, nn
+from tradeoff_points.quality import brown_passages
 
 
 @dataclass(frozen=True)
@@ -28,16 +29,25 @@ class Subject:
 
 def _minilm_judge(dense: nn.Module) -> Callable[[nn.Module], dict[str, Any]]:
     documents, ratings = minilm.lee_documents(), minilm.lee_ratings()
-    reference = minilm.embed(documents, dense)
+    passages = brown_passages()[0][::4]
+    reference, other = minilm.embed(documents, dense), minilm.embed(passages, dense)
 
     def judge(model: nn.Module) -> dict[str, Any]:
-        found = minilm.embed(documents, model)
+        found, found_other = minilm.embed(documents, model), minilm.embed(passages, model)
         return {
             "cosine": minilm.mean_cosine(found, reference),
             "lee": [minilm.lee_correlation(found, ratings), *minilm.lee_interval(found, ratings)],
+            "brown": minilm.mean_cosine(found_other, other),
+            "neighbours": _overlap(found_other, other),
         }
 
     return judge
+
+
+def _overlap(one: Tensor, other: Tensor, n: int = 10) -> float:
+    """Return the mean share of each text's n nearest neighbours that two sets of embeddings agree on."""
+    nearest = [(found @ found.T).fill_diagonal_(-2).topk(n).indices.tolist() for found in (one, other)]
+    return sum(len({*a} & {*b}) for a, b in zip(*nearest, strict=True)) / (n * len(one))
 
 
 def _smollm_load() -> nn.Module:
@@ -58,6 +68,15 @@ def _smollm_judge(dense: nn.Module) -> Callable[[nn.Module], dict[str, Any]]:
     return lambda model: {"perplexity": smollm.perplexity(model)}
 
 
+#: Of the two subjects with sentence embeddings.
+_EMBEDDINGS = {
+    "cosine": "Mean cosine of pruned and dense embeddings of the 50 Lee documents, none of them calibrated on",
+    "lee": "Pearson's r of similarities with human ratings of the 50 documents [95% bootstrap interval]",
+    "brown": "Mean cosine of 68 passages of 90 words of the Brown corpus, four of each of the 17 files of "
+    "`scripts/assets.py`, ca01 to cr05; no text of that corpus is calibrated on",
+    "neighbours": "Share of the ten nearest passages of each that the pruned and the dense embeddings agree on",
+}
+
 SUBJECTS = {
     "minilm": Subject(
         "MiniLM-L6: the 36 Linears of the encoder",
@@ -67,10 +86,17 @@ SUBJECTS = {
         minilm.load_dense,
         minilm.calibration_batches,
         _minilm_judge,
-        {
-            "cosine": "Mean cosine of pruned and dense embeddings of the 50 Lee documents, none of them among the 300",
-            "lee": "Pearson's r of similarities with human ratings of the 50 documents [95% bootstrap interval]",
-        },
+        _EMBEDDINGS,
+    ),
+    "minilm-mixed": Subject(
+        "MiniLM-L6, calibrated on two sources",
+        "480 pieces of 128 tokens, without padding: half of the Lee background documents, half of Wikipedia",
+        minilm.ENCODER_LAYERS,
+        480,
+        minilm.load_dense,
+        minilm.mixed_batches,
+        _minilm_judge,
+        _EMBEDDINGS,
     ),
     "smollm2": Subject(
         "SmolLM2-135M: the 210 Linears of the blocks",

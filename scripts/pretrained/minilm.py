@@ -18,6 +18,8 @@ from tqdm import tqdm
 from transformers import BertConfig, BertModel
 from transformers.utils import logging
 
+import sparsify
+
 MODEL_FOLDER = ASSETS / "minilm"
 DENSE_FILE = MODEL_FOLDER / "model.safetensors"
 LEE_FOLDER = ASSETS / "lee"
@@ -91,6 +93,28 @@ def calibration_batches(n_documents: int = N_BACKGROUND) -> list[dict[str, Tenso
             {"input_ids": torch.tensor(same[i : i + CALIBRATION_BATCH])} for i in range(0, len(same), CALIBRATION_BATCH)
         ]
     return batches
+
+
+def mixed_batches(n_pieces: int) -> list[dict[str, Tensor]]:
+    """Return pieces of 128 tokens of two sources, background documents and Wikipedia, half of them of each."""
+    from pretrained import wikipedia
+
+    background = (LEE_FOLDER / "lee_background.cor").read_text(encoding="latin-1").splitlines()
+    sources = {"news": _pieces(background), "Wikipedia": _pieces(wikipedia.articles())}
+    return sparsify.mix_data(sources, n_pieces)
+
+
+def _pieces(texts: Sequence[str], n_tokens: int = 128, batch: int = 16) -> list[dict[str, Tensor]]:
+    """Cut texts into pieces of one length, each with its own beginning and end; a shorter rest is left out."""
+    tokenizer = load_tokenizer()
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    pieces: list[list[int]] = []
+    for text in texts:
+        begin, *ids, end = tokenizer.encode(text).ids
+        n = n_tokens - 2
+        pieces += [[begin, *ids[start : start + n], end] for start in range(0, len(ids) - n + 1, n)]
+    return [{"input_ids": torch.tensor(pieces[i : i + batch])} for i in range(0, len(pieces), batch)]
 
 
 def lee_documents(folder: Path = LEE_FOLDER) -> list[str]:

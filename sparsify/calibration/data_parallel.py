@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from sparsify.masking.gram import Gram
 
@@ -93,6 +94,30 @@ def all_reduce_gram(gram: Gram | None, error: ValueError | None = None) -> Gram:
     dist.all_reduce(n_rows)
     total.sum, total.n_rows = matrix.to(total.sum.device), int(n_rows)
     return total
+
+
+def average(tensors: Sequence[Tensor]) -> None:
+    """Give each tensor the mean of all processes' ones, the same bits in each; outside of a process group, do nothing.
+
+    All processes give as many tensors, of the same shapes.
+    """
+    if not _in_group():
+        return
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    for tensor in tensors:
+        total = tensor.to(device, copy=True).contiguous()
+        dist.all_reduce(total)
+        tensor.copy_(total / dist.get_world_size())
+
+
+def most_of_all(number: int) -> int:
+    """Return the largest of all processes' numbers."""
+    if not _in_group():
+        return number
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    most = torch.tensor(number, device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most)
 
 
 def _in_group() -> bool:

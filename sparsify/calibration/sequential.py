@@ -7,7 +7,8 @@ then have the inputs that follow from the change. The passes:
 2. For each chain, capture the hidden states before its first block and the other arguments of its blocks (replay.py).
 3. For each block, and for each group in the block: run the block up to the group, accumulate the Gram matrix of the
    group's input over all batches, and yield the group.
-4. Run the block once more: its outputs are the inputs of the next block.
+4. With `tune`, call it with the block and its outputs in the dense model.
+5. Run the block once more: its outputs are the inputs of the next block.
 
 A block therefore runs once for each of its groups, and once for its output; finished layers repeat stored outputs, as
 far as there is memory for them (output_cache.py). A group outside of chains takes runs of the model up to the group,
@@ -33,6 +34,7 @@ from sparsify.calibration.model_trace import NEVER_RAN, NO_ROWS, ONLY_ZEROS, Mod
 from sparsify.calibration.output_cache import OutputCache
 from sparsify.calibration.padding import Padding, see_padding
 from sparsify.calibration.replay import ModelReplay, StopForward, run_module
+from sparsify.calibration.tunable_block import TunableBlock
 from sparsify.layers import MaskedLayer
 from sparsify.masking.gram import Gram, SampledGram
 from sparsify.masking.unseen import refuse_unseen
@@ -58,6 +60,9 @@ def calibrate_groups(
     cache_bytes: int | None = None,
     choosing: Collection[str] | None = None,
     sampled: Collection[str] = (),
+    tune: Callable[[TunableBlock], None] | None = None,
+    ready: Callable[[Callable[[str], bool]], None] = lambda test: None,
+    resumed: bool = False,
 ) -> Generator[CalibratedGroup]:
     """Yield each group of the named layers in execution order.
 
@@ -66,6 +71,10 @@ def calibrate_groups(
         a file (None: all intermediates in memory, and 1 GiB for outputs)
     choosing: layers with a choice of weights to make, decided by the inputs (None: all)
     sampled: layers with no need of products of two features: a group of them has a SampledGram, made faster
+    tune: called with each block of a chain after its last group, to change the block's layers once more
+    ready: called with a test of layers' names, once those that pass need not be as in the dense model any more: layers
+        outside of chains after the trace, those of a block after its run in the dense model
+    resumed: other layers were calibrated by an earlier run, so that none of a chain may be left to `tune`
 
     In a process group (torchrun) every process gives the same data and runs its part of the batches; the Gram matrices
     are those of all batches. The model is in eval mode and without a key-value cache (`config.use_cache`) until the
@@ -78,18 +87,24 @@ def calibrate_groups(
     batches = read_batches(model, data)
     with eval_without_cache(model), contextlib.ExitStack() as stores:
         choosing = layers if choosing is None else choosing
-        trace, padding = _trace_and_padding(model, layers, batches, choosing)
+        trace, padding = _trace_and_padding(model, layers, batches, choosing, with_outputs=tune is not None)
+        if tune is not None and not trace.chains and not resumed:
+            raise ValueError(
+                "reconstruct tunes the blocks of a chain, and no run of this model shows one; leave it out, and see "
+                "sparsify.recover for the model as a whole"
+            )
+        ready(lambda layer: trace.chain_of(layer) is None)
         batches = local_batches(batches)
         budget = None if cache_bytes is None else MemoryBudget(cache_bytes)
         replay = ModelReplay(model, trace.outputs, batches, stores.enter_context(OutputCache(model, budget)))
-        run = _SequentialRun(trace, padding, choosing, sampled, replay, budget, stores)
+        run = _SequentialRun(trace, padding, choosing, sampled, dense, tune, ready, replay, budget, stores)
         for group in trace.groups:
             chain = trace.chain_of(group[0])
             if chain is None:
                 yield run.calibrate(group, replay.run)
                 run.finish(group)
             elif chain not in replay.finals:
-                yield from run.calibrate_chain(chain, dense=dense)
+                yield from run.calibrate_chain(chain)
 
 
 def _check_rows(model: nn.Module, layers: Iterable[str]) -> None:
@@ -104,15 +119,17 @@ def _check_rows(model: nn.Module, layers: Iterable[str]) -> None:
 
 
 def _trace_and_padding(
-    model: nn.Module, layers: Collection[str], batches: list[Batch], choosing: Collection[str]
+    model: nn.Module, layers: Collection[str], batches: list[Batch], choosing: Collection[str], *, with_outputs: bool
 ) -> tuple[ModelTrace, Padding]:
-    """Trace a model, and locate the padding in the inputs of its layers.
+    """Trace a model, and locate the padding in the inputs of its layers, and in the outputs of blocks if asked for.
 
     Raises ValueError, with all their names, for layers without a call, and for `choosing` ones without evidence: no
     rows, zeros only, or padding only.
     """
     trace, unseen = trace_model(model, layers, batches)
-    padding = see_padding(model, batches, [("input", name) for name in layers if unseen.get(name) != NEVER_RAN])
+    places = [("input", name) for name in layers if unseen.get(name) != NEVER_RAN]
+    places += [("output", block) for chain in trace.chains for block in chain if with_outputs]
+    padding = see_padding(model, batches, places)
     unseen |= dict.fromkeys(padding.nothing_else(batches), "got nothing but padding of the calibration data")
     refuse_unseen({n: reason for n, reason in unseen.items() if n in choosing or reason == NEVER_RAN}, _REMEDY)
     return trace, padding
@@ -143,6 +160,9 @@ class _SequentialRun:
     padding: Padding
     choosing: Collection[str]
     sampled: Collection[str]
+    dense: bool
+    tune: Callable[[TunableBlock], None] | None
+    ready: Callable[[Callable[[str], bool]], None]
     replay: ModelReplay
     budget: MemoryBudget | None
     stores: contextlib.ExitStack
@@ -179,13 +199,13 @@ class _SequentialRun:
         """Let the layers of a group, with no more changes to come, repeat their outputs from here on."""
         self.replay.cache.add(self.trace.ran_once.intersection(group))
 
-    def calibrate_chain(self, chain: tuple[str, ...], *, dense: bool) -> Iterator[CalibratedGroup]:
+    def calibrate_chain(self, chain: tuple[str, ...]) -> Iterator[CalibratedGroup]:
         """Calibrate the groups of a chain, one block at a time, on the outputs of the block before.
 
-        With `dense`, the blocks also run before any change in them, on dense outputs of the block before.
+        With `dense` or `tune`, the blocks also run before any change in them, on dense outputs of the block before.
         """
         hidden = self._new_list(self.stores)
-        dense_hidden = self._new_list(self.stores) if dense else None
+        dense_hidden = self._new_list(self.stores) if self.dense or self.tune is not None else None
         calls: list[dict[str, BlockCall]] = []
         numbers = range(len(self.replay.batches))
         for number in numbers:
@@ -206,12 +226,25 @@ class _SequentialRun:
     def _calibrate_block(self, block: _Block, dense_hidden: SpillingTensorList | None) -> Iterator[CalibratedGroup]:
         with contextlib.ExitStack() as stores:
             dense_rows = {} if dense_hidden is None else self._dense_rows(block, dense_hidden, stores)
+            self.ready(lambda layer: block_of(layer, [block.name]) is not None)
             for group in block.groups:
                 rows = dense_rows.get(group[0])
                 yield self.calibrate(group, block.run, block.name, rows)
                 if rows is not None:
                     rows.close()
                 self.finish(group)
+        if self.tune is not None and dense_hidden is not None and block.groups:
+            self.tune(self._tunable(block, dense_hidden))
+
+    def _tunable(self, block: _Block, targets: SpillingTensorList) -> TunableBlock:
+        """Return a block for tuning; from here on its layers repeat no stored outputs."""
+        names = tuple(name for group in block.groups for name in group)
+        self.replay.cache.forget(names)
+
+        def counts(number: int, lead: Sequence[int]) -> Tensor | None:
+            return self.padding.counts(("output", block.name), 0, lead, self.replay.batches[number])
+
+        return TunableBlock(block.name, block.module, names, block.calls, block.hidden, targets, counts)
 
     def _dense_rows(
         self, block: _Block, hidden: SpillingTensorList, stores: contextlib.ExitStack
@@ -219,9 +252,9 @@ class _SequentialRun:
         """Run a block before any change in it, and return the rows of its groups' inputs, by first layer.
 
         `hidden` has the block's hidden states in the dense model, and then its outputs. A layer with several calls has
-        no rows here.
+        no rows here, and no layer has any without `dense`.
         """
-        firsts = [group[0] for group in block.groups if group[0] in self.trace.ran_once]
+        firsts = [group[0] for group in block.groups if self.dense and group[0] in self.trace.ran_once]
         dense_rows = {name: self._new_list(stores) for name in firsts}
         for number, call in enumerate(block.calls):
             with contextlib.ExitStack() as hooks:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparsify.calibration.sources import mix_data
 from sparsify.cli.printing import note
 from sparsify.cli.processors import PictureProcessor, picture_processor, tokenizer_of
 from sparsify.cli.user_code import blaming, iterate, load_function
@@ -21,6 +22,21 @@ TEXTS = (".txt", ".md", ".jsonl", ".csv", ".cor")
 _DECODERS = ("JPEG", "PNG", "BMP", "WEBP")  # for files of any name: some of pillow's others start programs
 _PIXELS = 2**24  # of any picture; of a larger one each byte of the file may stand for so many:
 _PIXELS_PER_BYTE = 32
+
+
+def load_sources(
+    sources: Sequence[str], model: str, *, samples: int = SAMPLES, tokens: int = TOKENS, weights: str | None = None
+) -> Iterable[Any]:
+    """Make calibration batches from one source, or from several with as many samples of each; see `load_data`."""
+    if len(sources) == 1:
+        return load_data(sources[0], model, samples=samples, tokens=tokens, weights=weights)
+    if len(set(sources)) < len(sources):
+        raise ValueError("--data: the same source twice; name each once")
+    if samples < len(sources):
+        raise ValueError(f"--samples {samples}: less than one of each of {len(sources)} sources of --data")
+    share = -(-samples // len(sources))
+    read = {name: load_data(name, model, samples=share, tokens=tokens, weights=weights) for name in sources}
+    return mix_data(read, samples)
 
 
 def load_data(

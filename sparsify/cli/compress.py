@@ -18,7 +18,17 @@ from sparsify.calibration.data_parallel import all_ranks_equal, is_rank_zero, pr
 from sparsify.cli.evaluation import Qualities, evaluation
 from sparsify.cli.files import check_output
 from sparsify.cli.layer_by_layer import compress_layer_by_layer
-from sparsify.cli.options import cache_of, conversion, data_of, form_of, given_inputs, model_of, naming, recipe_of
+from sparsify.cli.options import (
+    cache_of,
+    conversion,
+    data_of,
+    form_of,
+    given_inputs,
+    model_of,
+    naming,
+    other_data_of,
+    recipe_of,
+)
 from sparsify.cli.pages import write_page_of_run
 from sparsify.cli.printing import print_json, rows, show
 from sparsify.cli.quality import DataQuality
@@ -79,6 +89,8 @@ def _check_options(arguments: argparse.Namespace, recipe: Recipe) -> None:
         raise ValueError(f"--cache is a number of GB, got {arguments.cache}")
     if arguments.data is None and (arguments.stream or arguments.resume):
         raise ValueError("--stream and --resume are for pruning on calibration data; give --data")
+    if arguments.check is not None and (arguments.stream or arguments.resume):
+        raise ValueError("--check compares with the dense model in memory; leave out --stream and --resume")
     if (arguments.stream or arguments.resume) and given_inputs(arguments):
         raise ValueError("--batch, --seq, --shape and --inputs are for timing, and --stream and --resume time nothing")
     check_output(arguments, "out", reads=("weights", "data", "recipe"))
@@ -137,13 +149,17 @@ class _Before:
         """Measure a dense model."""
         evaluate = evaluation(arguments.eval) if arguments.eval else None
         inputs, about = inputs_to_time(arguments, model)
-        on_data = DataQuality(model, data) if data and not evaluate else None
-        quality = evaluate(model) if evaluate else on_data.of_dense if on_data else {}
+        others = other_data_of(arguments)
+        on_data = DataQuality(model, data, others) if data and (others or not evaluate) else None
+        quality = {**(evaluate(model) if evaluate else {}), **(on_data.of_dense if on_data else {})}
         return cls(quality, evaluate, on_data, dense_bytes(model), inputs, about)
 
     def compare(self, fast: nn.Module, loader: tuple[str, ...]) -> Compressed:
         """Measure the exported model."""
-        after = self.evaluate(fast) if self.evaluate else self.on_data.of(fast) if self.on_data else {}
+        after = {
+            **(self.evaluate(fast) if self.evaluate else {}),
+            **(self.on_data.of(fast) if self.on_data else {}),
+        }
         quality = {"dense": self.quality, "sparse": after} if after else {}
         speed = None if self.inputs is None else model_speed(fast, self.inputs)
         why = self.about_inputs if speed is None else ""

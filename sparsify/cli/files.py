@@ -34,7 +34,8 @@ def check_output(arguments: argparse.Namespace, option: str, *, reads: tuple[str
 
 
 def _files_read(arguments: argparse.Namespace, reads: tuple[str, ...]) -> Iterator[Path]:
-    named = [getattr(arguments, option, None) for option in (*reads, *_CODE)]
+    values = [getattr(arguments, option, None) for option in (*reads, *_CODE)]
+    named = [name for value in values for name in (value if isinstance(value, list) else [value])]
     for name in filter(None, named):
         source, _, rest = str(name).partition(":")
         path = Path(rest if source == "hf" else name)

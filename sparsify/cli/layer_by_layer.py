@@ -72,6 +72,7 @@ def compress_layer_by_layer(
         quality["dense"] = evaluate_offloaded(evaluate, model, weights, None)
     teacher = copy.deepcopy(model) if recipe.recover is not None and is_rank_zero() else None
     options: dict[str, Any] = {"cache_bytes": cache_of(arguments), "progress": not arguments.json and is_rank_zero()}
+    options["reconstruct"] = recipe.reconstruction
     if weights is None:
         prune_resumably(model, specs, data, journal, **options)
     else:

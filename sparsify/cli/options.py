@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 from torch import nn
 
-from sparsify.cli.calibration_data import load_data
+from sparsify.cli.calibration_data import BATCH, load_data, load_sources
 from sparsify.cli.model_inputs import check_inputs, make_inputs
 from sparsify.cli.models import build_model, build_pretrained, load_weights, named_weights
 from sparsify.cli.printing import note
+from sparsify.cli.quality import N_BATCHES
 from sparsify.cli.user_code import UserCodeError
 from sparsify.errors import CheckpointError, RecipeError
 from sparsify.offload.streaming import CACHE_BYTES
@@ -42,26 +44,31 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
     options |= {"layers": arguments.include, "types": arguments.types}
     given = {key: value for key, value in options.items() if value is not None}
     if arguments.recipe:
-        if arguments.recover is not None:
-            raise ValueError("--recover has no effect beside --recipe; write a recover stage in the recipe")
+        for stage in ("reconstruct", "recover"):
+            if getattr(arguments, stage) is not None:
+                raise ValueError(f"--{stage} has no effect beside --recipe; write a {stage} stage in the recipe")
         if given:
             option = "include" if "layers" in given else next(iter(given)).replace("_", "-")
             raise ValueError(
                 f"--{option} has no effect beside --recipe; set the recipe's variables with --set NAME=VALUE"
             )
         return load_recipe(arguments.recipe, **variables(arguments.set))
-    if arguments.recover is not None and not given:
-        raise ValueError("--recover follows pruning; say how with --sparsity FRACTION")
+    for stage in ("reconstruct", "recover"):
+        if getattr(arguments, stage) is not None and not given:
+            raise ValueError(f"--{stage} follows pruning; say how with --sparsity FRACTION")
     if arguments.set:
         raise ValueError("--set has no effect without --recipe")
     if not given:
         raise ValueError("say what to do with --recipe FILE or --sparsity FRACTION")
     try:
-        stage = {} if arguments.recover is None else {"recover": arguments.recover}
-        return Recipe.model_validate({"groups": [given], **stage})
+        stages = {} if arguments.recover is None else {"recover": arguments.recover}
+        stages |= {} if arguments.reconstruct is None else {"reconstruct": {"epochs": arguments.reconstruct}}
+        return Recipe.model_validate({"groups": [given], **stages})
     except ValidationError as error:
         first = error.errors()[0]
-        option = {"layers": "--include: ", 0: ""}.get(first["loc"][-1], f"--{first['loc'][-1]}: ")
+        option = {"layers": "--include: ", "epochs": "--reconstruct: ", 0: ""}.get(
+            first["loc"][-1], f"--{first['loc'][-1]}: "
+        )
         raise ValueError(option + first["msg"].removeprefix("Value error, ")) from None
 
 
@@ -99,7 +106,27 @@ def data_of(arguments: argparse.Namespace) -> Any:
         if given:
             raise ValueError("--samples and --sample-tokens have no effect without --data")
         return None
-    return load_data(arguments.data, arguments.model, weights=arguments.weights, **given)
+    return load_sources(arguments.data, arguments.model, weights=arguments.weights, **given)
+
+
+def other_data_of(arguments: argparse.Namespace) -> dict[str, list[Any]]:
+    """Read the first batches of each source of --check."""
+    if arguments.check is None:
+        return {}
+    if arguments.data is None:
+        raise ValueError("--check compares with the calibration data; give --data")
+    tokens = {} if arguments.sample_tokens is None else {"tokens": arguments.sample_tokens}
+    found = {}
+    for source in arguments.check:
+        try:
+            n = N_BATCHES * BATCH
+            batches = load_data(source, arguments.model, weights=arguments.weights, samples=n, **tokens)
+            found[source] = list(itertools.islice(batches, N_BATCHES))
+        except ValueError as error:
+            raise ValueError(str(error).replace("--data", "--check")) from error
+        if not found[source]:
+            raise ValueError(f"--check {source}: no batch in it")
+    return found
 
 
 def given_inputs(arguments: argparse.Namespace) -> bool:

@@ -84,11 +84,15 @@ def _compress(group: Groups) -> None:
     prune("--max-sparsity", type=float, help="no layer loses more, where the allocation shares one target")
     prune("--refit", action="store_true", default=None, help="refit the kept weights to the data")
     prune("--correct", action="store_true", default=None, help="make up for what the layers before have lost")
+    text = "tune each block once it is pruned, so many times over the data"
+    prune("--reconstruct", type=int, metavar="EPOCHS", help=text)
     prune("--recover", type=_budget, metavar="BUDGET", help='then tune what is kept for so many seconds, or "200steps"')
     prune("--seed", type=int, help="for methods that draw random numbers")
     _layers(group("the layers"), "prune")
     data = group("calibration data, and large models")
     _data(data)
+    text = "other data, to see if the quality carries over to it"
+    data("--check", nargs="+", metavar="DATA", help=text)
     data("--stream", action="store_true", help="read weights from disk block by block (.safetensors)")
     data("--resume", action="store_true", help="keep what is finished in OUT.partial, and go on from there")
     data("--cache", type=float, metavar="GB", help="activations in memory, the rest on disk (default: 1)")
@@ -157,7 +161,8 @@ def _set(add: Add) -> None:
 
 
 def _data(add: Add) -> None:
-    add("--data", metavar="DATA", help="calibration data: texts, pictures, or package.module:function")
+    text = "calibration data: texts, pictures, or package.module:function; several sources have equal shares"
+    add("--data", nargs="+", metavar="DATA", help=text)
     add("--samples", type=int, metavar="N", help=f"texts or pictures to calibrate on (default: {SAMPLES})")
     add("--sample-tokens", type=int, metavar="N", help=f"tokens of each text (default: {TOKENS})")
 

@@ -37,4 +37,8 @@ def recipes(arguments: argparse.Namespace) -> None:
 def _needs(recipe: Recipe) -> str:
     if any(group.trains for group in recipe.groups):
         return "training"
-    return "data" if recipe.recover is not None or any(group.needs_data for group in recipe.groups) else "nothing"
+    return (
+        "data"
+        if recipe.recover or recipe.reconstruct or any(group.needs_data for group in recipe.groups)
+        else "nothing"
+    )

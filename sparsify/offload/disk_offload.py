@@ -7,7 +7,7 @@ import ctypes
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -54,14 +54,23 @@ class DiskOffload:
 
     model: built `parameters_on_meta` and converted. After this call its Parameters and masks are on the CPU. Those in
     memory take at most `budget_bytes`, or the bytes of one module; the others hold NaN. A layer in the journal comes
-    from there, with its mask. `close` takes the hooks away.
+    from there, with its mask; with `dense` only once it is taken over. `close` takes the hooks away.
 
     Raises ValueError if the file is not for this model.
     """
 
-    def __init__(self, model: nn.Module, weights: LazySafetensors, journal: Journal | None, budget_bytes: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: LazySafetensors,
+        journal: Journal | None,
+        budget_bytes: int,
+        *,
+        dense: bool = False,
+    ) -> None:
         self.model, self.weights, self.journal, self.budget_bytes = model, weights, journal, budget_bytes
         self.n_bytes, self.peak_bytes = 0, 0
+        self._taken = set(() if journal is None or dense else journal.finished)
         self._names = {id(module): name for name, module in model.named_modules()}
         self._in_use: OrderedDict[int, Callable[[], int]] = OrderedDict()
         self._keys = _make_placeholders(model, weights, _keys(model, weights))
@@ -85,10 +94,23 @@ class DiskOffload:
                 self._make_room(_n_bytes(owner, key, parameter), keep)
                 self._load(owner, key, parameter)
 
-    def write(self, name: str, layer: MaskedLayer) -> None:
-        """Put a finished layer into the journal, for every later read of it."""
+    @property
+    def finished(self) -> list[str]:
+        """The names of the layers in the journal."""
+        return [] if self.journal is None else self.journal.finished
+
+    def take_over(self, name: str, layer: MaskedLayer) -> None:
+        """Read a finished layer from the journal from now on."""
+        self._taken.add(name)
+        for _, parameter in _own(layer):
+            if id(parameter) in self._in_use:
+                self.n_bytes -= self._in_use.pop(id(parameter))()
+
+    def write(self, layers: Mapping[str, MaskedLayer]) -> None:
+        """Put finished layers into the journal, for every later read of them."""
         assert self.journal is not None
-        self.journal.write(name, layer)
+        self.journal.write(layers)
+        self._taken.update(layers)
 
     def _before(self, module: nn.Module, args: object) -> None:
         self.fetch(module)
@@ -107,7 +129,7 @@ class DiskOffload:
         name = self._names[id(module)]
         masked = isinstance(module, MaskedLayer) and key == "weight"
         n_bytes = _n_bytes(module, key, parameter)
-        if self.journal is not None and name in self.journal and isinstance(module, MaskedLayer):
+        if self.journal is not None and name in self._taken and isinstance(module, MaskedLayer):
             entry, tensors = self.journal.read(name)
             if masked:
                 weight, mask = decode_weight(entry, tensors)

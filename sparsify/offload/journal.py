@@ -28,9 +28,10 @@ from sparsify.layers import MaskedLayer
 from sparsify.layers.records import LayerResult
 from sparsify.outputs import is_temporary, write_text
 
-_LAYOUT = 2  # of the folder; one of another layout is of another run
+_LAYOUT = 3  # of the folder; one of another layout is of another run
 _ABOUT, _FINISHED = "run.json", "finished.jsonl"
-_LAYER_KEYS, _RESULT_KEYS = ("layer", "sha256", "error", "time_s"), ("result", "about")  # of the list's lines
+_LAYER_KEYS, _RESULT_KEYS = ("layer", "sha256", "error", "time_s"), ("result", "about")
+_TOGETHER = "layers"  # the key of a line with the entries of layers finished together
 _PLAIN_NAME = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")
 _MAX_NAME = 100
 
@@ -66,6 +67,7 @@ class Journal:
         self.about = {key: str(value) for key, value in {**about, "journal": _LAYOUT}.items()}
         self.result: dict[str, Any] | None = None
         self._layers: dict[str, dict[str, Any]] = {}  # as they are listed
+        self._lines: list[set[str]] = []  # the layers of each line
         self._begun: dict[str, Any] | None = None
         self._fd, self._end = -1, 0  # of the list: open in the first process; the end of the last whole line
         self._unlock: Callable[[], object] = lambda: None
@@ -75,7 +77,9 @@ class Journal:
         if not (self.folder / _FINISHED).exists():
             raise ValueError(f"{self.folder}: not seen by this process; give a folder that all processes see")
         self._read_list()
-        self._layers = {name: line for name, line in self._layers.items() if self._file(name).exists()}
+        for names in self._lines:  # a layer finished together with one that is gone is not finished either
+            if not all(self._file(name).exists() for name in names):
+                self._layers = {name: entry for name, entry in self._layers.items() if name not in names}
         if is_rank_zero():
             for name in self._layers:
                 self.read(name)
@@ -84,17 +88,26 @@ class Journal:
     def __contains__(self, name: str) -> bool:
         return name in self._layers
 
-    def write(self, name: str, layer: MaskedLayer) -> None:
-        """Write a finished layer. A crash leaves all of it, or nothing."""
+    @property
+    def finished(self) -> list[str]:
+        """The names of the finished layers."""
+        return list(self._layers)
+
+    def write(self, layers: Mapping[str, MaskedLayer]) -> None:
+        """Write finished layers. A crash leaves all of them, or none."""
         if is_rank_zero():
-            file = self._file(name)
-            file.unlink(missing_ok=True)  # `save` would follow a link
-            save(layer, file)
-            result = layer.pruning_result
-            notes = (None, None) if result is None else (result.error, result.time_s)
-            self._append(dict(zip(_LAYER_KEYS, (name, _digest(container.read(file)[0]), *notes), strict=True)))
-        barrier()  # the next to read the layer finds it
+            self._append({_TOGETHER: [self._save(name, layer) for name, layer in layers.items()]})
+        barrier()  # the next to read a layer finds it
         self._read_list()
+
+    def _save(self, name: str, layer: MaskedLayer) -> dict[str, Any]:
+        """Write the file of a layer, and return its entry for the list."""
+        file = self._file(name)
+        file.unlink(missing_ok=True)  # `save` would follow a link
+        save(layer, file)
+        result = layer.pruning_result
+        notes = (None, None) if result is None else (result.error, result.time_s)
+        return dict(zip(_LAYER_KEYS, (name, _digest(container.read(file)[0]), *notes), strict=True))
 
     def read(self, name: str) -> tuple[LayerEntry, dict[str, Tensor]]:
         """Return the entry and the packed tensors of a finished layer, named without the layer.
@@ -113,11 +126,14 @@ class Journal:
     def fetch(self, module: nn.Module) -> None:
         """Do nothing: the model is in memory, unlike that of a DiskOffload."""
 
-    def restore(self, name: str, layer: MaskedLayer) -> None:
-        """Give a layer of a model in memory its finished weight and mask."""
-        weight, mask = decode_weight(*self.read(name))
+    def take_over(self, name: str, layer: MaskedLayer) -> None:
+        """Give a layer of a model in memory its finished weight, mask and bias."""
+        entry, tensors = self.read(name)
+        weight, mask = decode_weight(entry, tensors)
         with torch.no_grad():
             layer.weight.detach().copy_(layer.as_weight(weight))
+            if isinstance(bias := layer._parameters.get("bias"), Tensor):
+                bias.copy_(tensors["bias"])
         layer.set_mask(mask, back_at_zero=False)
         layer.pruning_result = self.pruning_result(name)
 
@@ -191,11 +207,13 @@ class Journal:
         *lines, torn = text.split(b"\n")
         self._end += len(text) - len(torn)
         for line in lines:
-            entry = _parse(finished, line, _LAYER_KEYS, _RESULT_KEYS)
+            entry = _parse(finished, line, (_TOGETHER,), _RESULT_KEYS)
             if "result" in entry:
                 self.result, self._begun = entry["result"], entry["about"]
             else:
-                self._layers[entry["layer"]] = entry
+                layers = {layer["layer"]: layer for layer in _layers_of(finished, entry)}
+                self._lines.append(set(layers))
+                self._layers |= layers
 
     def _append(self, line: Mapping[str, Any]) -> None:
         """Add a line to the list, all of it or nothing, and wait until it is on disk."""
@@ -248,10 +266,20 @@ def _parse(file: Path, text: bytes, *keys: tuple[str, ...]) -> dict[str, Any]:
         value: Any = json.loads(text)
     except ValueError:
         value = None
-    whole = isinstance(value, dict) and (not keys or any(value.keys() == set(allowed) for allowed in keys))
-    if not whole or not isinstance(value.get("layer", ""), str):
+    if not isinstance(value, dict) or (keys and all(value.keys() != set(allowed) for allowed in keys)):
         raise CheckpointError(f"{file}: was altered; delete {file.parent} to start anew")
     return dict(value)
+
+
+def _layers_of(file: Path, line: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the entries of a line of finished layers."""
+    entries = line[_TOGETHER]
+    if not isinstance(entries, list) or not all(
+        isinstance(entry, dict) and entry.keys() == set(_LAYER_KEYS) and isinstance(entry["layer"], str)
+        for entry in entries
+    ):
+        raise CheckpointError(f"{file}: was altered; delete {file.parent} to start anew")
+    return entries
 
 
 def _digest(header: container.Header) -> str:

@@ -32,6 +32,7 @@ from sparsify.offload.disk_offload import DiskOffload, largest_block_bytes, para
 from sparsify.offload.journal import Journal
 from sparsify.offload.lazy_safetensors import LazySafetensors
 from sparsify.pruning.oneshot import prune_sequentially
+from sparsify.pruning.reconstruct import Reconstruction
 from sparsify.reporting.file_report import entry_row, with_rounding
 from sparsify.reporting.report import Report, Row
 
@@ -47,6 +48,7 @@ def prune_from_disk(
     journal: Journal,
     *,
     cache_bytes: int = CACHE_BYTES,
+    reconstruct: Reconstruction | None = None,
     progress: bool = False,
 ) -> None:
     """Prune a model on the meta device, layer by layer into the journal; `write_from_disk` writes the result.
@@ -54,16 +56,16 @@ def prune_from_disk(
     model: built `parameters_on_meta` and converted.
     specs: for every masked layer (`oneshot.layer_specs`).
 
-    In memory are one block of layers, the solver's tensors for its largest layer, and `cache_bytes` of activations.
+    In memory are one block of layers, the solver's tensors for its largest layer, and `cache_bytes` of activations;
+    with `reconstruct` also three times the block, for gradients and Adam.
     Layers already in the journal are not pruned again, and the result is the same bit for bit.
     """
     if missing := [name for name in sparse_layers(model) if name not in specs]:
         raise ValueError(f"{missing[0]}: there is no task for this layer; convert only what is to be pruned")
-    todo = {name: spec for name, spec in specs.items() if name not in journal}
-    offload = DiskOffload(model, weights, journal, largest_block_bytes(model))
+    offload = DiskOffload(model, weights, journal, largest_block_bytes(model), dense=True)
+    options: dict[str, Any] = {"cache_bytes": cache_bytes, "reconstruct": reconstruct, "progress": progress}
     try:
-        if todo:
-            prune_sequentially(model, todo, data, keeper=offload, cache_bytes=cache_bytes, progress=progress)
+        prune_sequentially(model, specs, data, keeper=offload, **options)
     finally:
         offload.close()
 
@@ -154,15 +156,12 @@ def prune_resumably(
     journal: Journal,
     *,
     cache_bytes: int = CACHE_BYTES,
+    reconstruct: Reconstruction | None = None,
     progress: bool = False,
 ) -> None:
     """Prune a model in memory, in place, and write each finished layer to the journal; take over those there."""
-    for name, layer in sparse_layers(model).items():
-        if name in specs and name in journal:
-            journal.restore(name, layer)
-    todo = {name: spec for name, spec in specs.items() if name not in journal}
-    if todo:
-        prune_sequentially(model, todo, data, keeper=journal, cache_bytes=cache_bytes, progress=progress)
+    options: dict[str, Any] = {"cache_bytes": cache_bytes, "reconstruct": reconstruct, "progress": progress}
+    prune_sequentially(model, specs, data, keeper=journal, **options)
 
 
 def _write(

@@ -17,6 +17,7 @@ from sparsify.masking.methods.registry import Method
 from sparsify.masking.methods.scoring import check_memory
 from sparsify.masking.spec import Allocation, PruningSpec
 from sparsify.pruning.oneshot import prune_with_specs
+from sparsify.pruning.reconstruct import Reconstruction
 
 
 def prune(
@@ -32,6 +33,7 @@ def prune(
     seed: int | None = None,
     refit: bool = False,
     correct: bool = False,
+    reconstruct: int | Reconstruction | None = None,
     data: Iterable[Any] | None = None,
     cache_bytes: int | None = None,
     progress: bool = False,
@@ -53,6 +55,8 @@ def prune(
         of keyword arguments (`sparsify.calibration.batches.read_batches`); read once
     refit: change the kept weights to those with the smallest change of the layer's outputs
     correct: aim at the outputs of the dense model instead, to make up for the losses of earlier layers
+    reconstruct: then tune the kept weights and biases of each block by gradient, so many times over the data, until its
+        outputs are those of the dense model's block; a `Reconstruction` has more to say
     cache_bytes: memory for intermediates on their way through the model; the rest, and the former state of the layers,
         goes to a temporary file. Within cache_bytes, or 1 GiB if it is None, outputs of finished layers are kept:
         such layers run once
@@ -73,10 +77,12 @@ def prune(
         check_memory(name, layer.weight)
     spec = PruningSpec(sparsity, method, pattern, allocation, max_sparsity, refit, correct, seed)
     if data is not None:
-        prune_with_specs(model, [(spec, list(layers))], data, cache_bytes=cache_bytes, progress=progress)
+        tuning = Reconstruction(reconstruct) if isinstance(reconstruct, int) else reconstruct
+        options: dict[str, Any] = {"cache_bytes": cache_bytes, "reconstruct": tuning, "progress": progress}
+        prune_with_specs(model, [(spec, list(layers))], data, **options)
         return model
-    needing_data = {"refit": refit or None, "correct": correct or None, "cache_bytes": cache_bytes}
-    for option, value in (needing_data | {"progress": progress or None}).items():
+    needing_data = {"refit": refit or None, "correct": correct or None, "reconstruct": reconstruct}
+    for option, value in (needing_data | {"cache_bytes": cache_bytes, "progress": progress or None}).items():
         if value is not None:
             raise ValueError(f"{option}={value} has no effect without data; give data=...")
     weights = {name: layer.weight_matrix for name, layer in layers.items()}

@@ -29,9 +29,9 @@ from sparsify.conversion.module_surgery import Model
 from sparsify.conversion.transaction import Transaction
 from sparsify.layers import MaskedLayer
 from sparsify.masking.unseen import refuse_unseen
+from sparsify.pruning.reconstruct import ramp, shuffled
 
 LR = 3e-3
-WARM_UP = 0.05  # of the budget; from there the learning rate falls to zero in a straight line
 
 
 def recover(
@@ -132,7 +132,7 @@ class _Budget:
 
     def lr_at(self, spent: float) -> float:
         """Return the learning rate at a fraction of the budget."""
-        return self.lr * min(spent / WARM_UP + 0.1, 1.0, (1 - spent) / (1 - WARM_UP))
+        return self.lr * ramp(spent)
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class _Distillation:
     ) -> None:
         """Train the parameters until the budget is spent."""
         optimizer = torch.optim.Adam(parameters, lr=budget.lr)
-        order = _shuffled(len(batches), seed)
+        order = shuffled(len(batches), seed)
         with tqdm(
             total=1.0,
             desc="recover",
@@ -236,10 +236,3 @@ def _trainable(model: nn.Module, layers: Sequence[MaskedLayer]) -> Iterator[list
     for parameter, needs_grad, grad in before:
         parameter.grad = grad
         parameter.requires_grad_(needs_grad)
-
-
-def _shuffled(n: int, seed: int) -> Iterator[int]:
-    """Yield the numbers below n forever, in a new random order each time."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        yield from torch.randperm(n, generator=generator, device="cpu").tolist()

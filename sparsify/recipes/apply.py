@@ -48,7 +48,8 @@ def apply(
             apply(model, plain, data=data, cache_bytes=cache_bytes, progress=progress)
             return recover(model, teacher, data, **recipe.recover.model_dump(), progress=progress)
     if data is not None:
-        prune_with_specs(model, _group_specs(recipe, model), data, cache_bytes=cache_bytes, progress=progress)
+        options: dict[str, Any] = {"cache_bytes": cache_bytes, "progress": progress}
+        prune_with_specs(model, _group_specs(recipe, model), data, reconstruct=recipe.reconstruction, **options)
         return model
     if cache_bytes is not None:
         raise ValueError(f"cache_bytes={cache_bytes} has no effect without data; give data=...")
@@ -75,8 +76,9 @@ def check_applicable(recipe: Recipe, *, has_data: bool) -> None:
             raise ValueError(
                 f"groups.{number}: {group.needs_data} needs calibration data: sparsify.apply(..., data=...)"
             )
-    if recipe.recover is not None and not has_data:
-        raise ValueError("recover needs calibration data: sparsify.apply(..., data=...)")
+    for stage in ("reconstruct", "recover"):
+        if getattr(recipe, stage) is not None and not has_data:
+            raise ValueError(f"{stage} needs calibration data: sparsify.apply(..., data=...)")
 
 
 def recipe_layer_specs(recipe: Recipe, model: nn.Module) -> dict[str, LayerSpec]:

@@ -18,6 +18,7 @@ from sparsify.layers import MaskedLayer, PackedLayer
 from sparsify.masking.methods.registry import Method
 from sparsify.masking.spec import Allocation
 from sparsify.pruning.prune import prune
+from sparsify.pruning.reconstruct import Reconstruction
 from sparsify.recipes.apply import apply, check_applicable
 from sparsify.recipes.assignment import assign_layers, convert_by_recipe
 from sparsify.recipes.schema import Recipe
@@ -38,6 +39,7 @@ def compress(
     allocation: Allocation = "uniform",
     refit: bool = False,
     correct: bool = False,
+    reconstruct: int | Reconstruction | None = None,
     include: Selector | Sequence[Selector] | None = None,
     exclude: Selector | Sequence[Selector] | None = None,
     types: type[nn.Module] | Sequence[type[nn.Module]] | None = None,
@@ -81,7 +83,7 @@ def compress(
     conversion: dict[str, Any] = {"tied": tied, "functional": functional}
     selection: dict[str, Any] = {"include": include, "exclude": exclude, "types": types}
     pruning: dict[str, Any] = {"sparsity": sparsity, "method": method, "pattern": pattern, "allocation": allocation}
-    pruning |= {"seed": seed, "refit": refit, "correct": correct}
+    pruning |= {"seed": seed, "refit": refit, "correct": correct, "reconstruct": reconstruct}
     given = [key for key, value in (pruning | selection).items() if value not in (None, False, *_DEFAULTS)]
     if recipe is not None:
         if given:

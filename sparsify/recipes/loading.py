@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from sparsify.errors import RecipeError
 from sparsify.masking.schedules import Schedule
 from sparsify.recipes.given import recipe_file
-from sparsify.recipes.schema import Group, Recipe, Recover, Regrow
+from sparsify.recipes.schema import Group, Recipe, Reconstruct, Recover, Regrow
 from sparsify.recipes.yaml_file import Value, YamlFile, nearest, nested_values, read_yaml, substitute
 
 
@@ -59,7 +59,9 @@ def _explain(file: YamlFile, error: ValidationError) -> RecipeError:
     place = tuple(
         key
         for key in first["loc"]
-        if key in ("groups", "schedule", "regrow", "recover") or isinstance(key, int) or _is_key(file, key)
+        if key in ("groups", "schedule", "regrow", "reconstruct", "recover")
+        or isinstance(key, int)
+        or _is_key(file, key)
     )
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
@@ -82,6 +84,8 @@ def _known_keys(place: tuple[str | int, ...]) -> list[str]:
         return [field.name for field in fields(Schedule)]
     if place and place[-1] == "regrow":
         return list(Regrow.model_fields)
+    if place and place[-1] == "reconstruct":
+        return list(Reconstruct.model_fields)
     if place and place[-1] == "recover":
         return list(Recover.model_fields)
     return list(Group.model_fields if place else Recipe.model_fields)

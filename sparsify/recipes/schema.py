@@ -19,6 +19,8 @@ from sparsify.masking.methods.registry import (
 from sparsify.masking.patterns import parse_pattern
 from sparsify.masking.schedules import Schedule
 from sparsify.masking.spec import Allocation, PruningSpec, check_options
+from sparsify.pruning.reconstruct import LR as RECONSTRUCT_LR
+from sparsify.pruning.reconstruct import Reconstruction
 from sparsify.pruning.recover import LR
 from sparsify.recipes.yaml_file import nearest
 
@@ -206,6 +208,16 @@ class Group(BaseModel):
         return not one_moment or bool(statistics) or self.rewind is not None
 
 
+class Reconstruct(BaseModel):
+    """The tuning of each block once its layers are pruned; see `sparsify.prune`."""
+
+    model_config = _STRICT
+
+    epochs: int = Field(gt=0, description="how often a block sees the calibration data")
+    lr: float = Field(RECONSTRUCT_LR, gt=0, allow_inf_nan=False, description="Adam's highest learning rate, relative")
+    seed: int = Field(0, ge=-_SEEDS, lt=_SEEDS, description="for the order of the batches")
+
+
 class Recover(BaseModel):
     """A short distillation towards the dense model, after all groups are pruned; see `sparsify.recover`."""
 
@@ -232,8 +244,14 @@ class Recipe(BaseModel):
     description: str = ""
     vars: dict[str, Any] = Field({}, description="values for ${name} elsewhere in the file")
     groups: list[Group] = Field(min_length=1, max_length=1000)
+    reconstruct: Reconstruct | None = Field(None, description="tune each block once it is pruned; needs data")
     recover: Recover | None = Field(None, description="a short distillation after the pruning; needs data")
     quantize: Literal["int8", "int8-weights"] | None = Field(
         None,
         description="in the end `compress` rounds kept weights to int8, and with int8 inputs too",
     )
+
+    @property
+    def reconstruction(self) -> Reconstruction | None:
+        """The options of the reconstruction; None without one."""
+        return None if self.reconstruct is None else Reconstruction(**self.reconstruct.model_dump())

@@ -65,9 +65,9 @@ from sparsify.calibration.data_parallel import process_group
 
 class Stopped(BaseException): pass
 
-def stop(self, name, layer):
-    write(self, name, layer)
-    if name == "1.up":
+def stop(self, layers):
+    write(self, layers)
+    if "1.up" in layers:
         raise Stopped
 
 write = journal.Journal.write
@@ -80,6 +80,8 @@ with process_group():
             except Stopped:
                 journal.Journal.write = write
         print(f"{name} {main(options)}\\n", end="", flush=True)
+    tuned = sparsify.prune(sparsify.convert(ours.model()), 0.6, method="wanda", data=ours.data(), reconstruct=2)
+    print(f"tuned {sum(float(p.double().square().sum()) for p in tuned.parameters())!r}\\n", end="", flush=True)
     model, data = sparsify.convert(ours.model()), ours.data()
     data[1][0, 0] = torch.nan
     try:
@@ -147,6 +149,12 @@ def test_compress_under_torchrun_writes_the_file_of_one_process(
 def test_data_that_differs_between_processes_is_refused(ours: Path) -> None:
     assert (ours / "out.txt").read_text().count("odd 2") == 2
     assert (ours / "errors.txt").read_text().count("not the same batches in every process") == 2
+
+
+def test_tuned_blocks_are_the_same_in_both_processes(ours: Path) -> None:
+    lines = [line for line in (ours / "out.txt").read_text().splitlines() if line.startswith("tuned ")]
+    assert len(lines) == 2
+    assert lines[0] == lines[1]
 
 
 def test_an_error_in_one_process_ends_both(ours: Path) -> None:

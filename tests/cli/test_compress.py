@@ -3,6 +3,7 @@
 import json
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,12 @@ def model():
 
 def data():
     return [torch.randn(30, 16, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+
+def other():
+    return [2 * x for x in data()]
+
+def far():
+    return [x / 10 for x in data()]
 
 def norm(model):
     return {"norm": sum(float(model(x).norm()) for x in data())}
@@ -77,9 +84,9 @@ def test_eval_of_a_run_that_can_be_resumed(
     expected = json.loads(capsys.readouterr().out)["quality"]
     n_finished = 0
 
-    def stop_after_two(self: Journal, name: str, layer: sparsify.SparseLinear) -> None:
+    def stop_after_two(self: Journal, layers: dict[str, Any]) -> None:
         nonlocal n_finished
-        write(self, name, layer)
+        write(self, layers)
         n_finished += 1
         if n_finished == 2:
             raise KeyboardInterrupt
@@ -126,6 +133,38 @@ def test_recover_in_a_recipe(here: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "stepps" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("always::sparsify.CarryOverWarning")
+def test_several_sources_a_reconstruction_and_other_data(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pruning = ["--method", "wanda", "--sparsity", "0.8", "--reconstruct", "20"]
+    sources = ["--data", f"{here}:data", f"{here}:other", "--samples", "120"]
+    assert compress(here, *pruning, *sources, "--check", f"{here}:far", "--out", "a.safetensors") == 0
+    printed = capsys.readouterr()
+    assert f"on --check {here}:far; add data of that kind" in printed.err
+    quality = json.loads(printed.out)["quality"]["sparse"]
+    inside, outside = "cosine to the dense outputs, on --data", f"cosine to the dense outputs, on --check {here}:far"
+    assert quality[outside] < quality[inside] < 1
+    Path("mine.yaml").write_text("groups: [{method: wanda, sparsity: 0.8}]\nreconstruct: {epochs: 20}\n")
+    assert compress(here, "--recipe", "mine.yaml", *sources, "--out", "b.safetensors") == 0
+    assert Path("a.safetensors").read_bytes() == Path("b.safetensors").read_bytes()
+    capsys.readouterr()
+    for options, message in (
+        ([*pruning[:-1], "0"], "--reconstruct: Input should be greater than 0"),
+        (["--recipe", "mine.yaml", "--reconstruct", "1"], "--reconstruct has no effect beside --recipe"),
+        (
+            ["--sparsity", "0.5", "--check", f"{here}:far", "--resume"],
+            "--check compares with the dense model in memory",
+        ),
+        (["--sparsity", "0.5", "--data", f"{here}:data", f"{here}:data"], "the same source twice"),
+        (
+            ["--sparsity", "0.5", "--data", f"{here}:data", f"{here}:far", "--samples", "1"],
+            "--samples 1: less than one",
+        ),
+        (["--sparsity", "0.5", "--check", f"{here}:nothing"], "--check"),
+    ):
+        assert compress(here, *options, "--out", "x.safetensors") == 2
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("stream", [["--stream", "--weights", "weights.safetensors"], []])
 def test_interrupted_and_resumed(
     here: Path, stream: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -134,12 +173,12 @@ def test_interrupted_and_resumed(
     assert compress(here, *options, "--out", "whole.safetensors") == 0
     write, n_written = Journal.write, 0
 
-    def stopping(self: Journal, name: str, layer: sparsify.SparseLinear) -> None:
+    def stopping(self: Journal, layers: dict[str, Any]) -> None:
         nonlocal n_written
         if n_written == 3:
             raise KeyboardInterrupt
         n_written += 1
-        write(self, name, layer)
+        write(self, layers)
 
     monkeypatch.setattr(Journal, "write", stopping)
     assert compress(here, *options, "--out", "out.safetensors") == 130

@@ -68,9 +68,9 @@ def stop_after(n_layers: int, run: Callable[[], object]) -> None:
         write = Journal.write
         n_written = 0
 
-        def stopping(self: Journal, name: str, layer: Any) -> None:
+        def stopping(self: Journal, layers: dict[str, Any]) -> None:
             nonlocal n_written
-            write(self, name, layer)
+            write(self, layers)
             n_written += 1
             if n_written == n_layers:
                 raise Killed

@@ -47,7 +47,7 @@ def folder(tmp_path: Path) -> Path:
     """The journal of a run that was stopped after two layers."""
     journal = Journal(tmp_path / "run", ABOUT)
     for number in range(2):
-        journal.write(f"blocks.{number}", finished(number))
+        journal.write({f"blocks.{number}": finished(number)})
     journal.close()
     return journal.folder
 
@@ -68,7 +68,7 @@ def test_what_is_finished_comes_back_as_it_was(folder: Path) -> None:
     assert ("blocks.0" in journal, "blocks.1" in journal, "blocks.2" in journal) == (True, True, False)
     for number in range(2):
         layer, expected = sparsify.convert(nn.Linear(8, 4)), finished(number)
-        journal.restore(f"blocks.{number}", layer)
+        journal.take_over(f"blocks.{number}", layer)
         assert torch.equal(layer.weight, expected.weight)
         assert torch.equal(layer.mask, expected.mask)
         assert layer.pruning_result == LayerResult(0.25, 1.5)
@@ -82,7 +82,7 @@ def test_a_journal_of_another_run_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"another weights \(0123, now None\)"):
         Journal(folder, {"recipe": "wanda"})
     (folder / "run.json").write_text(json.dumps(ABOUT))  # as a run of the first layout wrote it
-    with pytest.raises(ValueError, match=r"another journal \(None, now 2\)"):
+    with pytest.raises(ValueError, match=r"another journal \(None, now 3\)"):
         Journal(folder, ABOUT)
     with pytest.raises(ValueError, match="go on with --resume, or delete it"):
         check_unused(folder, resume=False)
@@ -97,7 +97,7 @@ def test_names_are_no_paths(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "run", ABOUT)
     layer = finished()
     for name in NAMES:
-        journal.write(name, layer)
+        journal.write({name: layer})
     assert list(tmp_path.iterdir()) == [journal.folder]
     files = [file.name for file in journal.folder.iterdir()]
     assert len({name.lower() for name in files}) == len(files) == len(NAMES) + 2
@@ -134,7 +134,7 @@ ALTERED = {
         (folder / "finished.jsonl").read_text().replace('"sha256": "', '"sha256": "0')
     ),
     "no list": lambda folder: (folder / "finished.jsonl").write_text("[]\n"),
-    "a list with less": lambda folder: (folder / "finished.jsonl").write_text('{"layer": "blocks.0"}\n'),
+    "a list with less": lambda folder: (folder / "finished.jsonl").write_text('{"layers": [{"layer": "blocks.0"}]}\n'),
 }
 
 
@@ -160,14 +160,14 @@ def test_a_line_that_a_crash_has_cut_is_left_out(folder: Path) -> None:
     (folder / "finished.jsonl").write_bytes(whole[:-5])
     journal = Journal(folder, ABOUT)
     assert ("blocks.0" in journal, "blocks.1" in journal) == (True, False)
-    journal.write("blocks.1", finished(1))
+    journal.write({"blocks.1": finished(1)})
     assert (folder / "finished.jsonl").read_bytes() == whole
 
 
 def test_a_link_is_not_followed(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("mine")
     (folder / "blocks.2.safetensors").symlink_to(tmp_path / "mine")
-    Journal(folder, ABOUT).write("blocks.2", finished())
+    Journal(folder, ABOUT).write({"blocks.2": finished()})
     assert (tmp_path / "mine").read_text() == "mine"
     (folder / "finished.jsonl").unlink()
     (folder / "finished.jsonl").symlink_to(tmp_path / "mine")
@@ -185,7 +185,7 @@ def test_the_second_run_at_once_is_told(folder: Path) -> None:
         other.kill()
         other.wait()
         journal = Journal(folder, ABOUT)
-    journal.write("blocks.2", finished())
+    journal.write({"blocks.2": finished()})
     journal.read("blocks.0")
     with pytest.raises(AssertionError), another_run(folder):
         pass

@@ -18,12 +18,12 @@ import sparsify
 from sparsify.checkpoint.tensor_file import TensorFile
 from sparsify.conversion.convert import sparse_layers
 from sparsify.errors import CheckpointError
-from sparsify.layers import MaskedLayer
 from sparsify.masking.spec import LayerSpec, PruningSpec, layer_specs
 from sparsify.offload.disk_offload import DiskOffload, largest_block_bytes, parameters_on_meta
 from sparsify.offload.journal import Journal
 from sparsify.offload.lazy_safetensors import LazySafetensors
 from sparsify.offload.streaming import prune_from_disk, write_from_disk
+from sparsify.pruning.reconstruct import Reconstruction
 from sparsify.reporting.report import Report
 
 WIDTH, N_BLOCKS = 32, 6
@@ -171,11 +171,11 @@ def test_resumed_where_it_stopped_the_file_is_the_same(
     from_disk(folder, tmp_path / "whole.safetensors")
     write, written = Journal.write, list[str]()
 
-    def stopping(self: Journal, name: str, layer: MaskedLayer) -> None:
+    def stopping(self: Journal, layers: dict[str, Any]) -> None:
         if len(written) == n_finished:
             raise Stopped
-        written.append(name)
-        write(self, name, layer)
+        written.extend(layers)
+        write(self, layers)
 
     monkeypatch.setattr(Journal, "write", stopping)
     if n_finished < 3 * N_BLOCKS:
@@ -185,7 +185,7 @@ def test_resumed_where_it_stopped_the_file_is_the_same(
         from_disk(folder, tmp_path / "out.safetensors")
     assert len(written) == n_finished
     again: list[str] = []
-    monkeypatch.setattr(Journal, "write", lambda self, name, layer: (again.append(name), write(self, name, layer)))
+    monkeypatch.setattr(Journal, "write", lambda self, layers: (again.extend(layers), write(self, layers)))
     from_disk(folder, tmp_path / "out.safetensors")
     assert not set(again) & set(written)
     assert len(again) + len(written) == 3 * N_BLOCKS
@@ -258,3 +258,39 @@ def test_what_cannot_be_read_leaves_the_model_as_it_was(folder: Path) -> None:
     with pytest.raises(CheckpointError, match="another program changed it"):
         resident.fetch(layer)
     assert (layer.weight.untyped_storage().nbytes(), layer.mask.untyped_storage().nbytes(), resident.n_bytes) == before
+
+
+def test_a_run_that_looks_at_dense_outputs_resumes_to_the_same_file(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    """Of finished blocks the dense weights are needed once more; a tuned block is finished as a whole."""
+
+    def run(out: Path) -> None:
+        model = empty()
+        shapes = {name: layer.shape for name, layer in sparse_layers(model).items()}
+        specs = layer_specs(PruningSpec(0.5, "sparsegpt", correct=True), shapes)
+        journal, weights = Journal(out.with_suffix(".partial"), {}), LazySafetensors(folder)
+        prune_from_disk(model, weights, specs, BATCHES, journal, reconstruct=Reconstruction(2), cache_bytes=0)
+        write_from_disk(model, weights, journal, out, format="csr")
+
+    run(tmp_path / "whole.safetensors")
+    write, written = Journal.write, list[list[str]]()
+
+    def stopping(self: Journal, layers: dict[str, Any]) -> None:
+        if len(written) == 2:
+            raise Stopped
+        written.append(list(layers))
+        write(self, layers)
+
+    monkeypatch.setattr(Journal, "write", stopping)
+    with pytest.raises(Stopped):
+        run(tmp_path / "out.safetensors")
+    assert written == [[f"blocks.{i}.{name}" for name in ("left", "right", "out")] for i in range(2)]
+    monkeypatch.setattr(Journal, "write", write)
+    run(tmp_path / "out.safetensors")
+    assert (tmp_path / "out.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    model = sparsify.convert(made(), include="blocks.*")
+    sparsify.prune(model, 0.5, method="sparsegpt", correct=True, data=BATCHES, reconstruct=2)
+    loaded = sparsify.load(tmp_path / "out.safetensors", Small().eval())
+    with torch.no_grad():
+        assert torch.equal(loaded(**BATCHES[0]), sparsify.export(model, format="csr")(**BATCHES[0]))

@@ -9,7 +9,7 @@ from torch import nn
 
 import sparsify
 
-for name in ("minilm", "lee"):
+for name in ("minilm", "lee", "brown"):
     if assets.missing_files(name):
         pytest.skip(
             f".assets/{name} is missing: {assets.PACKAGES[name].requirement} was not fetched; run scripts/assets.py",
