@@ -115,7 +115,7 @@ def _table(layers: Sequence[PlannedLayer]) -> Table:
     """Return the table of a group: of many updates the first, some between, and the last."""
     n = len(layers[0].targets)
     columns = sorted({*range(0, n, -(-n // _SHOWN)), n - 1})
-    updates = [f"{layers[0].unit} {layers[0].targets[i][0]:g}" for i in columns]
+    updates = [f"{layers[0].unit} {layers[0].targets[i][0]:g}" for i in columns] if n > 1 else ["sparsity"]
     rows = []
     for x in layers:
         targets = [f"{'~' if x.ranked else ''}{x.targets[i][1]:.4f}" for i in columns]
