@@ -175,7 +175,7 @@ class _SequentialPruning:
         seconds = (time.perf_counter() - started) / len(layers)
         for layer in layers.values():
             assert layer.pruning_result is not None
-            layer.pruning_result = replace(layer.pruning_result, time_s=layer.pruning_result.time_s + seconds)
+            layer.pruning_result = replace(layer.pruning_result, time_s=(layer.pruning_result.time_s or 0.0) + seconds)
         if self.keeper is not None:
             self.keeper.write(layers)
 
