@@ -85,7 +85,7 @@ def test_export_measures_each_layer_with_its_own_input(monkeypatch):
 
     measured.clear()
     sparsify.export(model, tokens=11)
-    assert [shape for shape, _ in measured] == [(1, 3, 11, 1), (11, 140), (11, 6)]
+    assert [shape for shape, _ in measured] == [(1, 3, 4, 4), (11, 140), (11, 6)]  # 4 x 4 has 11 positions
 
 
 def test_what_the_example_does_not_reach_is_measured_with_tokens(monkeypatch):

@@ -77,7 +77,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a model without a Linear": (lambda _: convert(nn.Sequential(nn.ReLU())), "no layer that can be converted"),
     "a tied head": (lambda _: convert(_tied()), "tied="),
-    "a type that does not convert": (lambda _: convert(net(), types=nn.Conv3d), "none of the types that convert"),
+    "a type that does not convert": (lambda _: convert(net(), types=nn.LayerNorm), "none of the types that convert"),
     "a misspelt form": (lambda _: export(masked(), format="cssr"), "'cssr' is none of"),
     "an example without effect": (lambda _: export(masked(), format="csr", example=DATA[0]), "example has no effect"),
     "no rows": (lambda _: export(masked(), tokens=0), "tokens must be at least 1"),
