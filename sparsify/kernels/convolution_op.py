@@ -17,7 +17,7 @@ from sparsify.kernels import reference
 from sparsify.kernels.cpu import convolution as native
 from sparsify.kernels.forms import is_quantized, unpack, unpack_as, unpack_in_transform
 from sparsify.kernels.geometry import Geometry
-from sparsify.kernels.pointwise_op import pointwise
+from sparsify.kernels.pointwise_op import check_images, pointwise
 from sparsify.kernels.reference import ACTIVATIONS
 from sparsify.kernels.torch_ops import (
     _ACTIVATION_IDS,
@@ -81,14 +81,9 @@ def _check(
 ) -> None:
     """Raise RuntimeError, as torch does for a dense layer, unless all of it fits together."""
     out, channels = shape[0], shape[1] // (geometry.kernel[0] * geometry.kernel[1])
-    if x.dim() != 4 or x.shape[1] != channels:
-        raise RuntimeError(f"the layer takes images of shape (n, {channels}, height, width), got {tuple(x.shape)}")
+    check_images(x, values, bias, out, channels)
     if min(geometry.output_size(x.shape[2], x.shape[3])) < 1:
         raise RuntimeError(f"an image of {tuple(x.shape[2:])} is smaller than the layer's kernel, {geometry}")
-    if x.dtype != values.dtype:
-        raise RuntimeError(f"the layer's values are {values.dtype}, but the input is {x.dtype}")
-    if bias is not None and (bias.dtype != values.dtype or bias.shape != (out,)):
-        raise RuntimeError(f"the bias must be {values.dtype} of shape ({out},), got {bias.dtype} {tuple(bias.shape)}")
     if scale is not None and (scale.dtype != torch.float32 or scale.shape != (out,)):
         raise RuntimeError(f"the scale must be float32 of shape ({out},), got {scale.dtype} {tuple(scale.shape)}")
 

@@ -22,6 +22,7 @@ from sparsify.kernels.torch_ops import (
     check_devices,
     check_exporter,
     check_no_tangent,
+    check_values,
     grad_input,
     is_transformed,
     linear,
@@ -45,7 +46,7 @@ def pointwise(
     RuntimeError for a tensor of another shape, dtype or device.
     """
     quantized = is_quantized(form, parts)
-    _check(x, x if quantized else parts[-1], bias, *shape)
+    check_images(x, x if quantized else parts[-1], bias, *shape)
     if form == "csr" or is_transformed():
         check_devices(x, *parts, bias)
         csr = (unpack_in_transform if is_transformed() else unpack_as)(x.dtype, form, parts, shape)
@@ -59,14 +60,11 @@ def pointwise(
     return linear(rows, parts, form, shape, bias, activation).permute(0, 3, 1, 2).contiguous()
 
 
-def _check(x: Tensor, values: Tensor, bias: Tensor | None, out: int, inner: int) -> None:
+def check_images(x: Tensor, values: Tensor, bias: Tensor | None, out: int, channels: int) -> None:
     """Raise RuntimeError, as torch does for a dense layer, unless all of it fits together."""
-    if x.dim() != 4 or x.shape[1] != inner:
-        raise RuntimeError(f"the layer takes images of shape (n, {inner}, height, width), got {tuple(x.shape)}")
-    if x.dtype != values.dtype:
-        raise RuntimeError(f"the layer's values are {values.dtype}, but the input is {x.dtype}")
-    if bias is not None and (bias.dtype != values.dtype or bias.shape != (out,)):
-        raise RuntimeError(f"the bias must be {values.dtype} of shape ({out},), got {bias.dtype} {tuple(bias.shape)}")
+    if x.dim() != 4 or x.shape[1] != channels:
+        raise RuntimeError(f"the layer takes images of shape (n, {channels}, height, width), got {tuple(x.shape)}")
+    check_values(x, values, bias, out)
 
 
 _library.define(
@@ -81,7 +79,7 @@ def _pointwise_packed(
 ) -> Tensor:
     check_devices(x, index, values, bias)
     check_no_tangent(x, values, bias)
-    _check(x, values, bias, out, inner)
+    check_images(x, values, bias, out, inner)
     index, values, bias = operands("panel", index, values, bias, (out, inner))
     return native.pointwise(x, index, values, bias, (out, inner), activation)
 

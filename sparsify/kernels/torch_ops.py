@@ -115,11 +115,16 @@ def check_operands(x: Tensor, values: Tensor, bias: Tensor | None, out: int, inn
         raise RuntimeError(f"the layer has rows 0 to {out}, asked for {first} to {end}")
     if x.dim() == 0 or x.shape[-1] != inner:
         raise RuntimeError(f"the layer takes inputs of shape (..., {inner}), got {tuple(x.shape)}")
+    check_values(x, values, bias, out)
+    return end
+
+
+def check_values(x: Tensor, values: Tensor, bias: Tensor | None, out: int) -> None:
+    """Raise RuntimeError unless the input, the values and the bias have one dtype, and the bias is of shape (out,)."""
     if x.dtype != values.dtype:
         raise RuntimeError(f"the layer's values are {values.dtype}, but the input is {x.dtype}")
     if bias is not None and (bias.dtype != values.dtype or bias.shape != (out,)):
         raise RuntimeError(f"the bias must be {values.dtype} of shape ({out},), got {bias.dtype} {tuple(bias.shape)}")
-    return end
 
 
 def check_no_tangent(*operands: Tensor | None) -> None:

@@ -209,6 +209,12 @@ class MaskedLayer(nn.Module):
         sparsity = "" if self.mask.is_meta else f", sparsity={self.sparsity:.4g}"
         return super().extra_repr() + sparsity
 
+    def _begin(self, sparsity: float, method: str | Method, pattern: str, seed: int | None) -> None:
+        """Prune a new layer."""
+        self._keep_all()
+        if sparsity != 0 or not self.weight.is_meta:  # without data there is nothing to rank
+            self.sparse_update(sparsity, method=method, pattern=pattern, seed=seed)
+
     def _keep_all(self) -> None:
         """Start with a mask of True only."""
         with making_tensors():

@@ -64,9 +64,7 @@ class SparseConvolution(TorchLayer):
         **settings: Any,
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, bias=bias, device=device, dtype=dtype, **settings)
-        self._keep_all()
-        if sparsity != 0 or not self.weight.is_meta:  # without data there is nothing to rank
-            self.sparse_update(sparsity, method=method, pattern=pattern, seed=seed)
+        self._begin(sparsity, method, pattern, seed)
 
     @classmethod
     def matrix_of(cls, weight: Tensor, settings: Mapping[str, Any]) -> Tensor:

@@ -44,9 +44,7 @@ class SparseLinear(MaskedLayer, nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self._keep_all()
-        if sparsity != 0 or not self.weight.is_meta:  # without data there is nothing to rank
-            self.sparse_update(sparsity, method=method, pattern=pattern, seed=seed)
+        self._begin(sparsity, method, pattern, seed)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, mask: Tensor | None = None) -> Self:
