@@ -18,7 +18,7 @@ import argparse
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ from sparsify.tables import Table
 
 RESULTS_FOLDER = Path(__file__).resolve().parent.parent / "docs" / "results"
 PEERS_IN = ("layers", "convolutions", "models", "load")
+#: Stands among what a file lacks until its run ends.
+UNFINISHED = {"what comes after the last row": "the run was cut off"}
 MODEL_ROUNDS, QUICK_MODEL_ROUNDS = 9, 3
 
 
@@ -78,16 +80,22 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> None:
         result["machine"]["name"] = machine_name(_device(options))
         result["roofs"] = gpu.measure_roofs(_device(options))
     if options.benchmark == "kernels":
-        before = kernels.measure_roofs()
-    result["rows"] = _measure(options)
+        result["roofs"] = before = kernels.measure_roofs()
+    file = options.json
+    if file and file.is_dir():
+        file /= record.file_name(result)
+    for row in _measure(options):
+        result["rows"].append(row)
+        result["machine"]["others_cores"] = watch.others_cores()
+        if file:  # a run that is cut off keeps what it has measured
+            record.write(result | {"absent": result["absent"] | UNFINISHED}, file)
     if options.benchmark == "kernels":  # the machine may have been disturbed once
         result["roofs"] = {name: max(value, before[name]) for name, value in kernels.measure_roofs().items()}
     result["machine"]["others_cores"] = watch.others_cores()
     for title, lines in tables.tables(result).items():
         print(f"\n{title}\n\n{Table(lines[0], lines[1:]).text()}")
     print(f"\n{result['machine']['name']}; {tables.spread(result)}; {disturbance(result['machine']['others_cores'])}")
-    if options.json:
-        file = options.json / record.file_name(result) if options.json.is_dir() else options.json
+    if file:
         record.write(result, file)
         print(file)
 
@@ -111,17 +119,17 @@ def report(files: Sequence[Path], out: Path) -> None:
     print(out)
 
 
-def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+def _measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if options.benchmark == "models":
         chosen = models.QUICK if options.quick else models.MODELS
         if options.models:
             chosen = {name: models.MODELS[name][: 1 if options.quick else None] for name in options.models}
         rounds = options.rounds or (QUICK_MODEL_ROUNDS if options.quick else MODEL_ROUNDS)
         sparsities = tuple(options.sparsity or models.SPARSITIES)
-        return list(models.bench_models(chosen, sparsities, rounds, options.without or ()))
+        return models.bench_models(chosen, sparsities, rounds, options.without or ())
     if options.benchmark == "convolutions":
         changed = {"sparsities": options.sparsity, "rounds": options.rounds, "images": options.images}
-        return list(convolutions.run(convolutions.chosen(options.quick, **changed)))
+        return convolutions.run(convolutions.chosen(options.quick, **changed))
     grid = cases.GRIDS[options.benchmark][options.quick]
     wanted: dict[str, Any] = {
         "shapes": options.shapes,
@@ -134,16 +142,16 @@ def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         changes["rounds"] = options.rounds
     grid = dataclasses.replace(grid, **changes)
     if options.benchmark == "gpu":
-        return list(gpu.run(grid, gpu.DTYPES[options.dtype], _device(options)))
+        return gpu.run(grid, gpu.DTYPES[options.dtype], _device(options))
     if options.benchmark == "layers":
-        return list(layers.run(grid, without=options.without or ()))
-    return list({"kernels": kernels.run, "load": load.run}[options.benchmark](grid))
+        return layers.run(grid, without=options.without or ())
+    return {"kernels": kernels.run, "load": load.run}[options.benchmark](grid)
 
 
 def _left_out(options: argparse.Namespace) -> dict[str, str]:
     """Return the reason for peers that a run leaves out on request. Raises ValueError for a name that is none."""
     names = getattr(options, "without", None) or ()
-    known = (models.BF16,) if options.benchmark == "models" else (*peers.DENSE, *peers.SPARSE)
+    known = models.CAN_BE_LEFT_OUT if options.benchmark == "models" else (*peers.DENSE, *peers.SPARSE)
     if odd := [name for name in names if name not in known]:
         raise ValueError(f"--without {odd[0]!r}: none of the peers that can be left out: {', '.join(known)}")
     return dict.fromkeys(names, "left out by --without")
@@ -170,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--device", default="cuda", help="default: %(default)s")
             sub.add_argument("--dtype", choices=gpu.DTYPES, default="bfloat16", help="default: %(default)s")
         if name in ("layers", "models"):
-            sub.add_argument("--without", nargs="+", metavar="PEER", help="peers to leave out: 'torch csr'")
+            sub.add_argument("--without", nargs="+", metavar="PEER", help="candidates to leave out: 'torch csr'")
         if name == "models":
             sub.add_argument("--models", nargs="+", choices=models.MODELS, metavar="NAME", help=" ".join(models.MODELS))
             continue

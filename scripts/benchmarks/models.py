@@ -19,7 +19,7 @@ from sparsify.cli.model_inputs import make_inputs
 from sparsify.cli.models import build_model
 from sparsify.hardware.timing import Call, measure
 from sparsify.layers import PackedLayer
-from sparsify.reporting.dense_engines import dense_engines
+from sparsify.reporting.dense_engines import ENGINES, dense_engines
 from sparsify.reporting.model_bench import sparse_copy, typical_tokens
 from sparsify.reporting.model_run import Inputs, run
 
@@ -28,7 +28,9 @@ SPARSITIES = (0.5, 0.9)
 KINDS: dict[str, dict[str, Any]] = {OURS: {}, INT8: {"quantize": "int8"}}
 #: Options of its conversion for CNNS
 CNN_OPTIONS: dict[str, Any] = {"types": (nn.Conv2d, nn.Linear)}
-BF16, CHANNELS_LAST = "torch bf16", "channels-last torch fp32"
+TORCH, BF16, CHANNELS_LAST = "torch fp32", "torch bf16", "channels-last torch fp32"
+#: Candidates that a run may go without: all but TORCH, with which the others are compared.
+CAN_BE_LEFT_OUT = (BF16, CHANNELS_LAST, *ENGINES, *KINDS)
 MINILM, BERT = "minilm", "bert_base"
 TEXT = (MINILM, BERT)
 #: name -> batch sizes; those of TEXT read 128 tokens of text, the others images of 224 x 224
@@ -46,32 +48,32 @@ def bench_models(
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for each candidate of each model and batch size; the dense ones have sparsity None.
 
-    The weights of all but MiniLM are random: the times do not depend on them. torch bf16 may be left out: where a
-    processor has no instructions for it, it takes most of a run's time. All convolutions and Linears of CNNS are
-    pruned; their layers are measured on their own inputs.
+    The weights of all but MiniLM are random: the times do not depend on them. All convolutions and Linears of CNNS are
+    pruned; their layers are measured on their own inputs. `without` has some of CAN_BE_LEFT_OUT: most of a run goes to
+    the files of int8 engines, and to torch bf16 on a processor that lacks its instructions.
     """
     for name, batches in models.items():
         model, spec = _build(name), f"hf:{name}" if name in TEXT else f"torchvision:{name}"
-        low = copy.deepcopy(model).bfloat16()
+        low = copy.deepcopy(model).bfloat16() if BF16 not in without else None
         for batch in tqdm(batches, desc=name):
             inputs = make_inputs(model, spec, batch=batch)
             tokens = typical_tokens(model, inputs)
-            facts: dict[tuple[str, float | None], dict[str, Any]] = {("torch fp32", None): {}}
-            calls: dict[tuple[str, float | None], list[Call]] = {("torch fp32", None): [_call(model, inputs)]}
-            if name in CNNS:
+            facts: dict[tuple[str, float | None], dict[str, Any]] = {(TORCH, None): {}}
+            calls: dict[tuple[str, float | None], list[Call]] = {(TORCH, None): [_call(model, inputs)]}
+            if name in CNNS and CHANNELS_LAST not in without:
                 facts[CHANNELS_LAST, None] = {}
                 calls[CHANNELS_LAST, None] = [_call(*_channels_last(model, inputs))]
-            if BF16 not in without:
+            if low is not None:
                 facts[BF16, None], calls[BF16, None] = {}, [_call(low, _cast(inputs))]
             with TemporaryDirectory() as folder:
-                for engine in dense_engines(model, inputs, Path(folder)):
+                for engine in dense_engines(model, inputs, Path(folder), without):
                     if engine.call is None:
                         print(f"{name}: {engine.name} is left out: {engine.why}")
                         continue
                     facts[engine.name, None] = {"error": round(engine.error or 0.0, 6), "n_bytes": engine.n_bytes}
                     calls[engine.name, None] = [engine.call]
                 kinds = {OURS: CNN_OPTIONS | {"example": inputs}} if name in CNNS else KINDS
-                for kind, sparsity in [(kind, s) for kind in kinds for s in sparsities]:
+                for kind, sparsity in [(kind, s) for kind in kinds for s in sparsities if kind not in without]:
                     fast = sparse_copy(model, sparsity, tokens, **kinds[kind])
                     facts[kind, sparsity], calls[kind, sparsity] = _facts(fast), [_call(fast, inputs)]
                 for key, timing in measure(calls, rounds=rounds).items():

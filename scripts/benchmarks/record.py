@@ -25,6 +25,7 @@ import torch
 from benchmarks import isa, peers
 from sparsify.hardware.machine import machine_name
 from sparsify.hardware.timing import Timing
+from sparsify.outputs import write_text
 
 SCHEMA = 2
 HEADER = ("schema", "benchmark", "command", "date", "machine", "versions", "absent", "roofs", "rows")
@@ -73,7 +74,7 @@ def write(record: dict[str, Any], path: Path) -> None:
     """Write a record with one row a line, for diff."""
     head = json.dumps({key: record[key] for key in HEADER if key != "rows"}, indent=1)
     rows = ",\n".join(json.dumps(r) for r in record["rows"])
-    path.write_text(f'{head[:-2]},\n "rows": [\n{rows}\n]}}\n')
+    write_text(path, f'{head[:-2]},\n "rows": [\n{rows}\n]}}\n')
 
 
 def read(path: Path) -> dict[str, Any]:

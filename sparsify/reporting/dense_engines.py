@@ -7,7 +7,7 @@ import importlib.util
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ _NEEDS = {
     _OPENVINO: ("onnx", "onnxscript", "openvino"),
     _OPENVINO_INT8: ("onnx", "onnxscript", "openvino"),
 }
+ENGINES = tuple(_NEEDS)
 
 
 @dataclass(frozen=True)
@@ -49,17 +50,19 @@ class Engine:
 
 
 @torch.inference_mode()
-def dense_engines(model: nn.Module, inputs: Inputs, folder: Path) -> Iterator[Engine]:
+def dense_engines(model: nn.Module, inputs: Inputs, folder: Path, without: Collection[str] = ()) -> Iterator[Engine]:
     """Yield the model in each engine, run once on `inputs`; one that is not installed, or fails, with the reason.
 
     int8 engines round the weights of Linears, with a scale per output, and activations in each call. A call reads
     `inputs` anew: other values may be written into its tensors. The ONNX files are written to `folder`. The model
-    stays as it was, and must be in eval mode.
+    stays as it was, and must be in eval mode. without: names of ENGINES to pass by.
     """
     right = first_tensor(run(model, inputs)).float()
     onnx_file = folder / "model.onnx"
     exported = ""
     for name, packages in _NEEDS.items():
+        if name in without:
+            continue
         missing = [package for package in packages if importlib.util.find_spec(package) is None]
         if missing:
             yield Engine(name, why=f"{' and '.join(missing)} not installed")
