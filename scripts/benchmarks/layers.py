@@ -14,6 +14,7 @@ import sparsify
 from benchmarks import peers, record, weights
 from benchmarks.cases import Grid, Shape
 from sparsify.hardware.timing import Call, measure, settle
+from sparsify.inference.form_selection import FormSelector
 
 OURS, BF16, INT8, INT8_BLOCKS = "sparsify", "sparsify bf16", "sparsify int8", "sparsify int8 1x4"
 CACHED, BEYOND_CACHE = "cached", "beyond cache"
@@ -99,7 +100,10 @@ class _Cell:
         """Add a layer as `export` makes it."""
         settle()  # threads of a peer that spin on would disturb the choice
         x = self.x.to(kind.dtype)
-        fast: nn.Module = sparsify.export(copy.deepcopy(layer).to(kind.dtype), example=x, **kind.options)
+        masked = copy.deepcopy(layer).to(kind.dtype)
+        fast = (
+            _from_memory(masked, x, **kind.options) if self.cold else sparsify.export(masked, example=x, **kind.options)
+        )
         form = fast.form if isinstance(fast, sparsify.CSRLinear) else "dense"
         n = weights.n_copies(sparsify.report(fast).layers.n_bytes)
         self._add((name, sparsity), layer, n, partial(_copy, fast, x), form)
@@ -130,6 +134,12 @@ class _Cell:
             "copies": len(self.calls[key]),
             "error": found,
         }
+
+
+def _from_memory(layer: sparsify.SparseLinear, x: Tensor, quantize: str | None = None) -> nn.Module:
+    """Export a layer as if it were one of many in a model larger than any cache."""
+    form = FormSelector(x.shape[0], model_bytes=1 << 50).choose(layer, x, quantize or "").form
+    return sparsify.export(layer, format=form, quantize=None if form == "dense" else quantize)
 
 
 def _with_own_weight(peer: peers.Peer, weight: Tensor, bias: Tensor, x: Tensor) -> Call:

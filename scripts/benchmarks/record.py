@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks import isa, peers
-from sparsify.hardware.machine import machine_name
+from sparsify.hardware.machine import last_level_cache_bytes, machine_name
 from sparsify.hardware.timing import Timing
 from sparsify.outputs import write_text
 
@@ -32,7 +32,6 @@ HEADER = ("schema", "benchmark", "command", "date", "machine", "versions", "abse
 TIMES = ("median_us", "low_us", "high_us", "n")
 
 _PACKAGES = ("sparsify-torch", "torch", "torchvision", "transformers", "onnxruntime", "openvino")
-_DEFAULT_LLC_BYTES = 32 << 20
 
 
 def describe(benchmark: str, arguments: Sequence[str]) -> dict[str, Any]:
@@ -47,7 +46,7 @@ def describe(benchmark: str, arguments: Sequence[str]) -> dict[str, Any]:
             **isa.this_machine(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
-            "last_level_cache_bytes": llc_bytes(),
+            "last_level_cache_bytes": last_level_cache_bytes(),
         },
         "versions": {"python": platform.python_version()} | {p: v for p in _PACKAGES if (v := peers.version(p))},
         "absent": peers.absent(),
@@ -94,15 +93,6 @@ def _command(arguments: Sequence[str]) -> str:
     forced = os.environ.get("SPARSIFY_KERNEL")
     prefix = f"SPARSIFY_KERNEL={shlex.quote(forced)} " if forced else ""
     return prefix + shlex.join([*words, "scripts/bench.py", *arguments])
-
-
-def llc_bytes() -> int:
-    """Return the size of the last-level cache, 32 MiB if the system does not tell."""
-    sizes = [_DEFAULT_LLC_BYTES]
-    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = file.read_text().strip()
-        sizes.append(int(text[:-1]) << {"K": 10, "M": 20, "G": 30}[text[-1]])
-    return max(sizes[1:], default=sizes[0])
 
 
 def _digits(value: float) -> float:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import sparsify
 from benchmarks.cases import Shape
-from benchmarks.record import llc_bytes
+from sparsify.hardware.machine import last_level_cache_bytes
 
 #: Layers called in rotation hold this many times the last-level cache together: each finds it without its weights.
 TIMES_LLC = 4
@@ -38,4 +38,4 @@ def inputs(shape: Shape, tokens: int) -> Tensor:
 
 def n_copies(weight_bytes: int) -> int:
     """Return the number of layers of this size to call in rotation for a cold cache."""
-    return math.ceil(min(TIMES_LLC * llc_bytes(), MOST_COLD_BYTES) / max(weight_bytes, 1))
+    return math.ceil(min(TIMES_LLC * last_level_cache_bytes(), MOST_COLD_BYTES) / max(weight_bytes, 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -11,6 +12,8 @@ import torch
 from sparsify.hardware.installation import rebuild_command
 from sparsify.kernels import gpu
 from sparsify.kernels.cpu import library as native
+
+_DEFAULT_LLC_BYTES = 32 << 20
 
 
 def machine_name(device: torch.device | None = None) -> str:
@@ -51,6 +54,18 @@ def doctor() -> list[tuple[str, str, str]]:
     else:
         rows.append(("GPU", "none", ""))
     return rows
+
+
+@cache
+def last_level_cache_bytes() -> int:
+    """Return the size of the last-level cache, 32 MiB if the system does not tell."""
+    units = {"K": 10, "M": 20, "G": 30}
+    sizes = []
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = file.read_text().strip()
+        if text[:-1].isdigit() and text[-1] in units:
+            sizes.append(int(text[:-1]) << units[text[-1]])
+    return max(sizes, default=_DEFAULT_LLC_BYTES)
 
 
 def processor_name() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import random
 import time
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
 from typing import TypeVar
+
+import torch
 
 from sparsify.kernels.cpu import library as native
 
@@ -63,8 +66,11 @@ def measure(
     rounds: int = 11,
     sample_s: float = SAMPLE_S,
     wait: Call = lambda: None,
+    hopeless: float = math.inf,
 ) -> dict[Key, Timing]:
     """Time every candidate in each of `rounds` rounds, in an order shuffled anew (the same in every run).
+
+    A candidate is left at two samples if the better one is `hopeless` times the best sample of all, or more.
 
     A candidate is one call, or several in rotation: copies of a layer, larger together than the cache. `wait` returns
     when the work of a call is done, for a device with a queue of its own.
@@ -79,9 +85,30 @@ def measure(
         for name in order:
             if round_ >= FEWEST_ROUNDS and used_s[name] > BUDGET_S:
                 continue
+            if round_ >= 2 and min(samples[name]) >= hopeless * min(map(min, samples.values())):
+                continue
             start = time.perf_counter()
             samples[name].append(_sample(rotations[name], sample_s, wait))
             used_s[name] += time.perf_counter() - start
+    return {name: Timing.of(s) for name, s in samples.items()}
+
+
+def measure_cold(candidates: Mapping[Key, Call], n_bytes: int, *, rounds: int = 11) -> dict[Key, Timing]:
+    """Time calls in turns that find nothing they read in a cache of `n_bytes`: other memory fills it before each."""
+    others = torch.ones(3 * n_bytes // 8)  # half as much again, since a cache does not drop the oldest first
+    samples: dict[Key, list[float]] = {name: [] for name in candidates}
+    order = list(candidates)
+    shuffle = random.Random(0).shuffle
+    for call in candidates.values():
+        call()
+    settle()
+    for _ in range(rounds):
+        shuffle(order)
+        for name in order:
+            others.sum()
+            start = time.perf_counter()
+            candidates[name]()
+            samples[name].append(time.perf_counter() - start)
     return {name: Timing.of(s) for name, s in samples.items()}
 
 

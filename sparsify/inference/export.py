@@ -56,7 +56,8 @@ def export(
     Layers exported before are exported anew.
 
     format: the form of the weights in memory. "auto" measures each layer here and takes the fastest form, dense if
-    no sparse one is faster: no layer is left slower than dense. Or one form for all layers: "csr" (runs anywhere,
+    no sparse one is faster: no layer is left slower than dense. Where the weights of all layers are more than the
+    last-level cache holds, each is measured from memory. Or one form for all layers: "csr" (runs anywhere,
     on the reference kernel), "panel" (many tokens), "bitmask" and "gather" (few), on GPUs "tiles" and "narrow"
     (moderate and high sparsity), "blocks" and "2:4" (masks of these patterns), "dense" (zeros in plain weights).
     The choice is on each exported layer as `choice`, and in `report`. A bfloat16 layer keeps bfloat16 weights on any
@@ -102,7 +103,9 @@ def export(
     for name, layer in layers.items():
         _check_layer(name, layer, format, quantize)
     warn_stale(layers)
-    chooser = FormSelector(128 if tokens is None else tokens, prefer, may_be_dense=not quantize_rest)
+    n_bytes = sum(layer.weight.nbytes for layer in layers.values())
+    rows = 128 if tokens is None else tokens
+    chooser = FormSelector(rows, prefer, may_be_dense=not quantize_rest, model_bytes=n_bytes)
     with making_tensors():
         judge = None if quantize is None else RoundingJudge(model, quantize, max_error, example, max_input_error)
         given = judge.inputs if judge else {} if example is None else layer_inputs(model, example)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from sparsify.conversion.converters.table import converter_of_layer, packed_type
 from sparsify.hardware import gpu_timing
-from sparsify.hardware.machine import machine_name
-from sparsify.hardware.timing import Call, LoadMeter, measure
+from sparsify.hardware.machine import last_level_cache_bytes, machine_name
+from sparsify.hardware.timing import Call, LoadMeter, measure, measure_cold
 from sparsify.kernels import FORMS, INT8_FORMS, fits, quantizes_inputs, supports
 from sparsify.kernels.csr import dense_to_csr
 from sparsify.layers import MaskedLayer, PackedLayer
@@ -21,11 +21,14 @@ from sparsify.layers.records import MARGIN, FormChoice
 #: Rounds in which each candidate is timed once, and the time each gets in a round.
 N_ROUNDS, SAMPLE_S = 7, 2e-3
 
+#: A form so many times slower than another after two rounds is not timed again: a neighbour slows one by 1.5 or 2.
+HOPELESS = 3.0
+
 #: With more cores than this busy with other processes a layer is measured again, up to so many times in all. The clock
 #: of processes ticks every 10 ms, so less than a quarter of a core is within its error.
 BUSY_CORES, N_TRIES = 0.25, 2
 
-#: A dense convolution on images with channels last: dense is the better of both layouts.
+#: A dense convolution on images with channels last, after a comma: dense is the better of both layouts.
 _DENSE_LAST = "dense, channels last"
 
 #: What a choice looks at first. "speed": the fastest form, of those as fast (within the margin) the smallest, and dense
@@ -48,13 +51,18 @@ class FormSelector:
     input and permission to round.
     """
 
-    def __init__(self, tokens: int, prefer: str = "speed", *, may_be_dense: bool = True) -> None:
-        """tokens: rows of input; may_be_dense: False to choose a form of int8 values wherever rounding is allowed."""
+    def __init__(self, tokens: int, prefer: str = "speed", *, may_be_dense: bool = True, model_bytes: int = 0) -> None:
+        """Make a selector without measurements.
+
+        tokens: rows of input. may_be_dense: False to choose a form of int8 values wherever rounding is allowed.
+        model_bytes: dense bytes of all weights that take turns with a layer's; a candidate finds its weight in the
+        last-level cache only if theirs, as small as the candidate is, have room there too.
+        """
         if tokens < 1:
             raise ValueError(f"tokens must be at least 1, got {tokens}")
         if prefer not in PREFERENCES:
             raise ValueError(f"prefer={prefer!r} is none of: {', '.join(PREFERENCES)}")
-        self.tokens, self.prefer, self.may_be_dense = tokens, prefer, may_be_dense
+        self.tokens, self.prefer, self.may_be_dense, self.model_bytes = tokens, prefer, may_be_dense, model_bytes
         self._known: dict[object, FormChoice] = {}
         self._others_cores: dict[int, float] = {}
 
@@ -139,11 +147,20 @@ class FormSelector:
                 calls[form] += [_call(copy.deepcopy(module), x) for _ in range(n - 1)]
             timings = gpu_timing.measure_replays(calls, x.device, rounds=N_ROUNDS, sample_s=SAMPLE_S)
         else:
-            timings = measure(calls, rounds=N_ROUNDS, sample_s=SAMPLE_S)
+            large = self._too_large(candidates)
+            cold = {name: call for name, [call] in calls.items() if name.partition(",")[0] in large}
+            warm = {name: group for name, group in calls.items() if name not in cold}
+            timings = measure(warm, rounds=N_ROUNDS, sample_s=SAMPLE_S, hopeless=HOPELESS)
+            timings |= measure_cold(cold, last_level_cache_bytes(), rounds=N_ROUNDS) if cold else {}
         times = {form: timing.median_s * 1e6 for form, timing in timings.items()}
         if _DENSE_LAST in times:
             times["dense"] = min(times["dense"], times.pop(_DENSE_LAST))
         return times
+
+    def _too_large(self, candidates: Mapping[str, nn.Module]) -> list[str]:
+        """Return the candidates whose weight comes from memory each time."""
+        share = self.model_bytes / max(_n_bytes(candidates["dense"]), 1)
+        return [form for form, module in candidates.items() if share * _n_bytes(module) > last_level_cache_bytes()]
 
 
 def _forms_here(weight: Tensor, rounded: str) -> list[str]:

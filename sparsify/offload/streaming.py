@@ -89,10 +89,12 @@ def write_from_disk(
     check_format(format, tokens, torch.device("cpu"), quantize)
     offload = DiskOffload(model, weights, journal, largest_block_bytes(model))
     try:
-        selector = FormSelector(128 if tokens is None else tokens)
+        layers = sparse_layers(model)
+        n_bytes = sum(layer.weight.nbytes for layer in layers.values())
+        selector = FormSelector(128 if tokens is None else tokens, model_bytes=n_bytes)
         judge = None if quantize is None else RoundingJudge(model, quantize, MAX_ERROR, example)
         choices, roundings = {}, {}
-        for name, layer in sparse_layers(model).items():
+        for name, layer in layers.items():
             offload.fetch(layer)
             packs = packed_type(layer) is not None
             rounding = judge.judge(layer, selector.tokens) if judge and packs else None

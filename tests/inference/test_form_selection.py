@@ -134,6 +134,29 @@ def test_prefer_memory_takes_the_smallest_that_was_measured():
         assert row.n_bytes == min(other[i].n_bytes for other in forms) < row.dense_bytes
 
 
+@needs_native
+def test_a_weight_of_a_large_model_is_measured_from_memory(monkeypatch):
+    """The forms too: in a cache of so many bytes, ten layers at 90% fit where ten dense ones do not."""
+    layer = pruned(0.9)[0]
+    seen = []
+
+    def cold(calls, n_bytes, *, rounds):
+        seen.append(set(calls))
+        assert n_bytes == 3 * layer.weight.nbytes
+        return measure({name: [call] for name, call in calls.items()}, rounds=1, sample_s=1e-4)
+
+    monkeypatch.setattr(choose, "last_level_cache_bytes", lambda: 3 * layer.weight.nbytes)
+    monkeypatch.setattr(choose, "measure_cold", cold)
+    one, ten, thousand = (
+        (FormSelector(1, model_bytes=n * layer.weight.nbytes).choose(layer).times_us.keys(), seen.copy(), seen.clear())
+        for n in (1, 10, 1000)
+    )
+    assert one[0] == ten[0] == thousand[0] >= {"dense", "bitmask", "gather"}
+    assert one[1] == []
+    assert {frozenset(names) for names in ten[1]} == {frozenset({"dense"})}  # a busy machine is measured twice
+    assert {frozenset(names) for names in thousand[1]} == {frozenset(thousand[0])}
+
+
 class OnGPU(torch.Tensor):
     """A tensor that says it is on a GPU."""
 

@@ -122,7 +122,7 @@ def run_record(name, rows, roofs=()):
 
 @needs_native
 def test_layers_end_to_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(weights, "llc_bytes", lambda: 1 << 15)
+    monkeypatch.setattr(weights, "last_level_cache_bytes", lambda: 1 << 15)
     grid = Grid(((96, 64),), (1, 5), (0.5, 0.9), (0.75,), large=((128, 128),), rounds=1)
     result = run_record("layers", layers.run(grid))
     rows = result["rows"]
@@ -148,7 +148,7 @@ def test_layers_end_to_end(tmp_path, monkeypatch):
 
 @needs_native
 def test_kernels_end_to_end(monkeypatch):
-    monkeypatch.setattr(weights, "llc_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(weights, "last_level_cache_bytes", lambda: 1 << 20)
     grid = Grid(((96, 64),), (128,), (0.5, 0.9), large=((512, 512),), rounds=1)
     roofs = kernels.measure_roofs()
     assert roofs["fma_gflops"] > 1
@@ -194,9 +194,9 @@ def test_models_end_to_end(monkeypatch):
 
 
 def test_copies_exceed_the_cache_and_fit_in_memory(monkeypatch):
-    monkeypatch.setattr(weights, "llc_bytes", lambda: 32 << 20)
+    monkeypatch.setattr(weights, "last_level_cache_bytes", lambda: 32 << 20)
     assert weights.n_copies(64 << 20) == 2
-    monkeypatch.setattr(weights, "llc_bytes", lambda: 300 << 20)
+    monkeypatch.setattr(weights, "last_level_cache_bytes", lambda: 300 << 20)
     assert weights.n_copies(64 << 20) == 8
 
 
