@@ -12,6 +12,7 @@ Sequential(
 from sparsify.calibration.sources import mix_data
 from sparsify.checkpoint.save_load import load, save
 from sparsify.conversion.convert import convert, masks_from_zeros, to_dense
+from sparsify.deployment.native import native_paths
 from sparsify.errors import (
     CarryOverWarning,
     CheckpointError,
@@ -77,6 +78,7 @@ __all__ = [
     "load_recipe",
     "masks_from_zeros",
     "mix_data",
+    "native_paths",
     "prune",
     "recover",
     "report",

@@ -13,7 +13,7 @@ from sparsify.cli.compress import compress
 from sparsify.cli.pages import write_page
 from sparsify.cli.recipes import recipes
 from sparsify.cli.sensitivity import sensitivity
-from sparsify.cli.show import bench_model, inspect, plan_recipe, run_doctor, schema
+from sparsify.cli.show import bench_model, inspect, plan_recipe, print_native_paths, run_doctor, schema
 from sparsify.conversion.tied_weights import TIED
 from sparsify.inference.export import FORMATS
 from sparsify.inference.rounding import QUANTIZE
@@ -206,6 +206,13 @@ def _doctor(group: Groups) -> None:
     _json(group())
 
 
+def _native(group: Groups) -> None:
+    places = {"shared_library": "the library", "include": "the folder of sparsify.h", "cmake": "that for find_package"}
+    for name, what in places.items():
+        option = f"--{name.removeprefix('shared_')}"
+        group()(option, dest="place", action="store_const", const=name, help=f"print {what} alone")
+
+
 def _completion(group: Groups) -> None:
     group()("shell", choices=SHELLS, help="the shell that reads the script")
 
@@ -224,6 +231,7 @@ _COMMANDS: tuple[tuple[str, Callable[[argparse.Namespace], None], str, Callable[
     ("recipes", recipes, "List the recipes that come with the package, or print one to copy.", _recipes),
     ("bench", bench_model, "Time a model here, dense against pruned and exported, whole and by layer.", _bench),
     ("doctor", run_doctor, "Say what this machine has for sparse layers, and what is missing.", _doctor),
+    ("native", print_native_paths, "Print where the C library is, for programs without Python.", _native),
     ("schema", schema, "Print the JSON schema of recipes, for editors.", _nothing),
     ("completion", completion, "Print a script with which a shell completes commands and options.", _completion),
 )
@@ -243,6 +251,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "recipes": ("", "gradual-magnitude-90"),
     "bench": ("--model torchvision:swin_t --sparsity 0.9 --batch 8",),
     "doctor": ("",),
+    "native": ("", "--cmake"),
     "schema": ("",),
     "completion": ("bash",),
 }

@@ -1,4 +1,4 @@
-"""The commands without an output file: inspect, plan, bench, doctor, schema."""
+"""The commands without an output file: inspect, plan, bench, doctor, native, schema."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import sparsify
 from sparsify.cli.models import build_model
 from sparsify.cli.options import conversion, given_inputs, inputs_of, model_of, naming, variables
 from sparsify.cli.printing import print_json, rows, show
+from sparsify.deployment.native import native_paths
 from sparsify.hardware.machine import doctor
 from sparsify.recipes.dry_run import plan
 from sparsify.recipes.loading import load_recipe
@@ -112,3 +113,13 @@ def run_doctor(arguments: argparse.Namespace) -> None:
         return
     for what, found, to_do in findings:
         print(f"{what + ':':16}{found}" + (f"\n{'':16}-> {to_do}" if to_do else ""))
+
+
+def print_native_paths(arguments: argparse.Namespace) -> None:
+    """Print the places of the C library, or one of them."""
+    paths = native_paths()
+    if arguments.place:
+        print(getattr(paths, arguments.place))
+        return
+    for name, place in paths._asdict().items():
+        print(f"{name + ':':16}{place}")

@@ -1,10 +1,15 @@
-/* The C interface of the native CPU kernels: every exported function is declared here.
+/* The C interface of sparsify: packed sparse weights, the kernels that multiply with them, and the checkpoints that
+ * hold them. Plain C, without torch and Python; docs/deploy.md shows programs. Every exported function is declared
+ * here.
  *
  * Words. A *form* is how a sparse weight (out x in) lies in memory for one family of kernels. In every form a packed
  * weight is two plain arrays: `index` (bytes: header, columns, masks, pointers; no values, position independent) and
  * `values` (float32, bfloat16 or int8, in the order the kernels read them, padding allowed). The way in and out is CSR
  * with int32 row pointers `crow` (out + 1) and int32 columns `col`, strictly increasing within a row. A stored value of
  * zero is a kept weight like any other.
+ *
+ * Threads. Any function may be called from several threads at once, except where it says otherwise. A call computes on
+ * at most the threads that it is told to.
  *
  * Return values: sizes are >= 0, status is SPARSIFY_OK (0); errors are negative and listed below.
  */
@@ -28,6 +33,8 @@ enum sparsify_status {
     SPARSIFY_NO_MEMORY = -4,
     SPARSIFY_UNKNOWN_KERNEL = -5,
     SPARSIFY_UNSUPPORTED_KERNEL = -6, /* known, but not on this processor */
+    SPARSIFY_BAD_FILE = -8,           /* no checkpoint, or a damaged one */
+    SPARSIFY_NOT_FOUND = -9,          /* no layer or tensor of that name */
 };
 
 enum sparsify_activation {
@@ -38,10 +45,15 @@ enum sparsify_activation {
     SPARSIFY_SILU = 4,
 };
 
+/* The version of the release, that of the Python package. */
+#define SPARSIFY_VERSION "0.1.0"
+SPARSIFY_API const char *sparsify_version(void);
 /* The number of this interface: whoever loads the library at run time compares it first, since a library built from
  * other sources may take other arguments. Raised with every change of a declaration below. */
-#define SPARSIFY_INTERFACE 3
+#define SPARSIFY_INTERFACE 4
 SPARSIFY_API int sparsify_interface(void);
+/* A status in words, for messages. */
+SPARSIFY_API const char *sparsify_status_text(int status);
 
 /* ---- instruction sets ------------------------------------------------------------------------------------------ */
 
@@ -54,7 +66,8 @@ SPARSIFY_API int sparsify_set_kernel(const char *name);
 /* How the environment variable SPARSIFY_KERNEL was understood: OK, UNKNOWN_KERNEL or UNSUPPORTED_KERNEL. */
 SPARSIFY_API int sparsify_kernel_status(void);
 /* The table whose code a table runs for a form, with int8 values if quantized is not 0: a set of instructions that adds
- * a few kernels to another takes the rest from there. NULL for an unknown name or form. */
+ * a few kernels to another takes the rest from there. The name itself if the table does not run on this processor; NULL
+ * for an unknown name or form. */
 SPARSIFY_API const char *sparsify_kernel_origin(const char *name, int form, int quantized);
 
 /* ---- threads ---------------------------------------------------------------------------------------------------- */
@@ -103,6 +116,19 @@ enum sparsify_form {
     SPARSIFY_PAIRMASK = 6,
     SPARSIFY_N_FORMS = 7,
 };
+/* The functions above of a form by its number, and its name; NULL for any other number. */
+struct sparsify_form_functions {
+    const char *name;
+    int64_t (*index_bytes)(int64_t out, int64_t in, const int32_t *crow, const int32_t *col);
+    int64_t (*n_values)(int64_t out, int64_t in, const int32_t *crow, const int32_t *col);
+    int (*pack)(int64_t out, int64_t in, const int32_t *crow, const int32_t *col, uint8_t *index, int64_t *order);
+    int (*check)(int64_t out, int64_t in, const uint8_t *index, int64_t index_bytes, int64_t n_values);
+    int64_t (*nnz)(const uint8_t *index);
+    int (*unpack)(int64_t out, int64_t in, const uint8_t *index, int64_t index_bytes, int64_t n_values, int32_t *crow,
+                  int32_t *col, int64_t *order);
+};
+SPARSIFY_API const struct sparsify_form_functions *sparsify_form(int form);
+
 enum sparsify_dtype { SPARSIFY_F32 = 0, SPARSIFY_BF16 = 1, SPARSIFY_N_DTYPES = 2 };
 
 /* y[t, o - first_row] = activation(sum over kept k of x[t, k] * w[o, k] + bias[o]) for first_row <= o < end_row,
@@ -229,6 +255,68 @@ SPARSIFY_API int sparsify_factor_parts(const struct sparsify_factor_call *call);
  */
 SPARSIFY_API double sparsify_measure_fma_gflops(double seconds, int n_threads);
 SPARSIFY_API double sparsify_measure_read_gbs(double seconds, int n_threads, int64_t bytes);
+
+/* ---- checkpoints -------------------------------------------------------------------------------------------------
+ * A file written by sparsify.save (docs/formats.md), read into memory whole. Opening checks everything that the file
+ * alone can tell: that it is a whole safetensors file, every hash, the header, and the tensors of each layer, so that
+ * what follows neither reads nor writes out of bounds. Stricter than Python: a JSON key that stands twice, and a zero
+ * byte in a name, are refused. A checkpoint may be read from several threads. Pointers given out belong to it.
+ */
+struct sparsify_checkpoint;
+
+/* Returns NULL for anything but a checkpoint; `message` (`message_bytes` long, may be NULL) then has the reason, and
+ * `status` (may be NULL) SPARSIFY_BAD_FILE or SPARSIFY_NO_MEMORY. */
+SPARSIFY_API struct sparsify_checkpoint *sparsify_checkpoint_open(const char *path, char *message,
+                                                                  int64_t message_bytes, int *status);
+SPARSIFY_API void sparsify_checkpoint_close(struct sparsify_checkpoint *checkpoint);
+
+/* Layers have the numbers from 0 on in the order of the header, tensors in an order of their own. The second pair
+ * returns the number of a name, or SPARSIFY_NOT_FOUND; tensors are found by the names of tied ones too. */
+SPARSIFY_API int64_t sparsify_checkpoint_n_layers(const struct sparsify_checkpoint *checkpoint);
+SPARSIFY_API int64_t sparsify_checkpoint_n_tensors(const struct sparsify_checkpoint *checkpoint);
+SPARSIFY_API int64_t sparsify_checkpoint_find_layer(const struct sparsify_checkpoint *checkpoint, const char *name);
+SPARSIFY_API int64_t sparsify_checkpoint_find_tensor(const struct sparsify_checkpoint *checkpoint, const char *name);
+
+/* An entry of `layers`: a packed weight (out x in). Texts are those of the header, UTF-8. */
+struct sparsify_stored_layer {
+    const char *name;        /* "" for the root of the model; its bias is the tensor NAME.bias */
+    const char *module;      /* "CSRLinear", "SparseLinear", "Linear", "Embedding" */
+    const char *format;      /* "csr", "bitmask", "dense" */
+    const char *dtype;       /* of the values: "F32", "BF16", "F16", "F64", "I8" ... */
+    const char *dequantized; /* the dtype of the weight that int8 values stand for; "" if the values are the weight */
+    const char *form;        /* the form that `export` chose, "dense" among them; "" if the file has no choice */
+    int64_t out, in, n_kept;
+    const float *scale; /* (out), of int8 values; else NULL */
+};
+SPARSIFY_API int sparsify_checkpoint_layer(const struct sparsify_checkpoint *checkpoint, int64_t number,
+                                           struct sparsify_stored_layer *layer);
+
+/* The kept weights of a layer as CSR: crow (out + 1), col (n_kept) and values (n_kept, of the layer's dtype). */
+SPARSIFY_API int sparsify_checkpoint_csr(const struct sparsify_checkpoint *checkpoint, int64_t number, int32_t *crow,
+                                         int32_t *col, void *values);
+
+/* A tensor of the file: biases, embeddings, norms, and the parts of packed weights. */
+struct sparsify_stored_tensor {
+    const char *name;
+    const char *dtype; /* "F32" ... */
+    int64_t n_dims;
+    const int64_t *sizes;
+    const void *data; /* row after row, at a multiple of 64 bytes */
+    int64_t bytes;
+};
+SPARSIFY_API int sparsify_checkpoint_tensor(const struct sparsify_checkpoint *checkpoint, int64_t number,
+                                            struct sparsify_stored_tensor *tensor);
+
+/* ---- other runtimes ----------------------------------------------------------------------------------------------
+ * ONNX Runtime, 1.17 or newer, calls this function of a library of custom operators: an OrtSessionOptions * and a const
+ * OrtApiBase *; returns an OrtStatus *. The operators are those that sparsify.export_onnx writes, of the domain
+ * "sparsify". */
+SPARSIFY_API void *RegisterCustomOps(void *options, const void *api_base);
+
+/* Registers the operators of exported layers with the torch of this process, 2.10 or newer: for a program that loads a
+ * package of AOTInductor. Not beside `import sparsify`, which registers them itself. Returns SPARSIFY_NOT_FOUND if
+ * libtorch is not loaded, SPARSIFY_BAD_ARGUMENT if torch refuses: a second call, or operators of another library. */
+SPARSIFY_API int sparsify_register_torch(void);
 
 #ifdef __cplusplus
 }

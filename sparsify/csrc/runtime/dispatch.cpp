@@ -15,7 +15,9 @@
 namespace sparsify {
 namespace {
 
+// A table may be asked for only where it runs: the code that makes it is compiled for its instruction set, too.
 struct Known {
+    const char *name;
     const KernelTable *(*table)();
     bool (*runs_here)();
 };
@@ -57,13 +59,13 @@ bool has_avx512amx() {
 
 const Known best_first[] = {
 #if defined(__x86_64__)
-    {avx512amx_table, has_avx512amx},
-    {avx512vnni_table, has_avx512vnni},
-    {avx512_table, has_avx512},
-    {avxvnni_table, has_avxvnni},
-    {avx2_table, has_avx2},
+    {"avx512amx", avx512amx_table, has_avx512amx},
+    {"avx512vnni", avx512vnni_table, has_avx512vnni},
+    {"avx512", avx512_table, has_avx512},
+    {"avxvnni", avxvnni_table, has_avxvnni},
+    {"avx2", avx2_table, has_avx2},
 #endif
-    {portable_table, [] { return true; }},
+    {"portable", portable_table, [] { return true; }},
 };
 
 struct Choice {
@@ -78,9 +80,8 @@ Choice choose(const char *name) {
     const bool any = !name || !*name;
     int status = SPARSIFY_UNKNOWN_KERNEL;
     for (const Known &known : best_first) {
-        const KernelTable *table = known.table();
-        if (!any && strcmp(name, table->name) != 0) continue;
-        if (known.runs_here()) return {table, SPARSIFY_OK};
+        if (!any && strcmp(name, known.name) != 0) continue;
+        if (known.runs_here()) return {known.table(), SPARSIFY_OK};
         status = SPARSIFY_UNSUPPORTED_KERNEL;
     }
     return {choose(nullptr).table, status};
@@ -151,9 +152,11 @@ const char *sparsify_kernel_origin(const char *name, int form, int quantized) {
     if (!name || form < 0 || form >= SPARSIFY_N_FORMS) return nullptr;
     const KernelTable *of = nullptr, *origin = nullptr;
     for (const Known &known : best_first) {  // a table comes before the one that it copies
+        const bool is_it = strcmp(name, known.name) == 0;
+        if (is_it && !known.runs_here()) return known.name;
+        if ((!of && !is_it) || !known.runs_here()) continue;
         const KernelTable *table = known.table();
-        if (strcmp(name, table->name) == 0) of = table;
-        if (!of) continue;
+        if (is_it) of = table;
         bool same = true;
         for (int dtype = 0; dtype < SPARSIFY_N_DTYPES; ++dtype)
             same &= quantized ? of->linear_int8[form][dtype] == table->linear_int8[form][dtype]

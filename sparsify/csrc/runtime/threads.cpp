@@ -6,6 +6,7 @@
 
 #include <atomic>
 
+#include "runtime/lent_threads.h"
 #include "runtime/thread_policy.h"
 #include "runtime/threads.h"
 #include "sparsify.h"
@@ -38,10 +39,26 @@ int64_t now_ns() {
     return int64_t(t.tv_sec) * 1000000000 + t.tv_nsec;
 }
 
+struct Lent {
+    Task task;
+    const void *context;
+    std::atomic<int> status;
+};
+
+void run_lent(void *context, size_t i) {
+    Lent &lent = *static_cast<Lent *>(context);
+    if (const int error = lent.task(lent.context, int64_t(i))) lent.status.store(error, std::memory_order_relaxed);
+}
+
 }  // namespace
 
 int run_tasks(int64_t n_tasks, int n_threads, Task task, const void *context) {
     if (n_threads > n_tasks) n_threads = int(n_tasks);
+    if (const Lender *threads = n_threads > 1 ? lender() : nullptr) {
+        Lent lent = {task, context, {SPARSIFY_OK}};
+        threads->run(threads->self, size_t(n_tasks), run_lent, &lent);
+        return lent.status.load(std::memory_order_relaxed);
+    }
     if (n_threads > MAX_THREADS) n_threads = MAX_THREADS;
     const bool several = n_threads > 1 && fork_handler == 0 && !forked.load(std::memory_order_relaxed);
     const int64_t start = several ? now_ns() : 0;

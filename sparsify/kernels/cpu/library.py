@@ -24,7 +24,7 @@ INT8_FORMS = (*FORMS, *QUANTIZES_INPUTS)
 #: The form of bfloat16 values and inputs alone; it is made for AMX, and slow on any other instruction set.
 PAIRMASK = "pairmask"
 MOST_QUANTIZED_IN = 65536  # SPARSIFY_MOST_QUANTIZED_IN
-INTERFACE = 3  # SPARSIFY_INTERFACE
+INTERFACE = 4  # SPARSIFY_INTERFACE
 ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -113,6 +113,11 @@ _FORM_NUMBERS = {form: number for number, form in enumerate((*INT8_FORMS, PAIRMA
 def available() -> bool:
     """Return whether the native library is there and can be used."""
     return _library is not None
+
+
+def path() -> Path:
+    """Return the file of the native library."""
+    return _LIBRARY
 
 
 def why_missing() -> str:
