@@ -28,6 +28,7 @@ SECTIONS = {
         "Reconstruction",
         "recover",
         "mix_data",
+        "generate_data",
         "carry_over",
         "export",
         "to_dense",

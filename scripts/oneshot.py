@@ -86,16 +86,20 @@ def measure(subject: Subject, order: dict[str, Any], batches: list[dict[str, Ten
     """Prune a fresh model as ordered, or not at all, and judge it."""
     model = sparsify.convert(subject.load(), include=subject.layers)
     order, watch = dict(order), LoadMeter()
-    recover_s = order.pop("recover_s", None)
-    teacher = copy.deepcopy(model) if recover_s else None
+    recover_s, whole_s = order.pop("recover_s", None), order.pop("whole_s", None)
+    teacher = copy.deepcopy(model) if recover_s or whole_s else None
     _reset_peak()
     started = time.perf_counter()
     if order.get("allocation") == "sensitivity":
         order["allocation"] = _by_sensitivity(model, order.pop("sparsity"), batches)
     if order:
         sparsify.prune(model, data=batches, cache_bytes=subject.cache_bytes, progress=True, **order)
-    if teacher is not None:
+    if teacher is not None and recover_s:
         sparsify.recover(model, teacher, batches, seconds=recover_s, progress=True)
+    if teacher is not None and whole_s:
+        more = batches if subject.more is None else subject.more()
+        left_s = max(whole_s - (time.perf_counter() - started), 1.0)
+        sparsify.recover(model, teacher, more, seconds=left_s, bfloat16=True, progress=True)
     seconds, peak_gb = time.perf_counter() - started, _peak_gb()
     rows = [row for row in sparsify.report(model) if row.format == "masked"]
     n_weights = [row.shape[0] * row.shape[1] for row in rows]

@@ -9,6 +9,7 @@ Sequential(
 )
 """
 
+from sparsify.calibration.generated import generate_data
 from sparsify.calibration.sources import mix_data
 from sparsify.checkpoint.save_load import load, save
 from sparsify.conversion.convert import convert, masks_from_zeros, to_dense
@@ -73,6 +74,7 @@ __all__ = [
     "convert",
     "export",
     "from_pretrained",
+    "generate_data",
     "inspect",
     "load",
     "load_recipe",

@@ -2,7 +2,12 @@
 
 from typing import Any
 
-#: Line -> arguments of prune. `recover_s`: then so many seconds of `sparsify.recover`.
+from sparsify import Reconstruction
+
+_TUNED = {"method": "sparsegpt", "correct": True, "reconstruct": Reconstruction(4, bfloat16=True)}
+
+#: Line -> arguments of prune. `recover_s`: then so many seconds of `sparsify.recover`; `whole_s`: then as many as are
+#: left of these for everything.
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"method": "magnitude"},
     "magnitude + refit": {"method": "magnitude", "refit": True},
@@ -14,6 +19,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "ALPS": {"method": "alps"},
     "ALPS, correcting": {"method": "alps", "correct": True},
     "ALPS, correcting, reconstruct 2": {"method": "alps", "correct": True, "reconstruct": 2},
+    "SparseGPT, correcting, tuned, 4 min in all": {**_TUNED, "whole_s": 235.0},
+    "SparseGPT, correcting, tuned, 20 min in all": {**_TUNED, "whole_s": 1190.0},
     "ALPS, correcting, then recover for 4 min": {"method": "alps", "correct": True, "recover_s": 240.0},
 }
 #: Column -> sparsity or pattern.

@@ -2,11 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from pretrained import minilm
 from torch import Tensor, nn
 from tradeoff_points.quality import brown_passages
+
+import sparsify
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class Subject:
     figures: dict[str, str]
     #: Bytes of data in memory during calibration; None: all.
     cache_bytes: int | None = None
+    #: Batches to recover on; None: those of the calibration.
+    more: Callable[[], list[dict[str, Tensor]]] | None = None
 
 
 def _minilm_judge(dense: nn.Module) -> Callable[[nn.Module], dict[str, Any]]:
@@ -65,9 +70,38 @@ def _smollm_batches(n: int) -> list[dict[str, Tensor]]:
 def _smollm_judge(dense: nn.Module) -> Callable[[nn.Module], dict[str, Any]]:
     from pretrained import smollm
 
-    return lambda model: {"perplexity": smollm.perplexity(model)}
+    return lambda model: {
+        "perplexity": smollm.perplexity(model),
+        "other letters": smollm.perplexity(model, files=smollm.OTHER_FILES),
+    }
 
 
+def _smollm_generated(n: int) -> list[dict[str, Tensor]]:
+    return sparsify.generate_data(_smollm_load(), n, 384, batch_size=n, progress=True)
+
+
+def _fashion_load(name: str) -> nn.Module:
+    from pretrained import fashion  # trains the model if it is not there
+
+    return fashion.load_dense(name)
+
+
+def _fashion_batches(n: int) -> list[dict[str, Tensor]]:
+    from pretrained import fashion
+
+    return fashion.calibration(n)
+
+
+def _fashion_judge(dense: nn.Module) -> Callable[[nn.Module], dict[str, Any]]:
+    from pretrained import fashion
+
+    return lambda model: {"accuracy": fashion.accuracy(model)}
+
+
+_PERPLEXITIES = {
+    "perplexity": "Perplexity on two other files of the Brown corpus (ca01, cg10)",
+    "other letters": "Perplexity on two more, of other letters (ck05, cr05), which calibration leaves out too",
+}
 #: Of the two subjects with sentence embeddings.
 _EMBEDDINGS = {
     "cosine": "Mean cosine of pruned and dense embeddings of the 50 Lee documents, none of them calibrated on",
@@ -90,13 +124,15 @@ SUBJECTS = {
     ),
     "minilm-mixed": Subject(
         "MiniLM-L6, calibrated on two sources",
-        "480 pieces of 128 tokens, without padding: half of the Lee background documents, half of Wikipedia",
+        "480 pieces of 128 tokens, without padding: half of the Lee background documents, half of Wikipedia; "
+        "recovered on all text of both",
         minilm.ENCODER_LAYERS,
         480,
         minilm.load_dense,
         minilm.mixed_batches,
         _minilm_judge,
         _EMBEDDINGS,
+        more=minilm.all_batches,
     ),
     "smollm2": Subject(
         "SmolLM2-135M: the 210 Linears of the blocks",
@@ -106,7 +142,32 @@ SUBJECTS = {
         _smollm_load,
         _smollm_batches,
         _smollm_judge,
-        {"perplexity": "Perplexity on two other files of the Brown corpus (ca01, cg10)"},
+        _PERPLEXITIES,
         cache_bytes=2**27,
     ),
+    "smollm2-generated": Subject(
+        "SmolLM2-135M, calibrated on its own text",
+        "64 x 384 tokens that the dense model wrote itself (`sparsify.generate_data`)",
+        ["model.layers.*"],
+        64,
+        _smollm_load,
+        _smollm_generated,
+        _smollm_judge,
+        _PERPLEXITIES,
+        cache_bytes=2**27,
+    ),
+    **{
+        f"fashion-{name}": Subject(
+            f"A small {title} trained on Fashion-MNIST, pruned afterwards",
+            "2,048 training images without labels; recovered on all 60,000",
+            ["encoder.*"] if name == "vit" else ["blocks.*"],
+            2048,
+            partial(_fashion_load, name),
+            _fashion_batches,
+            _fashion_judge,
+            {"accuracy": "Accuracy on the 10,000 test images, %"},
+            more=partial(_fashion_batches, 60000),
+        )
+        for name, title in (("vit", "Vision Transformer"), ("cnn", "CNN"))
+    },
 }

@@ -4,6 +4,7 @@ Quality is the correlation of embedding similarities with human ratings of the L
 1225 pairs, each rated by about ten people (Lee, Pincombe and Welsh 2005). `scripts/assets.py` fetches model and data.
 """
 
+import functools
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -97,11 +98,20 @@ def calibration_batches(n_documents: int = N_BACKGROUND) -> list[dict[str, Tenso
 
 def mixed_batches(n_pieces: int) -> list[dict[str, Tensor]]:
     """Return pieces of 128 tokens of two sources, background documents and Wikipedia, half of them of each."""
+    return sparsify.mix_data(_sources(), n_pieces)
+
+
+def all_batches() -> list[dict[str, Tensor]]:
+    """Return all pieces of both sources, to tune on."""
+    return [batch for batches in _sources().values() for batch in batches]
+
+
+@functools.cache
+def _sources() -> dict[str, list[dict[str, Tensor]]]:
     from pretrained import wikipedia
 
     background = (LEE_FOLDER / "lee_background.cor").read_text(encoding="latin-1").splitlines()
-    sources = {"news": _pieces(background), "Wikipedia": _pieces(wikipedia.articles())}
-    return sparsify.mix_data(sources, n_pieces)
+    return {"news": _pieces(background), "Wikipedia": _pieces(wikipedia.articles())}
 
 
 def _pieces(texts: Sequence[str], n_tokens: int = 128, batch: int = 16) -> list[dict[str, Tensor]]:

@@ -31,7 +31,7 @@ from sparsify.calibration.block_call import BlockCall, first_tensor, hidden_stat
 from sparsify.calibration.data_parallel import all_reduce_gram, local_batches
 from sparsify.calibration.eval_mode import eval_without_cache
 from sparsify.calibration.model_trace import NEVER_RAN, NO_ROWS, ONLY_ZEROS, ModelTrace, block_of, trace_model
-from sparsify.calibration.output_cache import OutputCache
+from sparsify.calibration.output_cache import AttentionCache, OutputCache
 from sparsify.calibration.padding import Padding, see_padding
 from sparsify.calibration.replay import ModelReplay, StopForward, run_module
 from sparsify.calibration.tunable_block import TunableBlock
@@ -145,10 +145,14 @@ class _Block:
     calls: Sequence[BlockCall]
     hidden: SpillingTensorList
     cache: OutputCache
+    attention: AttentionCache
 
-    def run(self, number: int, *, last: bool = False) -> Any:
-        """Run the block on batch `number`, and return its output."""
-        with self.cache.overriding_forwards(number, last=last):
+    def run(self, number: int, *, stops: bool = False, last: bool = False) -> Any:
+        """Run the block on batch `number`, and return its output.
+
+        stops: the run ends at a layer, with only finished ones before it
+        """
+        with self.cache.overriding_forwards(number, last=last), self.attention.repeating(number, storing=stops):
             return run_module(self.module, *self.calls[number].fill(self.hidden[number]))
 
 
@@ -216,11 +220,13 @@ class _SequentialRun:
         for name in chain:
             groups = [group for group in self.trace.groups if block_of(group[0], [name]) is not None]
             module = self.replay.model.get_submodule(name)
-            block = _Block(name, module, groups, [call[name] for call in calls], hidden, self.replay.cache)
+            cache, attention = self.replay.cache, AttentionCache(self.replay.cache.budget)
+            block = _Block(name, module, groups, [call[name] for call in calls], hidden, cache, attention)
             yield from self._calibrate_block(block, dense_hidden)
             for number in numbers:
                 hidden[number] = hidden_state(block.run(number, last=True))
-            self.replay.cache.forget(layer for group in groups for layer in group)
+            cache.forget(layer for group in groups for layer in group)
+            attention.forget()
         self.replay.finals[chain] = hidden
 
     def _calibrate_block(self, block: _Block, dense_hidden: SpillingTensorList | None) -> Iterator[CalibratedGroup]:
@@ -229,7 +235,8 @@ class _SequentialRun:
             self.ready(lambda layer: block_of(layer, [block.name]) is not None)
             for group in block.groups:
                 rows = dense_rows.get(group[0])
-                yield self.calibrate(group, block.run, block.name, rows)
+                run = functools.partial(block.run, stops=group[0] in self.trace.ran_once)
+                yield self.calibrate(group, run, block.name, rows)
                 if rows is not None:
                     rows.close()
                 self.finish(group)
@@ -240,6 +247,7 @@ class _SequentialRun:
         """Return a block for tuning; from here on its layers repeat no stored outputs."""
         names = tuple(name for group in block.groups for name in group)
         self.replay.cache.forget(names)
+        block.attention.forget()
 
         def counts(number: int, lead: Sequence[int]) -> Tensor | None:
             return self.padding.counts(("output", block.name), 0, lead, self.replay.batches[number])

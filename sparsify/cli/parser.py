@@ -80,7 +80,7 @@ def _compress(group: Groups) -> None:
     prune("--sparsity", type=float, help="fraction of zeros, 0 to 1")
     prune("--method", help=f"one of: {', '.join((*METHODS, *CALIBRATED, *SOLVERS))} (default: magnitude)")
     prune("--pattern", help='unstructured (default), rows, columns, "2:4", "4x1" ...')
-    prune("--allocation", help="uniform (default), global, erk, owl, error")
+    prune("--allocation", help="uniform (default), global, erk, owl, error, depth:0.1")
     prune("--max-sparsity", type=float, help="no layer loses more, where the allocation shares one target")
     prune("--refit", action="store_true", default=None, help="refit the kept weights to the data")
     prune("--correct", action="store_true", default=None, help="make up for what the layers before have lost")

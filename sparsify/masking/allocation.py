@@ -1,6 +1,6 @@
 """Allocations: from one target to the number of removed units of each layer.
 
-"uniform" and "erk" are formulas of the shapes. "global" ranks the scores of all layers together (masks.py). "owl" and
+"uniform", "erk" and "depth:0.1" are formulas of shapes and names. "global" ranks the scores of all layers together (masks.py). "owl" and
 "error" measure each layer on calibration data (pruning/measured_allocation.py).
 """
 
@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 
 ALLOCATIONS = ("uniform", "global", "erk")
+
+#: The beginning of an allocation by depth; a number follows.
+DEPTH = "depth:"
 
 #: Allocations that need calibration data.
 MEASURED_ALLOCATIONS = ("owl", "error")
@@ -88,6 +92,60 @@ def owl(n_units: Mapping[str, int], outliers: Mapping[str, float], sparsity: flo
         return {name: math.floor(n * min(max(share[name] + shift, 0.0), 1.0) + 0.5) for name, n in n_units.items()}
 
     kept = _kept_in_total(kept_at, -1.0, 1.5, total - n_removed(sparsity, total))
+    return {name: n - kept[name] for name, n in n_units.items()}
+
+
+def depth_spread(allocation: object) -> float | None:
+    """Return the number in "depth:0.1"; None for another allocation.
+
+    Raises ValueError unless it lies between -1 and 1 and is not 0.
+    """
+    if not isinstance(allocation, str) or not allocation.startswith(DEPTH):
+        return None
+    try:
+        spread = float(allocation.removeprefix(DEPTH))
+    except ValueError:
+        spread = math.nan
+    if not 0 < abs(spread) < 1:
+        raise ValueError(
+            f"allocation {allocation!r} needs a number between -1 and 1 behind {DEPTH!r}, and not 0: by how much the "
+            'last block is sparser than the mean, such as "depth:0.1"'
+        )
+    return spread
+
+
+def blocks_in_order(names: Iterable[str]) -> dict[str, int]:
+    """Number the blocks of layers in order: a block is named by the parts of a name up to the first with a last digit.
+
+    >>> blocks_in_order(["embed", "layers.0.q", "layers.0.k", "layers.1.q"])
+    {'embed': 0, 'layers.0.q': 1, 'layers.0.k': 1, 'layers.1.q': 2}
+    """
+    numbers: dict[str, int] = {}
+    found = {}
+    for name in names:
+        prefix = re.match(r"(?:[^.]*\.)*?[^.]*\d(?=\.|$)", name)
+        found[name] = numbers.setdefault(prefix[0] if prefix else name, len(numbers))
+    return found
+
+
+def by_depth(n_units: Mapping[str, int], numbers: Mapping[str, int], sparsity: float, spread: float) -> dict[str, int]:
+    """Let sparsity rise from block to block in equal steps: `spread` below the mean at first, and above it at last.
+
+    numbers: the block of each layer, counted from 0. The removed units of all layers add up to exactly round(sparsity x
+    their number): all densities are moved together, within 0 and 1. A higher sparsity never takes less from any layer.
+
+    >>> by_depth({"a": 100, "b": 100, "c": 100}, {"a": 0, "b": 1, "c": 2}, 0.8, 0.1)
+    {'a': 70, 'b': 80, 'c': 90}
+
+    Huang et al. 2025, arXiv:2502.14770.
+    """
+    total, last = sum(n_units.values()), max(numbers.values(), default=0) or 1
+    share = {name: spread * (1 - 2 * numbers[name] / last) for name in n_units}
+
+    def kept_at(shift: float) -> dict[str, int]:
+        return {name: math.floor(n * min(max(share[name] + shift, 0.0), 1.0) + 0.5) for name, n in n_units.items()}
+
+    kept = _kept_in_total(kept_at, -2.0, 2.5, total - n_removed(sparsity, total))
     return {name: n - kept[name] for name, n in n_units.items()}
 
 

@@ -9,10 +9,14 @@ from dataclasses import dataclass
 from sparsify.layer_names import matching
 from sparsify.masking.allocation import (
     ALLOCATIONS,
+    DEPTH,
     MEASURED_ALLOCATIONS,
+    blocks_in_order,
+    by_depth,
     capped,
     check_room,
     check_sparsity,
+    depth_spread,
     erk,
     n_removed,
     uniform,
@@ -123,6 +127,9 @@ def layer_specs(
     else:
         if spec.allocation == "erk":
             allocate = lambda n_units, sparsity: erk(n_units, shapes, sparsity)  # noqa: E731
+        elif spread := depth_spread(spec.allocation):
+            numbers = blocks_in_order(shapes)
+            allocate = lambda n_units, sparsity: by_depth(n_units, numbers, sparsity, spread)  # noqa: E731
         if allocate is None:
             raise ValueError(f"allocation {spec.allocation!r} is measured on the model and its data, not on shapes")
         removed = capped(allocate, n_units, spec.target, spec.max_sparsity)
@@ -152,8 +159,8 @@ def check_options(spec: PruningSpec) -> None:
             )
         for name, sparsity in spec.allocation.items():
             check_sparsity(sparsity, f"the sparsity of {name!r}")
-    elif spec.allocation not in (*ALLOCATIONS, *MEASURED_ALLOCATIONS):
-        known = ", ".join((*ALLOCATIONS, *MEASURED_ALLOCATIONS))
+    elif spec.allocation not in (*ALLOCATIONS, *MEASURED_ALLOCATIONS) and depth_spread(spec.allocation) is None:
+        known = ", ".join((*ALLOCATIONS, *MEASURED_ALLOCATIONS, f"{DEPTH}0.1"))
         raise ValueError(f"allocation {spec.allocation!r} is none of: {known}, or a dict of layer patterns")
     elif spec.sparsity is None:
         raise ValueError("a sparsity is needed (a fraction between 0 and 1)")
@@ -171,6 +178,8 @@ def check_spec(spec: PruningSpec, shapes: Mapping[str, tuple[int, int]]) -> None
         _check_covered(spec.allocation, shapes)
     elif spec.allocation != "uniform":
         _check_unit_sizes(spec, shapes)
+        if depth_spread(spec.allocation) and max(blocks_in_order(shapes).values(), default=0) == 0:
+            raise ValueError(f"allocation {spec.allocation!r} has no effect on layers of one block; use 'uniform'")
         check_room({name: pattern.n_units(shape) for name, shape in shapes.items()}, spec.target, spec.max_sparsity)
 
 

@@ -44,8 +44,9 @@ def prune(
     method: "magnitude", "random", or a function `(weight) -> scores` (see sparsify.masking.methods.registry); with data
         also "wanda", "sparsegpt" and "alps", the best and slowest
     pattern: "unstructured", "rows", "columns", N:M ("2:4"), blocks rows x columns ("4x1")
-    allocation: "uniform", the same for each layer; "global", all layers ranked together; "erk"; or a dict
-        {layer pattern: sparsity}, the first match counting; with data also "owl" (outliers among the inputs) and
+    allocation: "uniform", the same for each layer; "global", all layers ranked together; "erk";
+        "depth:0.1", rising in equal steps from 0.1 below the mean in the first block to 0.1 above it in the last; or a
+        dict {layer pattern: sparsity}, the first match counting; with data also "owl" (outliers among the inputs) and
         "error" (measured for each layer)
     include, exclude: layers by pattern or type, as for `convert`
     max_sparsity: no layer loses more; for allocations with one target for all layers

@@ -29,7 +29,7 @@ from sparsify.conversion.module_surgery import Model
 from sparsify.conversion.transaction import Transaction
 from sparsify.layers import MaskedLayer
 from sparsify.masking.unseen import refuse_unseen
-from sparsify.pruning.reconstruct import ramp, shuffled
+from sparsify.pruning.reconstruct import check_float32, computing, ramp, shuffled
 
 LR = 3e-3
 
@@ -43,6 +43,7 @@ def recover(
     seconds: float | None = None,
     lr: float = LR,
     seed: int = 0,
+    bfloat16: bool = False,
     progress: bool = False,
 ) -> Model:
     """Train the kept weights of a pruned model towards the teacher's hidden states, in place, and return the model.
@@ -54,6 +55,8 @@ def recover(
         same each time
     lr: Adam's highest learning rate
     seed: for the order of the batches
+    bfloat16: compute in bfloat16, and train weights that stay in float32: several times as fast on processors with
+        instructions for it
     progress: show a bar
 
     Trained are the kept weights of the masked layers and every Parameter of one dimension: biases and norms. Masks hold
@@ -77,6 +80,8 @@ def recover(
     if {id(p) for p in model.parameters()} & {id(p) for p in teacher.parameters()}:
         raise ValueError("the teacher shares Parameters with the model; give a copy made before pruning")
     layers = sparse_layers(model)
+    if bfloat16:
+        check_float32(layers)
     batches = read_batches(model, data)
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise ValueError("the model was made inside torch.inference_mode() and cannot be trained; make it outside")
@@ -92,7 +97,7 @@ def recover(
         )
         blocks = [block for chain in trace.chains for block in chain] or [""]
         padding = see_padding(model, batches, [("output", block) for block in blocks])
-        distillation = _Distillation(model, teacher, blocks, padding)
+        distillation = _Distillation(model, teacher, blocks, padding, bfloat16)
         with _trainable(model, list(layers.values())) as parameters:
             undo.keep(parameters)
             distillation.train(parameters, batches, budget, seed=seed, progress=progress)
@@ -143,6 +148,7 @@ class _Distillation:
     teacher: nn.Module
     blocks: Sequence[str]
     padding: Padding
+    bfloat16: bool
 
     def train(
         self,
@@ -156,6 +162,7 @@ class _Distillation:
         """Train the parameters until the budget is spent."""
         optimizer = torch.optim.Adam(parameters, lr=budget.lr)
         order = shuffled(len(batches), seed)
+        precision = computing(parameters[0].device, bfloat16=self.bfloat16)
         with tqdm(
             total=1.0,
             desc="recover",
@@ -167,8 +174,9 @@ class _Distillation:
                     group["lr"] = budget.lr_at(spent)
                 batch = batches[next(order)]
                 with torch.inference_mode(False), torch.enable_grad():
-                    targets = self._targets(batch)
-                    loss = self._loss(batch, targets)
+                    with precision:
+                        targets = self._targets(batch)
+                        loss = self._loss(batch, targets)
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()
                 if not math.isfinite(value := float(loss.detach())):

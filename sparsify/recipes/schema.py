@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from sparsify.masking.allocation import ALLOCATIONS, MEASURED_ALLOCATIONS, check_sparsity
+from sparsify.masking.allocation import ALLOCATIONS, MEASURED_ALLOCATIONS, check_sparsity, depth_spread
 from sparsify.masking.methods.registry import (
     CALIBRATED,
     METHODS,
@@ -116,7 +116,7 @@ class Group(BaseModel):
     @field_validator("allocation")
     @classmethod
     def _known_allocation(cls, allocation: Allocation) -> Allocation:
-        if isinstance(allocation, str) and allocation not in _ALLOCATIONS:
+        if isinstance(allocation, str) and allocation not in _ALLOCATIONS and depth_spread(allocation) is None:
             raise ValueError(f"there is no allocation {allocation!r}{nearest(allocation, _ALLOCATIONS)}")
         return allocation
 
@@ -216,6 +216,7 @@ class Reconstruct(BaseModel):
     epochs: int = Field(gt=0, description="how often a block sees the calibration data")
     lr: float = Field(RECONSTRUCT_LR, gt=0, allow_inf_nan=False, description="Adam's highest learning rate, relative")
     seed: int = Field(0, ge=-_SEEDS, lt=_SEEDS, description="for the order of the batches")
+    bfloat16: bool = Field(False, description="compute in bfloat16, where processors have instructions for it")
 
 
 class Recover(BaseModel):
@@ -227,6 +228,7 @@ class Recover(BaseModel):
     seconds: float | None = Field(None, gt=0, allow_inf_nan=False, description="time to train for")
     lr: float = Field(LR, gt=0, allow_inf_nan=False, description="Adam's highest learning rate")
     seed: int = Field(0, ge=-_SEEDS, lt=_SEEDS, description="for the order of the batches")
+    bfloat16: bool = Field(False, description="compute in bfloat16, where processors have instructions for it")
 
     @model_validator(mode="after")
     def _has_a_budget(self) -> Recover:

@@ -76,6 +76,17 @@ def test_it_comes_nearer_and_the_masks_hold(options: dict[str, Any], dtype: torc
             assert layer.pruning_result.time_s > 0
 
 
+def test_bfloat16_is_for_the_computation_only() -> None:
+    before, one, other = (pruned(reconstruct=how) for how in (None, Reconstruction(20, bfloat16=True), 20))
+    assert distance(one) < 0.8 * distance(before)
+    assert not torch.equal(one.blocks[0].up.weight, other.blocks[0].up.weight)
+    weight = one.blocks[0].up.weight
+    assert weight.dtype == torch.float32
+    assert not torch.equal(weight, weight.bfloat16().float())
+    with pytest.raises(ValueError, match=r"blocks\.0\.up: bfloat16 is for layers in float32, got torch.bfloat16"):
+        pruned(dtype=torch.bfloat16, reconstruct=Reconstruction(1, bfloat16=True))
+
+
 def test_only_kept_weights_and_biases_of_blocks_move() -> None:
     model = dense()
     model.blocks[1].up.bias.requires_grad_(False)

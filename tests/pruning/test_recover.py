@@ -69,6 +69,17 @@ def test_it_comes_nearer_and_the_masks_hold(pair: tuple[nn.Module, nn.Module]) -
         assert bool((layer.weight[~layer.mask] == 0).all())
 
 
+def test_bfloat16_is_for_the_computation_only(pair: tuple[nn.Module, nn.Module]) -> None:
+    model, teacher = pair
+    before = distance(model, teacher)
+    recover(model, teacher, DATA, steps=60, lr=1e-2, bfloat16=True)
+    assert distance(model, teacher) < 0.5 * before
+    weight = model.get_parameter("blocks.0.up.weight")
+    assert not torch.equal(weight, weight.bfloat16().float())
+    with pytest.raises(ValueError, match=r"blocks\.0\.up: bfloat16 is for layers in float32, got torch.float64"):
+        recover(model.double(), teacher.double(), DATA, steps=1, bfloat16=True)
+
+
 def test_only_kept_weights_biases_and_norms_move(pair: tuple[nn.Module, nn.Module]) -> None:
     model, teacher = pair
     values = {name: p.detach().clone() for name, p in model.named_parameters()}
