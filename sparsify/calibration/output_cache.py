@@ -99,7 +99,7 @@ class AttentionCache:
         self._outputs: dict[int, list[Tensor]] = {}
 
     def repeating(self, number: int, *, storing: bool) -> TorchFunctionMode:
-        """Return a context in which attention repeats the outputs of batch `number`, and stores new ones if asked to."""
+        """Return a context in which attention repeats its outputs of batch `number`, and stores new ones if asked."""
         return _RepeatedAttention(self._outputs.setdefault(number, []), self.budget if storing else None)
 
     def forget(self) -> None:

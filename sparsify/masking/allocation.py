@@ -1,7 +1,7 @@
 """Allocations: from one target to the number of removed units of each layer.
 
-"uniform", "erk" and "depth:0.1" are formulas of shapes and names. "global" ranks the scores of all layers together (masks.py). "owl" and
-"error" measure each layer on calibration data (pruning/measured_allocation.py).
+"uniform", "erk" and "depth:0.1" are formulas of shapes and names. "global" ranks the scores of all layers together
+(masks.py). "owl" and "error" measure each layer on calibration data (pruning/measured_allocation.py).
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def tune_block(
     n_steps = options.epochs * most_of_all(len(block))
     with torch.inference_mode(False), _trainable(block.module, chosen):
         parts = [_Trained(layer) for layer in chosen]
-        optimizer = torch.optim.Adam([{"params": part.masters, "size": part.size} for part in parts])
+        optimizer = torch.optim.Adam([{"params": part.masters, "size": part.size} for part in parts], fused=True)
         precision = computing(chosen[0].weight.device, bfloat16=options.bfloat16)
         for step, number in enumerate(itertools.islice(shuffled(len(block), options.seed), n_steps)):
             for group in optimizer.param_groups:

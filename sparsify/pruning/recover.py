@@ -160,7 +160,7 @@ class _Distillation:
         progress: bool,
     ) -> None:
         """Train the parameters until the budget is spent."""
-        optimizer = torch.optim.Adam(parameters, lr=budget.lr)
+        optimizer = torch.optim.Adam(parameters, lr=budget.lr, fused=True)
         order = shuffled(len(batches), seed)
         precision = computing(parameters[0].device, bfloat16=self.bfloat16)
         with tqdm(
