@@ -37,6 +37,7 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
             "max_sparsity",
             "refit",
             "correct",
+            "swap",
             "exclude",
             "seed",
         ]

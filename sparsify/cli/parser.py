@@ -84,6 +84,7 @@ def _compress(group: Groups) -> None:
     prune("--max-sparsity", type=float, help="no layer loses more, where the allocation shares one target")
     prune("--refit", action="store_true", default=None, help="refit the kept weights to the data")
     prune("--correct", action="store_true", default=None, help="make up for what the layers before have lost")
+    prune("--swap", action="store_true", default=None, help="weights change places where that lowers a layer's error")
     text = "tune each block once it is pruned, so many times over the data"
     prune("--reconstruct", type=int, metavar="EPOCHS", help=text)
     prune("--recover", type=_budget, metavar="BUDGET", help='then tune what is kept for so many seconds, or "200steps"')

@@ -11,6 +11,7 @@ from sparsify.masking.gram import Gram, add_damping
 from sparsify.masking.methods.refit import refit
 from sparsify.masking.methods.registry import BY_ROW, SOLVERS, Method, takes
 from sparsify.masking.methods.scoring import check_finite, score
+from sparsify.masking.methods.swaps import swap
 from sparsify.masking.patterns import choose_mask
 from sparsify.masking.spec import LayerSpec
 
@@ -25,15 +26,20 @@ def prune_layer(name: str, weight: Tensor, mask: Tensor, spec: LayerSpec, gram: 
     Raises ValueError, naming the layer, if a solver's pattern has units over several groups.
     """
     check_finite(name, weight)
-    weight = weight.detach().masked_fill(~mask, 0)
+    present, weight = mask, weight.detach().masked_fill(~mask, 0)
     if spec.method in SOLVERS:
         new, mask = _solve(name, weight, mask, spec, gram)
     else:
         scores = layer_scores(name, weight, spec.method, spec.seed, gram)
         mask = choose_mask(scores, mask, spec.pattern, spec.n_removed, by_row=spec.method in BY_ROW)
         new = weight.masked_fill(~mask, 0)
+    grams = as_groups(gram)
+    if spec.swap:
+        fit = spec.refit or spec.method in SOLVERS
+        tensors = (tensor.chunk(len(grams)) for tensor in (weight, new, mask, present))
+        pairs = [swap(*part, spec.pattern, gram=own, fit=fit) for *part, own in zip(*tensors, grams, strict=True)]
+        new, mask = torch.cat([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs])
     if spec.refit:
-        grams = as_groups(gram)
         parts = zip(weight.chunk(len(grams)), mask.chunk(len(grams)), grams, strict=True)
         new = torch.cat([refit(part, kept, gram=own) for part, kept, own in parts])
     return new, mask

@@ -40,7 +40,8 @@ Allocate = Callable[[Mapping[str, int], float], Mapping[str, int]]
 class LayerSpec:
     """The specification of one layer: `method` removes `n_removed` of its units; `refit` changes the kept weights.
 
-    With `correct` the layer aims at the outputs of the dense model, and makes up for the losses of earlier layers.
+    With `correct` the layer aims at the outputs of the dense model, and makes up for the losses of earlier layers. With
+    `swap` kept and removed weights change places first where that lowers the error of the layer's outputs.
     """
 
     method: str | Method
@@ -49,6 +50,7 @@ class LayerSpec:
     refit: bool = False
     correct: bool = False
     seed: int | None = None
+    swap: bool = False
 
     def chooses(self, shape: tuple[int, int]) -> bool:
         """Return whether the method has a choice in a layer of this shape: it loses some units, and not all."""
@@ -57,7 +59,7 @@ class LayerSpec:
     @property
     def needs_products(self) -> bool:
         """True if the method or the refit looks at the Gram matrix off its diagonal."""
-        return self.refit or self.correct or needs_products(self.method)
+        return self.refit or self.correct or self.swap or needs_products(self.method)
 
     def empties(self, shape: tuple[int, int]) -> bool:
         """Return whether a layer of this shape loses all its weights."""
@@ -80,6 +82,7 @@ class PruningSpec:
     refit: bool = False
     correct: bool = False
     seed: int | None = None
+    swap: bool = False
 
     @property
     def parsed_pattern(self) -> Pattern:
@@ -99,7 +102,7 @@ class PruningSpec:
 
     def for_layer(self, n_removed: int) -> LayerSpec:
         """Return the specification of a layer with so many removed units."""
-        return LayerSpec(self.method, self.parsed_pattern, n_removed, self.refit, self.correct, self.seed)
+        return LayerSpec(self.method, self.parsed_pattern, n_removed, self.refit, self.correct, self.seed, self.swap)
 
 
 def layer_specs(
@@ -144,6 +147,8 @@ def check_options(spec: PruningSpec) -> None:
             raise ValueError(
                 f"correct=True has no effect with method {spec.method!r} unless refit=True changes weights"
             )
+    if spec.swap and not (spec.parsed_pattern.is_nm or spec.parsed_pattern.block == (1, 1)):
+        raise ValueError(f"swap=True exchanges single weights, and pattern {spec.pattern} removes larger units")
     if spec.seed is not None and not takes_seed(spec.method):
         raise ValueError(
             f"seed={spec.seed} has no effect with method {method_label(spec.method)!r}, which draws no random numbers"

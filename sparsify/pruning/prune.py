@@ -33,6 +33,7 @@ def prune(
     seed: int | None = None,
     refit: bool = False,
     correct: bool = False,
+    swap: bool = False,
     reconstruct: int | Reconstruction | None = None,
     data: Iterable[Any] | None = None,
     cache_bytes: int | None = None,
@@ -56,6 +57,7 @@ def prune(
         of keyword arguments (`sparsify.calibration.batches.read_batches`); read once
     refit: change the kept weights to those with the smallest change of the layer's outputs
     correct: aim at the outputs of the dense model instead, to make up for the losses of earlier layers
+    swap: let kept and removed weights of a row change places where that lowers the error of the layer's outputs
     reconstruct: then tune the kept weights and biases of each block by gradient, so many times over the data, until its
         outputs are those of the dense model's block; a `Reconstruction` has more to say
     cache_bytes: memory for intermediates on their way through the model; the rest, and the former state of the layers,
@@ -76,13 +78,13 @@ def prune(
     layers = sparse_layers(model, include, exclude)
     for name, layer in layers.items():
         check_memory(name, layer.weight)
-    spec = PruningSpec(sparsity, method, pattern, allocation, max_sparsity, refit, correct, seed)
+    spec = PruningSpec(sparsity, method, pattern, allocation, max_sparsity, refit, correct, seed, swap)
     if data is not None:
         tuning = Reconstruction(reconstruct) if isinstance(reconstruct, int) else reconstruct
         options: dict[str, Any] = {"cache_bytes": cache_bytes, "reconstruct": tuning, "progress": progress}
         prune_with_specs(model, [(spec, list(layers))], data, **options)
         return model
-    needing_data = {"refit": refit or None, "correct": correct or None, "reconstruct": reconstruct}
+    needing_data = {"refit": refit or None, "correct": correct or None, "swap": swap or None, "reconstruct": reconstruct}
     for option, value in (needing_data | {"cache_bytes": cache_bytes, "progress": progress or None}).items():
         if value is not None:
             raise ValueError(f"{option}={value} has no effect without data; give data=...")

@@ -39,6 +39,7 @@ def compress(
     allocation: Allocation = "uniform",
     refit: bool = False,
     correct: bool = False,
+    swap: bool = False,
     reconstruct: int | Reconstruction | None = None,
     include: Selector | Sequence[Selector] | None = None,
     exclude: Selector | Sequence[Selector] | None = None,
@@ -83,7 +84,7 @@ def compress(
     conversion: dict[str, Any] = {"tied": tied, "functional": functional}
     selection: dict[str, Any] = {"include": include, "exclude": exclude, "types": types}
     pruning: dict[str, Any] = {"sparsity": sparsity, "method": method, "pattern": pattern, "allocation": allocation}
-    pruning |= {"seed": seed, "refit": refit, "correct": correct, "reconstruct": reconstruct}
+    pruning |= {"seed": seed, "refit": refit, "correct": correct, "swap": swap, "reconstruct": reconstruct}
     given = [key for key, value in (pruning | selection).items() if value not in (None, False, *_DEFAULTS)]
     if recipe is not None:
         if given:

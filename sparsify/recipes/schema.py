@@ -65,6 +65,7 @@ class Group(BaseModel):
     max_sparsity: float | None = Field(None, description="no layer loses more, where the allocation shares one target")
     refit: bool = Field(False, description="change the kept weights to reproduce the layer's outputs; needs data")
     correct: bool = Field(False, description="aim at the dense model's outputs, to make up for the layers before")
+    swap: bool = Field(False, description="kept and removed weights change places where that lowers a layer's error")
     schedule: Schedule = Field(Schedule(), description="when; constant: at once")
     seed: int | None = Field(None, ge=-_SEEDS, lt=_SEEDS, description="for methods that draw random numbers")
     masked: Literal["zero", "frozen", "trained"] = Field(
@@ -83,8 +84,9 @@ class Group(BaseModel):
         """The reason for calibration data in this group, in words; "" without one."""
         if self.method != HOLD and needs_data(self.method):
             return f"method {self.method!r}"
-        if self.refit or self.correct:
-            return "'refit'" if self.refit else "'correct'"
+        for key in ("refit", "correct", "swap"):
+            if getattr(self, key):
+                return repr(key)
         return f"allocation {self.allocation!r}" if self.allocation in MEASURED_ALLOCATIONS else ""
 
     @field_validator("schedule", mode="before")
@@ -191,6 +193,7 @@ class Group(BaseModel):
             self.refit,
             self.correct,
             self.seed if takes_seed(self.method) else None,
+            self.swap,
         )
 
     def _finals(self) -> list[float]:

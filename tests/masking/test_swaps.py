@@ -52,7 +52,7 @@ def test_no_pair_is_left_that_gains(shape: tuple[int, int], sparsity: float, pat
     present = torch.ones(shape, dtype=torch.bool)
     mask = choose_mask(target.abs(), present, parsed, round(sparsity * target.numel()))
     pruned = target.masked_fill(~mask, 0)
-    found, kept = swap(target, pruned, mask, parsed, gram=inputs_gram(shape[1]), fit=fit)
+    found, kept = swap(target, pruned, mask, present, parsed, gram=inputs_gram(shape[1]), fit=fit)
     assert torch.equal(kept.sum(1), mask.sum(1))
     assert bool((found[~kept] == 0).all())
     if parsed.is_nm:
@@ -73,7 +73,19 @@ def test_no_pair_is_left_that_gains(shape: tuple[int, int], sparsity: float, pat
 def test_inputs_of_zeros_change_nothing() -> None:
     target, mask = weight((3, 8)).double(), weight((3, 8), seed=2) > 0
     pruned = target.masked_fill(~mask, 0)
-    found, kept = swap(target, pruned, mask, parse_pattern("unstructured"), gram=torch.zeros(8, 8), fit=False)
+    present = torch.ones_like(mask)
+    found, kept = swap(target, pruned, mask, present, parse_pattern("unstructured"), gram=torch.zeros(8, 8), fit=False)
     energy_before, energy_after = pruned.square().sum(1), found.square().sum(1)
     assert bool((energy_after >= energy_before).all())  # damping alone ranks: the largest stay
     assert torch.equal(kept.sum(1), mask.sum(1))
+
+
+@pytest.mark.parametrize("fit", [False, True])
+def test_weights_removed_before_stay_removed(fit: bool) -> None:
+    target, present = weight((9, 16)).double(), weight((9, 16), seed=3) > -0.5
+    mask = choose_mask(target.abs(), present, parse_pattern("unstructured"), 90)
+    pruned = target.masked_fill(~mask, 0)
+    gram = inputs_gram(16)
+    found, kept = swap(target, pruned, mask, present, parse_pattern("unstructured"), gram=gram, fit=fit)
+    assert not bool((kept & ~present).any())
+    assert bool(errors(target, found, gram).sum() < errors(target, pruned, gram).sum())

@@ -15,11 +15,12 @@ _SMALLEST = 1e-6  # of a row's output energy: a swap must gain more
 
 
 def swap(
-    target: Tensor, weight: Tensor, mask: Tensor, pattern: Pattern, *, gram: Tensor, fit: bool
+    target: Tensor, weight: Tensor, mask: Tensor, present: Tensor, pattern: Pattern, *, gram: Tensor, fit: bool
 ) -> tuple[Tensor, Tensor]:
     """Return a weight (out, in), float64, and mask with an error at most that of `weight` under `mask`.
 
     target: the weight whose outputs are wanted
+    present: bool, False = removed before, to stay so
     pattern: unstructured, or N:M, where places change inside a group
     gram: the sum H of x xᵀ over the inputs x, (in, in)
     fit: give a weight that comes back its best value, instead of that in `target`
@@ -36,12 +37,13 @@ def swap(
         return current, kept
     n_together = max(_ENTRIES // (_CANDIDATES * kept.shape[1]), 1)
     for rows in torch.arange(len(kept), device=kept.device).split(n_together):
-        current[rows], kept[rows] = _swap_rows(wanted[rows], current[rows], kept[rows], pattern, hessian, fit)
+        parts = (tensor[rows] for tensor in (wanted, current, kept, present))
+        current[rows], kept[rows] = _swap_rows(*parts, pattern, hessian, fit)
     return current, kept
 
 
 def _swap_rows(
-    wanted: Tensor, weight: Tensor, kept: Tensor, pattern: Pattern, hessian: Tensor, fit: bool
+    wanted: Tensor, weight: Tensor, kept: Tensor, present: Tensor, pattern: Pattern, hessian: Tensor, fit: bool
 ) -> tuple[Tensor, Tensor]:
     """Swap in some rows until no pair gains anything."""
     single, sizes = hessian.float(), hessian.diagonal()
@@ -58,7 +60,7 @@ def _swap_rows(
             gains = after.square() / sizes.float()
         else:
             gains = wanted[active].float()[:, None] * (2 * after - (wanted[active] * sizes).float()[:, None])
-        gains = gains.masked_fill_(places[:, None], -torch.inf)
+        gains = gains.masked_fill_((places | ~present[active])[:, None], -torch.inf)
         if pattern.is_nm:
             group = torch.arange(kept.shape[1], device=kept.device) // pattern.group
             gains = gains.masked_fill_(group != (cheapest // pattern.group)[:, :, None], -torch.inf)
