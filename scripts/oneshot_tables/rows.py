@@ -12,8 +12,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"method": "magnitude"},
     "magnitude + refit": {"method": "magnitude", "refit": True},
     "Wanda": {"method": "wanda"},
+    "Wanda, swaps": {"method": "wanda", "swap": True},
     "SparseGPT": {"method": "sparsegpt"},
     "SparseGPT + refit": {"method": "sparsegpt", "refit": True},
+    "SparseGPT, swaps + refit": {"method": "sparsegpt", "swap": True, "refit": True},
     "SparseGPT, correcting": {"method": "sparsegpt", "correct": True},
     "SparseGPT, correcting, reconstruct 2": {"method": "sparsegpt", "correct": True, "reconstruct": 2},
     "ALPS": {"method": "alps"},
@@ -30,7 +32,7 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "1x4, 50%": {"pattern": "1x4", "sparsity": 0.5},
 }
 #: Allocations of one sparsity to the layers; "sensitivity" is measured by `sparsify sensitivity`.
-ALLOCATIONS = ("uniform", "erk", "owl", "error", "sensitivity")
+ALLOCATIONS = ("uniform", "erk", "depth:0.05", "owl", "error", "sensitivity")
 ALLOCATED_METHODS = ("SparseGPT", "ALPS", "ALPS, correcting")
 ALLOCATED_COLUMN = "70%"
 

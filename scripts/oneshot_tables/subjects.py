@@ -136,7 +136,8 @@ SUBJECTS = {
     ),
     "smollm2": Subject(
         "SmolLM2-135M: the 210 Linears of the blocks",
-        "64 x 384 tokens of the Brown corpus; at most 128 MiB of them stay in memory on their way through the model",
+        "64 x 384 tokens of the Brown corpus; at most 128 MiB of them stay in memory on their way through the model. "
+        "Cells without a second perplexity were calibrated on two of its files as well",
         ["model.layers.*"],
         64,
         _smollm_load,

@@ -16,6 +16,8 @@ from sparsify.cli.processors import PictureProcessor, picture_processor, tokeniz
 from sparsify.cli.user_code import blaming, iterate, load_function
 
 SAMPLES, TOKENS, BATCH = 128, 256, 8
+#: The source of a language model without any text.
+GENERATED = "generated"
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 TEXTS = (".txt", ".md", ".jsonl", ".csv", ".cor")
 

@@ -6,17 +6,19 @@ import argparse
 import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 from torch import nn
 
-from sparsify.cli.calibration_data import BATCH, load_data, load_sources
+from sparsify.calibration.generated import generate_data
+from sparsify.cli.calibration_data import BATCH, GENERATED, SAMPLES, TOKENS, load_data, load_sources
 from sparsify.cli.model_inputs import check_inputs, make_inputs
 from sparsify.cli.models import build_model, build_pretrained, load_weights, named_weights
 from sparsify.cli.printing import note
 from sparsify.cli.quality import N_BATCHES
-from sparsify.cli.user_code import UserCodeError
+from sparsify.cli.user_code import UserCodeError, blaming
 from sparsify.errors import CheckpointError, RecipeError
 from sparsify.offload.streaming import CACHE_BYTES
 from sparsify.recipes.loading import load_recipe
@@ -107,7 +109,21 @@ def data_of(arguments: argparse.Namespace) -> Any:
         if given:
             raise ValueError("--samples and --sample-tokens have no effect without --data")
         return None
+    if GENERATED in arguments.data and not Path(GENERATED).exists():
+        return _generated(arguments, **{"samples": SAMPLES, "tokens": TOKENS, **given})
     return load_sources(arguments.data, arguments.model, weights=arguments.weights, **given)
+
+
+def _generated(arguments: argparse.Namespace, samples: int, tokens: int) -> list[Any]:
+    """Let the dense language model write its calibration data."""
+    if arguments.data != [GENERATED]:
+        raise ValueError(f"--data {GENERATED} is for where no text is at hand; leave it out, or the other sources")
+    if getattr(arguments, "stream", False):
+        raise ValueError(f"--data {GENERATED} needs the model in memory, which --stream does without; give texts")
+    model = model_of(arguments)
+    note(f"--data {GENERATED}: {samples} texts of {tokens} tokens, written by {arguments.model} itself")
+    with blaming(f"--data {GENERATED}"):
+        return generate_data(model, samples, tokens, progress=not getattr(arguments, "json", False))
 
 
 def other_data_of(arguments: argparse.Namespace) -> dict[str, list[Any]]:

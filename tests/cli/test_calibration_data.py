@@ -168,3 +168,34 @@ def test_compress_on_the_data_of_a_function(
     assert "method 'sparsegpt' needs calibration data" in capsys.readouterr().err
     assert main([*command, "--samples", "3", "--out", str(out)]) == 2
     assert "--samples and --sample-tokens have no effect without --data" in capsys.readouterr().err
+
+
+def test_a_language_model_writes_its_own_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "writing_net.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n"
+        "        self.embed, self.head = torch.nn.Embedding(24, 16), torch.nn.Linear(16, 24)\n"
+        "    def forward(self, input_ids):\n        return self.head(self.embed(input_ids))\n"
+        "def build():\n    torch.manual_seed(0)\n    return Net()\n"
+        "def no_writer():\n    return torch.nn.Linear(4, 4)\n"
+        "def batches():\n    return [torch.zeros(1, 2, dtype=torch.long)]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "out.safetensors"
+    command = ["compress", "--method", "sparsegpt", "--sparsity", "0.5", "--out", str(out), "--data", "generated"]
+    sizes = ["--samples", "4", "--sample-tokens", "9"]
+    assert main([*command, *sizes, "--model", "writing_net:build", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert "--data generated: 4 texts of 9 tokens, written by writing_net:build itself" in printed.err
+    assert json.loads(printed.out)["in_memory"][0]["sparsity"] == 0.5
+    refused = {
+        "--data generated: the model does not run on input_ids alone": ["--model", "writing_net:no_writer"],
+        "--data generated is for where no text is at hand": ["writing_net:batches", "--model", "writing_net:build"],
+        "--data generated needs the model in memory": ["--model", "writing_net:build", "--stream"],
+    }
+    for message, words in refused.items():
+        assert main([*command, *words]) == 2
+        assert message in capsys.readouterr().err
