@@ -162,8 +162,8 @@ def _set(add: Add) -> None:
 
 
 def _data(add: Add) -> None:
-    text = "calibration data: texts, pictures, or package.module:function, several with equal shares; or generated, texts "
-    text += "that a language model writes itself"
+    text = "calibration data: texts, pictures, or package.module:function; several sources have equal shares; or "
+    text += "generated, texts that a language model writes itself"
     add("--data", nargs="+", metavar="DATA", help=text)
     add("--samples", type=int, metavar="N", help=f"texts or pictures to calibrate on (default: {SAMPLES})")
     add("--sample-tokens", type=int, metavar="N", help=f"tokens of each text (default: {TOKENS})")

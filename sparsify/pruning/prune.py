@@ -84,7 +84,8 @@ def prune(
         options: dict[str, Any] = {"cache_bytes": cache_bytes, "reconstruct": tuning, "progress": progress}
         prune_with_specs(model, [(spec, list(layers))], data, **options)
         return model
-    needing_data = {"refit": refit or None, "correct": correct or None, "swap": swap or None, "reconstruct": reconstruct}
+    needing_data: dict[str, Any] = {"refit": refit or None, "correct": correct or None, "swap": swap or None}
+    needing_data |= {"reconstruct": reconstruct}
     for option, value in (needing_data | {"cache_bytes": cache_bytes, "progress": progress or None}).items():
         if value is not None:
             raise ValueError(f"{option}={value} has no effect without data; give data=...")
