@@ -388,16 +388,3 @@ def test_pointwise_convolutions_are_the_linear_layers_of_their_pixels(correct: b
     prune(convert(linears), 0.5, method="sparsegpt", correct=correct, data=[images.permute(0, 2, 3, 1)])
     for i in (0, 2):
         torch.testing.assert_close(convolutions[i].weight[:, :, 0, 0], linears[i].weight)
-
-
-@pytest.mark.parametrize("options", [{}, {"refit": True}, {"pattern": "2:4"}])
-@pytest.mark.parametrize("method", NEED_DATA)
-def test_swaps_lower_the_error_and_keep_the_count(method: str, options: dict[str, Any]) -> None:
-    options = {"sparsity": None if "pattern" in options else 0.6, "method": method, **options}
-    one, other = (prune(model(), **options, data=[X], swap=swaps) for swaps in (False, True))
-    for before, after in zip(layers(one)[:1], layers(other)[:1], strict=True):  # later ones have other inputs
-        assert int(after.mask.sum()) == int(before.mask.sum())
-        assert torch.equal(after.mask, after.weight != 0)
-        assert after.pruning_result.error <= before.pruning_result.error + 1e-6
-    with pytest.raises(ValueError, match="swap=True has no effect without data"):
-        prune(model(), 0.5, swap=True)
