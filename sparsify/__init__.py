@@ -14,6 +14,7 @@ from sparsify.calibration.sources import mix_data
 from sparsify.checkpoint.save_load import load, save
 from sparsify.conversion.convert import convert, masks_from_zeros, to_dense
 from sparsify.deployment.native import native_paths
+from sparsify.deployment.onnx_export import export_onnx
 from sparsify.errors import (
     CarryOverWarning,
     CheckpointError,
@@ -73,6 +74,7 @@ __all__ = [
     "compress",
     "convert",
     "export",
+    "export_onnx",
     "from_pretrained",
     "generate_data",
     "inspect",

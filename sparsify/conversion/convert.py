@@ -18,6 +18,7 @@ from sparsify.conversion.converters.table import (
     dependent_modules,
     select_converters,
 )
+from sparsify.conversion.coreml_marks import check_mark, mark_for_coreml
 from sparsify.conversion.foreign_masks import check_converted, peft_adapters
 from sparsify.conversion.left_dense import DEPTHWISE, convolutions_notice, notice, uncovered
 from sparsify.conversion.module_surgery import Model, layers_of_type, replace_in_place
@@ -196,16 +197,21 @@ def plan_convert(
     return Plan(swap, tuple(already), left, already | weights, shared, chosen)
 
 
-def to_dense(model: Model) -> Model:
+def to_dense(model: Model, *, mark: str | None = None) -> Model:
     """Turn every converted or exported layer back into its dense type, with zeros, in place, and return the model.
 
     Masked weights become zero even in the middle of a schedule. Raises ValueError, before any change, for a layer
     parametrized, pruned or quantized by torch since `convert`.
 
+    mark: "coreml" adds the buffers by which coremltools stores these weights sparse, as a bitmask and the kept values.
+        They are in the state_dict, under names that begin with `_COREML_/`.
+
     >>> to_dense(convert(nn.Sequential(nn.Linear(4, 3))))[0]
     Linear(in_features=4, out_features=3, bias=True)
     """
+    check_mark(mark)
     layers = layers_of_type(model, MaskedLayer)
+    sparse = [*layers, *layers_of_type(model, PackedLayer)]
     for name, masked in layers.items():
         try:
             check_converted(masked)
@@ -230,6 +236,8 @@ def to_dense(model: Model) -> Model:
             replace_in_place(unfused, undo_unfuse(unfused))
         for module in model.modules():
             set_form_choice(module, None)  # the layer no longer has that form
+    if mark == "coreml":
+        mark_for_coreml(model, sparse)
     return model
 
 

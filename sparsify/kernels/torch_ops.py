@@ -8,7 +8,9 @@ strings: each of these costs a small layer microseconds a call.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -99,12 +101,26 @@ def _linear_by_torch(
     return reference.linear(x, csr, bias, shape, slice(rows[0], end), activation)
 
 
+#: True while an ONNX file with operators of ours is written.
+_own_onnx: ContextVar[bool] = ContextVar("own_onnx", default=False)
+
+
+@contextmanager
+def in_own_onnx() -> Iterator[None]:
+    """Let the exporter of ONNX trace exported layers: whoever calls it has operators for them."""
+    token = _own_onnx.set(True)
+    try:
+        yield
+    finally:
+        _own_onnx.reset(token)
+
+
 def check_exporter() -> None:
-    """Raise RuntimeError if a layer is traced for ONNX: it has no operator for sparse weights."""
-    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+    """Raise RuntimeError if a layer is traced for plain ONNX: it has no operator for sparse weights."""
+    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export() and not _own_onnx.get():
         raise RuntimeError(
             "ONNX has no sparse layers; give torch.onnx.export a copy with dense weights and zeros: "
-            "sparsify.to_dense(copy.deepcopy(model))"
+            "sparsify.to_dense(copy.deepcopy(model)), or write operators of ours for ONNX Runtime: sparsify.export_onnx"
         )
 
 
