@@ -151,14 +151,14 @@ def _percents(rows: Sequence[Row]) -> list[str]:
 def _kernels(record: Record) -> dict[str, Table]:
     rows, (peak, bandwidth) = record["rows"], (record["roofs"]["fma_gflops"], record["roofs"]["read_gbs"])
     bars = KERNEL_BARS.get(_isa_kernels(record), {})
-    quartiles = "peak_high_gflops" in rows[0]
-    shares = ["share of the peak", "in the fastest quarter (bar)"] if quartiles else ["share of the peak (bar)"]
+    bests = "best_us" in rows[0]
+    shares = ["share of the peak", "at best (bar)"] if bests else ["share of the peak (bar)"]
     many = [["weight", "tokens", "sparsity", "form", "us", "useful GFLOP/s", *shares]]
     for r in best_by((r for r in rows if r["tokens"] > 1), "shape", "tokens", "sparsity", largest="gflops"):
         middle = r["gflops"] / r.get("peak_gflops", peak)
-        undisturbed = r["gflops"] * r["median_us"] / r["low_us"] / r["peak_high_gflops"] if quartiles else middle
-        texts = [f"{middle:.2f}"] * quartiles
-        texts.append(against_bar(undisturbed, bars.get(r["sparsity"])).replace("x", "", 1))
+        best = r["gflops"] * r["median_us"] / r["best_us"] / r["best_peak_gflops"] if bests else middle
+        texts = [f"{middle:.2f}"] * bests
+        texts.append(against_bar(best, bars.get(r["sparsity"])).replace("x", "", 1))
         many.append([*_where(r), r["candidate"], _time(r), f"{r['gflops']:.0f}", *texts])
     one = [["weight", "tokens", "sparsity", "form", "us", "GB/s of packed weight", "of the bandwidth"]]
     for r in (r for r in rows if r["tokens"] == 1):

@@ -37,26 +37,70 @@ __attribute__((always_inline)) inline void gather_group(const GatherView &view, 
     }
 }
 
-template <int N, bool PADDED, bool EXACT, typename T>
-void gather_tile(const GatherView &view, const T *values, int64_t tile, const float *x, int64_t x_stride, float *sums) {
-    const int64_t groups_per_sum = gather_groups_per_sum(view.header), end = view.tile_groups[tile + 1];
-    values += view.tile_values[tile];
-    size_t at = 0;
-    Vec total[N] = {};
-    for (int64_t group = view.tile_groups[tile]; group < end;) {
-        const int64_t end_sum = group + groups_per_sum < end ? group + groups_per_sum : end;
-        Vec part[N][GATHER_CHAINS] = {};
-        for (; group < end_sum; ++group) gather_group<N, PADDED, EXACT>(view, group, values, x, x_stride, at, part);
+// TILES neighbours at once: while one waits for memory, the other has work.
+template <int TILES, int N, bool PADDED, bool EXACT, typename T>
+void gather_tiles(const GatherView &view, const T *values, int64_t tile, const float *x, int64_t x_stride,
+                  float *sums) {
+    const int64_t groups_per_sum = gather_groups_per_sum(view.header);
+    int64_t group[TILES], end[TILES];
+    const T *next[TILES];
+    size_t at[TILES] = {};
+    Vec total[TILES][N] = {};
+#pragma GCC unroll 2
+    for (int t = 0; t < TILES; ++t) {
+        group[t] = view.tile_groups[tile + t];
+        end[t] = view.tile_groups[tile + t + 1];
+        next[t] = values + view.tile_values[tile + t];
+    }
+    for (bool left = true; left;) {
+        Vec part[TILES][N][GATHER_CHAINS] = {};
+        int64_t n[TILES], both = groups_per_sum;
+#pragma GCC unroll 2
+        for (int t = 0; t < TILES; ++t) {
+            n[t] = end[t] - group[t] < groups_per_sum ? end[t] - group[t] : groups_per_sum;
+            both = n[t] < both ? n[t] : both;
+        }
+        for (int64_t i = 0; i < both; ++i) {
+#pragma GCC unroll 2
+            for (int t = 0; t < TILES; ++t)
+                gather_group<N, PADDED, EXACT>(view, group[t]++, next[t], x, x_stride, at[t], part[t]);
+        }
+        left = false;
+#pragma GCC unroll 2
+        for (int t = 0; t < TILES; ++t) {
+            for (int64_t i = both; i < n[t]; ++i)
+                gather_group<N, PADDED, EXACT>(view, group[t]++, next[t], x, x_stride, at[t], part[t]);
 #pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) total[n] = add(total[n], add(add(part[n][0], part[n][1]), part[n][2]));
+            for (int k = 0; k < N; ++k)
+                total[t][k] = add(total[t][k], add(add(part[t][k][0], part[t][k][1]), part[t][k][2]));
+            left |= group[t] < end[t];
+        }
     }
-    const uint8_t *rows = view.rows + tile * GATHER_TILE.lanes;
-    for (int n = 0; n < N; ++n) {
-        alignas(32) float lanes[GATHER_TILE.lanes];
-        store(lanes, total[n]);
-        for (int l = 0; l < GATHER_TILE.lanes && rows[l] != GATHER_NO_ROW; ++l)
-            sums[n * BLOCK_ROWS + rows[l]] = lanes[l];
+#pragma GCC unroll 2
+    for (int t = 0; t < TILES; ++t) {
+        const uint8_t *rows = view.rows + (tile + t) * GATHER_TILE.lanes;
+        for (int k = 0; k < N; ++k) {
+            alignas(32) float lanes[GATHER_TILE.lanes];
+            store(lanes, total[t][k]);
+            for (int l = 0; l < GATHER_TILE.lanes && rows[l] != GATHER_NO_ROW; ++l)
+                sums[k * BLOCK_ROWS + rows[l]] = lanes[l];
+        }
     }
+}
+
+template <int TILES, int N, bool EXACT, typename T>
+void gather_neighbours(const GatherView &view, const T *values, int64_t tile, const float *x, int64_t x_stride,
+                       float *sums) {
+    if (view.header->padded)
+        gather_tiles<TILES, N, true, EXACT>(view, values, tile, x, x_stride, sums);
+    else
+        gather_tiles<TILES, N, false, EXACT>(view, values, tile, x, x_stride, sums);
+}
+
+// Whether two tiles at once are faster with one token: with weights from memory 1.17x at 50 to 80% and 1.08x at 90%,
+// and 0.94x at 95%, where a step has 2.9 values (4096x4096, Emerald Rapids, two threads).
+inline bool gather_pairs(const GatherView &view) {
+    return 2 * view.header->nnz >= 7 * int64_t(view.header->n_groups) * GATHER_TILE.steps;
 }
 
 struct Gather {
@@ -72,12 +116,12 @@ struct Gather {
         if (view.header->lanes != uint32_t(GATHER_TILE.lanes))
             return gather_block_plain<N>(view, values, block, x, x_stride, sums);
         constexpr int64_t TILES = GATHER_BLOCK_ROWS / GATHER_TILE.lanes;
-        for (int64_t tile = block * TILES; tile < (block + 1) * TILES && tile < view.header->n_tiles; ++tile) {
-            if (view.header->padded)
-                gather_tile<N, true, EXACT>(view, values, tile, x, x_stride, sums);
-            else
-                gather_tile<N, false, EXACT>(view, values, tile, x, x_stride, sums);
-        }
+        const int64_t end = (block + 1) * TILES < view.header->n_tiles ? (block + 1) * TILES : view.header->n_tiles;
+        int64_t tile = block * TILES;
+        if constexpr (N == 1)
+            for (; gather_pairs(view) && tile + 2 <= end; tile += 2)
+                gather_neighbours<2, N, EXACT>(view, values, tile, x, x_stride, sums);
+        for (; tile < end; ++tile) gather_neighbours<1, N, EXACT>(view, values, tile, x, x_stride, sums);
     }
 };
 
