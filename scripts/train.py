@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 from assets import AssetError
-from training import data, page
-from training.models import MODELS
-from training.rows import ROWS, SEEDS, SPARSITIES, TABLE
+from training import page
+from training.rows import ROWS, SEEDS, TABLE
 from training.run import run
+from training.tasks import TASKS
 
 RESULTS_FOLDER = Path(__file__).resolve().parent.parent / "docs" / "results"
 RESULTS = RESULTS_FOLDER / "training.jsonl"
@@ -50,10 +50,10 @@ def train(options: argparse.Namespace) -> None:
     wanted = [
         (options.model, row, sparsity, seed)
         for row in rows
-        for sparsity in ((0.0,) if ROWS[row] is None else options.sparsity or SPARSITIES)
+        for sparsity in ((0.0,) if ROWS[row] is None else options.sparsity or TASKS[options.model].sparsities)
         for seed in options.seed or SEEDS
     ]
-    examples = data.load()
+    examples = TASKS[options.model].load()
     for key in wanted:
         model, row, sparsity, seed = key
         if key in {(r["model"], r["row"], r["sparsity"], r["seed"]) for r in results(options.results)}:
@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name)
         if name == "row":
             command.add_argument("row", choices=list(ROWS))
-        command.add_argument("--model", choices=list(MODELS), default="mlp")
+        command.add_argument("--model", choices=list(TASKS), default="mlp")
         command.add_argument("--sparsity", type=float, action="append")
         command.add_argument("--seed", type=int, action="append")
         command.add_argument("--threads", type=int, default=1)

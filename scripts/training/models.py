@@ -1,6 +1,7 @@
-"""The models to train: an MLP and a Vision Transformer small enough for two cores."""
+"""The models to train: image classifiers and a language model, each small enough for two cores."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -30,4 +31,46 @@ class ViT(nn.Module):
         return logits
 
 
-MODELS = {"mlp": mlp, "vit": ViT}
+class Block(nn.Module):
+    """Two 3x3 convolutions with BatchNorm, and a 1x1 convolution around them (He et al. 2016, arXiv:1512.03385)."""
+
+    def __init__(self, n_in: int, n_out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(n_out)
+        self.conv2 = nn.Conv2d(n_out, n_out, 3, 1, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(n_out)
+        self.around = nn.Sequential(nn.Conv2d(n_in, n_out, 1, stride, bias=False), nn.BatchNorm2d(n_out))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return images (n, n_out, height / stride, width / stride)."""
+        hidden = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(images)))))
+        return F.relu(hidden + self.around(images))
+
+
+def resnet(widths: tuple[int, int, int] = (16, 48, 96)) -> nn.Module:
+    """A ResNet of 7 convolutions: maps of 14x14, 7x7 and 4x4 with so many channels."""
+    first, second, third = widths
+    net = nn.Sequential(
+        *(nn.Unflatten(1, (1, 28, 28)), nn.Conv2d(1, first, 3, 2, 1, bias=False), nn.BatchNorm2d(first), nn.ReLU()),
+        *(Block(first, second, 2), Block(second, third, 2)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(third, 10)),
+    )
+    return net.to(memory_format=torch.channels_last)
+
+
+class LanguageModel(nn.Module):
+    """Embedding, one LSTM and a Linear over the vocabulary, with dropout between them."""
+
+    def __init__(self, n_words: int, width: int = 96, hidden: int = 192, dropout: float = 0.4) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(n_words, width)
+        self.lstm = nn.LSTM(width, hidden, batch_first=True)
+        self.head = nn.Linear(hidden, n_words)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, words: Tensor) -> Tensor:
+        """Predict the word after each of words (n, length); returns (n x length, n_words)."""
+        hidden, _ = self.lstm(self.dropout(self.embed(words)))
+        logits: Tensor = self.head(self.dropout(hidden).flatten(0, 1))
+        return logits

@@ -6,7 +6,8 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
-from training.rows import EPOCHS, ROWS, SPARSITIES
+from training.rows import ROWS
+from training.tasks import TASKS, Task
 
 Result = dict[str, Any]
 Cells = dict[tuple[str, float], list[float]]
@@ -15,48 +16,53 @@ Cells = dict[tuple[str, float], list[float]]
 COLLAPSE = 30
 _INTRO = """# Training results
 
-Written by `scripts/train.py report` from docs/results/training.jsonl; nothing here is typed in by hand. Fashion-MNIST,
-60,000 images for training and 10,000 for test, {epochs} epochs for every row, a batch of 128, bfloat16 autocast on the
-CPU, a learning rate that falls to 0 on a cosine. Test accuracy of the last epoch in %, mean and standard deviation over
-seeds; in brackets the difference to the dense model in points. A cell without a deviation has one seed, a missing one
-has not been run.
+Written by `scripts/train.py report` from docs/results/training.jsonl; nothing here is typed in by hand. All rows of a
+table train alike: bfloat16 autocast on the CPU, a learning rate that falls to 0 on a cosine. The score of the last
+epoch on test data, mean and standard deviation over seeds; in brackets the difference to the dense model. A cell
+without a deviation has one seed, a missing one has not been run. Images are Fashion-MNIST, 60,000 for training and
+10,000 for test; the text is the Brown corpus, every tenth file for test and two of ten for training.
 """
-_TITLES = {
-    "mlp": "## MLP 784-512-256-10, SGD with momentum\n    scripts/train.py table",
-    "vit": "## Vision Transformer, 4 layers of width 96, patches of 7x7, AdamW; attention is pruned too\n"
-    '    scripts/train.py row "gradual magnitude" --model vit --sparsity 0.9',
+_COMMANDS = {
+    "mlp": "scripts/train.py table",
+    "vit": 'scripts/train.py row "gradual magnitude" --model vit --sparsity 0.9',
+    "resnet": 'scripts/train.py row "gradual magnitude, CNN recipe" --model resnet --sparsity 0.9 --sparsity 0.95',
+    "lstm": 'scripts/train.py row "gradual magnitude" --model lstm --sparsity 0.8',
 }
 
 
 def write(results: Sequence[Result], folder: Path) -> None:
     """Write the page and the picture."""
-    text = [_INTRO.format(epochs=EPOCHS), "![Accuracy against sparsity](training.svg)\n"]
-    for model, title in _TITLES.items():
+    text = [_INTRO, "![Accuracy against sparsity](training.svg)\n"]
+    for model, task in TASKS.items():
         cells = _cells(results, model)
         if cells:
-            text += [title + "\n", *_table(cells), ""]
+            unit = "test accuracy in %" if task.measure == "accuracy" else "test perplexity, lower is better"
+            text += [f"## {task.title}", f"    {_COMMANDS[model]}\n"]
+            text += [f"{task.epochs} epochs, a batch of {task.batch}; {unit}.\n", *_table(cells, task), ""]
     text += ["## Recipes\n", *_recipes({str(result["row"]) for result in results}), ""]
     (folder / "training.md").write_text("\n".join(text))
     _draw(_cells(results, "mlp"), folder / "training.svg")
 
 
 def _cells(results: Sequence[Result], model: str) -> Cells:
-    """Collect the accuracies of each row and sparsity, in %."""
+    """Collect the scores of each row and sparsity: accuracies in %, or perplexities."""
     cells: Cells = defaultdict(list)
     for result in results:
         if result["model"] == model:
-            cells[result["row"], result["sparsity"]].append(100 * result["accuracy"])
+            score = 100 * result["accuracy"] if "accuracy" in result else result["perplexity"]
+            cells[result["row"], result["sparsity"]].append(score)
     return dict(cells)
 
 
-def _table(cells: Cells) -> list[str]:
+def _table(cells: Cells, task: Task) -> list[str]:
     dense = cells.get(("dense", 0.0))
-    lines = ["| | " + " | ".join(f"{s:.0%}" for s in SPARSITIES) + " |", "|---|" + "---:|" * len(SPARSITIES)]
+    sparsities = sorted({sparsity for _, sparsity in cells if sparsity})
+    lines = ["| | " + " | ".join(f"{s:.0%}" for s in sparsities) + " |", "|---|" + "---:|" * len(sparsities)]
     for row in ROWS:
         if row == "dense" and dense:
-            lines.append(f"| dense, 0% | {_text(dense, None)} |" + " |" * (len(SPARSITIES) - 1))
-        elif any((row, s) in cells for s in SPARSITIES):
-            lines.append(f"| {row} | " + " | ".join(_text(cells.get((row, s)), dense) for s in SPARSITIES) + " |")
+            lines.append(f"| dense, 0% | {_text(dense, None, task)} |" + " |" * (len(sparsities) - 1))
+        elif any((row, s) in cells for s in sparsities):
+            lines.append(f"| {row} | " + " | ".join(_text(cells.get((row, s)), dense, task) for s in sparsities) + " |")
     return lines
 
 
@@ -70,14 +76,17 @@ def _recipes(rows: set[str]) -> list[str]:
     return lines
 
 
-def _text(accuracies: list[float] | None, dense: list[float] | None) -> str:
-    if not accuracies:
+def _text(scores: list[float] | None, dense: list[float] | None, task: Task) -> str:
+    if not scores:
         return ""
-    spread = f" ± {stdev(accuracies):.2f}" if len(accuracies) > 1 else ""
-    if median(accuracies) - min(accuracies) > COLLAPSE:
-        spread += f", one collapsed to {min(accuracies):.2f}"
-    apart = f" ({mean(accuracies) - mean(dense):+.2f})" if dense else ""
-    return f"{mean(accuracies):.2f}{spread}{apart}"
+    spread = f" ± {stdev(scores):.2f}" if len(scores) > 1 else ""
+    if task.measure == "perplexity":
+        apart = f" ({mean(scores) / mean(dense) - 1:+.1%})" if dense else ""
+    else:
+        apart = f" ({mean(scores) - mean(dense):+.2f})" if dense else ""
+        if median(scores) - min(scores) > COLLAPSE:
+            spread += f", one collapsed to {min(scores):.2f}"
+    return f"{mean(scores):.2f}{spread}{apart}"
 
 
 def _draw(cells: Cells, file: Path) -> None:
@@ -89,14 +98,15 @@ def _draw(cells: Cells, file: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, panel = plt.subplots(figsize=(7, 4), layout="constrained")
+    sparsities = TASKS["mlp"].sparsities
     for row in ROWS:
-        points = [(100 * s, mean(cells[row, s])) for s in SPARSITIES if (row, s) in cells]
+        points = [(100 * s, mean(cells[row, s])) for s in sparsities if (row, s) in cells]
         if points:
             panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=row)
     if ("dense", 0.0) in cells:
         panel.axhline(mean(cells["dense", 0.0]), color="#000000", linewidth=0.8, label="dense")
     panel.set_ylim(80, 91)
-    panel.set_xticks([100 * s for s in SPARSITIES])
+    panel.set_xticks([100 * s for s in sparsities])
     panel.set_xlabel("zeros, %")
     panel.set_ylabel("test accuracy, %")
     panel.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))

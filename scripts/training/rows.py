@@ -1,9 +1,11 @@
-"""The rows of the table: recipe and variables of each."""
+"""The rows of the tables: recipe and variables of each."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
+#: The unit of `start`, `end`, `every` and `rewind` below is so much of a training.
 EPOCHS = 20
+_TIMES = ("start", "end", "every", "rewind")
 
 
 @dataclass(frozen=True)
@@ -14,12 +16,17 @@ class Row:
     variables: dict[str, Any] = field(default_factory=dict)
     after: bool = False
 
+    def scaled(self, epochs: int) -> dict[str, Any]:
+        """Return the variables for a training of so many epochs."""
+        return {k: v * epochs / EPOCHS if k in _TIMES else v for k, v in self.variables.items()}
 
-#: All train for EPOCHS, with the same optimizer, learning rates and order of examples.
+
+#: All rows of a task train alike: epochs, optimizer, learning rates and order of examples.
 ROWS: dict[str, Row | None] = {
     "dense": None,
     "one-shot magnitude, no training after": Row("magnitude-50", after=True),
     "gradual magnitude": Row("gradual-magnitude-90", {"start": 2, "end": 14, "every": 0.25}),
+    "gradual magnitude, CNN recipe": Row("cnn-gradual-90", {"start": 2, "end": 14, "every": 0.25}),
     "iterative with rewinding": Row("lottery-ticket", {"rewind": 0.25, "end": 12.25, "every": 4}),
     "RigL": Row("rigl", {"end": 16, "every": 1.0, "steps": 400, "fraction": 0.9}),
     "SET": Row("set", {"end": 16, "every": 1.0, "fraction": 0.8}),
@@ -39,5 +46,4 @@ TABLE = (
     *("dense", "gradual magnitude", "RigL", "SET", "static random", "one-shot magnitude, no training after"),
     *("iterative with rewinding", "SNIP", "straight-through top-k"),
 )
-SPARSITIES = (0.9, 0.95, 0.98)
 SEEDS = (0, 1, 2)

@@ -1,4 +1,4 @@
-"""One training run: model, recipe, optimizer, 20 epochs, accuracy."""
+"""One training run: model, recipe, optimizer, epochs, score."""
 
 import copy
 import time
@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
@@ -14,43 +13,33 @@ from tqdm import tqdm
 import sparsify
 from sparsify.layers import MaskedLayer
 from training.data import Examples, batches
-from training.models import MODELS
-from training.rows import EPOCHS, ROWS, SPARSITIES, Row
+from training.rows import ROWS, Row
+from training.tasks import TASKS, Task, loss, score
 
 RECIPES = Path(__file__).resolve().parent.parent.parent / "recipes"
-BATCH = 128
 SNIP_BATCH = 1024
-#: Optimizer of each model, with the learning rate that a cosine takes to 0.
-OPTIMIZERS: dict[str, tuple[Any, dict[str, float]]] = {
-    "mlp": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}),
-    "vit": (torch.optim.AdamW, {"lr": 1e-3, "weight_decay": 0.05}),
-}
 
 
 def run(
     row: str, sparsity: float, seed: int, data: tuple[Examples, Examples], model_name: str = "mlp"
 ) -> list[dict[str, Any]]:
     """Train one row; returns its result, and after the dense model the results of the rows that prune it trained."""
-    chosen, began = ROWS[row], time.time()
+    chosen, task, began = ROWS[row], TASKS[model_name], time.time()
     torch.manual_seed(seed)
-    model = MODELS[model_name]()
+    model = task.model()
     train, test = data
-    optimizer_type, options = OPTIMIZERS[model_name]
-    optimizer = optimizer_type(model.parameters(), **options)
-    n_batches = -(-len(train[1]) // BATCH)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * n_batches)
+    optimizer = task.optimizer(model.parameters(), **task.options)
+    n_batches = -(-len(train[1]) // task.batch)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, task.epochs * n_batches)
     pruner = (
-        None if chosen is None or chosen.after else _pruner(model, chosen, sparsity, seed, optimizer, n_batches, train)
+        None
+        if chosen is None or chosen.after
+        else _pruner(model, chosen, sparsity, seed, optimizer, n_batches, train, task)
     )
-    for epoch in tqdm(range(EPOCHS), desc=f"{model_name}, {row}, {sparsity:g}, seed {seed}", disable=None):
+    for epoch in tqdm(range(task.epochs), desc=f"{model_name}, {row}, {sparsity:g}, seed {seed}", disable=None):
         model.train()
-        for images, labels in batches(train, BATCH, seed * 1000 + epoch):
-            # torch's fused attention takes six times as long as this, in bfloat16, on the way back.
-            with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-                loss = F.cross_entropy(model(images), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+        for inputs, labels in batches(train, task.batch, seed * 1000 + epoch):
+            _step(model, inputs, labels, optimizer, task)
             schedule.step()
             if pruner is not None:
                 pruner.step()
@@ -58,26 +47,34 @@ def run(
             pruner.end_epoch()
     if pruner is not None:
         pruner.finish()
-    facts = {"model": model_name, "seed": seed, "epochs": EPOCHS, "train_s": round(time.time() - began, 1)}
+    facts = {"model": model_name, "seed": seed, "epochs": task.epochs, "train_s": round(time.time() - began, 1)}
     facts["torch"] = torch.__version__
     if chosen is not None and not chosen.after:
-        return [{"row": row, "sparsity": sparsity, **_counted(model), "accuracy": accuracy(model, test), **facts}]
-    found = [{"row": "dense", "sparsity": 0.0, "zeros": 0.0, "accuracy": accuracy(model, test), **facts}]
+        return [{"row": row, "sparsity": sparsity, **_counted(model), **_scored(model, test, task), **facts}]
+    found = [{"row": "dense", "sparsity": 0.0, "zeros": 0.0, **_scored(model, test, task), **facts}]
     for name, other in ROWS.items():
-        for target in SPARSITIES if other is not None and other.after else ():
+        for target in task.sparsities if other is not None and other.after else ():
             assert other is not None
-            pruned = sparsify.apply(sparsify.convert(copy.deepcopy(model)), _recipe(other, target, seed))
-            right = accuracy(pruned, test)
-            found.append({"row": name, "sparsity": target, **_counted(pruned), "accuracy": right, **facts})
+            pruned = sparsify.convert(copy.deepcopy(model), types=task.types)
+            sparsify.apply(pruned, _recipe(other, target, seed, task.epochs))
+            found.append({"row": name, "sparsity": target, **_counted(pruned), **_scored(pruned, test, task), **facts})
     return found
 
 
-def accuracy(model: nn.Module, test: Examples) -> float:
-    """Return the fraction of test images classified right, in float32."""
-    model.eval()
-    with torch.inference_mode():
-        right = [int((model(x).argmax(1) == y).sum()) for x, y in zip(*(t.split(1000) for t in test), strict=True)]
-    return sum(right) / len(test[1])
+def _step(model: nn.Module, inputs: Tensor, labels: Tensor, optimizer: torch.optim.Optimizer, task: Task) -> None:
+    """Take one step of the optimizer on a batch."""
+    # torch's fused attention takes six times as long as this, in bfloat16, on the way back.
+    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        error = loss(model, inputs, labels)
+    optimizer.zero_grad()
+    error.backward()
+    if task.clip:
+        nn.utils.clip_grad_norm_(model.parameters(), task.clip)
+    optimizer.step()
+
+
+def _scored(model: nn.Module, test: Examples, task: Task) -> dict[str, float]:
+    return {task.measure: score(model, test, task.measure)}
 
 
 def _pruner(
@@ -88,27 +85,25 @@ def _pruner(
     optimizer: torch.optim.Optimizer,
     n_batches: int,
     train: Examples,
+    task: Task,
 ) -> sparsify.Pruner:
     """Convert the model and follow the row's recipe."""
-    sparsify.convert(model)
-    images, labels = next(batches(train, SNIP_BATCH, seed))
-
-    def loss() -> Tensor:
-        return F.cross_entropy(model(images), labels)
+    sparsify.convert(model, types=task.types)
+    inputs, labels = next(batches(train, SNIP_BATCH, seed))
 
     return sparsify.Pruner(
         model,
-        _recipe(row, sparsity, seed),
+        _recipe(row, sparsity, seed, task.epochs),
         optimizer=optimizer,
         steps_per_epoch=n_batches,
-        total_steps=EPOCHS * n_batches,
-        loss=loss if row.recipe in ("snip", "grasp") else None,
+        total_steps=task.epochs * n_batches,
+        loss=(lambda: loss(model, inputs, labels)) if row.recipe in ("snip", "grasp") else None,
     )
 
 
-def _recipe(row: Row, sparsity: float, seed: int) -> sparsify.Recipe:
+def _recipe(row: Row, sparsity: float, seed: int, epochs: int) -> sparsify.Recipe:
     """Load the row's recipe, for all layers."""
-    variables = {"sparsity": sparsity, **row.variables}
+    variables = {"sparsity": sparsity, **row.scaled(epochs)}
     if row.recipe in ("rigl", "set", "static-random"):
         variables["seed"] = seed
     return sparsify.load_recipe(RECIPES / f"{row.recipe}.yaml", **variables)
