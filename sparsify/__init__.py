@@ -27,6 +27,7 @@ from sparsify.errors import (
     SavedParametrizedWarning,
     ScheduleWarning,
     StaleMaskWarning,
+    UnseenExpertsWarning,
 )
 from sparsify.inference.export import export
 from sparsify.integrations.on_import import register_all as _register_all
@@ -69,6 +70,7 @@ __all__ = [
     "SparseLinear",
     "SparsifyConfig",
     "StaleMaskWarning",
+    "UnseenExpertsWarning",
     "apply",
     "carry_over",
     "compress",

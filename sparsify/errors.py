@@ -53,3 +53,7 @@ class ScheduleWarning(UserWarning):
 
 class StaleMaskWarning(UserWarning):
     """A layer keeps more weights than it should, as in an average of weights. The message names the way out."""
+
+
+class UnseenExpertsWarning(UserWarning):
+    """Experts without rows of the calibration data lose their smallest weights. The message names layer and numbers."""

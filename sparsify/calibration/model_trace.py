@@ -120,8 +120,13 @@ class TraceRecorder:
                 else:
                     groups.append([name])
         outputs = {name: output for name in blocks if (output := self.outputs[name][0])}
-        ran_once = frozenset(name for name, n in self.n_calls.items() if n == 1)
+        ran_once = frozenset(name for name, n in self.n_calls.items() if n == 1 and not self._several_calls(name))
         return ModelTrace(tuple(map(tuple, groups)), ran_once, tuple(chains), outputs)
+
+    def _several_calls(self, name: str) -> bool:
+        """Return whether other runs may call a layer more or less often."""
+        layer = self.model.get_submodule(name)
+        return isinstance(layer, MaskedLayer) and layer.several_calls
 
     def _before_layer(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tensor = first_tensor(args, kwargs)

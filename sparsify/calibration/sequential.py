@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,9 +36,10 @@ from sparsify.calibration.output_cache import AttentionCache, OutputCache
 from sparsify.calibration.padding import Padding, see_padding
 from sparsify.calibration.replay import ModelReplay, StopForward, run_module
 from sparsify.calibration.tunable_block import TunableBlock
+from sparsify.errors import UnseenExpertsWarning
 from sparsify.layers import MaskedLayer
 from sparsify.masking.gram import Gram, SampledGram
-from sparsify.masking.unseen import refuse_unseen
+from sparsify.masking.unseen import named, refuse_unseen
 
 _REMEDY = "give data that reaches them"
 
@@ -197,6 +199,14 @@ class _SequentialRun:
         if gram.is_empty:
             reason = (ONLY_ZEROS if gram.n_rows else NO_ROWS) + ", behind the layers that were pruned before"
             refuse_unseen(dict.fromkeys((name for name in group if name in self.choosing), reason), _REMEDY)
+        elif (unseen := gram.fill_unseen()) and any(name in self.choosing for name in group):
+            warnings.warn(
+                f"{', '.join(group)}: {len(unseen)} of {gram.n_groups} matrices ({named(map(str, unseen))}) got "
+                "no rows of the calibration data, as experts do that no token reached; they lose their smallest "
+                f"weights; {_REMEDY} for better ones",
+                UnseenExpertsWarning,
+                stacklevel=2,
+            )
         return CalibratedGroup(group, gram, block)
 
     def finish(self, group: tuple[str, ...]) -> None:
@@ -293,7 +303,9 @@ class _SequentialRun:
         """
         layer, tensor = self.replay.model.get_submodule(name), first_tensor(args, kwargs)
         rows = layer.rows(tensor) if isinstance(layer, MaskedLayer) else tensor
-        n_last = 2 if isinstance(layer, MaskedLayer) and layer.input_groups > 1 else 1
+        n_last = 2 if isinstance(layer, MaskedLayer) and _rows_of_groups(layer, args) else 1
+        if isinstance(layer, MaskedLayer) and layer.group_of_call(args) is not None:
+            return input_rows(rows, None)  # the rows of an expert are no tokens in order
         counts = self.padding.counts(("input", name), n_before, rows.shape[:-n_last], self.replay.batches[number])
         return input_rows(rows, counts, n_last)
 
@@ -306,7 +318,7 @@ class _SequentialRun:
             yield self.rows(name, number, n_before, args, kwargs)
             return
         for part in layer.row_parts(first_tensor(args, kwargs)):
-            yield input_rows(part, None, 2 if layer.input_groups > 1 else 1)
+            yield input_rows(part, None, 2 if _rows_of_groups(layer, args) else 1)
 
     def _new_list(self, stores: contextlib.ExitStack) -> SpillingTensorList:
         return stores.enter_context(SpillingTensorList(len(self.replay.batches), self.budget))
@@ -331,7 +343,7 @@ class _GramSum:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         rows_of = self.run.row_parts if self.dense_rows is None else self._whole
         for rows in rows_of(self.name, self.number, self.n_calls, args, kwargs):
-            self._add(rows)
+            self._add(rows, self.layer.group_of_call(args) if isinstance(self.layer, MaskedLayer) else None)
         self.n_calls += 1
         if self.name in self.run.trace.ran_once:
             raise StopForward
@@ -340,8 +352,8 @@ class _GramSum:
         """Yield all rows of a call at once, as those of the dense model are stored."""
         yield self.run.rows(*call)
 
-    def _add(self, rows: Tensor) -> None:
-        """Add some rows of a call."""
+    def _add(self, rows: Tensor, group: int | None) -> None:
+        """Add some rows of a call; group: the only group of outputs with these rows."""
         n_groups = self.layer.input_groups if isinstance(self.layer, MaskedLayer) else 1
         if isinstance(self.layer, MaskedLayer) and rows.shape[-1] != self.layer.shape[1]:
             raise ValueError(
@@ -357,10 +369,15 @@ class _GramSum:
         if dense is not None and dense.shape != rows.shape:
             dense = rows  # a router has sent other rows here since
         try:
-            self.gram.add(rows, dense)
+            self.gram.add(rows, dense, group)
         except ValueError as error:
             reason = f"its input in batch {self.number} of the calibration data {error}"
             raise ValueError(f"{self.name}: {reason}") from None
+
+
+def _rows_of_groups(layer: MaskedLayer, args: tuple[Any, ...]) -> bool:
+    """Return whether the rows of a call have a dimension for the groups of outputs."""
+    return layer.input_groups > 1 and layer.group_of_call(args) is None
 
 
 def _empty_gram(layer: nn.Module) -> Gram:

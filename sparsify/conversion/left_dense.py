@@ -18,7 +18,7 @@ from sparsify.layers import MaskedLayer, PackedLayer, Tied
 DEPTHWISE = "it is depthwise, with a few weights for each channel; types= takes such layers too"
 
 #: Tables with looked-up rows and no product: nobody expects them to be pruned.
-_TABLES = (nn.Embedding, nn.EmbeddingBag)
+TABLES = (nn.Embedding, nn.EmbeddingBag)
 
 
 def notice(model: nn.Module, left: Mapping[str, str], uncovered: Collection[str], functional: bool) -> str:
@@ -35,12 +35,13 @@ def notice(model: nn.Module, left: Mapping[str, str], uncovered: Collection[str]
         count = "1 layer stays" if len(left) == 1 else f"{len(left)} layers stay"
         sentences.append(f"{count} dense, {share:.1%} of the parameters: {_first(names)}")
     if uncovered:
-        share = _n_parameters(p for name in uncovered for p in _weights(modules[name])) / total
-        by_size = sorted(uncovered, key=lambda name: -_n_parameters(_weights(modules[name])))
+        share = _n_parameters(p for name in uncovered for p in own_weights(modules[name])) / total
+        by_size = sorted(uncovered, key=lambda name: -_n_parameters(own_weights(modules[name])))
         names = [_called(name, modules) for name in by_size]
         sentences.append(
             f"most weights stay dense, {share:.1%} of the parameters, as no layer that converts has them: "
-            + f"{_first(names)}{_hint([modules[name] for name in uncovered], functional)}"
+            + f"{_first(names)}{hint([modules[name] for name in uncovered], functional)}"
+            + "; with types= convert takes this as meant"
         )
     return ". ".join(sentences)
 
@@ -54,7 +55,7 @@ def convolutions_notice(model: nn.Module, swap: Mapping[str, Converter]) -> str:
     taken = [modules[name] for name, converter in swap.items() if converter in CONVOLUTIONS]
     if not taken:
         return ""
-    share = _n_parameters(p for module in taken for p in _weights(module)) / total
+    share = _n_parameters(p for module in taken for p in own_weights(module)) / total
     kinds = sorted({f"torch.nn.{plain_type(module).__name__}" for module in taken})
     return (
         f"this model is made of convolutions: {len(taken)} of them convert, {share:.1%} of the parameters; "
@@ -76,23 +77,23 @@ def uncovered(
     beside = peft_adapters(model)
     for module in modules.values():
         converter = converter_for(module)
-        ours = isinstance(module, (MaskedLayer, PackedLayer, Tied, *_TABLES)) or module in beside
+        ours = isinstance(module, (MaskedLayer, PackedLayer, Tied, *TABLES)) or module in beside
         if ours or converter in converters:
             known |= {_memory(p) for p in module.parameters()}
     weights_outside = {
         name: rest
         for name, module in modules.items()
-        if (rest := [p for p in _weights(module) if _memory(p) not in known])
+        if (rest := [p for p in own_weights(module) if _memory(p) not in known])
     }
-    tables = {_memory(p) for module in modules.values() if isinstance(module, _TABLES) for p in module.parameters()}
-    weights = (p for module in modules.values() for p in _weights(module))
+    tables = {_memory(p) for module in modules.values() if isinstance(module, TABLES) for p in module.parameters()}
+    weights = (p for module in modules.values() for p in own_weights(module))
     n_known = _n_parameters(p for p in weights if _memory(p) in known - tables)
     n_known += sum(module.shape[0] * module.shape[1] for module in modules.values() if isinstance(module, PackedLayer))
     n_outside = _n_parameters(p for rest in weights_outside.values() for p in rest)
     return tuple(weights_outside) if n_outside > n_known else ()
 
 
-def _weights(module: nn.Module) -> list[nn.Parameter]:
+def own_weights(module: nn.Module) -> list[nn.Parameter]:
     """Return a module's own Parameters of two or more dimensions."""
     own = (p for p in module._parameters.values() if p is not None and not isinstance(p, nn.UninitializedParameter))
     return [p for p in own if p.ndim >= 2]
@@ -104,16 +105,16 @@ def _called(name: str, modules: Mapping[str, nn.Module]) -> str:
     return f"{owner or '(root)'} ({plain_type(modules[owner]).__name__})"
 
 
-def _hint(modules: Collection[nn.Module], functional: bool) -> str:
+def hint(modules: Collection[nn.Module], functional: bool) -> str:
     """Return the options that would convert some of these modules, as a clause."""
     hints = []
     if kinds := {plain_type(m) for m in modules} & {c.dense for c in (*CONVOLUTIONS, *RECURRENT)}:
         names = ", ".join(sorted(f"torch.nn.{kind.__name__}" for kind in kinds))
         hints.append(f"types=[torch.nn.Linear, {names}] takes such layers")
     own = [module for module in modules if not type(module).__module__.startswith("torch.nn")]
-    if not functional and any(p.ndim in (2, 3) for module in own for p in _weights(module)):
+    if not functional and any(p.ndim in (2, 3) for module in own for p in own_weights(module)):
         hints.append("functional=True takes Parameters that a module's own code multiplies")
-    return "".join(f"; {hint}" for hint in hints) + "; with types= convert takes this as meant"
+    return "".join(f"; {text}" for text in hints)
 
 
 def _first(names: list[str]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Collection
 from copy import copy as shallow_copy
 from typing import Any
 
@@ -13,10 +15,13 @@ from sparsify.calibration.layer_inputs import layer_inputs
 from sparsify.conversion.converters.table import packed_type
 from sparsify.conversion.foreign_masks import check_converted
 from sparsify.conversion.module_surgery import Model, copy_replacing, layers_of_type
+from sparsify.errors import LeftDenseWarning
+from sparsify.inference.coverage import notice
 from sparsify.inference.form_selection import FormSelector, exported_as
 from sparsify.inference.fusion import fuse_activations
 from sparsify.inference.rounding import MAX_ERROR, MAX_INPUT_ERROR, QUANTIZE, RoundingJudge, warn_left_float
 from sparsify.inference.unpruned import int8_embeddings, with_masks_everywhere
+from sparsify.inference.whole_modules import dense_where_faster, inputs_of_recurrent
 from sparsify.kernels import FORMS, PATTERNED, fits, quantizes_inputs, supports
 from sparsify.kernels.csr import csr_to_dense, dense_to_csr
 from sparsify.layer_names import join
@@ -80,6 +85,8 @@ def export(
     example or else on random rows. A LeftFloatWarning and `report` name it.
     max_input_error: the same for its inputs: above it only the weights are rounded, and `report` says so.
 
+    A LeftDenseWarning has the share of the model's parameters, and of the example's work, in pruned layers, and names
+    the rest, if that is the larger part.
     Raises ValueError if there is nothing to export, a form does not run here, or the model cannot be copied.
 
     >>> model = sparsify.convert(torch.nn.Sequential(torch.nn.Linear(8, 4)))
@@ -87,12 +94,7 @@ def export(
     CSRLinear(in_features=8, out_features=4, bias=True, sparsity=0.75)
     """
     check_format(format, tokens, quantize=quantize)
-    if format != "auto" and example is not None and quantize is None:
-        raise ValueError(f"example has no effect with format {format!r}; only 'auto' measures")
-    if format != "auto" and prefer != "speed":
-        raise ValueError(f"prefer={prefer!r} has no effect with format {format!r}; only 'auto' chooses")
-    if quantize_rest and quantize is None:
-        raise ValueError("quantize_rest has no effect without quantize; say quantize='int8' or 'int8-weights'")
+    _check_options(format, example, prefer, quantize, quantize_rest)
     model = _with_masks(model)
     model = with_masks_everywhere(model) if quantize_rest else model
     if device is not None:
@@ -109,6 +111,7 @@ def export(
     with making_tensors():
         judge = None if quantize is None else RoundingJudge(model, quantize, max_error, example, max_input_error)
         given = judge.inputs if judge else {} if example is None else layer_inputs(model, example)
+        given = given | inputs_of_recurrent(model, given, chooser.tokens) if format == "auto" else given
         replacements: dict[nn.Module, nn.Module] = {}
         hidden = not progress or format != "auto" or None  # None: shown on a terminal only
         for layer in tqdm(layers.values(), desc="measuring layers", disable=hidden):
@@ -121,6 +124,8 @@ def export(
             set_form_choice(replacements[layer], form)
             set_rounding(replacements[layer], rounding)
             set_disturbance(replacements[layer], chooser.others_cores(form))
+        if format == "auto" and prefer == "speed" and not quantize_rest:
+            replacements |= dense_where_faster(model, replacements, example, chooser)
         for tied in layers_of_type(model, Tied).values():
             replacements[tied] = _export_tied(tied, replacements[tied.owner[0]])
         embeddings, roundings = int8_embeddings(model, max_error) if quantize_rest else ({}, {})
@@ -129,7 +134,24 @@ def export(
         fast = fuse_activations(fast) if fuse else fast
     roundings |= {name: r for name, layer in layers.items() if (r := rounding_of(replacements[layer])) is not None}
     warn_left_float(roundings)
+    _tell_coverage(model, layers.values(), example)
     return fast
+
+
+def _check_options(format: str, example: Any, prefer: str, quantize: str | None, quantize_rest: bool) -> None:
+    """Raise ValueError for options without effect beside others."""
+    if format != "auto" and example is not None and quantize is None:
+        raise ValueError(f"example has no effect with format {format!r}; only 'auto' measures")
+    if format != "auto" and prefer != "speed":
+        raise ValueError(f"prefer={prefer!r} has no effect with format {format!r}; only 'auto' chooses")
+    if quantize_rest and quantize is None:
+        raise ValueError("quantize_rest has no effect without quantize; say quantize='int8' or 'int8-weights'")
+
+
+def _tell_coverage(model: nn.Module, layers: Collection[MaskedLayer], example: Any) -> None:
+    """Warn, with the shares, if most of a model is in none of its masked layers."""
+    if said := notice(model, layers, example):
+        warnings.warn(said, LeftDenseWarning, stacklevel=3)
 
 
 def _with_masks(model: Model) -> Model:

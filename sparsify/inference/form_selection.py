@@ -122,6 +122,19 @@ class FormSelector:
         """Return the cores busy with other processes while a choice of this selector was measured; 0 if few were."""
         return self._others_cores.get(id(choice), 0.0)
 
+    @torch.inference_mode()
+    def times(self, calls: Mapping[str, Call]) -> dict[str, float]:
+        """Time some calls in turns, once more if the machine is busy; medians in us."""
+        best: dict[str, float] = {}
+        for _ in range(N_TRIES):
+            watch = LoadMeter()
+            timings = measure({name: [call] for name, call in calls.items()}, rounds=N_ROUNDS, sample_s=SAMPLE_S)
+            times = {name: timing.median_s * 1e6 for name, timing in timings.items()}
+            best = {name: min(time, best.get(name, time)) for name, time in times.items()}
+            if watch.others_cores() <= BUSY_CORES:
+                break
+        return best
+
     def _measure_quietly(self, candidates: Mapping[str, nn.Module], x: Tensor) -> tuple[dict[str, float], float]:
         """Measure again if the machine is busy, and take the shorter times; also return the cores still busy."""
         best: dict[str, float] = {}

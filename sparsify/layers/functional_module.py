@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from sparsify.layers.construct import linear_from_parameters
 from sparsify.layers.csr_linear import CSRLinear
-from sparsify.layers.held_weight import HeldWeight, SparseHeldWeight
+from sparsify.layers.held_weight import CSRHeldWeight, HeldWeight, SparseHeldWeight
 from sparsify.layers.masked import MaskedLayer
 from sparsify.layers.recurrent import Recurrent
 from sparsify.layers.transposed import SparseTransposed, Transposed
+from sparsify.layers.weight_view import WeightView
 
 #: In each thread, the weights read in a call of experts.
 _Call = threading.local()
@@ -53,10 +54,32 @@ class ReadsOnce(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute as the plain class does."""
         before, _Call.weights = getattr(_Call, "weights", None), {}
+        one_by_one: Any = getattr(super().forward, "__wrapped__", None)
         try:
+            if one_by_one is not None and any(map(_by_calls, self._modules.values())):
+                return one_by_one(self, *args, **kwargs)  # transformers has others, that read all experts at once
             return super().forward(*args, **kwargs)
         finally:
             _Call.weights = before
+
+
+def _called(layer: MaskedLayer) -> Tensor:
+    """Return the weight of a layer as a view with products that are calls of the layer: hooks wait for them."""
+
+    def multiply(x: Tensor, bias: Tensor | None) -> Tensor:
+        output: Tensor = layer(x)
+        return output if bias is None else output + bias
+
+    def dense() -> Tensor:
+        return layer.matrix(layer.masked_weight())
+
+    view = WeightView.make(layer.shape, layer.weight.dtype, layer.weight.device, multiply, dense)
+    return view.turn() if isinstance(layer, SparseTransposed) else view
+
+
+def _by_calls(layer: nn.Module | None) -> bool:
+    """Return whether a layer's weight is a view, so that the code around should take its matrices one by one."""
+    return isinstance(layer, CSRHeldWeight) or (isinstance(layer, SparseHeldWeight) and layer.seen_by_hooks())
 
 
 def is_experts(kind: type[nn.Module]) -> bool:
@@ -124,11 +147,14 @@ def _read(name: str, module: nn.Module) -> Tensor:
     if isinstance(layer, SparseHeldWeight):
         of_call: dict[int, Tensor] | None = getattr(_Call, "weights", None)
         if of_call is None:
-            return layer.forward_weight()
+            return layer.view(layer.forward_weight()) if layer.seen_by_hooks() else layer.forward_weight()
         if id(layer) not in of_call:
             of_call[id(layer)] = layer.forward_weight()
-        return of_call[id(layer)]
+        weight = of_call[id(layer)]
+        return layer.view(weight) if layer.seen_by_hooks() else weight
     if isinstance(layer, MaskedLayer):
+        if layer._forward_pre_hooks or layer._forward_hooks:
+            return _called(layer)
         return layer.masked_weight()
     if isinstance(layer, CSRLinear):
         return layer.weight.t() if issubclass(layer.masked_type, SparseTransposed) else layer.weight

@@ -35,8 +35,8 @@ class MaskedLayer(nn.Module):
 
     weight: Tensor
     mask: Tensor
-    #: False for a layer whose weight is no factor of rows of its input: then methods on calibration data do not apply.
-    multiplies_rows: bool = True
+    #: True for a layer that a run of the model may call any number of times, and another run once.
+    several_calls: bool = False
     #: The masked mode ("zero", "frozen" or "trained"), set by a Pruner for a schedule.
     masked_mode: str = "zero"
     #: Sums of gradients from the backward passes, for a Pruner's methods.
@@ -93,9 +93,21 @@ class MaskedLayer(nn.Module):
         yield self.rows(input)
 
     @property
+    def multiplies_rows(self) -> bool:
+        """True if the weight is a factor of rows of the input: else methods on calibration data do not apply."""
+        return True
+
+    @property
     def input_groups(self) -> int:
-        """The number of groups of outputs with rows of their own: then rows are (..., input_groups, in_features)."""
+        """The number of groups of outputs with rows of their own.
+
+        Then rows are (..., input_groups, in_features), or in_features for a call with the rows of one group.
+        """
         return 1
+
+    def group_of_call(self, args: tuple[Any, ...]) -> int | None:
+        """Return the group whose rows the first argument of a call has; None if they are of all groups."""
+        return None
 
     @property
     def rows_key(self) -> tuple[Any, ...]:

@@ -16,7 +16,8 @@ class Recurrent(nn.Module):
     """An nn.RNNBase that reads the weights of its layers at each call.
 
     torch keeps its Parameters in a list for the fused operators. Here the list is made when it is read, of weights
-    under their masks: in eval mode the Parameters themselves, which stay in one piece of memory for cuDNN.
+    under their masks: in eval mode the Parameters themselves, which stay in one piece of memory for cuDNN. With packed
+    weights, and for hooks of its layers, a call runs product by product (recurrent_products.py).
     """
 
     _flat_weights_names: list[str]
@@ -39,7 +40,9 @@ class Recurrent(nn.Module):
             super().check_input(*args)  # type: ignore[misc]
 
     def flatten_parameters(self) -> None:
-        """Let cuDNN have the Parameters in one piece of memory, where it runs."""
+        """Let cuDNN have the Parameters in one piece of memory, where it runs, unless some are packed."""
+        if any("weight" not in layer._parameters for layer in self._modules.values() if layer is not None):
+            return
         with _reading_parameters():
             super().flatten_parameters()  # type: ignore[misc]
 
@@ -53,6 +56,8 @@ class Recurrent(nn.Module):
     def _parameter(self, name: str) -> Tensor:
         """Return the Parameter behind a weight or bias."""
         held = self._modules.get(f"{name}_layer")
+        if held is not None and "weight" not in held._parameters:  # packed: a view
+            return held.weight  # type: ignore[return-value]
         found = self._parameters[name] if held is None else held._parameters["weight"]
         assert found is not None
         return found

@@ -1,8 +1,9 @@
-"""WeightView: the value of `CSRLinear.weight`, for code written for nn.Linear.
+"""WeightView: the value of `CSRLinear.weight`, for code written for nn.Linear; StackView, for several in one Parameter.
 
 Much code looks at a weight's dtype or device, and some calls F.linear(x, layer.weight, layer.bias) instead of the
 layer (the windowed attention of torchvision's Swin, for one). The view answers the first without unpacking anything,
-runs the second on the layer's own kernel, and becomes the dense weight for everything else.
+runs the second on the layer's own kernel, and becomes the dense weight for everything else. torch's operators of LSTMs
+and their like run product by product with it (recurrent_products.py).
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
+
+from sparsify.layers.recurrent_products import CELLS, LAYERS, recurrent
 
 #: Functions of the weight that need no unpacking.
 _CHEAP = {
@@ -74,11 +77,7 @@ class WeightView(Tensor):
     ) -> Any:
         """Answer, run sparse, or unpack; refuse a write, as it would change only an unpacked copy."""
         kwargs = dict(kwargs or {})
-        if _writes(func) and args and isinstance(args[0], WeightView):
-            raise RuntimeError(  # not a TypeError: Python's operators take that for "try the other operand"
-                "the weight of an exported layer is packed and cannot be changed in place; change it in the masked "
-                "model and export again, or unpack this one with sparsify.to_dense(model)"
-            )
+        _refuse_writes(func, args)
         if func in _CHEAP:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -87,6 +86,8 @@ class WeightView(Tensor):
             weight = named["weight"]
             if isinstance(weight, WeightView) and not weight.turned and not isinstance(named["input"], WeightView):
                 return weight.run_sparse(named["input"], named.get("bias"))
+        if (func in LAYERS or func in CELLS) and not kwargs:
+            return recurrent(func, args)
         if _transposes(func, args, kwargs):
             view: WeightView = args[0]
             return view.turn()
@@ -106,6 +107,73 @@ class WeightView(Tensor):
     ) -> Any:
         """Unpack, for calls from below Python."""
         return _on_dense(func, args, dict(kwargs or {}))
+
+
+class StackView(Tensor):
+    """Several weights in one tensor, (n, rows, columns), without dense memory: each is a WeightView.
+
+    Indexed with one number it gives that weight's view; any other use unpacks.
+    """
+
+    matrix: Callable[[int], WeightView]
+    unpack: Callable[[], Tensor]
+
+    @staticmethod
+    def make(
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        matrix: Callable[[int], WeightView],
+        unpack: Callable[[], Tensor],
+    ) -> StackView:
+        """Make a view of a stack of weights; matrix(number): the view of one of them."""
+        view: StackView = Tensor._make_wrapper_subclass(StackView, shape, dtype=dtype, device=device)
+        view.matrix, view.unpack = matrix, unpack
+        return view
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Answer, pick a weight, or unpack; refuse a write."""
+        _refuse_writes(func, args)
+        if func in _CHEAP:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs or {})
+        if func is Tensor.__getitem__ and isinstance(args[0], StackView) and args[0].dim() == 3 and _is_number(args[1]):
+            return args[0].matrix(range(args[0].size(0))[int(args[1])])
+        return _on_dense(func, args, dict(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Unpack, for calls from below Python."""
+        return _on_dense(func, args, dict(kwargs or {}))
+
+
+def _is_number(index: Any) -> bool:
+    """Return whether an index picks one entry of the first dimension."""
+    if isinstance(index, Tensor):
+        return index.dim() == 0 and index.dtype in (torch.int64, torch.int32)
+    return isinstance(index, int) and not isinstance(index, bool)
+
+
+def _refuse_writes(func: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """Raise RuntimeError for a function that changes a view in place."""
+    if _writes(func) and args and isinstance(args[0], (WeightView, StackView)):
+        raise RuntimeError(  # not a TypeError: Python's operators take that for "try the other operand"
+            "the weight of an exported layer is packed and cannot be changed in place; change it in the masked "
+            "model and export again, or unpack this one with sparsify.to_dense(model)"
+        )
 
 
 def _transposes(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
@@ -136,5 +204,5 @@ def _writes(func: Callable[..., Any]) -> bool:
 
 def _on_dense(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call a function with every view unpacked."""
-    dense_args, dense_kwargs = tree_map_only(WeightView, lambda view: view.unpack(), (args, kwargs))
+    dense_args, dense_kwargs = tree_map_only((WeightView, StackView), lambda view: view.unpack(), (args, kwargs))
     return func(*dense_args, **dense_kwargs)

@@ -33,11 +33,21 @@ class Gram:
         self.cross: Tensor | None = None
         self.n_rows = 0
 
-    def add(self, rows: Tensor, dense: Tensor | None = None) -> None:
+    def add(self, rows: Tensor, dense: Tensor | None = None, group: int | None = None) -> None:
         """Add the rows of a batch, (rows, in_features), and to `cross` their products d xᵀ with those of a dense model.
 
-        Raises ValueError if one of the rows holds NaN or Inf.
+        group: the only group of outputs with these rows, as for an expert. Raises ValueError if one of the rows holds
+        NaN or Inf.
         """
+        if group is not None:
+            part = Gram(0, self.sum.device)
+            part.sum, part.n_rows = self.sum[group], self.n_rows
+            if dense is not None:
+                self.cross = torch.zeros_like(self.sum) if self.cross is None else self.cross
+                part.cross = self.cross[group]
+            part.add(rows, dense)
+            self.n_rows = part.n_rows
+            return
         rows, dtype = self._by_group(_widened(rows)), rows.dtype
         for start in range(0, rows.shape[-1], _BLOCK):
             left = rows[..., start : start + _BLOCK]
@@ -67,6 +77,25 @@ class Gram:
         """True if no row has had a value other than zero."""
         return not bool(self.sum.diagonal(dim1=-2, dim2=-1).any())
 
+    @property
+    def unseen_groups(self) -> list[int]:
+        """The groups of outputs without a row other than zero."""
+        if self.n_groups == 1:
+            return []
+        return (~self.sum.diagonal(dim1=-2, dim2=-1).any(-1)).nonzero().flatten().tolist()
+
+    def fill_unseen(self) -> list[int]:
+        """Let the inputs of groups without evidence be alike and independent, and return the numbers of these groups.
+
+        Then all that counts in such a group is the size of a weight.
+        """
+        unseen = self.unseen_groups
+        if unseen:
+            one = torch.eye(self.sum.shape[-1], dtype=self.sum.dtype, device=self.sum.device)
+            for sums in (self.sum, *([] if self.cross is None else [self.cross])):
+                sums[unseen] = one * self.sum.diagonal(dim1=-2, dim2=-1).max()
+        return unseen
+
     def _by_group(self, rows: Tensor) -> Tensor:
         """Return rows as (rows, in_features), or (n_groups, rows, in_features)."""
         return rows if self.n_groups == 1 else rows.transpose(0, 1)
@@ -90,7 +119,7 @@ class SampledGram(Gram):
         self._sample: list[Tensor] = []
         self._step = 1
 
-    def add(self, rows: Tensor, dense: Tensor | None = None) -> None:
+    def add(self, rows: Tensor, dense: Tensor | None = None, group: int | None = None) -> None:
         """Add the rows of a batch, (rows, in_features); those of a dense model are left out."""
         rows, dtype = _widened(rows), rows.dtype
         squares = rows.square().sum(0)

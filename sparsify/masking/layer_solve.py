@@ -22,7 +22,8 @@ def prune_layer(name: str, weight: Tensor, mask: Tensor, spec: LayerSpec, gram: 
     """Return a layer's new weight and mask, from the present ones (out, in) and its inputs' Gram matrix (in, in).
 
     With a Gram matrix for each group of rows, (n_groups, in, in), scores are ranked over the whole layer, and a solver
-    prunes group by group: each group loses as many units, and if that does not come out even, the last ones one more.
+    prunes group by group: each group loses what `spec.of_matrices` says, else all as many units, and if that does not
+    come out even, the last ones one more.
     Raises ValueError, naming the layer, if a solver's pattern has units over several groups.
     """
     check_finite(name, weight)
@@ -31,7 +32,9 @@ def prune_layer(name: str, weight: Tensor, mask: Tensor, spec: LayerSpec, gram: 
         new, mask = _solve(name, weight, mask, spec, gram)
     else:
         scores = layer_scores(name, weight, spec.method, spec.seed, gram)
-        mask = choose_mask(scores, mask, spec.pattern, spec.n_removed, by_row=spec.method in BY_ROW)
+        by_row, counts = spec.method in BY_ROW, spec.of_matrices or (spec.n_removed,)
+        parts = zip(scores.chunk(len(counts)), mask.chunk(len(counts)), counts, strict=True)
+        mask = torch.cat([choose_mask(part, kept, spec.pattern, n, by_row=by_row) for part, kept, n in parts])
         new = weight.masked_fill(~mask, 0)
     grams = as_groups(gram)
     if spec.swap:
@@ -78,6 +81,7 @@ def _solve(name: str, weight: Tensor, mask: Tensor, spec: LayerSpec, gram: Tenso
     parts = zip(weight.chunk(n_groups), mask.chunk(n_groups), grams, strict=True)
     for number, (part, kept, own) in enumerate(parts):
         n_removed = spec.n_removed // n_groups + (number >= n_groups - spec.n_removed % n_groups)
+        n_removed = spec.of_matrices[number] if spec.of_matrices else n_removed
         results.append(solver(part, kept, n_removed, pattern, gram=own))
     weights, masks = zip(*results, strict=True)
     return torch.cat(weights), torch.cat(masks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sparsify.layer_names import matching
 from sparsify.masking.allocation import (
@@ -42,6 +42,7 @@ class LayerSpec:
 
     With `correct` the layer aims at the outputs of the dense model, and makes up for the losses of earlier layers. With
     `swap` kept and removed weights change places first where that lowers the error of the layer's outputs.
+    of_matrices: the removed units of each matrix in a layer of several, as of experts; empty: not told apart.
     """
 
     method: str | Method
@@ -51,6 +52,7 @@ class LayerSpec:
     correct: bool = False
     seed: int | None = None
     swap: bool = False
+    of_matrices: tuple[int, ...] = ()
 
     def chooses(self, shape: tuple[int, int]) -> bool:
         """Return whether the method has a choice in a layer of this shape: it loses some units, and not all."""
@@ -137,6 +139,25 @@ def layer_specs(
             raise ValueError(f"allocation {spec.allocation!r} is measured on the model and its data, not on shapes")
         removed = capped(allocate, n_units, spec.target, spec.max_sparsity)
     return {name: spec.for_layer(n) for name, n in removed.items()}
+
+
+def merged(specs: Mapping[str, LayerSpec], parts: Mapping[str, tuple[str, ...]]) -> dict[str, LayerSpec]:
+    """Return the specifications of layers from those of their matrices; parts: the names of a layer's matrices.
+
+    >>> specs = layer_specs(PruningSpec(0.5), {"a": (2, 2), "b.0": (2, 2), "b.1": (2, 2)})
+    >>> {name: (one.n_removed, one.of_matrices) for name, one in merged(specs, {"b": ("b.0", "b.1")}).items()}
+    {'a': (2, ()), 'b': (4, (2, 2))}
+    """
+    owners = {part: name for name, own in parts.items() for part in own}
+    together = dict.fromkeys(owners.get(name, name) for name in specs)
+    found = {}
+    for name in together:
+        if name in parts:
+            counts = tuple(specs[part].n_removed for part in parts[name])
+            found[name] = replace(specs[parts[name][0]], n_removed=sum(counts), of_matrices=counts)
+        else:
+            found[name] = specs[name]
+    return found
 
 
 def check_options(spec: PruningSpec) -> None:

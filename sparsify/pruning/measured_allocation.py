@@ -44,7 +44,7 @@ def calibrated_layers(
     *,
     sampled: bool = False,
 ) -> Iterator[CalibratedLayer]:
-    """Yield each layer with its inputs, in execution order, all layers as they are now.
+    """Yield each layer with its inputs, in execution order, all layers as they are now; each expert is one of its own.
 
     sampled: the diagonals of the Gram matrices are enough.
     """
@@ -54,7 +54,18 @@ def calibrated_layers(
         for name in group.names:
             layer = layers[name]
             weight = layer.matrix(layer.masked_weight().detach())
-            yield CalibratedLayer(name, weight, layer.matrix(layer.mask), gram, group.block)
+            parts = matrix_names(name, layer)
+            if not parts:
+                yield CalibratedLayer(name, weight, layer.matrix(layer.mask), gram, group.block)
+            masks = layer.matrix(layer.mask).chunk(max(len(parts), 1))
+            for part in zip(parts, weight.chunk(max(len(parts), 1)), masks, gram, strict=True) if parts else ():
+                yield CalibratedLayer(*part, group.block)
+
+
+def matrix_names(name: str, layer: MaskedLayer) -> tuple[str, ...]:
+    """Return a name for each matrix of a layer of several, such as experts; empty for any other layer."""
+    several = layer.several_calls and layer.input_groups > 1
+    return tuple(f"{name}.{number}" for number in range(layer.input_groups)) if several else ()
 
 
 def allocate_global(layers: Iterable[CalibratedLayer], spec: PruningSpec) -> Allocate:

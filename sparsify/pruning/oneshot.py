@@ -22,8 +22,8 @@ from sparsify.layers.records import LayerResult
 from sparsify.masking.layer_solve import output_error, prune_layer, weight_for_dense_outputs
 from sparsify.masking.masks import warn_removed_whole
 from sparsify.masking.methods.registry import needs_products
-from sparsify.masking.spec import LayerSpec, PruningSpec, check_spec, layer_specs
-from sparsify.pruning.measured_allocation import MEASURED, calibrated_layers
+from sparsify.masking.spec import LayerSpec, PruningSpec, check_spec, layer_specs, merged
+from sparsify.pruning.measured_allocation import MEASURED, calibrated_layers, matrix_names
 from sparsify.pruning.reconstruct import Reconstruction, tune_block
 
 
@@ -46,14 +46,20 @@ def prune_with_specs(
     batches = read_batches(model, data)
     of_layers: dict[str, LayerSpec] = {}
     for (spec, names), shapes_of_spec in zip(specs, shapes, strict=True):
-        allocate = None
+        allocate, parts = None, {}
         if spec.is_measured:
+            parts = {name: own for name in names if (own := matrix_names(name, layers[name]))}
             assert isinstance(spec.allocation, str)
             of_spec = {name: layers[name] for name in names}
             by_sizes = spec.allocation == "owl" or (spec.allocation == "global" and not needs_products(spec.method))
             calibrated = calibrated_layers(model, of_spec, batches, cache_bytes, sampled=by_sizes)
             allocate = MEASURED[spec.allocation](calibrated, spec)
-        chosen = layer_specs(spec, shapes_of_spec, allocate)
+        shapes_of_parts = {
+            part: (shape[0] // len(parts.get(name, (name,))), shape[1])
+            for name, shape in shapes_of_spec.items()
+            for part in parts.get(name, (name,))
+        }
+        chosen = merged(layer_specs(spec, shapes_of_parts, allocate), parts)
         warn_removed_whole({name: layer.empties(shapes_of_spec[name]) for name, layer in chosen.items()}, spec)
         of_layers |= chosen
     prune_sequentially(model, of_layers, batches, cache_bytes=cache_bytes, reconstruct=reconstruct, progress=progress)

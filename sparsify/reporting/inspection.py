@@ -11,9 +11,9 @@ from typing import Any, overload
 from torch import nn
 
 from sparsify.conversion.convert import Plan, plan_convert
+from sparsify.inference.multiply_adds import memory_of, multiply_adds
 from sparsify.layer_names import Selector, join
 from sparsify.reporting.file_report import inspect_file
-from sparsify.reporting.multiply_adds import memory_of, multiply_adds
 from sparsify.reporting.report import Report
 from sparsify.tables import Listed, Listing, Table
 

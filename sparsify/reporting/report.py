@@ -11,13 +11,13 @@ from torch.nn.parameter import is_lazy
 
 from sparsify.conversion.converters.table import converter_for, default_converters, matrices
 from sparsify.conversion.module_surgery import layers_of_type
+from sparsify.inference.coverage import Coverage, coverage
 from sparsify.inference.form_selection import why_chosen
 from sparsify.kernels import quantizes_inputs
 from sparsify.layer_names import join
 from sparsify.layers import Int8Embedding, MaskedLayer, PackedLayer
 from sparsify.layers.copies import warn_stale
 from sparsify.layers.records import FormChoice, disturbance_of, form_choice, pruning_result, rounding_of
-from sparsify.reporting.coverage import Coverage, coverage
 from sparsify.tables import Listed, Listing, Table
 
 #: Of the printed table; a column without any entry is left out.

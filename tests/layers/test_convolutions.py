@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tested_kernels import needs_native
 from torch import Tensor, nn
 
 import sparsify
@@ -29,10 +30,22 @@ TABLE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "2d replicate": (lambda: nn.Conv2d(2, 3, 3, stride=2, padding=1, padding_mode="replicate"), (1, 2, 5, 7)),
     "2d strided pointwise": (lambda: nn.Conv2d(4, 6, 1, stride=2, padding="valid"), (2, 4, 5, 5)),
     "2d depthwise": (lambda: nn.Conv2d(5, 10, 3, padding=1, groups=5), (2, 5, 4, 4)),
+    "2d of one image": (
+        lambda: nn.Conv2d(3, 5, (3, 1), padding_mode="zeros", dtype=torch.float32),
+        (3, 7, 5),
+    ),
+    "3d circular": (
+        lambda: nn.Conv3d(4, 2, 2, padding=1, padding_mode="circular", dilation=2, groups=2),
+        (1, 4, 3, 3, 5),
+    ),
     "3d": (lambda: nn.Conv3d(2, 3, (1, 2, 3), stride=2, padding=(0, 1, 1)), (1, 2, 3, 5, 4)),
     "transposed 1d": (lambda: nn.ConvTranspose1d(4, 6, 3, stride=2, padding=1, output_padding=1), (2, 4, 5)),
     "transposed 1d groups": (lambda: nn.ConvTranspose1d(4, 6, 4, stride=3, dilation=2, groups=2), (4, 5)),
     "transposed 2d": (lambda: nn.ConvTranspose2d(4, 6, (3, 2), stride=(1, 2), padding=(3, 0), groups=2), (2, 4, 6, 5)),
+    "transposed 2d dilated": (
+        lambda: nn.ConvTranspose2d(3, 5, 3, stride=(3, 2), output_padding=(2, 1), dilation=2, bias=False),
+        (2, 3, 3, 4),
+    ),
     "transposed 3d": (lambda: nn.ConvTranspose3d(2, 3, 2, stride=2, bias=False), (1, 2, 2, 3, 1)),
 }
 
@@ -71,6 +84,31 @@ def test_outputs_and_gradients_are_those_of_torch_with_zeros(name: str, sparsity
         torch.testing.assert_close(gradient, results[0][1], rtol=0, atol=0)
     assert torch.equal(layer.weight.grad, dense.weight.grad * layer.mask)
     assert layer.bias is None or torch.equal(layer.bias.grad, dense.bias.grad)
+
+
+@pytest.mark.parametrize("form", ["csr", pytest.param("panel", marks=needs_native)])
+@pytest.mark.parametrize("sparsity", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("name", TABLE)
+def test_exported_outputs_and_gradients_are_those_of_torch(name: str, sparsity: float, form: str) -> None:
+    layer, dense, x = masked(name, sparsity)
+    fast = sparsify.export(nn.Sequential(layer), format=form)[0]
+    results = []
+    for module, given in ((fast, x), (dense, x), (copy.deepcopy(dense).double(), x.double())):
+        own = given.clone().requires_grad_()
+        y = module.eval()(own)
+        y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape))
+        bias = [] if module.bias is None else [module.bias.grad]
+        results.append([tensor.detach() for tensor in (y, own.grad, *bias)])
+    for ours, theirs, exact in zip(*results, strict=True):
+        assert error(ours, exact) <= 2 * error(theirs, exact) + 4 * torch.finfo(torch.float32).eps * size(exact)
+
+
+def error(tensor: Tensor, exact: Tensor) -> float:
+    return size(tensor.double() - exact)
+
+
+def size(tensor: Tensor) -> float:
+    return float(tensor.square().mean().sqrt())
 
 
 @pytest.mark.parametrize("name", TABLE)

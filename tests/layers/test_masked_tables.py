@@ -19,6 +19,7 @@ TABLE: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
     "embedding padded": (lambda: nn.Embedding(7, 5, padding_idx=4, scale_grad_by_freq=True), (IDS,)),
     "embedding of sparse gradients": (lambda: nn.Embedding(7, 5, sparse=True), (IDS,)),
     "bag": (lambda: nn.EmbeddingBag(7, 5, mode="max", padding_idx=4), (IDS,)),
+    "bag of means": (lambda: nn.EmbeddingBag(7, 5, dtype=torch.float32), (IDS.flatten(), torch.tensor([0, 0, 4]))),
     "bag of offsets": (
         lambda: nn.EmbeddingBag(7, 5, mode="sum", scale_grad_by_freq=True, include_last_offset=True),
         (IDS.flatten(), torch.tensor([0, 2, 6])),
@@ -52,7 +53,12 @@ def test_outputs_gradients_and_files_are_those_of_torch_with_zeros(name: str, sp
         assert torch.equal(results[0][0], results[1][0])
         torch.testing.assert_close(results[0][1], results[1][1] * layer.mask)
     expected = dense(*inputs)
-    for one in (model, sparsify.export(model)):
+    exported = sparsify.export(model)
+    y = exported.eval()[0](*inputs)
+    assert torch.equal(y, expected)
+    y.backward(torch.linspace(-1, 1, y.numel()).reshape(y.shape))
+    torch.testing.assert_close(exported[0].weight.grad.to_dense(), results[1][1])
+    for one in (model, exported):
         sparsify.save(one, tmp_path / "model.safetensors")
         loaded = sparsify.load(tmp_path / "model.safetensors", nn.Sequential(build()))
         assert type(loaded[0]) is type(one[0])

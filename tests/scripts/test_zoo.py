@@ -11,7 +11,10 @@ HERE = [file for file in FILES if not why_missing(file)]
 NAMES = [(file, name) for file in HERE for name, model in models(file).items() if model.quick]
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "results" / "models.md"
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::sparsify.LeftDenseWarning"),
+]
 
 
 @pytest.mark.parametrize("file", FILES)

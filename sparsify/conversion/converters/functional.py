@@ -96,9 +96,10 @@ def functional_kind(module: nn.Module) -> Converter | None:
         made: dict[str, nn.Module] = {
             name: dense_layer(weights[name], transposed=t) for name, t in products.layers.items()
         }
-        return unfuse(
-            dense, made | {name: HeldWeight(weights[name], transposed=t) for name, t in products.held.items()}
-        )
+        one_by_one = bool(experts(dense))
+        for name, stored in products.held.items():
+            made[name] = HeldWeight(weights[name], transposed=stored, one_by_one=one_by_one)
+        return unfuse(dense, made)
 
     return Converter(type(module), Functional, check, matrices, to_unfused, undo, lambda _: layers)
 

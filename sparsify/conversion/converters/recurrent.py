@@ -10,7 +10,7 @@ from sparsify.conversion.converters.base import Converter
 from sparsify.conversion.converters.torch_layer import torch_converter
 from sparsify.conversion.foreign_masks import check_plain, check_plain_parameter
 from sparsify.layers.functional_module import Functional, layer_name, undo, unfuse
-from sparsify.layers.held_weight import HeldWeight, SparseHeldWeight
+from sparsify.layers.held_weight import CSRHeldWeight, HeldWeight, SparseHeldWeight
 
 _TYPES = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
 
@@ -48,7 +48,7 @@ def _check(module: nn.Module) -> None:
 
 def _to_unfused(module: nn.Module) -> nn.Module:
     weights: dict[str, Any] = {name: module._parameters[name] for name in _names(module)}
-    return unfuse(module, {name: HeldWeight(weight) for name, weight in weights.items()})
+    return unfuse(module, {name: HeldWeight(weight, one_by_one=True) for name, weight in weights.items()})
 
 
 def _check_held(layer: HeldWeight, weight: Tensor) -> None:
@@ -62,4 +62,4 @@ RECURRENT = tuple(
 )
 
 #: For the matrices inside of them.
-HELD = torch_converter(SparseHeldWeight, _check_held)
+HELD = torch_converter(SparseHeldWeight, _check_held, CSRHeldWeight)

@@ -25,6 +25,7 @@ def cnn() -> nn.Sequential:
     ).eval()  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore::sparsify.LeftDenseWarning")
 def test_the_total_is_of_the_model_and_the_rest_is_named() -> None:
     model = sparsify.prune(sparsify.convert(Tagger(), types=nn.Linear), 0.5)
     n = sum(p.numel() for p in model.parameters())
@@ -44,6 +45,7 @@ def test_the_total_is_of_the_model_and_the_rest_is_named() -> None:
         assert f"{1664 / n:.1%} in LSTM lstm; " in said
 
 
+@pytest.mark.filterwarnings("ignore::sparsify.LeftDenseWarning")
 def test_the_share_of_the_work_is_that_of_the_dense_model() -> None:
     x = torch.randn(2, 3, 4, 4)
     dense = cnn()
@@ -58,6 +60,22 @@ def test_the_share_of_the_work_is_that_of_the_dense_model() -> None:
     assert " of its multiply-adds. Dense: " in str(report(one, x))
     with pytest.raises(ValueError, match="does not run on the example"):
         report(one, torch.randn(1))
+
+
+def test_export_tells_the_share_if_most_of_the_model_is_dense() -> None:
+    model = sparsify.convert(Tagger(), types=nn.Linear)
+    said = (
+        r"Pruned layers hold 8\.0% of the model's 1,994 parameters\. Dense: 83\.5% in LSTM lstm; .*; types=\[torch.nn.L"
+    )
+    with pytest.warns(sparsify.LeftDenseWarning, match=said):
+        sparsify.export(model, format="csr")
+    with pytest.warns(sparsify.LeftDenseWarning, match=r"parameters and 9\.4% of its multiply-adds\. Dense: 83\.5%"):
+        sparsify.export(model, example=torch.zeros(2, 3, dtype=torch.int64))
+    sparsify.export(sparsify.convert(Tagger(), types=[nn.Linear, nn.LSTM]), format="csr")
+    model = sparsify.convert(cnn(), types=nn.Linear)  # most weights, and little of the work
+    sparsify.export(model, format="csr")
+    with pytest.warns(sparsify.LeftDenseWarning, match=r"62\.4% of .* and 10\.3% of its multiply-adds"):
+        sparsify.export(model, example=torch.randn(2, 3, 4, 4))
 
 
 def test_a_model_of_convolutions_is_converted_with_them_and_says_so() -> None:

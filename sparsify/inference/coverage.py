@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from sparsify.conversion.left_dense import TABLES, hint, own_weights
+from sparsify.inference.multiply_adds import memory_of, multiply_adds
 from sparsify.layers import Int8Embedding, PackedLayer
-from sparsify.reporting.multiply_adds import memory_of, multiply_adds
 
 #: So many types of the rest are named, the largest first.
 _MOST_TYPES = 4
@@ -102,6 +103,26 @@ def coverage(model: nn.Module, layers: Collection[nn.Module], example: Any = Non
         if counts is None
         else sum(counts[m] for m in set(map(memory_of, weights.values()))),
     )
+
+
+def notice(model: nn.Module, layers: Collection[nn.Module], example: Any = None) -> str:
+    """Return a notice of the coverage of a model, if most of it is not covered; "" else.
+
+    Most: more weights outside of the layers than in them, tables of Embeddings left out, or more than half of the
+    multiply-adds of the example.
+    """
+    try:
+        found = coverage(model, layers, example)
+    except ValueError:  # it does not run under a counter
+        found = coverage(model, layers)
+    known = {id(weight) for layer in layers if (weight := _weight(layer)) is not None}
+    outside = [m for m in model.modules() if any(id(weight) not in known for weight in own_weights(m))]
+    outside = [module for module in outside if not isinstance(module, TABLES)]
+    n_outside = sum(weight.numel() for module in outside for weight in own_weights(module) if id(weight) not in known)
+    work = found.of_multiply_adds
+    if n_outside <= found.n_covered and (work is None or work >= 0.5):
+        return ""
+    return f"{str(found).rstrip('.')}{hint(outside, functional=False)}"
 
 
 def _weight(layer: nn.Module) -> Tensor | None:
