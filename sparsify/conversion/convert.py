@@ -28,10 +28,10 @@ from sparsify.errors import DefaultTypesWarning, LeftDenseWarning
 from sparsify.layer_names import Selector, join, select
 from sparsify.layers import Int8Embedding, MaskedLayer, PackedLayer, Tied
 from sparsify.layers.copies import warn_stale
-from sparsify.layers.deferred import unfuse_activations
 from sparsify.layers.fsdp import data_or_shape, refuse_flattened
 from sparsify.layers.functional_module import Functional
 from sparsify.layers.functional_module import undo as undo_unfuse
+from sparsify.layers.fused_block import unfuse
 from sparsify.layers.held_weight import HeldWeight
 from sparsify.layers.inference_mode import making_tensors
 from sparsify.layers.records import set_form_choice
@@ -226,7 +226,7 @@ def to_dense(model: Model, *, mark: str | None = None) -> Model:
         for embedding in layers_of_type(model, Int8Embedding).values():
             with making_tensors():
                 replace_in_place(embedding, embedding.to_embedding())
-        unfuse_activations(model)
+        unfuse(model)
         for tied in layers_of_type(model, Tied).values():
             untie(tied)
         for converter in converters():

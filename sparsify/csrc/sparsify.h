@@ -187,15 +187,20 @@ SPARSIFY_API int sparsify_pointwise(int dtype, const struct sparsify_pointwise_c
  * (out, channels * kernel_height * kernel_width), its columns in this order. Output row i, column j is at row
  * i * stride_height - top, column j * stride_width - left of the image, the first position of the kernel; positions
  * outside of the image count as zeros, before it and, as far as out_height and out_width reach, behind it. The sum for
- * an output o is multiplied by scale[o] before the bias. Strides of x count elements; either columns or channels are
- * neighbours. y has no gaps: (n_images, out, out_height, out_width), or with y_channels_last (n_images, out_height,
- * out_width, out).
+ * an output o is multiplied by scale[o], then the bias is added, the BatchNorm applied and the residual added, in this
+ * order, before the activation. Strides of x count elements; either columns or channels are neighbours. y and the
+ * residual have no gaps: (n_images, out, out_height, out_width), or with y_channels_last (n_images, out_height,
+ * out_width, out). A call has a scale or a BatchNorm, not both.
  */
 struct sparsify_convolution_call {
     const uint8_t *index;
     const void *values;
-    const float *scale; /* may be NULL, for ones */
-    const void *bias;   /* may be NULL */
+    const float *scale;   /* may be NULL, for ones */
+    const void *bias;     /* may be NULL */
+    const void *residual; /* may be NULL */
+    /* A BatchNorm, for float32 only: none if norm_variance is NULL; weight and bias may be NULL for ones and zeros. */
+    const float *norm_mean, *norm_variance, *norm_weight, *norm_bias;
+    double norm_eps;
     const void *x;
     int64_t x_image_stride, x_channel_stride, x_row_stride, x_column_stride;
     void *y;

@@ -27,8 +27,8 @@ from sparsify.kernels.csr import csr_to_dense, dense_to_csr
 from sparsify.layer_names import join
 from sparsify.layers import CSRLinear, MaskedLayer, PackedLayer, Tied
 from sparsify.layers.copies import warn_stale
-from sparsify.layers.deferred import unfuse_activations
 from sparsify.layers.fsdp import check_whole, refuse_flattened
+from sparsify.layers.fused_block import unfuse
 from sparsify.layers.inference_mode import making_tensors
 from sparsify.layers.records import FormChoice, rounding_of, set_disturbance, set_form_choice, set_rounding
 from sparsify.layers.tied import untie
@@ -56,9 +56,9 @@ def export(
 
     The model itself stays as it was, and its later changes do not reach the copy: they share no memory and no hooks.
     copy=False lets both share the memory of biases, norms, embeddings and layers without a mask, for a model with no
-    training or loading ahead. Outputs equal the masked model's. An activation, or after a convolution a BatchNorm in
-    eval mode, with a layer's output as its only input and no other reader of this output, is applied by the layer.
-    Layers exported before are exported anew.
+    training or loading ahead. Outputs equal the masked model's. An activation with a layer's output as its only input
+    and no other reader of this output is applied by the layer; after a convolution a BatchNorm in eval mode too, and
+    the sum with a shortcut. Layers exported before are exported anew.
 
     format: the form of the weights in memory. "auto" measures each layer here and takes the fastest form, dense if
     no sparse one is faster: no layer is left slower than dense. Where the weights of all layers are more than the
@@ -80,7 +80,7 @@ def export(
     rounded.
     quantize_rest: with `quantize`, int8 for the rest too: "auto" keeps no layer dense, Linears without a mask are
     layers with all weights kept, and Embeddings hold int8 rows.
-    fuse: False leaves activations and BatchNorms to the modules after a layer.
+    fuse: False leaves activations, BatchNorms and sums to the modules after a layer.
     max_error: a layer stays as it is if rounding changes its outputs by more than this share of their size, on the
     example or else on random rows. A LeftFloatWarning and `report` name it.
     max_input_error: the same for its inputs: above it only the weights are rounded, and `report` says so.
@@ -161,7 +161,7 @@ def _with_masks(model: Model) -> Model:
         return model
     with making_tensors():
         masked = copy_replacing(model, {layer: layer.to_sparse() for layer in packed}, share_memory=True)
-    unfuse_activations(masked)
+    unfuse(masked)
     return masked
 
 

@@ -1,9 +1,9 @@
-"""Activations and BatchNorms fused into the layer before them: one or two passes over the outputs less.
+"""Activations, BatchNorms and sums fused into the layer before them: some passes over the outputs less.
 
-If a module calls an exported layer and passes its result to an activation only, or that of a convolution to a
-BatchNorm, the layer defers its output until they ask for it (`layers/deferred.py`). The order of calls is read off the
-module's own forward, traced with torch.fx; a module without a trace is left as it is. The trace only finds the outputs
-worth deferring: an output is right for any use.
+A module with convolutions gets a plan where its code allows one (`block_plan.py`). If another module calls an exported
+layer and passes its result to an activation only, the layer defers its output until that asks for it
+(`layers/deferred.py`). The order of calls is read off the module's own forward, traced with torch.fx; a module without
+a trace is left as it is. There the trace only finds the outputs worth deferring: an output is right for any use.
 """
 
 from __future__ import annotations
@@ -15,47 +15,44 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from sparsify.conversion.module_surgery import Model
-from sparsify.layers import PackedLayer
-from sparsify.layers.csr_convolution import CSRConvolution
+from sparsify.inference.block_plan import Shallow, read_plan
+from sparsify.layers import CSRLinear, PackedLayer
 from sparsify.layers.deferred import begin, end
-
-#: The name of a BatchNorm among what follows a layer.
-BATCH_NORM = "batch_norm"
+from sparsify.layers.fused_block import FusedCall, fuse_block
 
 #: Below so many outputs a row telling the layer when to defer costs as much as the activation by itself.
 FEWEST_FEATURES = 256
 
 
 def fuse_activations(model: Model) -> Model:
-    """Let exported layers apply the BatchNorm and activation after them, in place, and return the model.
+    """Let exported layers apply what follows them, in place, and return the model.
 
-    A layer, BatchNorm or activation with hooks, or in several places of the model, stays as it is.
+    A layer, BatchNorm or activation with hooks, or a linear layer in several places of the model, stays as it is.
     """
+    known = {m: name for m in model.modules() if (name := activation_name(m))}
+    for owner in list(model.modules()):
+        if (plan := read_plan(owner, known)) is not None:
+            fuse_block(owner, plan)
+            for step, _ in plan.steps:
+                if isinstance(step, FusedCall):
+                    step.layer.followed_by = step.followed_by
     paths = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     for owner in list(model.modules()):
         free = {name: m for name, m in owner.named_children() if paths[id(m)] == 1 and not _has_hooks(m)}
-        layers = {name: m for name, m in free.items() if isinstance(m, PackedLayer) and _is_worth_it(m)}
-        readers = {name: known for name, m in free.items() if (known := _reader_name(m))} if layers else {}
+        layers = {name: m for name, m in free.items() if isinstance(m, CSRLinear) and _is_worth_it(m)}
+        readers = {name: known[m] for name, m in free.items() if m in known} if layers else {}
         if not readers:
             continue
         for layer_name, name in _followed_by(owner):
-            if layer_name not in layers or name not in readers:
-                continue
-            if readers[name] != BATCH_NORM or isinstance(layers[layer_name], CSRConvolution):
+            if layer_name in layers and name in readers:
                 layers[layer_name].followed_by = readers[name]
                 _let_defer(owner)
     return model
 
 
 def _is_worth_it(layer: PackedLayer) -> bool:
-    """Return whether a layer has enough outputs: a convolution has its channels at every position."""
-    many = layer.out_features >= FEWEST_FEATURES or isinstance(layer, CSRConvolution)
-    return layer.activation == "none" and many
-
-
-def _reader_name(module: nn.Module) -> str | None:
-    """Return the name of a module that a layer's kernel can do the work of: an activation or a BatchNorm."""
-    return BATCH_NORM if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d) else activation_name(module)
+    """Return whether a layer has enough outputs."""
+    return layer.activation == "none" and layer.out_features >= FEWEST_FEATURES
 
 
 def _let_defer(owner: nn.Module) -> None:
@@ -74,7 +71,7 @@ def activation_name(module: nn.Module) -> str | None:
     if next(module.parameters(), None) is not None:
         return None
     try:
-        nodes = list(_Shallow().trace(module).nodes)
+        nodes = list(Shallow().trace(module).nodes)
     except Exception:  # whatever its code does with a tensor that is none
         return None
     if [node.op for node in nodes] != ["placeholder", "call_function", "output"] or nodes[1].args != (nodes[0],):
@@ -85,20 +82,13 @@ def activation_name(module: nn.Module) -> str | None:
     return {F.relu: "relu", F.silu: "silu"}.get(nodes[1].target) if not options else None
 
 
-class _Shallow(fx.Tracer):
-    """Traces one module's own code, without its children's."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-
 def _followed_by(owner: nn.Module) -> Iterator[tuple[str, str]]:
     """Yield (child, the only reader of its output), the child called once, training or not."""
     was_training = owner.training
     pairs = []
     try:
         for owner.training in (False, True):
-            pairs.append(_pairs(_Shallow().trace(owner)))
+            pairs.append(_pairs(Shallow().trace(owner)))
     except Exception:  # whatever its code does with a tensor that is none
         return
     finally:

@@ -1,7 +1,7 @@
 """Multiplication with packed weights: one operator, one entry per form and device; the reference defines the answer."""
 
 from sparsify.kernels import int8_op as int8_op  # registers its operators
-from sparsify.kernels.convolution_op import convolution
+from sparsify.kernels.convolution_op import convolution, fused_convolution
 from sparsify.kernels.forms import (
     FORMS,
     INT8_FORMS,
@@ -15,7 +15,7 @@ from sparsify.kernels.forms import (
     unpack,
     unpack_as,
 )
-from sparsify.kernels.geometry import Geometry
+from sparsify.kernels.geometry import Geometry, Norm
 from sparsify.kernels.pointwise_op import pointwise
 from sparsify.kernels.torch_ops import ACTIVATIONS, linear
 
@@ -25,9 +25,11 @@ __all__ = [
     "INT8_FORMS",
     "PATTERNED",
     "Geometry",
+    "Norm",
     "convolution",
     "fits",
     "form_for",
+    "fused_convolution",
     "linear",
     "pack",
     "part_names",

@@ -16,7 +16,7 @@ from torch import Tensor, library
 from sparsify.kernels import reference
 from sparsify.kernels.cpu import convolution as native
 from sparsify.kernels.forms import is_quantized, unpack, unpack_as, unpack_in_transform
-from sparsify.kernels.geometry import Geometry
+from sparsify.kernels.geometry import Geometry, Norm
 from sparsify.kernels.pointwise_op import check_images, pointwise
 from sparsify.kernels.reference import ACTIVATIONS
 from sparsify.kernels.torch_ops import (
@@ -69,6 +69,48 @@ def convolution(
         y = ACTIVATIONS[activation](y if bias is None else y + bias).to(x.dtype)
     images = y.view(len(x), *geometry.output_size(*x.shape[2:]), shape[0]).permute(0, 3, 1, 2)
     return images if native.is_channels_last(x) else images.contiguous()
+
+
+def fused_convolution(
+    x: Tensor,
+    parts: tuple[Tensor, ...],
+    shape: tuple[int, int],
+    geometry: Geometry,
+    bias: Tensor | None,
+    norm: Norm | None,
+    residual: Tensor | None,
+    activation: str,
+    *,
+    channels_last: bool = False,
+) -> Tensor | None:
+    """Convolve x as `convolution`, apply a BatchNorm, add the residual, activate: one call, without gradients.
+
+    parts: of the form "panel". residual: of the result's shape. channels_last: the layout of the result, instead of
+    x's own. Returns None unless all are plain tensors on the CPU,
+    of matching shapes and of one dtype, with a norm float32. Nothing is rounded between the steps.
+    """
+    index, values = parts
+    n_channels = shape[1] // (geometry.kernel[0] * geometry.kernel[1])
+    if type(x) is not Tensor or x.dim() != 4 or x.shape[1] != n_channels:
+        return None
+    size = (x.shape[0], shape[0], *geometry.output_size(x.shape[2], x.shape[3]))
+    vectors = (bias,) if norm is None else (bias, *norm[:4])
+    if not (
+        x.dtype == values.dtype
+        and x.is_cpu
+        and index.is_cpu
+        and values.is_cpu
+        and min(size[2:]) > 0
+        and (norm is None or x.dtype == torch.float32)
+        and all(v is None or (v.dtype == x.dtype and v.is_cpu and v.shape == size[1:2]) for v in vectors)
+        and (residual is None or (type(residual) is Tensor and residual.shape == size and residual.dtype == x.dtype))
+    ):
+        return None
+    index, values, bias = operands("panel", index, values, bias, shape)
+    number = _ACTIVATION_IDS[activation]
+    last = channels_last or native.is_channels_last(x)
+    y = torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last if last else torch.contiguous_format)
+    return native.convolution(x, index, values, bias, shape[0], geometry, number, y, norm=norm, residual=residual)
 
 
 def _check(

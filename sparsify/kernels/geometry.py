@@ -1,8 +1,10 @@
-"""Geometry: the settings of a convolution beside its weight, for kernels."""
+"""The settings of a convolution beside its weight, and of a BatchNorm after it, for kernels."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+from torch import Tensor
 
 
 class Geometry(NamedTuple):
@@ -24,8 +26,18 @@ class Geometry(NamedTuple):
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Return (height, width) of the output for that of the input, not above 0 where torch raises."""
-        out_height, out_width = (
-            (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-            for size, kernel, stride, padding, dilation in zip((height, width), *self, strict=True)
+        (rows, columns), (row_stride, column_stride), (top, left), (row_step, column_step) = self
+        return (  # written out: a loop takes microseconds of each call
+            (height + 2 * top - row_step * (rows - 1) - 1) // row_stride + 1,
+            (width + 2 * left - column_step * (columns - 1) - 1) // column_stride + 1,
         )
-        return out_height, out_width
+
+
+class Norm(NamedTuple):
+    """The numbers of a BatchNorm in eval mode, each (channels): (x - mean) / sqrt(variance + eps) * weight + bias."""
+
+    mean: Tensor
+    variance: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float

@@ -7,28 +7,22 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from torch.fx import Tracer
 
-from sparsify.kernels import Geometry, convolution
-from sparsify.layers.deferred import Affine, DeferredOutput
+from sparsify.kernels import Geometry, Norm, convolution, fused_convolution
 from sparsify.layers.masked import MaskedLayer
 from sparsify.layers.packed import PackedLayer
 from sparsify.layers.sparse_convolution import SparseConv1d, SparseConv2d
 from sparsify.layers.tracing import call_node, tracer_of
 
-#: Below so many outputs a BatchNorm runs by itself. Deferring twice takes 0.33 ms of Python at 2.25 GHz, 49 times in a
-#: ResNet-50, which without it takes 31 ms and not 37 for one image of 224 x 224 at 90% (two threads, Xeon 6/207).
-FEWEST_NORMALIZED = 2**19
-
 
 class CSRConvolution(PackedLayer):
     """A convolution over a packed weight (out_channels, in_channels x kernel); `PackedLayer` describes its buffers.
 
-    Images keep their memory layout, channels first or last. A BatchNorm in eval mode and an activation that read
-    nothing but the layer's output are computed together with it, see `layers/deferred.py`. Each read of `weight`
-    unpacks the dense weight.
+    Images keep their memory layout, channels first or last. A BatchNorm, a sum and an activation after the layer are
+    computed together with it by the module around it, see `layers/fused_block.py`. Each read of `weight` unpacks the
+    dense weight.
     """
 
     n_dims: ClassVar[int]
@@ -64,12 +58,6 @@ class CSRConvolution(PackedLayer):
             return self._trace(tracer, input, bias)
         if input.dim() == self.n_dims + 1:
             return self._run(input.unsqueeze(0)).squeeze(0)
-        if self.followed_by != "none" and self._may_defer(input, 1, self.in_channels):
-            sizes = self._output_sizes(input)
-            n_outputs = input.shape[0] * self.out_features * math.prod(sizes)
-            worth_it = self.followed_by != "batch_norm" or n_outputs >= FEWEST_NORMALIZED
-            if worth_it and min(sizes) > 0:  # without outputs it is an error, said now
-                return self._defer(input, bias, sizes)
         autocast = self._autocast_dtype(input)
         if autocast is None:
             if self.own_dtype is not None:
@@ -77,28 +65,38 @@ class CSRConvolution(PackedLayer):
             return self._convolve(input, bias, activation)
         return self._convolve(input.to(self.float_dtype), bias, activation).to(autocast)
 
-    def _convolve(self, input: Tensor, bias: Tensor | None, activation: str, scale: Tensor | None = None) -> Tensor:
+    def _convolve(self, input: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         """Convolve images, or what is an image of one row for the kernels."""
         images = input.unsqueeze(2) if self.n_dims == 1 and input.dim() == 3 else input
-        y = convolution(images, self.tensors, self.form, self.shape, self.geometry, bias, activation, scale)
+        y = convolution(images, self.tensors, self.form, self.shape, self.geometry, bias, activation)
         return y.squeeze(2) if images is not input else y
 
-    def _output_sizes(self, input: Tensor) -> tuple[int, ...]:
-        """Return the sizes of the output behind its channels, (0,) for an input of another number of dimensions."""
-        if input.dim() != self.n_dims + 2:
-            return (0,)
-        height, width = (1, input.shape[2]) if self.n_dims == 1 else input.shape[2:]
-        return self.geometry.output_size(height, width)[-self.n_dims :]
+    def convolve_fused(
+        self,
+        input: Tensor,
+        norm: Norm | None,
+        residual: Tensor | None,
+        activation: str,
+        *,
+        channels_last: bool = False,
+    ) -> Tensor | None:
+        """Apply the layer, a BatchNorm, a sum with the residual and an activation in one call, without gradients.
 
-    def _defer(self, input: Tensor, bias: Tensor | None, sizes: tuple[int, ...]) -> Tensor:
-        def compute(activation: str, affine: Affine | None = None) -> Tensor:
-            if affine is None:
-                return self._convolve(input, bias, activation)
-            return self._convolve(input, affine.shift_of(bias), activation, affine.scale)
-
-        shape = (input.shape[0], self.out_features, *sizes)
-        takes_affine = self.form == "panel" and self.own_dtype is None and input.dtype == torch.float32
-        return DeferredOutput.make(compute, input, shape, takes_affine=takes_affine)
+        channels_last: give images that layout, whatever that of the input is. Returns None if no kernel takes these
+        tensors.
+        """
+        buffers = self._buffers
+        if self.form != "panel" or self.own_dtype is not None or self.activation != "none" or type(input) is not Tensor:
+            return None
+        bias, parts = self._parameters["bias"], (buffers["index"], buffers["values"])
+        if self.n_dims == 2:
+            settings = (self.shape, self.geometry, bias, norm, residual, activation)
+            return fused_convolution(input, parts, *settings, channels_last=channels_last)  # type: ignore[arg-type]
+        if input.dim() != 3 or (residual is not None and (type(residual) is not Tensor or residual.dim() != 3)):
+            return None
+        images, added = input.unsqueeze(2), None if residual is None else residual.unsqueeze(2)
+        y = fused_convolution(images, parts, self.shape, self.geometry, bias, norm, added, activation)  # type: ignore[arg-type]
+        return None if y is None else y.squeeze(2)
 
     def _trace(self, tracer: Tracer, input: Tensor, bias: Tensor | None) -> Tensor:
         """Record a call in a graph of torch.fx: of this layer, or of the operator if the layer itself is traced."""

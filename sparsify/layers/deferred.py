@@ -7,11 +7,10 @@ pass over memory, and any other use finds the plain output. Nothing is left to d
 
 from __future__ import annotations
 
-import functools
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sparsify.kernels.torch_ops import is_transformed
-from sparsify.layers.inference_mode import making_tensors
 
 #: Below so many outputs a pass of its own over them costs less than deferring them.
 FEWEST_OUTPUTS = 4096
@@ -32,17 +30,6 @@ _CHEAP = {
 
 _RELU_IN_PLACE = {torch.relu_, Tensor.relu_}
 _RELU = {F.relu, torch.relu, Tensor.relu, *_RELU_IN_PLACE}
-
-
-class Affine(NamedTuple):
-    """The effect of a BatchNorm in eval mode on its channels: x * scale + shift, float32 (channels)."""
-
-    scale: Tensor
-    shift: Tensor
-
-    def shift_of(self, bias: Tensor | None) -> Tensor:
-        """Return the shift for inputs to which this bias was not added yet."""
-        return self.shift if bias is None else torch.addcmul(self.shift, bias, self.scale)
 
 
 class _Runs(threading.local):
@@ -80,7 +67,7 @@ def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
 
 
 def unfuse_activations(model: nn.Module) -> None:
-    """Undo `fuse_activations` in place: layers give plain outputs, and modules lose their two hooks."""
+    """Let layers give plain outputs, in place, and take their two hooks off modules."""
     for module in model.modules():
         if getattr(module, "followed_by", "none") != "none":
             module.followed_by = "none"  # type: ignore[assignment]  # a string, of a PackedLayer
@@ -106,24 +93,18 @@ def may_defer(layer: nn.Module, input: Tensor, n_outputs: int) -> bool:
 class DeferredOutput(Tensor):
     """The output of a layer before anybody has used it; see this file's docstring."""
 
-    compute: Callable[..., Tensor]
+    compute: Callable[[str], Tensor]
     input: Tensor
     version: int | None
     value: Tensor | None
-    takes_affine: bool
 
     @staticmethod
-    def make(
-        compute: Callable[..., Tensor], input: Tensor, shape: Sequence[int], *, takes_affine: bool = False
-    ) -> DeferredOutput:
-        """Defer `compute`, which takes the name of an activation, of an input: an output of this shape.
-
-        takes_affine: `compute` takes an Affine too, to be applied before the activation.
-        """
+    def make(compute: Callable[[str], Tensor], input: Tensor, shape: Sequence[int]) -> DeferredOutput:
+        """Defer `compute`, which takes the name of an activation, of an input: an output of this shape."""
         made: DeferredOutput = Tensor._make_wrapper_subclass(
             DeferredOutput, shape, dtype=input.dtype, device=input.device
         )
-        made.compute, made.input, made.value, made.takes_affine = compute, input, None, takes_affine
+        made.compute, made.input, made.value = compute, input, None
         made.version = None if input.is_inference() else input._version
         _RUNS.stack[-1][1].append(weakref.ref(made))
         return made
@@ -143,13 +124,6 @@ class DeferredOutput(Tensor):
             )
         return self.compute(activation)
 
-    def normalized(self, affine: Affine) -> DeferredOutput:
-        """Return the output of a BatchNorm of this one, deferred too."""
-        compute = self.compute
-        made = DeferredOutput.make(lambda activation: compute(activation, affine), self.input, self.shape)
-        made.version = self.version
-        return made
-
     @classmethod
     def __torch_function__(
         cls,
@@ -158,7 +132,7 @@ class DeferredOutput(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Answer, compute together with an activation or a BatchNorm, or use the plain output."""
+        """Answer, compute together with an activation, or use the plain output."""
         kwargs = dict(kwargs or {})
         if func in _CHEAP:
             with torch._C.DisableTorchFunctionSubclass():
@@ -171,8 +145,6 @@ class DeferredOutput(Tensor):
                 if is_in_place:
                     output.value = activated
                 return activated
-            if func is F.batch_norm and output.takes_affine and (affine := _batch_norm(*args, **kwargs)) is not None:
-                return output.normalized(affine)
         return _on_value(func, args, kwargs)
 
     @classmethod
@@ -198,37 +170,6 @@ def _activation(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping
         approximate = options.pop("approximate", "none")
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(approximate) if not options else None, False
     return None, False
-
-
-def _batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Affine | None:
-    """Return the effect of a call of F.batch_norm; None for one that looks at its inputs, or has no float32 numbers."""
-    of_batch_norm = [t for t in (running_mean, running_var, weight, bias) if t is not None]
-    if training or running_mean is None or running_var is None or not _RUNS.stack:
-        return None
-    if not all(type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.dtype == torch.float32 for t in of_batch_norm):
-        return None
-    if any(t.shape != (input.shape[1],) for t in of_batch_norm):
-        return None
-    scale = torch.rsqrt(torch.add(running_var, _as_tensor(eps)))
-    scale = scale if weight is None else scale.mul_(weight)
-    start = torch.zeros_like(scale) if bias is None else bias
-    return Affine(scale, torch.addcmul(start, running_mean, scale, value=-1))
-
-
-@functools.cache
-def _as_tensor(eps: float) -> Tensor:
-    """Return a number as a float32 tensor: a Python float would be converted in each call."""
-    with making_tensors():
-        return torch.tensor(eps, dtype=torch.float32, device="cpu")
 
 
 def _on_value(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

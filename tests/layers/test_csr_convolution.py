@@ -1,4 +1,4 @@
-"""Exported convolutions of any kernel: outputs, gradients, files and copies, and the BatchNorm after them."""
+"""Exported convolutions of any kernel: outputs, gradients, files and copies."""
 
 import copy
 
@@ -8,7 +8,7 @@ from tested_kernels import needs_native
 from torch import nn
 
 import sparsify
-from sparsify.layers import CSRConv1d, CSRConv2d, PackedLayer, csr_convolution
+from sparsify.layers import CSRConv1d, CSRConv2d
 from sparsify.layers.sparse_convolution import SparseConv1d, SparseConv2d
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -93,101 +93,3 @@ def test_without_an_example_layers_are_measured_on_square_images():
     assert set(fast[0].choice.times_us) == {"dense", "panel"}
     assert SparseConv2d(3, 4, 0, kernel_size=3, stride=2).input_shape(100) == (1, 3, 21, 21)
     assert SparseConv1d(3, 4, 0, kernel_size=3).input_shape(100) == (1, 3, 102)
-
-
-@pytest.fixture
-def _few_outputs_are_fused(monkeypatch):
-    monkeypatch.setattr(csr_convolution, "FEWEST_NORMALIZED", 1)
-
-
-class Residual(nn.Module):
-    """A block as in ResNets: one activation module is used several times."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(16, 24, 3, padding=1, bias=False), nn.BatchNorm2d(24)
-        self.conv2, self.bn2 = nn.Conv2d(24, 16, 1), nn.BatchNorm2d(16, affine=False)
-        self.conv3, self.bn3 = nn.Conv2d(16, 16, 3, stride=2), nn.BatchNorm2d(16)
-        self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, x):
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        out += x
-        return self.bn3(self.conv3(self.relu(out)))
-
-
-def residual():
-    torch.manual_seed(0)
-    block = Residual()
-    for norm in (block.bn1, block.bn2, block.bn3):
-        norm.running_mean.normal_()
-        norm.running_var.uniform_(0.5, 2)
-        if norm.affine:
-            nn.init.normal_(norm.weight)
-            nn.init.normal_(norm.bias)
-    return sparsify.prune(sparsify.convert(block.eval(), types=nn.Conv2d), 0.7)
-
-
-@pytest.mark.usefixtures("_few_outputs_are_fused")
-@needs_native
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_batchnorms_are_applied_by_the_layer_before_them(layout, mode, monkeypatch):
-    model = residual()
-    fast, plain = sparsify.export(model, format="panel"), sparsify.export(model, format="panel", fuse=False)
-    names = ("conv1", "conv2", "conv3")
-    assert [getattr(fast, name).followed_by for name in names] == ["batch_norm"] * 3
-    assert [getattr(plain, name).followed_by for name in names] == ["none"] * 3
-    assert list(fast.state_dict()) == list(plain.state_dict())
-    scaled = []
-    convolve = CSRConv2d._convolve
-    monkeypatch.setattr(
-        CSRConv2d, "_convolve", lambda *args: scaled.append((args[3], len(args) > 4)) or convolve(*args)
-    )
-    x = torch.randn(2, 16, 12, 13).to(memory_format=layout)
-    with mode():
-        found, wanted = fast(x), model(x)
-        assert type(found) is torch.Tensor
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-5)
-        assert torch.equal(fast(x), found)
-        assert scaled[:3] == (
-            [("none", False)] * 3 if mode is torch.enable_grad else [("relu", True), ("none", True), ("none", True)]
-        )
-        torch.testing.assert_close(plain(x), wanted, rtol=1e-5, atol=2e-5)
-
-
-@pytest.mark.usefixtures("_few_outputs_are_fused")
-@needs_native
-def test_a_batchnorm_that_changes_or_looks_at_its_input_is_respected():
-    model = residual()
-    fast, x = sparsify.export(model, format="panel"), torch.randn(2, 16, 12, 13)
-    for norm in (model.bn1, fast.bn1):  # numbers of a BatchNorm may change after the export
-        norm.running_mean.fill_(3)
-        norm.eps = 0.5
-    with torch.no_grad():
-        torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=2e-5)
-        for block in (model, fast):
-            block.bn1.train()
-        torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(fast.bn1.running_mean, model.bn1.running_mean)
-        seen = []
-        fast.bn2.register_forward_hook(lambda module, args, output: seen.append(output + 0))
-        fast(x)
-    assert seen[0].shape == (2, 16, 12, 13)
-
-
-@pytest.mark.usefixtures("_few_outputs_are_fused")
-@needs_native
-def test_a_small_resnet_of_torchvision():
-    torchvision = pytest.importorskip("torchvision", reason="torchvision is missing: pip install torchvision")
-    torch.manual_seed(0)
-    model = torchvision.models.resnet18(weights=None, num_classes=5).eval()
-    masked = sparsify.prune(sparsify.convert(model, types=nn.Conv2d), 0.8)
-    fast, x = sparsify.export(masked, format="panel"), torch.randn(1, 3, 64, 64)
-    layers = [layer for layer in fast.modules() if isinstance(layer, PackedLayer)]
-    assert len(layers) == 20
-    assert all(layer.followed_by == "batch_norm" for layer in layers)
-    with torch.no_grad():
-        wanted = masked(x)
-        torch.testing.assert_close(fast(x), wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))

@@ -5,6 +5,9 @@
 // block the sums are written to y.
 #pragma once
 
+#include <math.h>
+#include <stdlib.h>
+
 #include "panel/kernel.inc.h"
 #include "panel/strip.inc.h"
 
@@ -18,7 +21,8 @@ constexpr int64_t STRIP_BYTES = 512 * 1024;
 struct ConvolutionPlan {
     ConvolutionCall call;
     PlaneShape shape;
-    PanelPlan panel;  // what add_window reads of it
+    PanelPlan panel;     // what add_window reads of it
+    const float *scale;  // the call's, or of the BatchNorm, whose shift is then the bias
     int64_t n_positions, n_taps, n_vecs, most_vecs;
     int64_t n_tiles, n_strips, n_parts, windows_per_part;
 };
@@ -38,20 +42,20 @@ template <int V, typename T>
 void write_window(const ConvolutionPlan &plan, const ConvolutionTile &of, int64_t row, const float *sums) {
     const ConvolutionCall &call = plan.call;
     const Rows rows = part_of_call(plan.panel.call, row, plan.panel.header.window_rows);
-    const T *bias = call.bias ? static_cast<const T *>(call.bias) + rows.first : nullptr;
-    const float *scale = call.scale ? call.scale + rows.first : nullptr;
+    const Ending<T> ending = {plan.scale, static_cast<const T *>(call.bias), static_cast<const T *>(call.residual),
+                              int(call.activation)};
     T *y = static_cast<T *>(call.y);
     if (call.y_channels_last) {
-        T *to = y + of.position * call.out + rows.first;
-        empty_tile<V>(sums, scale, bias, to, call.out, of.n_positions, rows.n, int(call.activation));
+        const int64_t to = of.position * call.out + rows.first;
+        empty_tile<V>(sums, ending.from(rows.first, to), y + to, call.out, of.n_positions, rows.n);
         return;
     }
     const int64_t plane = call.out_height * call.out_width;
     for (int64_t done = 0; done < of.n_positions;) {  // image by image
         const int64_t image = (of.position + done) / plane, first = (of.position + done) % plane;
         const int64_t left = of.n_positions - done, here = plane - first < left ? plane - first : left;
-        T *to = y + (image * call.out + rows.first) * plane + first;
-        empty_tile_to_planes<V>(sums + done, scale, bias, to, plane, here, rows.n, int(call.activation));
+        const int64_t to = (image * call.out + rows.first) * plane + first;
+        empty_tile_to_planes<V>(sums + done, ending.from(rows.first, to), y + to, plane, here, rows.n);
         done += here;
     }
 }
@@ -165,9 +169,20 @@ inline void split_convolution(ConvolutionPlan &plan, int n_threads) {
     plan.n_parts = (n_windows + plan.windows_per_part - 1) / plan.windows_per_part;
 }
 
+// scale and shift: what a BatchNorm does to the sums of the weights, with the bias.
+inline void fold_norm(const ConvolutionCall &call, float *scale, float *shift) {
+    const float *const bias = static_cast<const float *>(call.bias);
+    for (int64_t o = 0; o < call.out; ++o) {
+        const float weight = call.norm_weight ? call.norm_weight[o] : 1.0f;
+        scale[o] = weight / sqrtf(call.norm_variance[o] + float(call.norm_eps));
+        shift[o] =
+            (call.norm_bias ? call.norm_bias[o] : 0.0f) + ((bias ? bias[o] : 0.0f) - call.norm_mean[o]) * scale[o];
+    }
+}
+
 // A kernel of one position reads and writes where x and y lie, as rows of tokens or as planes. Returns whether it can.
 template <typename T>
-bool convolve_in_place(const ConvolutionCall &call, int *status) {
+bool convolve_in_place(const ConvolutionCall &call, const float *scale, int *status) {
     if (call.kernel_height * call.kernel_width * call.stride_height * call.stride_width != 1 || call.top || call.left)
         return false;
     const bool planes = call.x_column_stride == 1 && !call.y_channels_last;
@@ -178,7 +193,8 @@ bool convolve_in_place(const ConvolutionCall &call, int *status) {
     if (planes && call.x_row_stride == call.width) {
         // Of small images the last vectors are rather shared.
         if (call.n_images > 1 && (plane + WIDTH - 1) / WIDTH * WIDTH > plane + plane / 8) return false;
-        *status = run_panel<true, T, T>(image, call.scale, call.n_images, call.x_image_stride, call.out * plane);
+        *status =
+            run_panel<true, T, T>(image, scale, call.n_images, call.x_image_stride, call.out * plane, call.residual);
         return true;
     }
     const bool no_gaps = call.x_row_stride == call.width * call.x_column_stride &&
@@ -187,15 +203,16 @@ bool convolve_in_place(const ConvolutionCall &call, int *status) {
     image.x_stride = call.x_column_stride;
     image.y_stride = call.out;
     image.tokens = call.n_images * plane;
-    *status = run_panel<false, T, T>(image, call.scale, 1, 0, 0);
+    *status = run_panel<false, T, T>(image, scale, 1, 0, 0, call.residual);
     return true;
 }
 
 template <typename T>
-int convolution_panel(const ConvolutionCall &call) {
-    if (int status; convolve_in_place<T>(call, &status)) return status;
+int convolve(const ConvolutionCall &call, const float *scale) {
+    if (int status; convolve_in_place<T>(call, scale, &status)) return status;
     ConvolutionPlan plan;
     plan.call = call;
+    plan.scale = scale;
     plan.shape = plane_shape(call);
     plan.n_taps = call.kernel_height * call.kernel_width;
     PanelPlan &panel = plan.panel;
@@ -214,6 +231,20 @@ int convolution_panel(const ConvolutionCall &call) {
     const int n_threads = worthwhile_threads(flops, int(call.n_threads));
     split_convolution(plan, n_threads);
     return run_tasks(plan.n_strips * plan.n_parts, n_threads, run_convolution_task<T>, &plan);
+}
+
+template <typename T>
+int convolution_panel(const ConvolutionCall &call) {
+    if (!call.norm_variance) return convolve<T>(call, call.scale);
+    if (sizeof(T) != sizeof(float)) return SPARSIFY_BAD_ARGUMENT;
+    float *const scale = static_cast<float *>(malloc(size_t(2 * call.out) * sizeof(float)));
+    if (!scale) return SPARSIFY_NO_MEMORY;
+    fold_norm(call, scale, scale + call.out);
+    ConvolutionCall with_shift = call;
+    with_shift.bias = scale + call.out;
+    const int status = convolve<T>(with_shift, scale);
+    free(scale);
+    return status;
 }
 
 }  // namespace

@@ -31,7 +31,8 @@ constexpr int64_t PANEL_FAR_BYTES = 1024 * 1024;
 struct PanelPlan {
     LinearCall call;  // of one image; linear has one
     int64_t x_image_stride, y_image_stride;
-    const float *scale;  // of the rows, where values are int8
+    const float *scale;    // of the rows, where values are int8 or a convolution has a scale
+    const void *residual;  // where y has it
     PanelHeader header;
     PanelSections sections;
     int64_t id;                    // of this call, unlike any other
@@ -131,6 +132,8 @@ int run_panel_task(const PanelPlan &plan, const PanelTask &task) {
     const int64_t block_floats = (k_block + 1) * V * WIDTH;  // and a row of zeros, which padding refers to
     const bool keep = n_blocks * block_floats * int64_t(sizeof(float)) <= PANEL_KEPT_TILE_BYTES;
     const int64_t tile_floats = (keep ? n_blocks : 1) * block_floats;
+    // Of one block, the sums of a window are done before those of the next, and stay in the L1 cache.
+    const int64_t window_floats = n_blocks == 1 ? 0 : window_rows * V * WIDTH;
     // And what is read past the rows of a window that begin within it.
     const int64_t sums_floats = (plan.windows_per_part * window_rows + WIDTH) * V * WIDTH;
     float *const tile = static_cast<float *>(thread_scratch(size_t(tile_floats + sums_floats) * sizeof(float)));
@@ -144,7 +147,8 @@ int run_panel_task(const PanelPlan &plan, const PanelTask &task) {
     T *y = static_cast<T *>(call.y) + task.image * plan.y_image_stride;
     x += task.first_token * (PLANES ? 1 : call.x_stride);
     y += task.first_token * (PLANES ? 1 : call.y_stride);
-    const T *bias = static_cast<const T *>(call.bias);
+    Ending<T> ending = {plan.scale, static_cast<const T *>(call.bias), nullptr, int(call.activation)};
+    if (plan.residual) ending.residual = static_cast<const T *>(plan.residual) + (y - static_cast<T *>(call.y));
     for (int64_t block = 0; block < n_blocks; ++block) {
         const int64_t first = block * k_block, width = call.in - first < k_block ? call.in - first : k_block;
         float *block_tile = tile + (keep ? block * block_floats : 0);
@@ -158,19 +162,17 @@ int run_panel_task(const PanelPlan &plan, const PanelTask &task) {
         for (int64_t window = task.first_window; window < task.end_window; ++window) {
             const int64_t row = window * window_rows, left = plan.sections.padded_rows - row;
             if (!PLANES && plan.far) prefetch_for_window(plan, task, block, window, filled, x, y);
-            float *window_sums = sums + (window - task.first_window) * window_rows * V * WIDTH;
+            float *window_sums = sums + (window - task.first_window) * window_floats;
             add_window<V, W>(plan, block, window, left < window_rows ? left : window_rows, block_tile, window_sums);
             if (block == n_blocks - 1) {
                 const Rows rows = part_of_call(call, row, window_rows);
                 const float *from = window_sums + rows.skipped * V * WIDTH;
-                const T *b = bias ? bias + rows.first : nullptr;
-                const float *scale = plan.scale ? plan.scale + rows.first : nullptr;
-                const int64_t to = rows.first - call.first_row;
+                const int64_t to = (rows.first - call.first_row) * (PLANES ? call.y_stride : 1);
+                const Ending<T> by = ending.from(rows.first, to);
                 if constexpr (PLANES)
-                    empty_tile_to_planes<V>(from, scale, b, y + to * call.y_stride, call.y_stride, task.n_tokens,
-                                            rows.n, call.activation);
+                    empty_tile_to_planes<V>(from, by, y + to, call.y_stride, task.n_tokens, rows.n);
                 else
-                    empty_tile<V>(from, scale, b, y + to, call.y_stride, task.n_tokens, rows.n, call.activation);
+                    empty_tile<V>(from, by, y + to, call.y_stride, task.n_tokens, rows.n);
             }
         }
     }
@@ -204,10 +206,11 @@ int run_panel_task(const void *context, int64_t number) {
 
 template <bool PLANES, typename T, typename W>
 int run_panel(const LinearCall &call, const float *scale, int64_t n_images, int64_t x_image_stride,
-              int64_t y_image_stride) {
+              int64_t y_image_stride, const void *residual = nullptr) {
     PanelPlan plan;
     plan.call = call;
     plan.scale = scale;
+    plan.residual = residual;
     plan.x_image_stride = x_image_stride;
     plan.y_image_stride = y_image_stride;
     memcpy(&plan.header, call.index, sizeof plan.header);

@@ -38,31 +38,48 @@ void fill_tile(const T *x, int64_t x_stride, int64_t n_tokens, int64_t n, float 
     }
 }
 
-// y[token][row] = activation(sums[row][token] * scale[row] + bias[row]) for n_rows rows and n_tokens tokens; scale may
-// be null. Tokens are the outer
-// loop, so that the stores walk along 16 rows of y: 1.05x over rows first at 95%, where the output weighs most.
+// What becomes of sums on their way to y: activation(sum * scale + bias + residual), all but the activation may be
+// null.
+template <typename T>
+struct Ending {
+    const float *scale;  // of each row
+    const T *bias;       // of each row
+    const T *residual;   // of each output, where y has it
+    int activation;
+
+    // For outputs from a row on, and y moved by `to`.
+    Ending from(int64_t row, int64_t to) const {
+        return {scale ? scale + row : nullptr, bias ? bias + row : nullptr, residual ? residual + to : nullptr,
+                activation};
+    }
+};
+
+// y[token][row] = ending(sums[row][token]) for n_rows rows and n_tokens tokens. Tokens are the outer loop, so that the
+// stores walk along 16 rows of y: 1.05x over rows first at 95%, where the output weighs most.
 template <int V, typename T>
-void empty_tile(const float *sums, const float *scale, const T *bias, T *y, int64_t y_stride, int64_t n_tokens,
-                int64_t n_rows, int activation) {
+void empty_tile(const float *sums, const Ending<T> &by, T *y, int64_t y_stride, int64_t n_tokens, int64_t n_rows) {
     for (int v = 0; v < V && v * WIDTH < n_tokens; ++v) {
         const int64_t here = n_tokens - v * WIDTH;
         for (int64_t row = 0; row < n_rows; row += WIDTH) {
             const int width = n_rows - row < WIDTH ? int(n_rows - row) : WIDTH;
-            const Vec b = bias ? load_first(bias + row, width) : zero();
+            const Vec b = by.bias ? load_first(by.bias + row, width) : zero();
             T *to = y + v * WIDTH * y_stride + row;
+            const T *residual = by.residual ? by.residual + v * WIDTH * y_stride + row : nullptr;
             Vec r[WIDTH];
             load_transposed(sums + (row * V + v) * WIDTH, V * WIDTH, r);
-            if (scale) {
-                const Vec s = load_first(scale + row, width);
+            if (by.scale) {
+                const Vec s = load_first(by.scale + row, width);
 #pragma GCC unroll 16
                 for (int t = 0; t < WIDTH; ++t) r[t] = mul(r[t], s);
             }
-            if (here >= WIDTH && width == WIDTH && activation == SPARSIFY_NONE) {
+            if (here >= WIDTH && width == WIDTH && by.activation == SPARSIFY_NONE && !residual) {
 #pragma GCC unroll 16
                 for (int t = 0; t < WIDTH; ++t) store(to + t * y_stride, add(r[t], b));
             } else {
                 for (int t = 0; t < WIDTH && t < here; ++t) {
-                    const Vec out = activate(add(r[t], b), activation);
+                    Vec out = add(r[t], b);
+                    if (residual) out = add(out, load_first(residual + t * y_stride, width));
+                    out = activate(out, by.activation);
                     if (width == WIDTH)
                         store(to + t * y_stride, out);
                     else
@@ -87,16 +104,19 @@ void fill_tile_from_planes(const T *x, int64_t x_stride, int64_t n_tokens, int64
 
 // As empty_tile, to planes: y[row][token].
 template <int V, typename T>
-void empty_tile_to_planes(const float *sums, const float *scale, const T *bias, T *y, int64_t y_stride,
-                          int64_t n_tokens, int64_t n_rows, int activation) {
+void empty_tile_to_planes(const float *sums, const Ending<T> &by, T *y, int64_t y_stride, int64_t n_tokens,
+                          int64_t n_rows) {
     for (int64_t row = 0; row < n_rows; ++row) {
-        const Vec b = bias ? broadcast(bias + row) : zero();
+        const Vec b = by.bias ? broadcast(by.bias + row) : zero();
         for (int v = 0; v < V && v * WIDTH < n_tokens; ++v) {
-            T *to = y + row * y_stride + v * WIDTH;
-            const int64_t here = n_tokens - v * WIDTH;
+            const int64_t at = row * y_stride + v * WIDTH, here = n_tokens - v * WIDTH;
+            T *to = y + at;
             Vec a = load(sums + (row * V + v) * WIDTH);
-            if (scale) a = mul(a, broadcast(scale + row));
-            a = activate(add(a, b), activation);
+            if (by.scale) a = mul(a, broadcast(by.scale + row));
+            a = add(a, b);
+            if (by.residual)
+                a = add(a, here >= WIDTH ? load(by.residual + at) : load_first(by.residual + at, int(here)));
+            a = activate(a, by.activation);
             if (here >= WIDTH)
                 store(to, a);
             else

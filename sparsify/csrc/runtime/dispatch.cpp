@@ -104,7 +104,8 @@ bool is_sound(const sparsify_convolution_call &call) {
            call.stride_height >= 1 && call.stride_width >= 1 && call.top >= 0 && call.left >= 0 &&
            call.dilation_height >= 1 && call.dilation_width >= 1 && call.n_threads >= 1 &&
            call.activation >= SPARSIFY_NONE && call.activation <= SPARSIFY_SILU &&
-           (call.x_column_stride == 1 || call.x_channel_stride == 1);
+           (call.x_column_stride == 1 || call.x_channel_stride == 1) && !call.norm_variance == !call.norm_mean &&
+           !(call.norm_variance && call.scale);
 }
 
 }  // namespace

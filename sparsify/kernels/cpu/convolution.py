@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from sparsify.kernels.cpu import library
-from sparsify.kernels.geometry import Geometry
+from sparsify.kernels.geometry import Geometry, Norm
 
-_CONVOLUTION_CALL = struct.Struct("=28q")  # struct sparsify_convolution_call
+_CONVOLUTION_CALL = struct.Struct("=9qd24q")  # struct sparsify_convolution_call
+
+_NO_NORM = (0, 0, 0, 0, 0.0)
 
 _convolution: Any = None
 _pack_call = _CONVOLUTION_CALL.pack
@@ -28,21 +30,28 @@ def convolution(
     activation: int = 0,
     out: Tensor | None = None,
     scale: Tensor | None = None,
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Convolve images x (n, channels, height, width): (n, n_out, output height, output width).
 
     The result is channels last if x is, else channels first; `out` is a tensor for it, without gaps, in either layout.
     index, values: of a weight (n_out, channels * kernel height * kernel width) in the form "panel", of x's dtype.
-    activation is a value of ACTIVATIONS in library.py. scale, float32 (n_out), multiplies sums before the bias.
-    Trusts index and values.
+    activation is a value of ACTIVATIONS in library.py. scale, float32 (n_out), multiplies sums before the bias,
+    or norm, for float32, is applied after the bias; then
+    residual, of the result's shape and dtype, is added. Trusts index and values.
     """
     n, channels, height, width = x.shape
     (kernel_height, kernel_width), (row_stride, column_stride), (top, left), (row_step, column_step) = geometry
-    out_height, out_width = geometry.output_size(height, width)
     last = is_channels_last(x)
     out = empty_output(x, n_out, geometry) if out is None else out
+    out_height, out_width = out.shape[2:]
     if x.stride(1 if last else 3) != 1 and x.shape[1 if last else 3] > 1:
         x = x.contiguous()
+    if residual is not None and residual.stride() != out.stride():
+        residual = residual.contiguous(memory_format=_format_of(out))
+    if norm is not None and any(t is not None and not t.is_contiguous() for t in norm[:4]):
+        norm = Norm(*(t if t is None else t.contiguous() for t in norm[:4]), eps=norm.eps)
     strides = list(x.stride())
     strides[1 if last else 3] = 1  # of one element torch's stride may be any
     status = _convolution(
@@ -52,6 +61,8 @@ def convolution(
             values.data_ptr(),
             0 if scale is None else scale.data_ptr(),
             0 if bias is None else bias.data_ptr(),
+            0 if residual is None else residual.data_ptr(),
+            *(_NO_NORM if norm is None else _pointers(norm)),
             x.data_ptr(),
             *strides,
             out.data_ptr(),
@@ -69,11 +80,21 @@ def convolution(
     return out
 
 
+def _pointers(norm: Norm) -> tuple[float, ...]:
+    """Return the fields of a BatchNorm in the call of the library."""
+    mean, variance, weight, bias, eps = norm
+    weight_pointer, bias_pointer = 0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr()
+    return mean.data_ptr(), variance.data_ptr(), weight_pointer, bias_pointer, eps
+
+
 def empty_output(x: Tensor, n_out: int, geometry: Geometry) -> Tensor:
     """Return memory for the result of a convolution of images x."""
     size = x.shape[0], n_out, *geometry.output_size(x.shape[2], x.shape[3])
-    memory_format = torch.channels_last if is_channels_last(x) else torch.contiguous_format
-    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format)
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=_format_of(x))
+
+
+def _format_of(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if is_channels_last(x) else torch.contiguous_format
 
 
 def is_channels_last(x: Tensor) -> bool:

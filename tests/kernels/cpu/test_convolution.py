@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from sparsify.kernels.cpu import library as native
 from sparsify.kernels.cpu.convolution import convolution
-from sparsify.kernels.geometry import Geometry
+from sparsify.kernels.geometry import Geometry, Norm
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -69,36 +69,78 @@ def randn(*size: int, seed: int) -> Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(seed))
 
 
+def norms(out: int, seed: int) -> Norm:
+    """A BatchNorm after a convolution."""
+    return Norm(randn(out, seed=seed), randn(out, seed=seed + 1).square(), *randn(2, out, seed=seed + 2), 1e-3)
+
+
+def ended(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Norm | None,
+    residual: Tensor | None,
+    activation: str | None,
+) -> tuple[Tensor, Tensor]:
+    """The result in float64 with a norm and a residual of (tokens, out), and how far from it a kernel may be."""
+    exact, allowed = exact_and_allowed_error(rows, weight, bias, activation)
+    if norm is None and residual is None:
+        return exact, allowed
+    mean, variance, factor, shift = (
+        (v.double() for v in norm[:4]) if norm else (torch.zeros(()), *torch.ones(2, 1), torch.zeros(()))
+    )
+    scale = factor / (variance + (norm.eps if norm else 0)).sqrt()
+    offset, added = (
+        torch.zeros(()) if bias is None else bias.double(),
+        0 if residual is None else as_rows(residual).double(),
+    )
+    sums = rows.double() @ weight.double().T
+    exact = ACTIVATIONS[activation]((sums + offset - mean) * scale + shift + added)
+    # Sums of n terms in blocks, then at most 9 operations, each rounded once; an activation is at most 1.13 times as
+    # steep as its input.
+    size = (rows.double().abs() @ weight.double().abs().T + offset.abs() + mean.abs()) * scale.abs() + shift.abs()
+    size = size + (0 if residual is None else added.abs())
+    n_roundings = rows.shape[1] ** 0.5 + 9
+    rounded = torch.finfo(weight.dtype).eps * exact.abs()
+    return exact, 1.13 * torch.finfo(torch.float32).eps * n_roundings * size + rounded
+
+
 @every_dtype
 def test_convolution_over_the_table(kernel, dtype):
-    sparsities, activations, biases, layouts, scaled = (
-        itertools.cycle(c) for c in (SPARSITIES, ACTIVATIONS, (True, True, False), LAYOUTS, (None, None, None, 1, 1))
+    sparsities, activations, biases, layouts, endings = (
+        itertools.cycle(c) for c in (SPARSITIES, ACTIVATIONS, (True, True, False), LAYOUTS, range(5))
     )
     pairs = fitting()
     for i, (geometry, (n, channels, height, width, out)) in enumerate(pairs):
         shape, activation = (out, channels * geometry.kernel[0] * geometry.kernel[1]), next(activations)
-        sparsity, layout = next(sparsities), next(layouts)
+        sparsity, layout, ending = next(sparsities), next(layouts), next(endings)
         x = randn(n, channels, height, width, seed=i).to(dtype=dtype, memory_format=layout)
         bias = randn(out, seed=i).to(dtype) if next(biases) else None
-        scale = randn(out, seed=i + 1).abs() if next(scaled) else None
         packed = packed_random_weight("panel", shape, sparsity, dtype)
         y = torch.full((n, out, *geometry.output_size(height, width)), float("nan"), dtype=dtype)
         y = y.contiguous(memory_format=layout)
+        norm = norms(out, i) if ending in (1, 2) and dtype == torch.float32 else None
+        residual = randn(*y.shape, seed=i).to(dtype).contiguous(memory_format=layout) if ending in (2, 3) else None
         number = native.ACTIVATIONS[activation]
-        assert convolution(x, *packed, bias, out, geometry, number, out=y, scale=scale) is y
+        assert convolution(x, *packed, bias, out, geometry, number, out=y, norm=norm, residual=residual) is y
         weight = random_weight(shape, sparsity)[0].to(dtype)
-        rows, used = unfolded(x, geometry), weight
-        if scale is not None:  # in float64 the scaled weight is exact
-            rows, used = rows.double(), weight.double() * scale.double()[:, None]
-            bias = None if bias is None else bias.double()
-        exact, allowed = exact_and_allowed_error(rows, used, bias, activation)
-        if scale is not None:  # one product more for each term, and the rounding that float64 did not have
-            size = exact_and_allowed_error(rows.abs(), used.abs(), None if bias is None else bias.abs(), None)[0]
-            allowed = allowed + size * (torch.finfo(torch.float32).eps * (rows.shape[1] ** 0.5 + 4))
-            allowed = allowed + exact.abs() * torch.finfo(dtype).eps
+        exact, allowed = ended(unfolded(x, geometry), weight, bias, norm, residual, activation)
         error = (as_rows(y).double() - exact).abs()
         assert bool((error <= allowed).all()), f"{geometry}: error {error.max():.3g}, allowed {allowed.max():.3g}"
     assert len(pairs) > 40
+
+
+def test_a_norm_may_lack_numbers_and_a_residual_lie_otherwise(kernel):
+    geometry, out, dtype = GEOMETRIES[0], 20, torch.float32
+    packed = packed_random_weight("panel", (out, 45), 0.5, dtype)
+    x, norm = randn(2, 5, 7, 6, seed=1), norms(out, 2)
+    plain, residual = convolution(x, *packed, None, out, geometry), randn(2, out, 7, 6, seed=3)
+    with_gaps = Norm(*(torch.stack([v, v], 1)[:, 0] for v in norm[:4]), eps=0.1)
+    for used in (Norm(norm.mean, norm.variance, None, None, 0.1), with_gaps):
+        wanted = F.batch_norm(plain, *used[:4], eps=used.eps) + residual
+        for other in (residual, residual.contiguous(memory_format=torch.channels_last)):
+            found = convolution(x, *packed, None, out, geometry, norm=used, residual=other)
+            torch.testing.assert_close(found, wanted)
 
 
 @every_dtype
@@ -170,14 +212,16 @@ def test_nothing_past_the_end_is_read_or_written(kernel, dtype):
     for i, (geometry, (n, channels, height, width, out)) in enumerate(fitting()):
         shape, layout = (out, channels * geometry.kernel[0] * geometry.kernel[1]), LAYOUTS[i % 2]
         packed = tuple(before_a_guard_page(part) for part in packed_random_weight("panel", shape, 0.7, dtype))
-        bias, scale = before_a_guard_page(randn(out, seed=1).to(dtype)), before_a_guard_page(torch.ones(out))
+        bias, norm = before_a_guard_page(randn(out, seed=1).to(dtype)), None
+        if dtype == torch.float32:
+            norm = Norm(*(before_a_guard_page(torch.ones(out)) for _ in range(4)), eps=0.0)
         size = n, out, *geometry.output_size(height, width)
         sizes = (n, channels, height, width), size
         if layout is torch.channels_last:
             sizes = tuple((a, c, d, b) for a, b, c, d in sizes)
-        x, y = (before_a_guard_page(torch.full(s, 0.5, dtype=dtype)) for s in sizes)
+        x, y, residual = (before_a_guard_page(torch.full(s, 0.5, dtype=dtype)) for s in (*sizes, sizes[1]))
         y.fill_(float("nan"))
         if layout is torch.channels_last:
-            x, y = x.permute(0, 3, 1, 2), y.permute(0, 3, 1, 2)
-        convolution(x, *packed, bias, out, geometry, out=y, scale=scale)
+            x, y, residual = (t.permute(0, 3, 1, 2) for t in (x, y, residual))
+        convolution(x, *packed, bias, out, geometry, out=y, norm=norm, residual=residual)
         assert bool(y.isfinite().all())
