@@ -90,11 +90,23 @@ _SMALL_COMPARISONS = (
 )
 
 
+def plain_isa(isa: str) -> str:
+    """Return the instruction set by which bars know a run, for the name that `isa.name` gives it.
+
+    >>> plain_isa("avx512amx-amx"), plain_isa("avx512vnni-vnni"), plain_isa("avxvnni"), plain_isa("avx2")
+    ('avx512-amx', 'avx512-vnni', 'avx2', 'avx2')
+    """
+    kernels, _, int8 = isa.partition("-")
+    kernels = "avx512" if kernels.startswith("avx512") else "avx2" if kernels == "avxvnni" else kernels
+    return f"{kernels}-{int8}" if int8 else kernels
+
+
 def layer_bars(isa: str) -> tuple[Bar, ...]:
     """Return the claims and comparisons of an instruction set, as `isa.name` names it.
 
     Claims about int8 suppose VNNI with AVX-512, and none with AVX2; other sets are only compared.
     """
+    isa = plain_isa(isa)
     claims: tuple[Bar, ...] = _AVX512_FLOAT if isa.startswith("avx512") else _AVX2_FLOAT
     claims += {"avx512-vnni": _AVX512_SMALL, "avx2": _AVX2_SMALL}.get(isa, ())
     claimed = {(bar.group, bar.tokens, bar.against, bar.ours) for bar in claims}

@@ -15,6 +15,7 @@ from benchmarks.bars import (
     best_by,
     geometric_mean,
     layer_bars,
+    plain_isa,
     ratios,
 )
 from benchmarks.layers import BEYOND_CACHE, BF16, CACHED, INT8, INT8_BLOCKS, OURS
@@ -185,7 +186,7 @@ def _gpu(record: Record) -> dict[str, Table]:
 
 def _isa_kernels(record: Record) -> str:
     """Return the part of an instruction set's name that chooses the bars of float32."""
-    return str(record["machine"]["isa"]).partition("-")[0]
+    return plain_isa(record["machine"]["isa"]).partition("-")[0]
 
 
 def _where(row: Row) -> list[str]:
@@ -203,7 +204,8 @@ def _models(record: Record) -> dict[str, Table]:
     }
     more = {engine: title for engine, title in more.items() if any(r["candidate"].endswith(engine) for r in rows)}
     lines = [[*head, *more.values(), "layers by form"]]
-    bars, best_bars = MODEL_BARS.get(_isa_kernels(record), {}), BEST_MODEL_BARS.get(record["machine"]["isa"], {})
+    bars = MODEL_BARS.get(_isa_kernels(record), {})
+    best_bars = BEST_MODEL_BARS.get(plain_isa(record["machine"]["isa"]), {})
     for r in rows:
         dense = [d for d in rows if d["sparsity"] is None and (d["model"], d["batch"]) == (r["model"], r["batch"])]
         name = r["candidate"] if r["sparsity"] is None else f"{r['candidate']} {r['sparsity']:.0%}"

@@ -193,6 +193,20 @@ def test_models_end_to_end(monkeypatch):
     assert f"({bars.MODEL_BARS['avx512']['vit_b_16', 'sparsify', 0.9]:g})" in table[5][4]
 
 
+@pytest.mark.parametrize(("kernel", "flags", "known"), [
+    ("avx512amx", ["amx_int8"], "avx512-amx"),
+    ("avx512vnni", ["avx512_vnni"], "avx512-vnni"),
+    ("avx512", [], "avx512"),
+    ("avxvnni", ["avx_vnni"], "avx2"),
+    ("avx2", [], "avx2"),
+])  # fmt: skip
+def test_bars_are_found_for_every_instruction_set_of_the_kernels(kernel, flags, known):
+    found = bars.plain_isa(isa.name(kernel, flags))
+    assert found == known
+    assert found.partition("-")[0] in bars.CONVOLUTION_BARS
+    assert found in bars.BEST_MODEL_BARS or found == "avx512"
+
+
 def test_copies_exceed_the_cache_and_fit_in_memory(monkeypatch):
     monkeypatch.setattr(weights, "last_level_cache_bytes", lambda: 32 << 20)
     assert weights.n_copies(64 << 20) == 2
