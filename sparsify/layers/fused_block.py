@@ -76,7 +76,7 @@ class FusedCall:
 
     @property
     def followed_by(self) -> str:
-        """What is computed together with the layer, in words."""
+        """The operations computed together with the layer, in words."""
         parts = ("batch_norm" if self.norm is not None else "", "sum" if self.residual is not None else "")
         return ", ".join(filter(None, (*parts, self.activation.replace("none", ""))))
 
