@@ -8,6 +8,8 @@ platform and has the build tag `0nokernels`, so that its name differs from that 
     pip install .                  builds it into the wheel
     pip install -e .               builds it in place, as sparsify/_native.so
     python setup.py build_native   builds it in place again, in seconds, after a change of the C++ sources
+
+CXX names the compiler, perhaps one for another machine: the library, and the tag of a wheel, are for its target.
 """
 
 import os
@@ -20,6 +22,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Command, Distribution, setup
@@ -43,29 +46,97 @@ RECIPES, INSTALLED_RECIPES = ROOT / "recipes", Path("recipes", "given")
 URL_VARIABLE = "SPARSIFY_PROJECT_URL"
 NO_KERNELS = "0nokernels"
 
-COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
+COMMON_FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # g++ 12 calls the undefined registers of its own AVX-512 headers "maybe uninitialized" (GCC bug 105593).
 AVX512_FLAGS = (
     "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512vbmi2 -mavx2 -mfma -mbmi -mbmi2 "
     "-Wno-maybe-uninitialized -Wno-uninitialized"
 )
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mbmi", "-mbmi2"]
-X86_FLAGS = {
-    "isa/avx512amx.cpp": [*AVX512_FLAGS.split(), "-mavx512vnni", "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
-    "isa/avx512.cpp": AVX512_FLAGS.split(),
-    "isa/avx512vnni.cpp": [*AVX512_FLAGS.split(), "-mavx512vnni"],
-    "isa/avx2.cpp": AVX2_FLAGS,
-    "isa/avxvnni.cpp": [*AVX2_FLAGS, "-mavxvnni"],
+#: The sources for some machines alone, and their flags, by machine.
+ISA_FLAGS = {
+    "x86_64": {
+        "isa/avx512amx.cpp": [*AVX512_FLAGS.split(), "-mavx512vnni", "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
+        "isa/avx512.cpp": AVX512_FLAGS.split(),
+        "isa/avx512vnni.cpp": [*AVX512_FLAGS.split(), "-mavx512vnni"],
+        "isa/avx2.cpp": AVX2_FLAGS,
+        "isa/avxvnni.cpp": [*AVX2_FLAGS, "-mavxvnni"],
+    },
+    "aarch64": {"isa/neon.cpp": [], "isa/neondot.cpp": ["-march=armv8.2-a+dotprod"]},
 }
+MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a compiler compiles for: a machine (x86_64, aarch64) and a system (linux, macos, windows)."""
+
+    machine: str
+    system: str
+
+    @classmethod
+    def of(cls, compiler: Sequence[str]) -> "Target":
+        """Ask the compiler; one that does not say compiles for this machine.
+
+        >>> Target.of(["clang++", "-target", "aarch64-macos"])
+        Target(machine='aarch64', system='macos')
+        """
+        words = list(compiler)
+        if "-target" in words[:-1]:
+            return cls.named(words[words.index("-target") + 1])
+        done = subprocess.run([*words, "-dumpmachine"], capture_output=True, text=True)
+        return cls.named(done.stdout.strip()) if done.returncode == 0 and done.stdout else cls.here()
+
+    @classmethod
+    def here(cls) -> "Target":
+        """Return this machine."""
+        return cls.named(f"{platform.machine()}-{platform.system()}")
+
+    @classmethod
+    def named(cls, triple: str) -> "Target":
+        """Read a name as compilers have it: machine first.
+
+        >>> Target.named("x86_64-w64-mingw32"), Target.named("arm64-apple-darwin24")
+        (Target(machine='x86_64', system='windows'), Target(machine='aarch64', system='macos'))
+        """
+        machine, _, rest = triple.lower().partition("-")
+        systems = {"darwin": "macos", "macos": "macos", "mingw": "windows", "windows": "windows"}
+        system = next((system for name, system in systems.items() if name in rest), "linux")
+        return cls(MACHINES.get(machine, machine), system)
+
+    def flags(self) -> list[str]:
+        """Return the flags for every file: OpenMP is used where torch brings the same runtime."""
+        if self.system == "linux":
+            return ["-fPIC", "-fopenmp"]
+        return ["-fPIC"] if self.system == "macos" else []
+
+    def link_flags(self) -> list[str]:
+        """Return the flags for the library. Its threads never end: it stays in a process that unloads it."""
+        return ["-shared", "-Wl,-z,nodelete"] if self.system == "linux" else ["-shared"]
+
+    def wheel_platform(self) -> str:
+        """Return the platform in the tag of a wheel."""
+        if self.system == "macos":
+            return "macosx_11_0_arm64" if self.machine == "aarch64" else "macosx_10_15_x86_64"
+        if self.system == "windows":
+            return "win_arm64" if self.machine == "aarch64" else "win_amd64"
+        return f"{self.system}_{self.machine}"
+
+
+def the_compiler() -> list[str]:
+    """Return the command that CXX names, g++ without one."""
+    return shlex.split(os.environ.get("CXX", "")) or ["g++" if shutil.which("g++") else "c++"]
 
 
 def build_native(target: Path, extra_flags: Sequence[str] = ()) -> None:
     """Compile SOURCES into the shared library `target`. Raises RuntimeError that says which command failed."""
-    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++" if shutil.which("g++") else "c++"]
+    compiler = the_compiler()
     if not shutil.which(compiler[0]):
         raise RuntimeError(f"no C++ compiler: {compiler[0]!r} is not on PATH (install g++, or set CXX)")
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    flags = [*COMMON_FLAGS, *extra_flags, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    machine = Target.of(compiler)
+    flags = [*COMMON_FLAGS, *machine.flags(), *extra_flags, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    isa_flags = ISA_FLAGS.get(machine.machine, {})
+    others = {name for files in ISA_FLAGS.values() for name in files if name not in isa_flags}
 
     def run(command: list[str]) -> None:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -82,16 +153,15 @@ def build_native(target: Path, extra_flags: Sequence[str] = ()) -> None:
         def compile_one(source: Path) -> str:
             name = named(source)
             made = f"{build}/{name.replace('/', '_')}.o"
-            own_flags = X86_FLAGS.get(name, []) if x86 else []
-            run([*compiler, *flags, f"-I{SOURCES}", *own_flags, "-c", str(source), "-o", made])
+            run([*compiler, *flags, f"-I{SOURCES}", *isa_flags.get(name, []), "-c", str(source), "-o", made])
             return made
 
-        sources = [s for s in sorted(SOURCES.rglob("*.cpp")) if x86 or named(s) not in X86_FLAGS]
+        sources = [s for s in sorted(SOURCES.rglob("*.cpp")) if named(s) not in others]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compile_one, sources))
         # Linked beside the target and renamed: a process that has the old library loaded keeps the old file.
         fresh = target.with_name(target.name + f".{os.getpid()}")
-        run([*compiler, *flags, "-shared", *objects, "-o", str(fresh)])
+        run([*compiler, *flags, *machine.link_flags(), *objects, "-o", str(fresh)])
         os.replace(fresh, target)
 
 
@@ -148,7 +218,7 @@ class BuildPy(build_py):
 
 
 class BdistWheel(bdist_wheel):
-    """A wheel for this platform and, as the library uses no CPython interface, any Python 3."""
+    """A wheel for the compiler's platform and, as the library uses no CPython interface, any Python 3."""
 
     def get_tag(self):
         """Name the Pythons and platforms the wheel is for: without the library any platform, under another name."""
@@ -156,7 +226,9 @@ class BdistWheel(bdist_wheel):
         if getattr(built, "build_lib", None) and (Path(built.build_lib) / "sparsify" / REASON).exists():
             self.build_number, self.root_is_pure = NO_KERNELS, True
             return "py3", "none", "any"
-        return "py3", "none", super().get_tag()[2]
+        named, target = super().get_tag()[2], Target.of(the_compiler())
+        # The name of this platform may say more than the compiler does: which version of macOS, for example.
+        return "py3", "none", named if target == Target.here() else target.wheel_platform()
 
 
 class PlatformDistribution(Distribution):

@@ -25,9 +25,9 @@ inline OutputRows output_rows(const int32_t *row_sums, const float *scale, const
             bias != nullptr};
 }
 
-// -zero_point as output_of takes it.
+// -zero_point, of bytes less BYTE_OFFSET, as output_of takes it.
 inline int32_t minus_zero_point(int32_t zero_point, int64_t in) {
-    const uint32_t minus = uint32_t(-zero_point);
+    const uint32_t minus = uint32_t(BYTE_OFFSET - zero_point);
     return int32_t(in <= FEW_INPUTS ? (minus & 0xffff) | minus << 7 << 16 : minus);
 }
 

@@ -37,19 +37,19 @@ inline RowQuantization row_quantization(const T *x, int64_t n) {
     const float range = high - low, factor = 255.0f / range;
     finite &= range <= LARGEST;
     if (!finite) return {0, __builtin_nanf(""), 0};
-    if (!(factor <= LARGEST)) return {0, 0, 0};
+    if (!(factor > 0 && factor <= LARGEST)) return {0, 0, 0};  // a range of -0 has a factor of -Inf
     const float at = rintf(-low * factor);
     return {factor, range / 255.0f, at < 255.0f ? int32_t(at) : 255};
 }
 
-// A row of n inputs as bytes, up to the next multiple of WIDTH.
+// A row of n inputs as bytes, q - BYTE_OFFSET, up to the next multiple of WIDTH.
 template <typename T>
 inline void quantize_row(const T *x, int64_t n, uint8_t *to, float *step, int32_t *zero_point) {
     const RowQuantization row = row_quantization(x, n);
     *step = row.step;
     *zero_point = row.zero_point;
     if (row.factor == 0) {  // NaN has no nearest integer
-        memset(to, 0, size_t((n + WIDTH - 1) / WIDTH * WIDTH));
+        memset(to, -BYTE_OFFSET & 255, size_t((n + WIDTH - 1) / WIDTH * WIDTH));
         return;
     }
     const Vec factor = set1(row.factor);

@@ -22,7 +22,11 @@
 extern "C" {
 #endif
 
+#ifdef _WIN32
+#define SPARSIFY_API __declspec(dllexport)
+#else
 #define SPARSIFY_API __attribute__((visibility("default")))
+#endif
 
 enum sparsify_status {
     SPARSIFY_OK = 0,
@@ -33,6 +37,7 @@ enum sparsify_status {
     SPARSIFY_NO_MEMORY = -4,
     SPARSIFY_UNKNOWN_KERNEL = -5,
     SPARSIFY_UNSUPPORTED_KERNEL = -6, /* known, but not on this processor */
+    SPARSIFY_UNKNOWN_THREADS = -7,    /* SPARSIFY_THREADS names no team of this library */
     SPARSIFY_BAD_FILE = -8,           /* no checkpoint, or a damaged one */
     SPARSIFY_NOT_FOUND = -9,          /* no layer or tensor of that name */
 };
@@ -50,7 +55,7 @@ enum sparsify_activation {
 SPARSIFY_API const char *sparsify_version(void);
 /* The number of this interface: whoever loads the library at run time compares it first, since a library built from
  * other sources may take other arguments. Raised with every change of a declaration below. */
-#define SPARSIFY_INTERFACE 4
+#define SPARSIFY_INTERFACE 5
 SPARSIFY_API int sparsify_interface(void);
 /* A status in words, for messages. */
 SPARSIFY_API const char *sparsify_status_text(int status);
@@ -71,6 +76,12 @@ SPARSIFY_API int sparsify_kernel_status(void);
 SPARSIFY_API const char *sparsify_kernel_origin(const char *name, int form, int quantized);
 
 /* ---- threads ---------------------------------------------------------------------------------------------------- */
+
+/* Who runs a call's tasks beside its caller: "openmp", threads of the OpenMP runtime that torch uses too, where the
+ * library was built with it; "pool", threads of its own; or "serial", nobody. The first of them, or the one that the
+ * environment variable SPARSIFY_THREADS names at the first call; "" for any other name, and calls that have tasks then
+ * return SPARSIFY_UNKNOWN_THREADS. */
+SPARSIFY_API const char *sparsify_threads(void);
 
 /* A call that waited long for one of its threads, whose core another process held, makes the next ones use one thread
  * until that core is free. Whoever measures calls this first, so that what was before does not matter. */

@@ -38,6 +38,7 @@ def doctor() -> list[tuple[str, str, str]]:
     if native.available():
         known = ", ".join(native.known_kernels())
         rows.append(("native kernels", f"{native.kernel()} (built: {known})", "SPARSIFY_KERNEL=NAME forces one"))
+        rows.append(("native threads", native.team(), "SPARSIFY_THREADS=openmp, pool or serial forces them"))
     else:
         rows.append(
             (

@@ -1,18 +1,14 @@
 // What this machine can do at most: multiply-adds and bytes read per second, for benchmarks to compare kernels with.
-#include <omp.h>
-#include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
+#include <atomic>
+
+#include "runtime/system.h"
 #include "sparsify.h"
 
 namespace {
 
-double now_s() {
-    timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
-}
+double now_s() { return 1e-9 * double(sparsify::now_ns()); }
 
 using Floats4 = float __attribute__((vector_size(16)));
 using Floats8 = float __attribute__((vector_size(32)));
@@ -68,25 +64,43 @@ Loops loops() {
 
 volatile float sink;  // results go here, so that no loop is left out
 
-// Calls `work` on every thread again and again; returns the units that all of them got through per second.
+// One measurement, by threads of its own that begin together: a team (runtime/team.h) does not say who comes.
 template <class Work>
-double units_per_second(double seconds, int n_threads, double units, const Work &work) {
-    double rate = 0;
-#pragma omp parallel num_threads(n_threads) reduction(+ : rate)
-    {
-        work(omp_get_thread_num(), true);  // pages touched, clock raised
-#pragma omp barrier
+struct Measurement {
+    const Work &work;
+    double seconds;
+    int n_threads;
+    std::atomic<int> n_numbered{0}, n_ready{0}, n_done{0};
+    std::atomic<int64_t> calls_per_s{0};
+
+    void run() {
+        const int thread = n_numbered.fetch_add(1);
+        work(thread, true);  // pages touched, clock raised
+        n_ready.fetch_add(1);
+        while (n_ready.load() < n_threads) sparsify::relax();
         const double start = now_s();
         double end = start;
         int64_t n_calls = 0;
         while (end - start < seconds) {
-            work(omp_get_thread_num(), false);
+            work(thread, false);
             ++n_calls;
             end = now_s();
         }
-        rate = units * double(n_calls) / (end - start);
+        calls_per_s.fetch_add(int64_t(1e6 * double(n_calls) / (end - start)));  // in millionths
+        n_done.fetch_add(1);
     }
-    return rate;
+};
+
+// Calls `work` on every thread again and again; returns the units that all of them got through per second.
+template <class Work>
+double units_per_second(double seconds, int n_threads, double units, const Work &work) {
+    Measurement<Work> measurement{work, seconds, n_threads};
+    for (int i = 1; i < n_threads; ++i)
+        if (!sparsify::start_thread([](void *all) { static_cast<Measurement<Work> *>(all)->run(); }, &measurement))
+            measurement.n_ready.fetch_add(1), measurement.n_done.fetch_add(1);
+    measurement.run();
+    while (measurement.n_done.load() < n_threads) sparsify::relax();
+    return 1e-6 * units * double(measurement.calls_per_s.load());
 }
 
 }  // namespace
@@ -106,7 +120,7 @@ double sparsify_measure_read_gbs(double seconds, int n_threads, int64_t bytes) {
     if (!(seconds > 0) || n_threads < 1) return SPARSIFY_BAD_ARGUMENT;
     const int64_t floats = bytes / (512 * n_threads) * 128;  // of each thread
     if (floats < 128) return SPARSIFY_BAD_ARGUMENT;
-    float *data = static_cast<float *>(aligned_alloc(4096, size_t(floats * n_threads * 4 + 4095) / 4096 * 4096));
+    float *data = static_cast<float *>(sparsify::allocate_pages(size_t(floats * n_threads) * 4));
     if (!data) return SPARSIFY_NO_MEMORY;
     const Loops loop = loops();
     const double rate = units_per_second(seconds, n_threads, 4.0 * double(floats), [&](int thread, bool first) {
@@ -114,7 +128,7 @@ double sparsify_measure_read_gbs(double seconds, int n_threads, int64_t bytes) {
         if (first) memset(own, 0, size_t(floats) * 4);
         sink = loop.read_floats(own, floats);
     });
-    free(data);
+    sparsify::free_pages(data);
     return 1e-9 * rate;
 }
 }

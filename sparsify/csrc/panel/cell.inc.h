@@ -15,11 +15,12 @@ using namespace sparsify;
 
 // 4 rows x V sums, V activations and a weight have to fit the registers.
 constexpr int PANEL_FOUR_ROW_VECS = N_REGISTERS >= 32 ? 4 : 2;
-// Vectors of tokens in the widest tile: 64 tokens, of which a block of 128 columns takes 32 KB, if one row's sums leave
-// half of the registers. Past PANEL_FOUR_ROW_VECS fewer rows are multiplied together, in the end one: 8 vectors take 9
-// loads for 8 multiply-adds and share a broadcast and an address. AVX2, 128 tokens: 1.06x over tiles of 2 vectors at
-// 50%, 1.15 to 1.2x from 70 to 95%.
-constexpr int PANEL_TILE_VECS = 64 / WIDTH, PANEL_ROW_VECS = N_REGISTERS / 2;
+// Vectors of tokens in the widest tile, if one row's sums leave half of the registers: 64 tokens, of which a block of
+// 128 columns takes 32 KB; 32 with vectors of 4, as wider ones would be twice the code for as many loads. Past
+// PANEL_FOUR_ROW_VECS fewer rows are multiplied together, in the end one: 8 vectors take 9 loads for 8 multiply-adds
+// and share a broadcast and an address. AVX2, 128 tokens: 1.06x over tiles of 2 vectors at 50%, 1.15 to 1.2x from 70 to
+// 95%.
+constexpr int PANEL_TILE_VECS = WIDTH > 8 ? 64 / WIDTH : 8, PANEL_ROW_VECS = N_REGISTERS / 2;
 constexpr int PANEL_MAX_VECS = PANEL_TILE_VECS < PANEL_ROW_VECS ? PANEL_TILE_VECS : PANEL_ROW_VECS;
 
 constexpr int PANEL_ALL_ROWS = 15;  // rows of a cell as bits

@@ -44,6 +44,8 @@ const char *sparsify_status_text(int status) {
             return "unknown kernel";
         case SPARSIFY_UNSUPPORTED_KERNEL:
             return "this processor lacks the instructions of the kernel";
+        case SPARSIFY_UNKNOWN_THREADS:
+            return "SPARSIFY_THREADS names no team of threads of the native kernels: openmp (Linux), pool or serial";
         case SPARSIFY_BAD_FILE:
             return "no checkpoint, or a damaged one";
         case SPARSIFY_NOT_FOUND:

@@ -7,6 +7,10 @@
 #if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(_WIN32)
+#include <windows.h>
 #endif
 
 #include "runtime/kernels.h"
@@ -51,9 +55,24 @@ bool has_avx512() {
 
 bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 
-bool has_avx512amx() {
-    return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
-           __builtin_cpu_supports("amx-bf16") && has_avx512vnni() && ask_for_amx();
+bool has_avx512amx() {  // clang does not know the names
+    constexpr unsigned BF16 = 1u << 22, TILES = 1u << 24, INT8 = 1u << 25, ALL = BF16 | TILES | INT8;
+    unsigned a, b, c, d;
+    return has_avx512vnni() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & ALL) == ALL && ask_for_amx();
+}
+#elif defined(__aarch64__)
+bool has_dot_products() {
+#if defined(__linux__)
+    constexpr unsigned long ASIMDDP = 1ul << 20;  // HWCAP_ASIMDDP
+    return getauxval(AT_HWCAP) & ASIMDDP;
+#elif defined(__APPLE__)
+    return true;  // every processor that macOS runs on
+#elif defined(_WIN32)
+    constexpr DWORD V82_DOT_PRODUCTS = 43;  // PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE
+    return IsProcessorFeaturePresent(V82_DOT_PRODUCTS);
+#else
+    return false;
+#endif
 }
 #endif
 
@@ -64,6 +83,9 @@ const Known best_first[] = {
     {"avx512", avx512_table, has_avx512},
     {"avxvnni", avxvnni_table, has_avxvnni},
     {"avx2", avx2_table, has_avx2},
+#elif defined(__aarch64__)
+    {"neondot", neondot_table, has_dot_products},
+    {"neon", neon_table, [] { return true; }},
 #endif
     {"portable", portable_table, [] { return true; }},
 };
@@ -134,6 +156,8 @@ int sparsify_interface(void) { return SPARSIFY_INTERFACE; }
 const char *sparsify_known_kernels(void) {
 #if defined(__x86_64__)
     return "avx512amx avx512vnni avx512 avxvnni avx2 portable";
+#elif defined(__aarch64__)
+    return "neondot neon portable";
 #else
     return "portable";
 #endif

@@ -39,6 +39,8 @@ const KernelTable *avxvnni_table();
 const KernelTable *avx512_table();
 const KernelTable *avx512vnni_table();
 const KernelTable *avx512amx_table();
+const KernelTable *neon_table();  // on aarch64 alone, as the next
+const KernelTable *neondot_table();
 const KernelTable *kernel_in_use();
 
 // The rows that a call asks for of n rows from `row` on: n of them from `first` on, `skipped` after `row`.

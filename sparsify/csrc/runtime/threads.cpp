@@ -1,28 +1,21 @@
 // Threads: who runs the tasks of a call, and the scratch memory each thread owns.
-#include <omp.h>
-#include <pthread.h>
-#include <stdlib.h>
-#include <time.h>
+#include "runtime/threads.h"
 
 #include <atomic>
 
 #include "runtime/lent_threads.h"
+#include "runtime/system.h"
+#include "runtime/team.h"
 #include "runtime/thread_policy.h"
-#include "runtime/threads.h"
 #include "sparsify.h"
 
 namespace sparsify {
 namespace {
 
-// After fork() the child has only the thread that called it, but libgomp still believes in its pool and would wait for
-// ever. The child therefore computes alone.
-std::atomic<bool> forked{false};
-const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked.store(true, std::memory_order_relaxed); });
-
 struct Scratch {
     void *memory = nullptr;
     size_t bytes = 0;
-    ~Scratch() { free(memory); }
+    ~Scratch() { free_pages(memory); }
 };
 thread_local Scratch scratch;
 
@@ -33,10 +26,24 @@ struct alignas(64) Share {
 };
 constexpr int MAX_THREADS = 256;
 
-int64_t now_ns() {
-    timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return int64_t(t.tv_sec) * 1000000000 + t.tv_nsec;
+struct Work {
+    Task task;
+    const void *context;
+    int n_shares;
+    Share shares[MAX_THREADS];
+    std::atomic<int> status{SPARSIFY_OK};
+    int64_t own_work_done_ns = 0;
+};
+
+// A member takes its own share, then what is left of every other one: who does not come is not missed.
+void take_shares(void *context, int member) {
+    Work &work = *static_cast<Work *>(context);
+    for (int i = 0, share = member % work.n_shares; i < work.n_shares; ++i, share = (share + 1) % work.n_shares) {
+        Share &from = work.shares[share];
+        for (int64_t t; (t = from.next.fetch_add(1, std::memory_order_relaxed)) < from.end;)
+            if (const int error = work.task(work.context, t)) work.status.store(error, std::memory_order_relaxed);
+    }
+    if (member == 0) work.own_work_done_ns = now_ns();
 }
 
 struct Lent {
@@ -53,6 +60,7 @@ void run_lent(void *context, size_t i) {
 }  // namespace
 
 int run_tasks(int64_t n_tasks, int n_threads, Task task, const void *context) {
+    if (const int status = team_status()) return status;  // no silent fallback
     if (n_threads > n_tasks) n_threads = int(n_tasks);
     if (const Lender *threads = n_threads > 1 ? lender() : nullptr) {
         Lent lent = {task, context, {SPARSIFY_OK}};
@@ -60,32 +68,24 @@ int run_tasks(int64_t n_tasks, int n_threads, Task task, const void *context) {
         return lent.status.load(std::memory_order_relaxed);
     }
     if (n_threads > MAX_THREADS) n_threads = MAX_THREADS;
-    const bool several = n_threads > 1 && fork_handler == 0 && !forked.load(std::memory_order_relaxed);
+    const bool several = n_threads > 1 && team_has_others();
     const int64_t start = several ? now_ns() : 0;
     if (!several || !team_is_worthwhile(start)) {
         for (int64_t i = 0; i < n_tasks; ++i)
             if (const int status = task(context, i)) return status;
         return SPARSIFY_OK;
     }
-    Share shares[MAX_THREADS];
+    Work work;
+    work.task = task;
+    work.context = context;
+    work.n_shares = n_threads;
     for (int i = 0; i < n_threads; ++i) {
-        shares[i].next.store(n_tasks * i / n_threads, std::memory_order_relaxed);
-        shares[i].end = n_tasks * (i + 1) / n_threads;
+        work.shares[i].next.store(n_tasks * i / n_threads, std::memory_order_relaxed);
+        work.shares[i].end = n_tasks * (i + 1) / n_threads;
     }
-    std::atomic<int> status{SPARSIFY_OK};
-    int64_t own_work_done = start;
-#pragma omp parallel num_threads(n_threads)
-    {
-        // The runtime may grant fewer threads than asked for: whoever is there takes every share.
-        for (int i = 0, share = omp_get_thread_num(); i < n_threads; ++i, share = (share + 1) % n_threads) {
-            Share &from = shares[share];
-            for (int64_t t; (t = from.next.fetch_add(1, std::memory_order_relaxed)) < from.end;)
-                if (const int error = task(context, t)) status.store(error, std::memory_order_relaxed);
-        }
-        if (omp_get_thread_num() == 0) own_work_done = now_ns();
-    }
-    note_call({n_threads, start, own_work_done, now_ns()});
-    return status.load(std::memory_order_relaxed);
+    run_team(n_threads, take_shares, &work);
+    note_call({n_threads, start, work.own_work_done_ns, now_ns()});
+    return work.status.load(std::memory_order_relaxed);
 }
 
 int worthwhile_threads(double flops, int n_threads) {
@@ -102,9 +102,9 @@ int64_t next_call_id() {
 
 void *thread_scratch(size_t bytes) {
     if (scratch.bytes < bytes) {
-        free(scratch.memory);
+        free_pages(scratch.memory);
         scratch.bytes = (bytes + 4095) / 4096 * 4096;
-        scratch.memory = aligned_alloc(4096, scratch.bytes);
+        scratch.memory = allocate_pages(scratch.bytes);
         if (!scratch.memory) scratch.bytes = 0;
     }
     return scratch.memory;

@@ -8,6 +8,8 @@ namespace {
 
 using IntVec = __m256i;
 
+constexpr int32_t BYTE_OFFSET = 0;  // a byte of activations is q less this
+
 inline IntVec add(IntVec a, IntVec b) { return _mm256_add_epi32(a, b); }
 inline IntVec sub(IntVec a, IntVec b) { return _mm256_sub_epi32(a, b); }
 inline IntVec mul(IntVec a, IntVec b) { return _mm256_mullo_epi32(a, b); }

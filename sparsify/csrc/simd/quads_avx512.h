@@ -9,6 +9,8 @@ namespace {
 
 using IntVec = __m512i;
 
+constexpr int32_t BYTE_OFFSET = 0;  // a byte of activations is q less this
+
 inline IntVec add(IntVec a, IntVec b) { return _mm512_add_epi32(a, b); }
 inline IntVec sub(IntVec a, IntVec b) { return _mm512_sub_epi32(a, b); }
 inline IntVec mul(IntVec a, IntVec b) { return _mm512_mullo_epi32(a, b); }

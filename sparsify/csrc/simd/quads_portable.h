@@ -9,6 +9,8 @@ namespace {
 
 using IntVec = Mask;
 
+constexpr int32_t BYTE_OFFSET = 0;  // a byte of activations is q less this
+
 inline IntVec add(IntVec a, IntVec b) { return a + b; }
 inline IntVec sub(IntVec a, IntVec b) { return a - b; }
 inline IntVec mul(IntVec a, IntVec b) { return a * b; }

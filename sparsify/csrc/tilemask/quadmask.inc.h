@@ -12,8 +12,9 @@ namespace {
 
 // A tile is so many vectors of rows.
 constexpr int TILEMASK_PARTS = TILEMASK_TILE_ROWS / WIDTH;
-constexpr int QUADMASK_SUMS = N_REGISTERS >= 32 ? 20 : 8;  // that leave room for weights and activations
-constexpr int QUADMASK_MAX_TOKENS = N_REGISTERS >= 32 ? 8 : 4;
+constexpr int QUADMASK_SUMS = N_REGISTERS >= 32 ? 20 : 8;         // that leave room for weights and activations
+constexpr int QUADMASK_FITTING = QUADMASK_SUMS / TILEMASK_PARTS;  // tokens whose sums of a tile fit
+constexpr int QUADMASK_MAX_TOKENS = N_REGISTERS < 32 ? 4 : QUADMASK_FITTING < 8 ? QUADMASK_FITTING : 8;
 
 // sums[token][row of the block], of TILES tiles from FIRST on, of a block of TOTAL, for N tokens.
 template <int TOTAL, int FIRST, int TILES, int N>

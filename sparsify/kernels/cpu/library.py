@@ -24,7 +24,7 @@ INT8_FORMS = (*FORMS, *QUANTIZES_INPUTS)
 #: The form of bfloat16 values and inputs alone; it is made for AMX, and slow on any other instruction set.
 PAIRMASK = "pairmask"
 MOST_QUANTIZED_IN = 65536  # SPARSIFY_MOST_QUANTIZED_IN
-INTERFACE = 4  # SPARSIFY_INTERFACE
+INTERFACE = 5  # SPARSIFY_INTERFACE
 ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -37,6 +37,7 @@ _ERRORS = {
     -4: "out of memory",
     -5: "unknown kernel",
     -6: "this processor lacks the instructions of the kernel",
+    -7: "SPARSIFY_THREADS names no team of threads of the native kernels: openmp (Linux), pool or serial",
 }
 
 _pointer, _int64, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -65,6 +66,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     if not hasattr(library, "sparsify_interface") or library.sparsify_interface() != INTERFACE:
         return None, f"{_LIBRARY} was built from other sources; build it again: python setup.py build_native"
     library.sparsify_kernel.restype = library.sparsify_known_kernels.restype = ctypes.c_char_p
+    library.sparsify_threads.restype = ctypes.c_char_p
     library.sparsify_set_kernel.argtypes = [ctypes.c_char_p]
     library.sparsify_kernel_origin.restype = ctypes.c_char_p
     library.sparsify_kernel_origin.argtypes = [ctypes.c_char_p, _int, _int]
@@ -144,6 +146,17 @@ def set_kernel(name: str) -> None:
     status = _loaded().sparsify_set_kernel(name.encode())
     if status:
         _raise_kernel(name, status)
+
+
+def team() -> str:
+    """Return who runs the kernels' tasks: "openmp" (the threads of torch on Linux), "pool" (own ones) or "serial".
+
+    Raises ValueError if SPARSIFY_THREADS names another.
+    """
+    name = str(_loaded().sparsify_threads().decode())
+    if not name:
+        raise ValueError(f"SPARSIFY_THREADS={os.environ.get('SPARSIFY_THREADS')}: {_ERRORS[-7]}")
+    return name
 
 
 def kernel_origin(name: str, form: str, *, quantized: bool) -> str:

@@ -1,0 +1,54 @@
+// The kernels of every form for any aarch64 processor.
+#include "simd/neon.h"
+#include "simd/expand_bytes_neon.h"
+#include "simd/quads_neon.h"
+// after the vectors
+#include "activation.inc.h"
+#include "bitmask/neon.inc.h"
+#include "gather/neon.inc.h"
+#include "linalg/cholesky.inc.h"
+#include "panel/convolution.inc.h"
+#include "quads/fill.inc.h"
+// after filling
+#include "quads/kernel.inc.h"
+#include "quadsteps/kernel.inc.h"
+#include "tilemask/pairmask.inc.h"
+#include "tilemask/quadmask.inc.h"
+#include "training/clear.inc.h"
+#include "training/sddmm.inc.h"
+
+namespace sparsify {
+
+const KernelTable *neon_table() {
+    static const KernelTable table = {
+        "neon",
+        {
+            {linear_panel<float>, linear_panel<uint16_t>},
+            {linear_row_blocks<Bitmask, float>, linear_row_blocks<Bitmask, uint16_t>},
+            {linear_row_blocks<Gather, float>, linear_row_blocks<Gather, uint16_t>},
+            {nullptr, nullptr},
+            {nullptr, nullptr},
+            {nullptr, nullptr},
+            {nullptr, linear_pairmask},
+        },
+        {
+            {linear_panel_int8<float>, linear_panel_int8<uint16_t>},
+            {linear_row_blocks_int8<Bitmask, float>, linear_row_blocks_int8<Bitmask, uint16_t>},
+            {linear_row_blocks_int8<Gather, float>, linear_row_blocks_int8<Gather, uint16_t>},
+            {linear_quads<float>, linear_quads<uint16_t>},
+            {linear_quantized_blocks<Quadmask, float>, linear_quantized_blocks<Quadmask, uint16_t>},
+            {linear_quantized_blocks<Quadsteps, float>, linear_quantized_blocks<Quadsteps, uint16_t>},
+            {nullptr, nullptr},
+        },
+        {pointwise_panel<float>, pointwise_panel<uint16_t>},
+        {convolution_panel<float>, convolution_panel<uint16_t>},
+        GATHER_TILE,
+        sddmm_f32,
+        factor_f32,
+        {clear_masked<uint16_t>, clear_masked<uint32_t>, clear_masked<uint64_t>},
+        {hides_values<uint16_t>, hides_values<uint32_t>, hides_values<uint64_t>},
+    };
+    return &table;
+}
+
+}  // namespace sparsify
