@@ -228,6 +228,30 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "
     setattr(_Proxy, f"__{_name}__", _in_place(getattr(operator, _name)))
 
 
+_State = dict[str, dict[str, Any]]
+
+
+def _state(module: nn.Module) -> _State:
+    """Return copies of a module's attributes, under "", and of its tables."""
+    own = module.__dict__
+    return {"": dict(own), **{key: dict(own[key]) for key in ("_parameters", "_buffers", "_modules") if key in own}}
+
+
+def _restore(module: nn.Module, before: _State) -> bool:
+    """Give a module its attributes and tables of before; return whether they were others."""
+    now = _state(module)
+    same = now.keys() == before.keys() and all(
+        table.keys() == now[key].keys() and all(now[key][name] is value for name, value in table.items())
+        for key, table in before.items()
+    )
+    if not same:
+        for key, table in before.items():
+            attributes = module.__dict__[key] if key else module.__dict__
+            attributes.clear()
+            attributes.update(table)
+    return not same
+
+
 class Shallow(fx.Tracer):
     """Traces one module's own code, without its children's."""
 
@@ -239,40 +263,49 @@ class Shallow(fx.Tracer):
         """Return the value of a node."""
         return _Proxy(node, self)
 
+    def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:  # type: ignore[override]
+        """Trace a module; its code changes no module by that. Raises ValueError if it would."""
+        before = {module: _state(module) for module in root.modules()}
+        try:
+            graph = super().trace(root, concrete_args)
+        finally:
+            changed = [module for module, state in before.items() if _restore(module, state)]
+        if changed:
+            raise ValueError(f"the code of {type(root).__name__} changes a {type(changed[0]).__name__}")
+        return graph
+
 
 def _trace(owner: nn.Module) -> tuple[fx.Graph | None, set[str]]:
     """Trace a module's forward of one argument, in eval mode; return the graph, and the attributes that it reads.
 
     There is no graph for code that cannot be traced, that writes attributes, or reads some that are nowhere.
     """
-    plain, read, written = type(owner), set[str](), set[str]()
+    plain, noted, read, written = type(owner), set[str](), set[str](), set[str]()
 
     class Noting(plain):  # type: ignore[misc, valid-type]
         def forward(self, x: Any) -> Any:
-            return plain.forward(self, x)
+            noted.clear()  # of what the tracer reads itself
+            y = plain.forward(self, x)
+            read.update(noted)
+            return y
 
         def __getattribute__(self, name: str) -> Any:
-            read.add(name)
+            noted.add(name)
             return super().__getattribute__(name)
 
         def __setattr__(self, name: str, value: Any) -> None:
             written.add(name)
             super().__setattr__(name, value)
 
-    state = owner.__dict__
-    before, tables = dict(state), {key: dict(state[key]) for key in ("_parameters", "_buffers", "_modules")}
+    was_training = owner.training
     try:
         owner.__class__ = Noting
-        state["training"] = False
+        owner.__dict__["training"] = False
         graph = Shallow().trace(owner)
     except Exception:  # whatever its code does with a tensor that is none
         graph = None
     finally:
         owner.__class__ = plain
-        state.clear()
-        state.update(before)
-        for key, table in tables.items():
-            state[key].clear()
-            state[key].update(table)
+        owner.__dict__["training"] = was_training
     lost = {name for name in read if not hasattr(owner, name)}
     return (None if written - {"__class__"} or lost else graph), read

@@ -315,3 +315,27 @@ def test_models_of_torchvision(calls):
             wanted = model(x)
             torch.testing.assert_close(fast(x), wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
         assert len(calls) == n_layers if n_layers else len(calls) > 20
+
+
+class Remembers(nn.Module):
+    """Has no weights, and keeps what it works out from its first input, as torchvision's pooling of regions does."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.norm = None, nn.Identity()
+
+    def forward(self, x):
+        if self.scale is None:
+            self.scale = self.norm.seen = x.sum()
+        return x / self.scale
+
+
+def test_reading_the_code_of_a_module_leaves_no_trace_in_it():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Remembers(), nn.ReLU()).eval()
+    masked_model = sparsify.prune(sparsify.convert(model, types=(nn.Conv2d,)), 0.5)
+    fast = sparsify.export(masked_model, format="panel")
+    assert fast[1].scale is None
+    assert not hasattr(fast[1].norm, "seen")
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(fast(x), masked_model(x))
