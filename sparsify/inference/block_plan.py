@@ -166,7 +166,7 @@ def _steps(
             layer: Any = _module(owner, chain.nodes[0])
             residual = None if chain.residual is None else slot[chain.residual]
             pool = None if chain.pool is None else _module(owner, chain.pool)
-            step = FusedCall(layer, norm, chain.activation, slot[x], residual, pool)
+            step = FusedCall(layer, norm, chain.activation, slot[x], residual, pool)  # type: ignore[assignment]
         read_by |= dict.fromkeys(read, number)
         steps.append(step)
     read_by[nodes[-1].args[0]] = len(run)  # type: ignore[index]  # the result: never done

@@ -71,9 +71,9 @@ def dense_where_faster(
             chosen = FormChoice("dense" if slower else choice.form, choice.tokens, both, choice.machine)
             set_form_choice(plain[layer] if slower else replacements[layer], chosen)
         dense |= plain if slower else {}
-    for layer, made in dense.items():
+    for held, made in dense.items():
         if form_choice(made) is None:
-            choice = form_choice(replacements[layer])
+            choice = form_choice(replacements[held])
             assert choice is not None
             set_form_choice(made, choice)
     return dense
@@ -91,7 +91,7 @@ def _sequence(module: nn.Module, tokens: int) -> tuple[Tensor]:
     """Return random inputs of a recurrent module: one sequence, or rows for a cell."""
     weight = next(iter(_held(module))).weight
     size: Any = module.input_size
-    shape = (tokens, size)
+    shape: tuple[int, ...] = (tokens, size)
     if isinstance(module, nn.RNNBase):
         shape = (1, tokens, size) if module.batch_first else (tokens, 1, size)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu")

@@ -158,6 +158,6 @@ def _read(name: str, module: nn.Module) -> Tensor:
         return layer.masked_weight()
     if isinstance(layer, CSRLinear):
         return layer.weight.t() if issubclass(layer.masked_type, SparseTransposed) else layer.weight
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return weight
+    plain = layer.weight
+    assert isinstance(plain, Tensor)
+    return plain

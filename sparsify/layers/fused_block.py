@@ -144,7 +144,7 @@ class FusedBlock(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle by the plain class; the class itself is in no module."""
-        return _bare, (self.plain,), self.__getstate__()
+        return _bare, (self.plain,), self.__getstate__()  # type: ignore[no-untyped-call]
 
 
 def may_fuse(module: nn.Module) -> bool:
@@ -157,7 +157,7 @@ def may_fuse(module: nn.Module) -> bool:
 def fuse_block(module: nn.Module, plan: Plan) -> None:
     """Let a module follow a plan, in place."""
     module.__dict__[_PLAN] = plan
-    module.__class__ = _fused_class(type(module))
+    module.__class__ = _fused_class(type(module))  # type: ignore[arg-type]
 
 
 def unfuse(model: nn.Module) -> None:
@@ -165,12 +165,12 @@ def unfuse(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FusedBlock):
             module.__dict__.pop(_PLAN, None)
-            module.__class__ = module.plain
+            module.__class__ = module.plain  # type: ignore[assignment]
     unfuse_activations(model)
 
 
 def _bare(plain: type[nn.Module]) -> FusedBlock:
-    kind: Any = _fused_class(plain)
+    kind: Any = _fused_class(plain)  # type: ignore[arg-type]
     made: FusedBlock = kind.__new__(kind)
     return made
 
@@ -187,7 +187,7 @@ def _fused_class(plain: type[nn.Module]) -> type[nn.Module]:
         return plain.forward(self, *args, **kwargs)
 
     own = {"plain": plain, "forward": forward, "__module__": plain.__module__, "__qualname__": plain.__qualname__}
-    return type(plain)(plain.__name__, (FusedBlock, plain), {**own, "__doc__": plain.__doc__})
+    return type(plain)(plain.__name__, (FusedBlock, plain), {**own, "__doc__": plain.__doc__})  # type: ignore[misc, no-any-return]
 
 
 def _differ(attributes: Mapping[str, Any], settings: tuple[tuple[str, Any], ...]) -> bool:

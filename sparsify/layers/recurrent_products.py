@@ -103,7 +103,7 @@ def _cell(name: str, input: Tensor, hx: Any, *tensors: Tensor | None) -> Any:
     input_weight, hidden_weight, *biases = tensors
     assert input_weight is not None
     assert hidden_weight is not None
-    weights = _Weights(_product(input_weight), _product(hidden_weight), *biases)
+    weights = _Weights(_product(input_weight), _product(hidden_weight), *biases)  # type: ignore[arg-type]
     state = _STEPS[name][0](_products(name, input, weights), state, weights)
     return state if name == "lstm" else state[0]
 
@@ -146,7 +146,7 @@ def _weights(tensors: Sequence[Tensor], biased: bool, n_layers: int, *, projects
         own = list(tensors[start : start + n_each])
         project = _product(own.pop()) if projects and n_each in (3, 5) else None
         biases = own[2:] if biased else []
-        yield _Weights(_product(own[0]), _product(own[1]), *biases, project=project)
+        yield _Weights(_product(own[0]), _product(own[1]), *biases, project=project)  # type: ignore[arg-type, misc]
 
 
 def _run(

@@ -40,11 +40,11 @@ def prune_layer(name: str, weight: Tensor, mask: Tensor, spec: LayerSpec, gram: 
     if spec.swap:
         fit = spec.refit or spec.method in SOLVERS
         tensors = (tensor.chunk(len(grams)) for tensor in (weight, new, mask, present))
-        pairs = [swap(*part, spec.pattern, gram=own, fit=fit) for *part, own in zip(*tensors, grams, strict=True)]
+        pairs = [swap(*part, spec.pattern, gram=own, fit=fit) for *part, own in zip(*tensors, grams, strict=True)]  # type: ignore[arg-type, misc]
         new, mask = torch.cat([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs])
     if spec.refit:
         parts = zip(weight.chunk(len(grams)), mask.chunk(len(grams)), grams, strict=True)
-        new = torch.cat([refit(part, kept, gram=own) for part, kept, own in parts])
+        new = torch.cat([refit(part, kept, gram=own) for part, kept, own in parts])  # type: ignore[arg-type]
     return new, mask
 
 

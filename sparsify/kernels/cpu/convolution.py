@@ -51,7 +51,7 @@ def convolution(
     if residual is not None and residual.stride() != out.stride():
         residual = residual.contiguous(memory_format=_format_of(out))
     if norm is not None and any(t is not None and not t.is_contiguous() for t in norm[:4]):
-        norm = Norm(*(t if t is None else t.contiguous() for t in norm[:4]), eps=norm.eps)
+        norm = Norm(*(t if t is None else t.contiguous() for t in norm[:4]), eps=norm.eps)  # type: ignore[arg-type, misc]
     strides = list(x.stride())
     strides[1 if last else 3] = 1  # of one element torch's stride may be any
     status = _convolution(

@@ -38,7 +38,7 @@ def swap(
     n_together = max(_ENTRIES // (_CANDIDATES * kept.shape[1]), 1)
     for rows in torch.arange(len(kept), device=kept.device).split(n_together):
         parts = (tensor[rows] for tensor in (wanted, current, kept, present))
-        current[rows], kept[rows] = _swap_rows(*parts, pattern, hessian, fit)
+        current[rows], kept[rows] = _swap_rows(*parts, pattern, hessian, fit)  # type: ignore[arg-type, call-arg]
     return current, kept
 
 
