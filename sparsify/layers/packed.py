@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.kernels import FORMS, form_for, pack, part_names, supports, unpack, unpack_as
+from sparsify.kernels.cpu.pages import use_huge_pages
 from sparsify.kernels.csr import CSR, check_csr, csr_to_dense, dense_to_csr
 from sparsify.kernels.forms import SCALE
 from sparsify.kernels.int8 import check_quantized, quantize
@@ -210,7 +211,7 @@ class PackedLayer(nn.Module):
         self.form = form
         for name, tensor in zip(self._part_names(), tensors, strict=True):
             self.register_buffer(name, tensor)
-        self._leave_inference_mode()
+        self._settle_tensors()
 
     def _set_csr(self, csr: CSR, scale: Tensor | None) -> None:
         """Take another set of kept weights, in the wanted form if that form runs on their device."""
@@ -222,18 +223,23 @@ class PackedLayer(nn.Module):
         """Refuse torch.jit.script, which asks each module for this first."""
         refuse_script()
 
-    def _leave_inference_mode(self) -> None:
-        """Replace inference tensors by plain ones: torch does not count the changes of inference tensors."""
+    def _settle_tensors(self) -> None:
+        """Replace inference tensors by plain ones, and have huge pages under new ones.
+
+        torch does not count the changes of inference tensors.
+        """
         with making_tensors():
             for name in self._part_names():
                 tensor = self._buffers[name]
                 if tensor is not None and tensor.is_inference():
                     self._buffers[name] = tensor.clone()
+        if self.form != "csr":  # whose tensors may be a file's, mapped
+            use_huge_pages(self.tensors)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take the state of a copy or pickle."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._leave_inference_mode()
+        self._settle_tensors()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or convert as any module does, and change to a form that runs there, the wanted one if possible."""
@@ -243,7 +249,7 @@ class PackedLayer(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if scale is not None and (moved := self._buffers[SCALE]) is not None and moved.dtype != scale.dtype:
             self._buffers[SCALE] = scale.to(moved.device)  # scales are float32 whatever the layer is
-        self._leave_inference_mode()
+        self._settle_tensors()
         values, quantized = self.values, self.own_dtype is not None
         if before.is_meta and not values.is_meta:
             # Memory without contents must not pass for a weight.
