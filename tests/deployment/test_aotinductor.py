@@ -13,6 +13,8 @@ from torch import nn
 import sparsify
 from sparsify.kernels.cpu import library
 
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "aotinductor"
+
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(not library.available(), reason=f"no native kernels: {library.why_missing()}"),
@@ -132,9 +134,12 @@ def test_beside_the_package_itself_they_are_refused() -> None:
     assert register() != 0
 
 
-def test_a_package_runs_without_sparsify(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a package, its input and the answer of the model, or a skip."""
     if not shutil.which("g++"):
         pytest.skip("AOTInductor needs g++, and there is none")
+    folder = tmp_path_factory.mktemp("package")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 8)).eval()
     fast = sparsify.export(sparsify.prune(sparsify.convert(model), 0.7), format="panel").requires_grad_(False)
@@ -142,7 +147,47 @@ def test_a_package_runs_without_sparsify(tmp_path: Path) -> None:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the compiler
         program = torch.export.export(fast, (x,))
-        torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
-        torch.save((x, fast(x)), tmp_path / "calls.pt")
-    done = run_without_sparsify(_PACKAGE, tmp_path)
+        torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "model.pt2"))
+        torch.save((x, fast(x)), folder / "calls.pt")
+    return folder
+
+
+def test_a_package_runs_without_sparsify(package: Path) -> None:
+    done = run_without_sparsify(_PACKAGE, package)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the example: by CMake where it is, else with the compiler alone; a skip without torch's headers."""
+    of_torch = Path(torch.__file__).parent
+    if not (of_torch / "include/torch/csrc/inductor/aoti_package/model_package_loader.h").exists():
+        pytest.skip("this torch came without its C++ headers")
+    build, paths = tmp_path_factory.mktemp("build"), sparsify.native_paths()
+    if shutil.which("cmake"):
+        places = [f"-Dsparsify_DIR={paths.cmake}", f"-DTORCH={of_torch}"]
+        commands = [["cmake", "-S", EXAMPLE, "-B", build, *places], ["cmake", "--build", build]]
+    else:
+        folders = [f"-I{paths.include}", f"-isystem{of_torch}/include"]
+        folders += [f"-isystem{of_torch}/include/torch/csrc/api/include", f"-L{of_torch}/lib"]
+        link = ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", str(paths.shared_library)]
+        link += [f"-Wl,-rpath,{of_torch}/lib:{paths.shared_library.parent}", "-o", str(build / "run_package")]
+        commands = [["g++", "-std=c++20", *folders, str(EXAMPLE / "run_package.cpp"), *link]]
+    for command in commands:
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return build / "run_package"
+
+
+def test_the_example_runs_a_package_in_cpp(package: Path, program: Path, tmp_path: Path) -> None:
+    x, expected = torch.load(package / "calls.pt")
+    x.numpy().tofile(tmp_path / "x")
+    run = [program, package / "model.pt2", tmp_path / "y", "3", f"f32:5x64:{tmp_path / 'x'}"]
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " ms on " in done.stdout
+    found = torch.frombuffer(bytearray((tmp_path / "y").read_bytes()), dtype=torch.float32).view(5, 8)
+    torch.testing.assert_close(found, expected)
+    short = subprocess.run([*run[:-1], f"f32:6x64:{tmp_path / 'x'}"], capture_output=True, text=True)
+    assert short.returncode != 0
+    assert "shorter than the input" in short.stderr
