@@ -110,14 +110,16 @@ Packed<W> pack(const Form &form, const Csr &csr, uint64_t seed) {
     return packed;
 }
 
+constexpr double PI = 3.14159265358979323846;  // M_PI is not of every system
+
 inline double activated(double a, int64_t activation) {
     switch (activation) {
         case SPARSIFY_RELU:
             return a > 0 ? a : 0;
         case SPARSIFY_GELU_ERF:
-            return a * 0.5 * erfc(-a * M_SQRT1_2);
+            return a * 0.5 * erfc(-a * sqrt(0.5));
         case SPARSIFY_GELU_TANH:
-            return a * 0.5 * (1 + tanh(sqrt(2 / M_PI) * (a + 0.044715 * a * a * a)));
+            return a * 0.5 * (1 + tanh(sqrt(2 / PI) * (a + 0.044715 * a * a * a)));
         case SPARSIFY_SILU:
             return a / (1 + exp(-a));
         default:
