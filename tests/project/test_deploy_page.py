@@ -22,7 +22,7 @@ def test_the_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     n_run = 0
     for block in blocks:
         needed = set(re.findall(r"^import (\w+)", block, re.MULTILINE))
-        needed |= {"onnx", "onnxscript"} if "export_onnx" in block else set()
+        needed |= {"onnx", "onnxscript"} if re.search("export_onnx|onnx.export", block) else set()
         if any(importlib.util.find_spec(package) is None for package in needed):
             continue
         with warnings.catch_warnings():
