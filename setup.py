@@ -49,10 +49,10 @@ NO_KERNELS = "0nokernels"
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # g++ 12 calls the undefined registers of its own AVX-512 headers "maybe uninitialized" (GCC bug 105593).
 AVX512_FLAGS = (
-    "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512vbmi2 -mavx2 -mfma -mbmi -mbmi2 "
-    "-Wno-maybe-uninitialized -Wno-uninitialized"
+    "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512vbmi2 -mavx2 -mfma -mbmi -mbmi2 -mpopcnt "
+    "-Wno-unknown-warning-option -Wno-maybe-uninitialized -Wno-uninitialized"
 )
-AVX2_FLAGS = ["-mavx2", "-mfma", "-mbmi", "-mbmi2"]
+AVX2_FLAGS = ["-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mpopcnt"]
 #: The sources for some machines alone, and their flags, by machine.
 ISA_FLAGS = {
     "x86_64": {
@@ -112,7 +112,12 @@ class Target:
 
     def link_flags(self) -> list[str]:
         """Return the flags for the library. Its threads never end: it stays in a process that unloads it."""
-        return ["-shared", "-Wl,-z,nodelete"] if self.system == "linux" else ["-shared"]
+        own = {
+            "linux": ["-Wl,-z,nodelete"],
+            "macos": [f"-Wl,-install_name,@rpath/{LIBRARY}"],
+            "windows": ["-s"],
+        }
+        return ["-shared", *own.get(self.system, [])]
 
     def wheel_platform(self) -> str:
         """Return the platform in the tag of a wheel."""
@@ -128,15 +133,27 @@ def the_compiler() -> list[str]:
     return shlex.split(os.environ.get("CXX", "")) or ["g++" if shutil.which("g++") else "c++"]
 
 
+def sources(machine: Target) -> list[Path]:
+    """Return the files to compile for a machine: all but those of other machines' instruction sets."""
+    others = {name for other, files in ISA_FLAGS.items() if other != machine.machine for name in files}
+    return [file for file in sorted(SOURCES.rglob("*.cpp")) if file.relative_to(SOURCES).as_posix() not in others]
+
+
+def compile_command(compiler: Sequence[str], machine: Target, flags: Sequence[str], source: Path) -> list[str]:
+    """Return the command that compiles one source; the object file's name is left to the caller."""
+    isa = ISA_FLAGS.get(machine.machine, {}).get(source.relative_to(SOURCES).as_posix(), [])
+    # Every Mac with an ARM processor has dot products: they are the compiler's default, which a flag could only lower.
+    isa = [] if (machine.machine, machine.system) == ("aarch64", "macos") else isa
+    return [*compiler, *COMMON_FLAGS, *machine.flags(), *flags, f"-I{SOURCES}", *isa, "-c", str(source)]
+
+
 def build_native(target: Path, extra_flags: Sequence[str] = ()) -> None:
     """Compile SOURCES into the shared library `target`. Raises RuntimeError that says which command failed."""
     compiler = the_compiler()
     if not shutil.which(compiler[0]):
         raise RuntimeError(f"no C++ compiler: {compiler[0]!r} is not on PATH (install g++, or set CXX)")
     machine = Target.of(compiler)
-    flags = [*COMMON_FLAGS, *machine.flags(), *extra_flags, *shlex.split(os.environ.get("CXXFLAGS", ""))]
-    isa_flags = ISA_FLAGS.get(machine.machine, {})
-    others = {name for files in ISA_FLAGS.values() for name in files if name not in isa_flags}
+    flags = [*extra_flags, *shlex.split(os.environ.get("CXXFLAGS", ""))]
 
     def run(command: list[str]) -> None:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -147,21 +164,19 @@ def build_native(target: Path, extra_flags: Sequence[str] = ()) -> None:
 
     with tempfile.TemporaryDirectory() as build:
 
-        def named(source: Path) -> str:
-            return source.relative_to(SOURCES).as_posix()
-
         def compile_one(source: Path) -> str:
-            name = named(source)
-            made = f"{build}/{name.replace('/', '_')}.o"
-            run([*compiler, *flags, f"-I{SOURCES}", *isa_flags.get(name, []), "-c", str(source), "-o", made])
+            made = f"{build}/{source.relative_to(SOURCES).as_posix().replace('/', '_')}.o"
+            run([*compile_command(compiler, machine, flags, source), "-o", made])
             return made
 
-        sources = [s for s in sorted(SOURCES.rglob("*.cpp")) if named(s) not in others]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(compile_one, sources))
-        # Linked beside the target and renamed: a process that has the old library loaded keeps the old file.
-        fresh = target.with_name(target.name + f".{os.getpid()}")
-        run([*compiler, *flags, *machine.link_flags(), *objects, "-o", str(fresh)])
+            objects = list(pool.map(compile_one, sources(machine)))
+        # Linked under its own name, which a Windows library says; then put beside the target and renamed: a process that
+        # has the old library loaded keeps the old file.
+        made, fresh = Path(build, target.name), target.with_name(target.name + f".{os.getpid()}")
+        link = [*COMMON_FLAGS, *machine.flags(), *flags, *machine.link_flags()]
+        run([*compiler, *link, *objects, "-o", str(made)])
+        shutil.copy(made, fresh)
         os.replace(fresh, target)
 
 

@@ -1,18 +1,12 @@
 // Chooses the instruction set once, and hands calls to its table.
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
 #include <stdlib.h>
 #include <string.h>
 #if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
-#elif defined(__aarch64__) && defined(__linux__)
-#include <sys/auxv.h>
-#elif defined(__aarch64__) && defined(_WIN32)
-#include <windows.h>
 #endif
 
+#include "runtime/instructions.h"
 #include "runtime/kernels.h"
 #include "sparsify.h"
 
@@ -37,54 +31,18 @@ bool ask_for_amx() {
 #endif
 }
 
-bool has_avx2() {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
-}
-
-bool has_avxvnni() {  // g++ 12 does not know the name
-    unsigned a, b, c, d;
-    return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 4 & 1;
-}
-
-bool has_avx512() {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
-           __builtin_cpu_supports("bmi2");
-}
-
-bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
-
-bool has_avx512amx() {  // clang does not know the names
-    constexpr unsigned BF16 = 1u << 22, TILES = 1u << 24, INT8 = 1u << 25, ALL = BF16 | TILES | INT8;
-    unsigned a, b, c, d;
-    return has_avx512vnni() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & ALL) == ALL && ask_for_amx();
-}
-#elif defined(__aarch64__)
-bool has_dot_products() {
-#if defined(__linux__)
-    constexpr unsigned long ASIMDDP = 1ul << 20;  // HWCAP_ASIMDDP
-    return getauxval(AT_HWCAP) & ASIMDDP;
-#elif defined(__APPLE__)
-    return true;  // every processor that macOS runs on
-#elif defined(_WIN32)
-    constexpr DWORD V82_DOT_PRODUCTS = 43;  // PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE
-    return IsProcessorFeaturePresent(V82_DOT_PRODUCTS);
-#else
-    return false;
-#endif
-}
+bool has_avx512amx() { return instructions().amx_bf16_int8 && ask_for_amx(); }
 #endif
 
 const Known best_first[] = {
 #if defined(__x86_64__)
     {"avx512amx", avx512amx_table, has_avx512amx},
-    {"avx512vnni", avx512vnni_table, has_avx512vnni},
-    {"avx512", avx512_table, has_avx512},
-    {"avxvnni", avxvnni_table, has_avxvnni},
-    {"avx2", avx2_table, has_avx2},
+    {"avx512vnni", avx512vnni_table, [] { return instructions().avx512vnni; }},
+    {"avx512", avx512_table, [] { return instructions().avx512; }},
+    {"avxvnni", avxvnni_table, [] { return instructions().avxvnni; }},
+    {"avx2", avx2_table, [] { return instructions().avx2; }},
 #elif defined(__aarch64__)
-    {"neondot", neondot_table, has_dot_products},
+    {"neondot", neondot_table, [] { return instructions().dot_products; }},
     {"neon", neon_table, [] { return true; }},
 #endif
     {"portable", portable_table, [] { return true; }},
@@ -96,9 +54,6 @@ struct Choice {
 };
 
 Choice choose(const char *name) {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-#endif
     const bool any = !name || !*name;
     int status = SPARSIFY_UNKNOWN_KERNEL;
     for (const Known &known : best_first) {
