@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sparsify.layers.construct import linear_from_parameters
@@ -51,14 +52,17 @@ class Functional(nn.Module):
 class ReadsOnce(nn.Module):
     """The mixin of experts: their code reads a weight for each expert in use, and gets one tensor for a call."""
 
+    #: The plain forward that takes expert after expert: transformers has others, that read all experts at once.
+    one_by_one: Any
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute as the plain class does."""
+        all_at_once = self.one_by_one is None or not any(_by_calls(child) for child in self._modules.values())
+        if torch.compiler.is_compiling() and all_at_once:
+            return super().forward(*args, **kwargs)  # what is kept for a call would break the graph
         before, _Call.weights = getattr(_Call, "weights", None), {}
-        one_by_one: Any = getattr(super().forward, "__wrapped__", None)
         try:
-            if one_by_one is not None and any(map(_by_calls, self._modules.values())):
-                return one_by_one(self, *args, **kwargs)  # transformers has others, that read all experts at once
-            return super().forward(*args, **kwargs)
+            return (super().forward if all_at_once else partial(self.one_by_one, self))(*args, **kwargs)
         finally:
             _Call.weights = before
 
@@ -133,8 +137,11 @@ def undo(module: Functional) -> nn.Module:
 def _bare(plain: type[nn.Module], names: tuple[str, ...], parameters: tuple[str, ...]) -> Functional:
     """Make an empty unfused module, of the class for these names."""
     reads = {name: property(partial(_read, name)) for name in names}
-    own = {"plain": plain, "weight_names": names, "parameter_names": parameters}
+    own: dict[str, Any] = {"plain": plain, "weight_names": names, "parameter_names": parameters}
     mixin = (Recurrent,) if issubclass(plain, nn.RNNBase) else (ReadsOnce,) if is_experts(plain) else ()
+    if ReadsOnce in mixin:
+        eager = getattr(plain.forward, "__wrapped__", None)
+        own["one_by_one"] = eager and staticmethod(eager)
     kind: Any = type(f"Functional{plain.__name__}", (*mixin, Functional, plain), {**reads, **own})
     made: Functional = kind.__new__(kind)
     return made
@@ -145,7 +152,9 @@ def _read(name: str, module: nn.Module) -> Tensor:
     layer = module._modules[layer_name(name)]
     assert layer is not None
     if isinstance(layer, SparseHeldWeight):
-        of_call: dict[int, Tensor] | None = getattr(_Call, "weights", None)
+        of_call: dict[int, Tensor] | None = None
+        if not torch.compiler.is_compiling():
+            of_call = getattr(_Call, "weights", None)
         if of_call is None:
             return layer.view(layer.forward_weight()) if layer.seen_by_hooks() else layer.forward_weight()
         if id(layer) not in of_call:
