@@ -14,8 +14,12 @@ FILES = {
     "plain": ("torch",),
     "vision": ("torchvision",),
     "language": ("transformers",),
+    "yolo": ("ultralytics", "cv2"),
     "pretrained": ("transformers", "tokenizers", "gguf"),
 }
+#: How to get them, if not with the tests' own; ultralytics asks for another torch.
+INSTALL = {"yolo": "pip install --no-deps ultralytics opencv-python-headless"}
+_INSTALL = "pip install 'sparsify-torch[test]'"
 #: The folders of scripts/assets.py for the last of them.
 ASSETS = ("minilm", "smollm2")
 
@@ -29,7 +33,7 @@ def models(file: str) -> dict[str, Model]:
 def why_missing(file: str) -> str:
     """Return the reason why the models of a file cannot be built here, or ""."""
     if gone := [package for package in FILES[file] if importlib.util.find_spec(package) is None]:
-        return f"{gone[0]} is missing: pip install 'sparsify-torch[test]'"
+        return f"{gone[0]} is missing: {INSTALL.get(file, _INSTALL)}"
     if file == "pretrained" and (gone := [name for name in ASSETS if assets.missing_files(name)]):
         return f".assets/{gone[0]} is missing: run scripts/assets.py"
     return ""

@@ -19,6 +19,8 @@ SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "nu
 SKIP = {"tied": "skip"}
 #: Or both have one mask.
 SHARE = {"tied": "share"}
+#: All experts of a layer are one Parameter.
+EXPERTS = {"functional": True}
 #: Special tokens have to lie inside a small vocabulary.
 WORDS = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -48,14 +50,19 @@ def _model(
         model: nn.Module = getattr(transformers, name)(getattr(transformers, config)(**sizes))
         return model
 
+    def full() -> nn.Module:
+        # the other attentions look into the mask, and there it has no data
+        model = build(attn_implementation="eager")
+        # without data, the products of experts know this type alone
+        return model.bfloat16() if options.get("convert") is EXPERTS else model
+
     def make(inputs: Mapping[str, Make], batch: int, length: int) -> Inputs:
         return {key: function(batch, length) for key, function in inputs.items()}
 
     return Model(
         small=partial(build, **sizes),
         inputs=partial(make, inputs, 2, 6),
-        # the other attentions look into the mask, and there it has no data
-        full=partial(build, attn_implementation="eager"),
+        full=full,
         full_inputs=partial(make, full_inputs or inputs, 1, 128),
         **options,
     )
@@ -98,6 +105,23 @@ MODELS = {
         SMALL | WORDS | {"num_key_value_heads": 2, "head_dim": 8},
         _IDS,
         convert=SKIP,
+    ),
+    "MixtralForCausalLM": _model(
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        SMALL | WORDS | {"num_key_value_heads": 2, "num_local_experts": 4},
+        _IDS,
+        convert=EXPERTS,
+    ),
+    "Qwen2MoeForCausalLM": _model(
+        "Qwen2MoeForCausalLM",
+        "Qwen2MoeConfig",
+        SMALL
+        | WORDS
+        | {"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
+        | {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 48},
+        _IDS,
+        convert=EXPERTS,
     ),
     "T5ForConditionalGeneration": _model(
         "T5ForConditionalGeneration",

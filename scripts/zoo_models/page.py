@@ -25,8 +25,11 @@ class Row:
 
 def page(rows: Mapping[str, Row]) -> str:
     """Write the page."""
-    means = "\n".join(filled(f"- *{name}*: {check.__doc__}") for name, check in CHECKS.items())
-    versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "torchvision", "transformers"))
+    said = {name: " ".join((check.__doc__ or "").split()) for name, check in CHECKS.items()}
+    means = "\n".join(filled(f"- *{name}*: {text}") for name, text in said.items())
+    versions = ", ".join(
+        f"{package} {version(package)}" for package in ("torch", "torchvision", "transformers", "ultralytics")
+    )
     return f"""# Models
 
 What sparsify does with {len(rows)} models, each as it comes: nothing in the library knows their names.
@@ -37,8 +40,10 @@ Written by `scripts/zoo.py` with {versions};
 
 Each model in its usual size (transformers: the default of its configuration), for one image of 224 pixels or 128
 tokens. *layers*: how many are swapped. *of parameters*, *of work*: their share of all parameters, and of the
-multiply-adds in matrix products and convolutions. 1x1 convolutions convert when `types=` asks for them; a head that is
-tied to its embedding stays dense with it by `tied="skip"`, or has one mask with it by `"share"`.
+multiply-adds in matrix products and convolutions; *before*: of the Linears, attention and 1x1 convolutions among them,
+once the only ones. A model made of convolutions has all of them swapped, but for depthwise ones; `types=` takes those
+too, and LSTMs and Embeddings, `functional=True` the experts. A head that is tied to its embedding stays dense with it
+by `tied="skip"`, or has one mask with it by `"share"`.
 
 {table(rows)}
 
@@ -61,7 +66,7 @@ def call(arguments: Mapping[str, Any]) -> str:
     'types=[Linear], tied="skip"'
     """
     texts = {
-        key: f"[{', '.join(kind.__name__ for kind in value)}]" if key == "types" else f'"{value}"'
+        key: f"[{', '.join(kind.__name__ for kind in value)}]" if key == "types" else repr(value).replace("'", '"')
         for key, value in arguments.items()
     }
     return ", ".join(f"{key}={text}" for key, text in texts.items())
@@ -69,7 +74,17 @@ def call(arguments: Mapping[str, Any]) -> str:
 
 def table(rows: Mapping[str, Row]) -> str:
     """Lay out the shares."""
-    lines = ["| model | parameters | convert with | layers | of parameters | of work |", "|---|---|---|---|---|---|"]
+    columns = [
+        "model",
+        "parameters",
+        "convert with",
+        "layers",
+        "of parameters, before",
+        "now",
+        "of work, before",
+        "now",
+    ]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, row in rows.items():
         for number, (arguments, share) in enumerate(row.shares.items()):
             first = f"{name} | {share.n_parameters / 1e6:,.1f} M" if number == 0 else " | "
