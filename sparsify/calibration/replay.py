@@ -54,10 +54,11 @@ class ModelReplay:
             with self.cache.overriding_forwards(number):
                 run_module(self.model, batch.args, batch.kwargs)
 
-    def chain_arguments(self, chain: tuple[str, ...], number: int) -> tuple[Tensor, dict[str, BlockCall]]:
+    def chain_arguments(self, chain: tuple[str, ...], number: int) -> tuple[Tensor, dict[str, BlockCall]] | None:
         """Return a chain's first hidden state in batch `number`, and the other arguments of each of its blocks.
 
-        No block runs: `trace_model` has checked that the arguments depend on no hidden state.
+        None if this batch does not reach all of them: a router sends its tokens elsewhere. No block runs: `trace_model`
+        has checked that the arguments depend on no hidden state.
         """
         capture = _ChainCapture(chain, self.outputs)
         with contextlib.ExitStack() as overrides:
@@ -65,7 +66,7 @@ class ModelReplay:
                 forward = functools.partial(capture.forward, name)
                 overrides.enter_context(override_forward(self.model.get_submodule(name), forward))
             self.run(number)
-        return capture.hidden[0], capture.calls
+        return (capture.hidden[0], capture.calls) if capture.calls.keys() == set(chain) else None
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ then have the inputs that follow from the change. The passes:
 4. With `tune`, call it with the block and its outputs in the dense model.
 5. Run the block once more: its outputs are the inputs of the next block.
 
-A block therefore runs once for each of its groups, and once for its output; finished layers repeat stored outputs, as
-far as there is memory for them (output_cache.py). A group outside of chains takes runs of the model up to the group,
-with finished chains bypassed. A model without chains is one block.
+A block therefore runs once for each of its groups, and once for its output; finished layers repeat stored outputs
+while memory for them lasts (output_cache.py). A group outside of chains takes runs of the model up to the group, with
+finished chains bypassed. A model without chains is one block.
 """
 
 from __future__ import annotations
@@ -100,12 +100,13 @@ def calibrate_groups(
         budget = None if cache_bytes is None else MemoryBudget(cache_bytes)
         replay = ModelReplay(model, trace.outputs, batches, stores.enter_context(OutputCache(model, budget)))
         run = _SequentialRun(trace, padding, choosing, sampled, dense, tune, ready, replay, budget, stores)
+        begun: set[tuple[str, ...]] = set()
         for group in trace.groups:
             chain = trace.chain_of(group[0])
             if chain is None:
-                yield run.calibrate(group, replay.run)
-                run.finish(group)
-            elif chain not in replay.finals:
+                yield from run.calibrate_in_whole([group])
+            elif chain not in begun:
+                begun.add(chain)
                 yield from run.calibrate_chain(chain)
 
 
@@ -216,15 +217,19 @@ class _SequentialRun:
     def calibrate_chain(self, chain: tuple[str, ...]) -> Iterator[CalibratedGroup]:
         """Calibrate the groups of a chain, one block at a time, on the outputs of the block before.
 
-        With `dense` or `tune`, the blocks also run before any change in them, on dense outputs of the block before.
+        With `dense` or `tune`, the blocks also run before any change in them, on dense outputs of the block before. A
+        chain that some batch does not reach is calibrated in runs of the whole model.
         """
         hidden = self._new_list(self.stores)
         dense_hidden = self._new_list(self.stores) if self.dense or self.tune is not None else None
         calls: list[dict[str, BlockCall]] = []
-        numbers = range(len(self.replay.batches))
-        for number in numbers:
-            hidden[number], calls_of_batch = self.replay.chain_arguments(chain, number)
-            calls.append(calls_of_batch)
+        for number in range(len(self.replay.batches)):
+            if (arguments := self.replay.chain_arguments(chain, number)) is None:
+                self.ready(lambda layer: block_of(layer, chain) is not None)
+                yield from self.calibrate_in_whole([g for g in self.trace.groups if block_of(g[0], chain) is not None])
+                return
+            hidden[number] = arguments[0]
+            calls.append(arguments[1])
             if dense_hidden is not None:
                 dense_hidden[number] = hidden[number]
         for name in chain:
@@ -233,11 +238,17 @@ class _SequentialRun:
             cache, attention = self.replay.cache, AttentionCache(self.replay.cache.budget)
             block = _Block(name, module, groups, [call[name] for call in calls], hidden, cache, attention)
             yield from self._calibrate_block(block, dense_hidden)
-            for number in numbers:
+            for number in range(len(self.replay.batches)):
                 hidden[number] = hidden_state(block.run(number, last=True))
             cache.forget(layer for group in groups for layer in group)
             attention.forget()
         self.replay.finals[chain] = hidden
+
+    def calibrate_in_whole(self, groups: Iterable[tuple[str, ...]]) -> Iterator[CalibratedGroup]:
+        """Calibrate groups, in their order, in runs of the whole model."""
+        for group in groups:
+            yield self.calibrate(group, self.replay.run)
+            self.finish(group)
 
     def _calibrate_block(self, block: _Block, dense_hidden: SpillingTensorList | None) -> Iterator[CalibratedGroup]:
         with contextlib.ExitStack() as stores:
