@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _AutoDispatchBelowAutograd
 from torch.autograd import forward_ad
 
 from sparsify.kernels import gpu, reference
@@ -67,7 +68,25 @@ def linear(
     """
     if is_transformed():
         return _linear_by_torch(x, parts, form, shape, bias, activation, rows)
-    ops: Any = torch.ops.sparsify if torch.compiler.is_compiling() else _eager
+    if torch.compiler.is_compiling():
+        return _operate(torch.ops.sparsify, x, parts, form, shape, bias, activation, rows)
+    if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        return _operate(_eager, x, parts, form, shape, bias, activation, rows)
+    with _AutoDispatchBelowAutograd():  # where torch's Python code for gradients comes to by itself, microseconds later
+        return _operate(_eager, x, parts, form, shape, bias, activation, rows)
+
+
+def _operate(
+    ops: Any,
+    x: Tensor,
+    parts: tuple[Tensor, ...],
+    form: str,
+    shape: tuple[int, int],
+    bias: Tensor | None,
+    activation: str,
+    rows: tuple[int, int],
+) -> Tensor:
+    """Call the operator of a form."""
     if is_quantized(form, parts):
         if form != "csr":
             number = native.INT8_FORMS.index(form)

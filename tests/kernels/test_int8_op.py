@@ -1,5 +1,8 @@
 """The operator of int8 weights: what torch asks of an operator, its gradient, and the form "csr" beside the others."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from tested_kernels import needs_native
@@ -56,6 +59,38 @@ def test_the_gradient_of_x_without_activation_is_that_of_the_dequantised_weight(
     grad = torch.randn(4, OUT, generator=torch.Generator().manual_seed(2))
     (found,) = torch.autograd.grad(linear(x, parts, form, (OUT, IN)), x, grad)
     torch.testing.assert_close(found, grad @ dense(form, parts))
+
+
+@every_form
+def test_leading_dimensions_and_layout_of_the_input_do_not_matter(form):
+    parts, x = parts_of(form), torch.randn(2, 3, IN, generator=torch.Generator().manual_seed(1))
+    flat = linear(x.reshape(6, IN), parts, form, (OUT, IN))
+    wide = torch.randn(2, 3, IN + 5)
+    wide[..., 2:-3] = x
+    for same in (x, x.mT.contiguous().mT, x.transpose(0, 1).contiguous().transpose(0, 1), wide[..., 2:-3]):
+        assert torch.equal(linear(same, parts, form, (OUT, IN)), flat.view(2, 3, OUT))
+    assert torch.equal(linear(wide[0, :, 2:-3], parts, form, (OUT, IN)), flat[:3])
+    assert torch.equal(linear(x[1, 2], parts, form, (OUT, IN)), linear(x[1, 2:], parts, form, (OUT, IN))[0])
+    assert linear(x[:, :0], parts, form, (OUT, IN)).shape == (2, 0, OUT)
+
+
+@needs_native
+def test_without_gradients_torchs_python_code_for_them_does_not_run():
+    parts, x = parts_of("quads"), torch.randn(2, IN)
+    ran: dict[bool, list[str]] = {}
+    for gradients in (True, False):
+        files = ran[gradients] = []
+        with torch.set_grad_enabled(gradients):
+            sys.setprofile(lambda frame, event, arg, files=files: files.append(frame.f_code.co_filename))
+            try:
+                linear(x, parts, "quads", (OUT, IN))
+            finally:
+                sys.setprofile(None)
+    found = {
+        gradients: any(Path(file).parts[-2:] == ("_library", "autograd.py") for file in ran[gradients])
+        for gradients in ran
+    }
+    assert found == {True: True, False: False}
 
 
 @needs_native
