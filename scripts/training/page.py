@@ -26,6 +26,7 @@ _COMMANDS = {
     "mlp": "scripts/train.py table",
     "vit": 'scripts/train.py row "gradual magnitude" --model vit --sparsity 0.9',
     "resnet": 'scripts/train.py row "gradual magnitude, CNN recipe" --model resnet --sparsity 0.9 --sparsity 0.95',
+    "resnet-wide": 'scripts/train.py row "gradual magnitude, CNN recipe" --model resnet-wide --sparsity 0.95',
     "lstm": 'scripts/train.py row "gradual magnitude" --model lstm --sparsity 0.8',
 }
 

@@ -81,6 +81,16 @@ TASKS = {
         types=(nn.Linear, nn.Conv2d),
         sparsities=(0.9, 0.95),
     ),
+    "resnet-wide": Task(
+        "The same ResNet with 32 to 128 channels",
+        lambda: resnet((32, 64, 128)),
+        load=_every_second_image,
+        optimizer=torch.optim.SGD,
+        options={"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": True},
+        epochs=5,
+        types=(nn.Linear, nn.Conv2d),
+        sparsities=(0.9, 0.95),
+    ),
     "lstm": Task(
         "LSTM language model on Brown, 96-192, 2,000 words: LSTM and Linear are pruned, perplexity (lower is better)",
         lambda: LanguageModel(text.N_WORDS),
