@@ -66,21 +66,45 @@ def test_outputs_are_those_of_the_exported_model(form: str, shape: tuple[int, ..
         torch.testing.assert_close(outputs(tmp_path / "model.onnx", x, n_threads=n_threads), expected)
 
 
+@pytest.mark.parametrize("shape", [(9, 70), (32, 12, 70)])
 @pytest.mark.parametrize("form", ["panel", "quads", "quadmask", "quadsteps"])
-def test_int8_outputs_are_those_of_the_exported_model(form: str, tmp_path: Path) -> None:
+def test_int8_outputs_are_those_of_the_exported_model(form: str, shape: tuple[int, ...], tmp_path: Path) -> None:
     fast = sparsify.export(masked(Encoder()), format=form, quantize="int8", max_error=1.0)
-    x = torch.randn(9, 70)
+    x = torch.randn(shape)
     sparsify.export_onnx(fast, tmp_path / "model.onnx", x)
     torch.testing.assert_close(outputs(tmp_path / "model.onnx", x), fast(x), rtol=1e-4, atol=1e-4)
 
 
+def images(kernel: int) -> nn.Sequential:
+    """A convolution with all that an exported one computes too, and random statistics."""
+    norm = nn.BatchNorm2d(24)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    return nn.Sequential(nn.Conv2d(8, 24, kernel, padding=kernel // 2), norm, nn.ReLU())
+
+
+@pytest.mark.parametrize("batch", [2, 32])
 @pytest.mark.parametrize("kernel", [1, 3])
-def test_convolutions(kernel: int, tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Conv2d(8, 24, kernel, padding=kernel // 2), nn.BatchNorm2d(24), nn.ReLU())
-    fast = sparsify.export(masked(model), format="panel")
-    x = torch.randn(2, 8, 11, 13)
+def test_convolutions(kernel: int, batch: int, tmp_path: Path) -> None:
+    model = masked(images(kernel))
+    x = torch.randn(batch, 8, 11, 13)
+    expected = model(x).detach()
+    fast = sparsify.export(model, format="panel")
     sparsify.export_onnx(fast, tmp_path / "model.onnx", x)
-    torch.testing.assert_close(outputs(tmp_path / "model.onnx", x), fast(x))
+    found = outputs(tmp_path / "model.onnx", x)
+    torch.testing.assert_close(found, fast(x))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_batch_of_images_may_change(kernel: int, tmp_path: Path) -> None:
+    fast = sparsify.export(masked(images(kernel)), format="panel")
+    batch = torch.export.Dim("batch")
+    example = torch.randn(2, 8, 11, 13)
+    sparsify.export_onnx(fast, tmp_path / "model.onnx", example, dynamic_shapes=({0: batch},))
+    for n in (1, 32):
+        x = torch.randn(n, 8, 11, 13)
+        torch.testing.assert_close(outputs(tmp_path / "model.onnx", x), fast(x))
 
 
 def test_sizes_may_change(tmp_path: Path) -> None:
