@@ -112,11 +112,7 @@ class Target:
 
     def link_flags(self) -> list[str]:
         """Return the flags for the library. Its threads never end: it stays in a process that unloads it."""
-        own = {
-            "linux": ["-Wl,-z,nodelete"],
-            "macos": [f"-Wl,-install_name,@rpath/{LIBRARY}"],
-            "windows": ["-s"],
-        }
+        own = {"linux": ["-Wl,-z,nodelete"], "macos": [f"-Wl,-install_name,@rpath/{LIBRARY}"]}
         return ["-shared", *own.get(self.system, [])]
 
     def wheel_platform(self) -> str:
@@ -171,8 +167,8 @@ def build_native(target: Path, extra_flags: Sequence[str] = ()) -> None:
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compile_one, sources(machine)))
-        # Linked under its own name, which a Windows library says; then put beside the target and renamed: a process that
-        # has the old library loaded keeps the old file.
+        # Linked under its own name, which a Windows library says of itself; then put beside the target and renamed: a
+        # process that has the old library loaded keeps the old file.
         made, fresh = Path(build, target.name), target.with_name(target.name + f".{os.getpid()}")
         link = [*COMMON_FLAGS, *machine.flags(), *flags, *machine.link_flags()]
         run([*compiler, *link, *objects, "-o", str(made)])
