@@ -55,7 +55,7 @@ enum sparsify_activation {
 SPARSIFY_API const char *sparsify_version(void);
 /* The number of this interface: whoever loads the library at run time compares it first, since a library built from
  * other sources may take other arguments. Raised with every change of a declaration below. */
-#define SPARSIFY_INTERFACE 5
+#define SPARSIFY_INTERFACE 6
 SPARSIFY_API int sparsify_interface(void);
 /* A status in words, for messages. */
 SPARSIFY_API const char *sparsify_status_text(int status);
@@ -114,9 +114,10 @@ SPARSIFY_DECLARE_FORM(quads)
 SPARSIFY_DECLARE_FORM(quadmask)
 SPARSIFY_DECLARE_FORM(quadsteps)
 SPARSIFY_DECLARE_FORM(pairmask)
+SPARSIFY_DECLARE_FORM(sell)
 
-/* The values of the first three are of the dtype of x, or int8. Quads, quadmask and quadsteps quantise x, and their
- * values are int8. Those of pairmask are bfloat16, as x. */
+/* The values of the first three and of sell are of the dtype of x, or int8. Quads, quadmask and quadsteps quantise x,
+ * and their values are int8. Those of pairmask are bfloat16, as x. */
 enum sparsify_form {
     SPARSIFY_PANEL = 0,
     SPARSIFY_BITMASK = 1,
@@ -125,7 +126,8 @@ enum sparsify_form {
     SPARSIFY_QUADMASK = 4,
     SPARSIFY_QUADSTEPS = 5,
     SPARSIFY_PAIRMASK = 6,
-    SPARSIFY_N_FORMS = 7,
+    SPARSIFY_SELL = 7,
+    SPARSIFY_N_FORMS = 8,
 };
 /* The functions above of a form by its number, and its name; NULL for any other number. */
 struct sparsify_form_functions {

@@ -123,7 +123,7 @@ def _translations() -> dict[Any, Callable[..., Any]]:
     }
 
     def layer(form: str, *numbers: int) -> dict[str, int]:
-        numbered = (native.INT8_FORMS.index(form), *numbers)
+        numbered = (native.FORM_NUMBERS[form], *numbers)
         return {"interface": native.INTERFACE, **dict(zip(_SETTINGS, numbered, strict=True))}
 
     def whole(first: int, end: int) -> None:
@@ -138,7 +138,7 @@ def _translations() -> dict[Any, Callable[..., Any]]:
 
     def int8(x, index, values, scale, form, bias, out, inner, activation, first=0, end=-1):  # type: ignore[no-untyped-def]
         whole(first, end)
-        settings = layer(native.INT8_FORMS[form], out, inner, activation)
+        settings = layer(native.FORM_NAMES[form], out, inner, activation)
         return operators["int8"](x, index, values, scale, bias, **settings)
 
     def pointwise(x, index, values, bias, out, inner, activation):  # type: ignore[no-untyped-def]

@@ -23,6 +23,7 @@ FORMS: dict[str, tuple[str, ...]] = {
     "panel": ("index", "values"),
     "bitmask": ("index", "values"),
     "gather": ("index", "values"),
+    "sell": ("index", "values"),
     "quads": ("index", "values"),
     "quadmask": ("index", "values"),
     "quadsteps": ("index", "values"),

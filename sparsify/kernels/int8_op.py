@@ -57,7 +57,7 @@ def _linear_int8(
     first: int = 0,
     end: int = -1,
 ) -> Tensor:
-    shape, name = (out, inner), native.INT8_FORMS[form]
+    shape, name = (out, inner), native.FORM_NAMES[form]
     rows = first, _check(x, values, scale, bias, out, inner, first, end)
     if not (x.is_cpu and index.is_cpu and values.is_cpu and scale.is_cpu and (bias is None or bias.is_cpu)):
         check_devices(x, index, values, scale, bias)
@@ -70,7 +70,7 @@ def _linear_int8(
 
 def _weight_int8(index: Tensor, values: Tensor, scale: Tensor, form: int, out: int, inner: int) -> Tensor:
     check_devices(index, values, scale)
-    csr = unpack_as(torch.float32, native.INT8_FORMS[form], (index, values, scale), (out, inner))
+    csr = unpack_as(torch.float32, native.FORM_NAMES[form], (index, values, scale), (out, inner))
     return csr_to_dense(csr, (out, inner))[0]
 
 

@@ -26,8 +26,8 @@ from sparsify.kernels.reference import ACTIVATIONS
 
 __all__ = ["ACTIVATIONS", "linear"]
 
-#: The number by which `linear_packed` knows a form: first those for the CPU, then those for GPUs, then later ones.
-FORM_IDS = {form: number for number, form in enumerate((*native.FORMS, *gpu.FORMS, native.PAIRMASK))}
+#: The number by which `linear_packed` knows a form; later ones come last, since exported programs hold numbers.
+FORM_IDS = {f: n for n, f in enumerate(("panel", "bitmask", "gather", *gpu.FORMS, native.PAIRMASK, "sell"))}
 _FORM_NAMES = tuple(FORM_IDS)
 #: Numbered in their order, which is that of `enum sparsify_activation` in csrc/sparsify.h.
 _ACTIVATION_IDS = {name: number for number, name in enumerate(ACTIVATIONS)}
@@ -89,7 +89,7 @@ def _operate(
     """Call the operator of a form."""
     if is_quantized(form, parts):
         if form != "csr":
-            number = native.INT8_FORMS.index(form)
+            number = native.FORM_NUMBERS[form]
             return ops.linear_int8(x, *parts, number, bias, *shape, _ACTIVATION_IDS[activation], *rows)  # type: ignore[no-any-return]
         parts = unpack_as(x.dtype, form, parts, shape)  # widened for the reference kernel
     if form == "csr":

@@ -12,6 +12,7 @@ from torch import nn
 
 import sparsify
 from sparsify.kernels.cpu import library
+from sparsify.kernels.torch_ops import FORM_IDS
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "aotinductor"
 
@@ -65,9 +66,9 @@ def calls(dtype: torch.dtype) -> list[tuple[str, tuple[object, ...], torch.Tenso
     def call(name: str, *arguments: object) -> None:
         made.append((name, arguments, getattr(torch.ops.sparsify, name)(*arguments)))
 
-    for form, bias in (("panel", True), ("bitmask", False), ("gather", True)):
+    for form, bias in (("panel", True), ("bitmask", False), ("gather", True), ("sell", False)):
         layer = packed(nn.Linear(70, 33, bias=bias, dtype=dtype), form)
-        number, own_bias = library.FORMS.index(form), layer.bias if bias else None
+        number, own_bias = FORM_IDS[form], layer.bias if bias else None
         for x in (
             torch.randn(5, 70, dtype=dtype),
             torch.randn(2, 3, 140, dtype=dtype)[..., ::2],
@@ -77,7 +78,7 @@ def calls(dtype: torch.dtype) -> list[tuple[str, tuple[object, ...], torch.Tenso
         call("linear_packed", x, layer.index, layer.values, number, own_bias, 33, 70, 0, 3, 17)
     for form in ("panel", "quadsteps"):
         layer = packed(nn.Linear(70, 33, dtype=dtype), form, quantize="int8")
-        number = library.INT8_FORMS.index(form)
+        number = library.FORM_NUMBERS[form]
         call("linear_int8", torch.randn(5, 70, dtype=dtype), *layer.tensors, number, layer.bias, 33, 70, 2)
     convolution = packed(nn.Conv2d(8, 24, 3, padding=1, dtype=dtype), "panel")
     x = torch.randn(2, 8, 11, 13, dtype=dtype)

@@ -55,7 +55,7 @@ def _types(model: nn.Module) -> list[type[nn.Module]] | None:
     return [nn.Conv2d] if any(isinstance(module, nn.Conv2d) for module in model.modules()) else None
 
 
-@pytest.mark.parametrize("form", ["panel", "bitmask", "gather"])
+@pytest.mark.parametrize("form", ["panel", "bitmask", "gather", "sell"])
 @pytest.mark.parametrize("shape", [(1, 70), (9, 70), (2, 33, 70)])
 def test_outputs_are_those_of_the_exported_model(form: str, shape: tuple[int, ...], tmp_path: Path) -> None:
     fast = sparsify.export(masked(Encoder()), format=form)

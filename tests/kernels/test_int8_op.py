@@ -97,7 +97,7 @@ def test_without_gradients_torchs_python_code_for_them_does_not_run():
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck's own
 @pytest.mark.parametrize("form", native.INT8_FORMS)
 def test_torch_accepts_the_operator(form):
-    parts, number = parts_of(form), native.INT8_FORMS.index(form)
+    parts, number = parts_of(form), native.FORM_NUMBERS[form]
     x = torch.randn(3, IN, requires_grad=True)
     torch.library.opcheck(
         torch.ops.sparsify.linear_int8.default, (x, *parts, number, torch.randn(OUT), OUT, IN, 1, 2, 9)

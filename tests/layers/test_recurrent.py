@@ -97,7 +97,7 @@ def test_outputs_gradients_and_files_are_those_of_torch_with_zeros(name: str, sp
             assert type(sparsify.to_dense(loaded)[0]) is type(build())
 
 
-@pytest.mark.parametrize("form", ["csr", "gather", "panel", "bitmask"])
+@pytest.mark.parametrize("form", ["csr", "gather", "panel", "bitmask", "sell"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.6, 1.0])
 @pytest.mark.parametrize("name", TABLE)
 def test_packed_matrices_give_torchs_results_and_gradients(

@@ -113,7 +113,7 @@ struct Gather {
 
     template <int N, bool EXACT, typename T>
     static void block(const View &view, const T *values, int64_t block, const float *x, int64_t x_stride, float *sums) {
-        if (view.header->lanes != uint32_t(GATHER_TILE.lanes))
+        if (view.header->window != GATHER_TILE.window)
             return gather_block_plain<N>(view, values, block, x, x_stride, sums);
         constexpr int64_t TILES = GATHER_BLOCK_ROWS / GATHER_TILE.lanes;
         const int64_t end = (block + 1) * TILES < view.header->n_tiles ? (block + 1) * TILES : view.header->n_tiles;

@@ -160,7 +160,7 @@ struct Gather {
 
     template <int N, bool EXACT, typename T>
     static void block(const View &view, const T *values, int64_t block, const float *x, int64_t x_stride, float *sums) {
-        if (view.header->lanes != uint32_t(GATHER_TILE.lanes))
+        if (view.header->window != GATHER_TILE.window)
             return gather_block_plain<N>(view, values, block, x, x_stride, sums);
         const bool padded = view.header->padded, long_windows = view.header->steps_per_window == 6;
         if (long_windows)

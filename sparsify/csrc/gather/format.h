@@ -1,13 +1,18 @@
-// The `gather` form, for few tokens: columns are looked up in registers. What lies where in `index`.
+// The `gather` and `sell` forms, for few tokens: output rows side by side. What lies where in `index`.
 //
 // Output rows, the *lanes* of a tile, walk their kept columns from left to right together. A *window* is as many
-// consecutive columns of x as one permute can choose from. In one *step* each lane may take its next kept column if
-// that lies in the window; a permute then fetches an activation for every lane, and one FMA uses them. What it costs is
-// the lanes that rest in a step; no gather instruction is ever issued. A tile is one of two:
+// consecutive columns of x as a step can choose from. In one *step* each lane may take its next kept column if that
+// lies in the window; an activation is fetched for every lane, and one FMA uses them. What it costs is the lanes that
+// rest in a step. A tile is one of three, the last of which is the form `sell`, sliced ELLPACK with columns of a byte:
 //
 //     GatherTile      lanes  window             steps that share a window  lanes that rest in a step, at 50% and 90%
 //     GATHER_WIDE     16     32: two registers  6 or 3                     6% and 38%
 //     GATHER_NARROW   8      8: one register    1                          15% and 52%
+//     GATHER_SELL     8      256                1                          1% and 3%
+//
+// In `gather` a permute looks activations up in registers, and no gather instruction is ever issued. In `sell` a gather
+// instruction, eight loads, fetches them: few instructions for a weight at any sparsity, and fewer in flight until
+// memory answers, but processors differ much in what a gather instruction costs.
 //
 // Wide is for AVX-512. With AVX2 a choice from 32 columns takes four permutes and three blends, more than the steps
 // that narrow tiles add: 768x768, one token, Emerald Rapids: 96 us at 50% and 43 us at 90% wide, 38 and 21 narrow.
@@ -36,7 +41,7 @@ namespace sparsify {
 struct GatherTile {
     int lanes, window, steps, column_bits;  // steps: per group
 };
-constexpr GatherTile GATHER_WIDE = {16, 32, 6, 5}, GATHER_NARROW = {8, 8, 10, 3};
+constexpr GatherTile GATHER_WIDE = {16, 32, 6, 5}, GATHER_NARROW = {8, 8, 10, 3}, GATHER_SELL = {8, 256, 4, 8};
 
 constexpr int GATHER_MAX_LANES = 16;
 constexpr int GATHER_TAIL = 16;
@@ -50,15 +55,17 @@ struct GatherHeader {
     uint32_t padded;            // 0 or 1
     uint32_t n_tiles;
     uint32_t n_groups;
-    uint32_t lanes;  // says which GatherTile
+    uint32_t lanes;
     int64_t out, in, nnz;
     int64_t n_values;  // with padding and tail
-    int64_t unused;
+    int64_t window;    // says which GatherTile
 };
 static_assert(sizeof(GatherHeader) == 64, "the layout of the blob");
 
 static inline const GatherTile &gather_tile_of(const GatherHeader *h) {
-    return h->lanes == uint32_t(GATHER_WIDE.lanes) ? GATHER_WIDE : GATHER_NARROW;
+    return h->window == GATHER_SELL.window   ? GATHER_SELL
+           : h->window == GATHER_WIDE.window ? GATHER_WIDE
+                                             : GATHER_NARROW;
 }
 
 // Byte offsets in index. `end` is its size.

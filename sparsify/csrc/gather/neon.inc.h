@@ -95,7 +95,7 @@ struct Gather {
 
     template <int N, bool EXACT, typename T>
     static void block(const View &view, const T *values, int64_t block, const float *x, int64_t x_stride, float *sums) {
-        if (view.header->lanes != uint32_t(GATHER_TILE.lanes))
+        if (view.header->window != GATHER_TILE.window)
             return gather_block_plain<N>(view, values, block, x, x_stride, sums);
         constexpr int64_t TILES = GATHER_BLOCK_ROWS / GATHER_TILE.lanes;
         for (int64_t tile = block * TILES; tile < (block + 1) * TILES && tile < view.header->n_tiles; ++tile) {

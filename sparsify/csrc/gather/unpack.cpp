@@ -1,4 +1,4 @@
-// Checks and unpacks the gather form (layout: gather/format.h).
+// Checks and unpacks the gather and sell forms (layout: gather/format.h).
 #include <string.h>
 
 #include "gather/format.h"
@@ -54,6 +54,20 @@ bool rows_are_valid(const GatherView &view, int64_t out) {
     return true;
 }
 
+// A kernel of the sell form reads an activation for the lanes that rest, too: the first one of the window.
+bool resting_lanes_are_valid(const GatherView &view, int64_t in) {
+    const GatherHeader &header = *view.header;
+    if (in == 0) return header.n_groups == 0;
+    for (int64_t group = 0; group < header.n_groups; ++group)
+        for (int s = 0; s < GATHER_SELL.steps; ++s)
+            for (int l = 0; l < GATHER_SELL.lanes; ++l) {
+                const uint32_t word = view.words[group * GATHER_SELL.lanes + l] >> (GATHER_SELL.column_bits * s);
+                if (!(gather_taking(view, GATHER_SELL, group, s) >> l & 1) && word % unsigned(GATHER_SELL.window))
+                    return false;
+            }
+    return true;
+}
+
 // The number of values of a tile whose groups are in range, or an error.
 int64_t check_tile(const GatherView &view, int64_t tile, int64_t in) {
     const GatherTile &size = gather_tile_of(view.header);
@@ -72,26 +86,22 @@ int64_t check_tile(const GatherView &view, int64_t tile, int64_t in) {
     return status ? status : kept;
 }
 
-}  // namespace
-
-extern "C" {
-
-int64_t sparsify_gather_nnz(const uint8_t *index) { return gather_view(index).header->nnz; }
-
-int sparsify_gather_check(int64_t out, int64_t in, const uint8_t *index, int64_t index_bytes, int64_t n_values) {
+int check(bool sell, int64_t out, int64_t in, const uint8_t *index, int64_t index_bytes, int64_t n_values) {
     if (out < 0 || in < 0 || out >= INT32_MAX || in >= INT32_MAX) return SPARSIFY_BAD_ARGUMENT;
     if (index_bytes < int64_t(sizeof(GatherHeader))) return SPARSIFY_BAD_INDEX;
     GatherHeader header;
     memcpy(&header, index, sizeof header);
     const uint32_t s = header.steps_per_window, lanes = header.lanes;
-    const bool wide = lanes == uint32_t(GATHER_WIDE.lanes), narrow = lanes == uint32_t(GATHER_NARROW.lanes);
-    if (header.magic != GATHER_MAGIC || !((wide && (s == 3 || s == 6)) || (narrow && s == 1)) || header.padded > 1 ||
-        header.out != out || header.in != in || header.n_tiles != (out + lanes - 1) / lanes || header.nnz < 0 ||
-        header.nnz > INT32_MAX || header.n_values != n_values ||
+    const bool wide = header.window == GATHER_WIDE.window, narrow = header.window == GATHER_NARROW.window;
+    const bool known = sell ? header.window == GATHER_SELL.window && s == 1 && header.padded == 1
+                            : (wide && (s == 3 || s == 6)) || (narrow && s == 1);
+    if (header.magic != GATHER_MAGIC || !known || lanes != uint32_t(gather_tile_of(&header).lanes) ||
+        header.padded > 1 || header.out != out || header.in != in || header.n_tiles != (out + lanes - 1) / lanes ||
+        header.nnz < 0 || header.nnz > INT32_MAX || header.n_values != n_values ||
         index_bytes != gather_sections(gather_tile_of(&header), header.n_tiles, header.n_groups, s).end)
         return SPARSIFY_BAD_INDEX;
     const GatherView view = gather_view(index);
-    if (!rows_are_valid(view, out)) return SPARSIFY_BAD_INDEX;
+    if (!rows_are_valid(view, out) || (sell && !resting_lanes_are_valid(view, in))) return SPARSIFY_BAD_INDEX;
     const uint32_t *groups = view.tile_groups;
     if (groups[0] != 0 || groups[header.n_tiles] != header.n_groups) return SPARSIFY_BAD_INDEX;
     const int64_t slots_per_group = gather_tile_of(&header).steps * gather_tile_of(&header).lanes;
@@ -110,9 +120,9 @@ int sparsify_gather_check(int64_t out, int64_t in, const uint8_t *index, int64_t
     return good ? SPARSIFY_OK : SPARSIFY_BAD_INDEX;
 }
 
-int sparsify_gather_unpack(int64_t out, int64_t in, const uint8_t *index, int64_t index_bytes, int64_t n_values,
-                           int32_t *crow, int32_t *col, int64_t *order) {
-    if (const int status = sparsify_gather_check(out, in, index, index_bytes, n_values)) return status;
+int unpack(bool sell, int64_t out, int64_t in, const uint8_t *index, int64_t index_bytes, int64_t n_values,
+           int32_t *crow, int32_t *col, int64_t *order) {
+    if (const int status = check(sell, out, in, index, index_bytes, n_values)) return status;
     const GatherView view = gather_view(index);
     const auto anywhere = [](int64_t) { return 0; };
     memset(crow, 0, sizeof(int32_t) * size_t(out + 1));
@@ -139,4 +149,22 @@ int sparsify_gather_unpack(int64_t out, int64_t in, const uint8_t *index, int64_
     }
     return SPARSIFY_OK;
 }
+
+}  // namespace
+
+extern "C" {
+
+#define UNPACKS(FORM, SELL)                                                                                            \
+    int64_t sparsify_##FORM##_nnz(const uint8_t *index) { return gather_view(index).header->nnz; }                     \
+    int sparsify_##FORM##_check(int64_t out, int64_t in, const uint8_t *index, int64_t index_bytes,                    \
+                                int64_t n_values) {                                                                    \
+        return check(SELL, out, in, index, index_bytes, n_values);                                                     \
+    }                                                                                                                  \
+    int sparsify_##FORM##_unpack(int64_t out, int64_t in, const uint8_t *index, int64_t index_bytes, int64_t n_values, \
+                                 int32_t *crow, int32_t *col, int64_t *order) {                                        \
+        return unpack(SELL, out, in, index, index_bytes, n_values, crow, col, order);                                  \
+    }
+
+UNPACKS(gather, false)
+UNPACKS(sell, true)
 }

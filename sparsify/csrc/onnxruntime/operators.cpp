@@ -105,7 +105,8 @@ Status *fill(const Described &op, const KernelInfo *info, Kernel &kernel) {
     OR_RETURN(api.attribute(info, "out_features", &kernel.out));
     OR_RETURN(api.attribute(info, "in_features", &kernel.in));
     OR_RETURN(api.attribute(info, "activation", &kernel.activation));
-    const bool is_plain = form == SPARSIFY_PANEL || form == SPARSIFY_BITMASK || form == SPARSIFY_GATHER;
+    const bool is_plain =
+        form == SPARSIFY_PANEL || form == SPARSIFY_BITMASK || form == SPARSIFY_GATHER || form == SPARSIFY_SELL;
     const bool runs = kernel.kind == LINEAR        ? is_plain
                       : kernel.kind == LINEAR_INT8 ? form >= 0 && form < SPARSIFY_N_FORMS && form != SPARSIFY_PAIRMASK
                                                    : form == SPARSIFY_PANEL;

@@ -8,8 +8,13 @@
 namespace sparsify::torch {
 namespace {
 
-// As sparsify/kernels numbers them: the last form for the CPU comes behind those for GPUs.
-constexpr int64_t PAIRMASK_NUMBER = 7;
+// As sparsify/kernels numbers them: the last forms for the CPU come behind those for GPUs.
+constexpr int64_t PAIRMASK_NUMBER = 7, SELL_NUMBER = 8;
+
+int form_of(int64_t number) {
+    if (number < SPARSIFY_QUADS) return int(number);
+    return number == PAIRMASK_NUMBER ? SPARSIFY_PAIRMASK : number == SELL_NUMBER ? SPARSIFY_SELL : -1;
+}
 
 #define SIZES                                                                    \
     "int kernel_height, int kernel_width, int stride_height, int stride_width, " \
@@ -132,7 +137,7 @@ void linear(Stack *stack, uint64_t n, bool is_int8) {
     inputs.tensor(x), inputs.tensor(weight.index), inputs.tensor(weight.values);
     if (is_int8) inputs.tensor(weight.scale);
     const int64_t form = inputs.number();
-    weight.form = int(is_int8 || form < SPARSIFY_QUADS ? form : form == PAIRMASK_NUMBER ? SPARSIFY_PAIRMASK : -1);
+    weight.form = is_int8 ? int(form) : form_of(form);
     inputs.optional(weight.bias);
     weight.out = inputs.number(), weight.in = inputs.number(), weight.activation = inputs.number();
     const int64_t first = inputs.number(), end = inputs.number();

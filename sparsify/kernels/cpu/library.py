@@ -17,15 +17,18 @@ import torch
 from torch import Tensor
 
 #: The forms of float values.
-FORMS = ("panel", "bitmask", "gather")
+FORMS = ("panel", "bitmask", "gather", "sell")
 #: The forms that quantise each row of the input; their values are int8 and end with the sums of the rows.
 QUANTIZES_INPUTS = ("quads", "quadmask", "quadsteps")
-#: The forms of int8 values, in the order of `enum sparsify_form`.
+#: The forms of int8 values.
 INT8_FORMS = (*FORMS, *QUANTIZES_INPUTS)
 #: The form of bfloat16 values and inputs alone; it is made for AMX, and slow on any other instruction set.
 PAIRMASK = "pairmask"
+#: All of them in the order of `enum sparsify_form`.
+FORM_NAMES = ("panel", "bitmask", "gather", *QUANTIZES_INPUTS, PAIRMASK, "sell")
+FORM_NUMBERS = {form: number for number, form in enumerate(FORM_NAMES)}
 MOST_QUANTIZED_IN = 65536  # SPARSIFY_MOST_QUANTIZED_IN
-INTERFACE = 5  # SPARSIFY_INTERFACE
+INTERFACE = 6  # SPARSIFY_INTERFACE
 ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -104,13 +107,12 @@ _pointwise: Any = None
 _forget_stalls: Any = None
 _pack_call, _pack_int8_call, _pack_pointwise_call = _LINEAR_CALL.pack, _INT8_CALL.pack, _POINTWISE_CALL.pack
 if _library is not None:
-    for _form in (*INT8_FORMS, PAIRMASK):
+    for _form in FORM_NAMES:
         _form_functions[_form] = {n: function(f"sparsify_{_form}_{n}", s) for n, s in _SIGNATURES.items()}
     _linear = function("sparsify_linear", (_int, [_int, _int, ctypes.c_char_p]))
     _linear_int8 = function("sparsify_linear_int8", (_int, [_int, _int, ctypes.c_char_p]))
     _pointwise = function("sparsify_pointwise", (_int, [_int, ctypes.c_char_p]))
     _forget_stalls = function("sparsify_forget_stalls", (None, []))
-_FORM_NUMBERS = {form: number for number, form in enumerate((*INT8_FORMS, PAIRMASK))}
 
 
 def available() -> bool:
@@ -165,7 +167,7 @@ def kernel_origin(name: str, form: str, *, quantized: bool) -> str:
 
     "avx512vnni" runs "panel" by the code of "avx512", and "quads" by its own.
     """
-    origin: bytes | None = _loaded().sparsify_kernel_origin(name.encode(), _FORM_NUMBERS[form], quantized)
+    origin: bytes | None = _loaded().sparsify_kernel_origin(name.encode(), FORM_NUMBERS[form], quantized)
     if origin is None:
         raise ValueError(f"{name}: unknown kernel; known: {', '.join(known_kernels())}")
     return origin.decode()
@@ -282,9 +284,9 @@ def linear(
         end,
     )
     if scale is None:
-        status = _linear(_FORM_NUMBERS[form], DTYPES[x.dtype], _pack_call(*call))
+        status = _linear(FORM_NUMBERS[form], DTYPES[x.dtype], _pack_call(*call))
     else:
-        status = _linear_int8(_FORM_NUMBERS[form], DTYPES[x.dtype], _pack_int8_call(*call, scale.data_ptr()))
+        status = _linear_int8(FORM_NUMBERS[form], DTYPES[x.dtype], _pack_int8_call(*call, scale.data_ptr()))
     if status:
         checked(status)
     return y

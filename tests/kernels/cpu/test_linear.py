@@ -34,7 +34,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 def variants(form: str, index: Tensor) -> set:
     """The kernels inside a form that an index reaches: each combination has code of its own."""
     blob = bytes(index.tolist())
-    if form == "gather":
+    if form in ("gather", "sell"):
         steps_per_window, padded = struct.unpack_from("<II", blob, 4)
         (lanes,) = struct.unpack_from("<I", blob, 20)
         return {(lanes, steps_per_window, padded)}
@@ -53,6 +53,7 @@ EVERY_VARIANT = {
     "panel": {"quads", "triples", "pairs", "singles", "blocks", "windows"},
     "bitmask": {"bitmask"},
     "gather": {(16, 6, 1), (16, 6, 0), (16, 3, 1), (16, 3, 0)},
+    "sell": {(8, 1, 1)},
 }
 NARROW_GATHER = {(8, 1, 1), (8, 1, 0)}  # of AVX2
 

@@ -17,7 +17,7 @@ PROGRAM = Path(__file__).with_name("native")
 CROSS, EMULATOR, CROSS_FILES = "aarch64-linux-gnu-g++", "qemu-aarch64", "/usr/aarch64-linux-gnu"
 #: Processors of the emulator: everything it knows, and one without dot products.
 EMULATED = {"max": "neondot neon portable", "cortex-a72": "neon portable"}
-FLOAT_FORMS = ("panel", "bitmask", "gather")
+FLOAT_FORMS = ("panel", "bitmask", "gather", "sell")
 
 
 def compiled(compiler: list[str], library: Path, folder: Path) -> Path:

@@ -67,7 +67,15 @@ def test_rows_and_columns_of_uneven_density(form):
 
 @pytest.mark.parametrize(
     ("form", "sparsity", "limit"),
-    [("panel", 0.5, 0.6), ("panel", 0.9, 0.14), ("gather", 0.5, 0.83), ("gather", 0.9, 0.17), ("bitmask", 0.5, 0.55)],
+    [
+        ("panel", 0.5, 0.6),
+        ("panel", 0.9, 0.14),
+        ("gather", 0.5, 0.83),
+        ("gather", 0.9, 0.17),
+        ("sell", 0.5, 0.69),
+        ("sell", 0.9, 0.145),
+        ("bitmask", 0.5, 0.55),
+    ],
 )
 def test_resident_bytes(form, sparsity, limit):
     index, values = pack(form, *random_weight((768, 768), sparsity))

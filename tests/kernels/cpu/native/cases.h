@@ -72,7 +72,7 @@ const Form FORMS[] = {
     FORM(panel, SPARSIFY_PANEL, false),       FORM(bitmask, SPARSIFY_BITMASK, false),
     FORM(gather, SPARSIFY_GATHER, false),     FORM(quads, SPARSIFY_QUADS, true),
     FORM(quadmask, SPARSIFY_QUADMASK, true),  FORM(quadsteps, SPARSIFY_QUADSTEPS, true),
-    FORM(pairmask, SPARSIFY_PAIRMASK, false),
+    FORM(pairmask, SPARSIFY_PAIRMASK, false), FORM(sell, SPARSIFY_SELL, false),
 };
 #undef FORM
 
