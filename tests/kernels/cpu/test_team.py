@@ -9,7 +9,9 @@ import pytest
 PROGRAM = """
 import hashlib, os, sys, threading, time
 import torch
-from sparsify.kernels.cpu import library as native
+from sparsify.kernels.cpu import library as native, training
+from sparsify.kernels.cpu.convolution import convolution
+from sparsify.kernels.geometry import Geometry
 
 def weight(form, dtype, shape, seed=0):
     generator = torch.Generator().manual_seed(seed)
@@ -34,6 +36,27 @@ CASES = {n: list(cases((n,))) for n in (1, 3, 40, 200)}
 def outputs(tokens=(1, 3, 40, 200)):  # without torch's own threads, which no child of a fork has
     of = [native.linear(*case) for n in tokens for case in CASES[n]]
     return b"".join(y.view(torch.uint8).numpy().tobytes() for y in of)
+
+def others():  # convolutions, images, gradients, masks
+    make = torch.Generator().manual_seed(5)
+    found = []
+    for dtype in native.DTYPES:
+        x, bias = torch.randn(2, 16, 19, 23, generator=make).to(dtype), torch.randn(40, generator=make).to(dtype)
+        scale = torch.rand(40, generator=make)
+        residual = torch.randn(2, 40, 10, 12, generator=make).to(dtype)
+        geometry = Geometry((3, 3), (2, 2), (1, 1))
+        packed = weight("panel", dtype, (40, 144))
+        found.append(convolution(x, *packed, bias, 40, geometry, 1, scale=scale, residual=residual))
+        found.append(native.pointwise(x, *weight("panel", dtype, (40, 16)), bias, (40, 16)))
+    mask = torch.rand(150, 260, generator=make) < 0.3
+    crow = torch.zeros(151, dtype=torch.int32)
+    crow[1:] = mask.sum(1).cumsum(0)
+    grad, x = torch.randn(70, 150, generator=make), torch.randn(70, 260, generator=make)
+    found.append(torch.zeros(150, 260))
+    training.weight_grad(grad, x, crow, mask.nonzero()[:, 1].int(), found[-1])
+    found.append(torch.randn(400, 700, generator=make))
+    training.clear_masked(found[-1], torch.rand(400, 700, generator=make) < 0.5)
+    return b"".join(y.contiguous().view(torch.uint8).numpy().tobytes() for y in found)
 
 def digest(values):
     return hashlib.sha256(values).hexdigest()
@@ -60,7 +83,7 @@ def test_each_team_gives_the_same_bits_with_torchs_openmp_as_the_only_one() -> N
     code = """
 mapped = {line.split()[-1] for line in open("/proc/self/maps")} if sys.platform == "linux" else set()
 runtimes = [path for path in mapped if os.path.basename(path).startswith(("libgomp", "libomp", "libiomp"))]
-print(native.team(), digest(outputs()), len(runtimes))
+print(native.team(), digest(outputs() + others()), len(runtimes))
 """
     found = {team: printed(code, team) for team in ("openmp", "pool", "serial")}
     assert [name for name, _, _ in found.values()] == list(found)
