@@ -274,6 +274,13 @@ class Shallow(fx.Tracer):
             raise ValueError(f"the code of {type(root).__name__} changes a {type(changed[0]).__name__}")
         return graph
 
+    def try_trace(self, root: nn.Module) -> fx.Graph | None:
+        """Trace a module; return None for code that cannot be traced."""
+        try:
+            return self.trace(root)
+        except Exception:  # whatever the code does with a tensor that is none
+            return None
+
 
 def _trace(owner: nn.Module) -> tuple[fx.Graph | None, set[str]]:
     """Trace a module's forward of one argument, in eval mode; return the graph, and the attributes that it reads.
@@ -301,9 +308,7 @@ def _trace(owner: nn.Module) -> tuple[fx.Graph | None, set[str]]:
     try:
         owner.__class__ = Noting
         owner.__dict__["training"] = False
-        graph = Shallow().trace(owner)
-    except Exception:  # whatever its code does with a tensor that is none
-        graph = None
+        graph = Shallow().try_trace(owner)
     finally:
         owner.__class__ = plain
         owner.__dict__["training"] = was_training

@@ -70,10 +70,8 @@ def activation_name(module: nn.Module) -> str | None:
     """
     if next(module.parameters(), None) is not None:
         return None
-    try:
-        nodes = list(Shallow().trace(module).nodes)
-    except Exception:  # whatever its code does with a tensor that is none
-        return None
+    graph = Shallow().try_trace(module)
+    nodes = [] if graph is None else list(graph.nodes)
     if [node.op for node in nodes] != ["placeholder", "call_function", "output"] or nodes[1].args != (nodes[0],):
         return None
     options = {key: value for key, value in nodes[1].kwargs.items() if key != "inplace"}
@@ -88,9 +86,8 @@ def _followed_by(owner: nn.Module) -> Iterator[tuple[str, str]]:
     pairs = []
     try:
         for owner.training in (False, True):
-            pairs.append(_pairs(Shallow().trace(owner)))
-    except Exception:  # whatever its code does with a tensor that is none
-        return
+            graph = Shallow().try_trace(owner)
+            pairs.append(set() if graph is None else _pairs(graph))
     finally:
         owner.training = was_training
     yield from pairs[0] & pairs[1]

@@ -78,12 +78,10 @@ void gather_tiles(const GatherView &view, const T *values, int64_t tile, const f
     }
 #pragma GCC unroll 2
     for (int t = 0; t < TILES; ++t) {
-        const uint8_t *rows = view.rows + (tile + t) * GATHER_TILE.lanes;
         for (int k = 0; k < N; ++k) {
             alignas(32) float lanes[GATHER_TILE.lanes];
             store(lanes, total[t][k]);
-            for (int l = 0; l < GATHER_TILE.lanes && rows[l] != GATHER_NO_ROW; ++l)
-                sums[k * BLOCK_ROWS + rows[l]] = lanes[l];
+            gather_put(view, GATHER_TILE, tile + t, lanes, sums + k * BLOCK_ROWS);
         }
     }
 }

@@ -97,12 +97,10 @@ inline void gather_fold(Vec (&total)[N], Vec (&part)[N]) {
 
 template <int N>
 inline void gather_store(const GatherView &view, int64_t tile, const Vec (&total)[N], float *sums) {
-    const uint8_t *rows = view.rows + tile * GATHER_TILE.lanes;
     for (int n = 0; n < N; ++n) {
         alignas(64) float lanes[GATHER_TILE.lanes];
         store(lanes, total[n]);
-        for (int l = 0; l < GATHER_TILE.lanes && rows[l] != GATHER_NO_ROW; ++l)
-            sums[n * BLOCK_ROWS + rows[l]] = lanes[l];
+        gather_put(view, GATHER_TILE, tile, lanes, sums + n * BLOCK_ROWS);
     }
 }
 

@@ -116,6 +116,13 @@ static inline GatherView gather_view(const uint8_t *index) {
             index + s.moves};
 }
 
+// sums[row of the block] = lanes[lane] for the rows of a tile.
+static inline void gather_put(const GatherView &view, const GatherTile &tile, int64_t number, const float *lanes,
+                              float *sums) {
+    const uint8_t *rows = view.rows + number * tile.lanes;
+    for (int l = 0; l < tile.lanes && rows[l] != GATHER_NO_ROW; ++l) sums[rows[l]] = lanes[l];
+}
+
 // The lanes that take part in a step, a bit each.
 static inline unsigned gather_taking(const GatherView &view, const GatherTile &tile, int64_t group, int step) {
     const int n_bytes = tile.lanes / 8;

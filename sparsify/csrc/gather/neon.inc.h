@@ -75,13 +75,11 @@ void gather_tile(const GatherView &view, const T *values, int64_t tile, const fl
             for (int half = 0; half < 2; ++half)
                 total[n][half] = add(total[n][half], add(part[n][0][half], part[n][1][half]));
     }
-    const uint8_t *rows = view.rows + tile * GATHER_TILE.lanes;
     for (int n = 0; n < N; ++n) {
         float lanes[GATHER_TILE.lanes];
         store(lanes, total[n][0]);
         store(lanes + 4, total[n][1]);
-        for (int l = 0; l < GATHER_TILE.lanes && rows[l] != GATHER_NO_ROW; ++l)
-            sums[n * BLOCK_ROWS + rows[l]] = lanes[l];
+        gather_put(view, GATHER_TILE, tile, lanes, sums + n * BLOCK_ROWS);
     }
 }
 

@@ -1,4 +1,4 @@
-// The gather form (gather/format.h) weight by weight: either tile, on every processor.
+// The gather and sell forms (gather/format.h) weight by weight: any tile, on every processor.
 #pragma once
 
 #include "few_tokens.inc.h"
@@ -45,5 +45,19 @@ void gather_block_plain(const GatherView &view, const T *values, int64_t block, 
     for (int64_t tile = block * per_block; tile < (block + 1) * per_block && tile < n_tiles; ++tile)
         gather_tile_plain<N>(view, values, tile, x, x_stride, sums);
 }
+
+struct GatherPlain {
+    using View = GatherView;
+    static constexpr int64_t LEAST_IN = 0;
+    static constexpr int MAX_TOKENS = 4;
+    static constexpr bool SKIPS_MASKED = true;
+
+    static View view(const uint8_t *index) { return gather_view(index); }
+
+    template <int N, bool EXACT, typename T>
+    static void block(const View &view, const T *values, int64_t block, const float *x, int64_t x_stride, float *sums) {
+        gather_block_plain<N>(view, values, block, x, x_stride, sums);
+    }
+};
 
 }  // namespace

@@ -69,12 +69,10 @@ void sell_tile(const GatherView &view, const T *values, int64_t tile, const floa
 #pragma GCC unroll 4
         for (int n = 0; n < N; ++n) total[n] = _mm256_add_ps(total[n], _mm256_add_ps(part[n][0], part[n][1]));
     }
-    const uint8_t *rows = view.rows + tile * GATHER_SELL.lanes;
     for (int n = 0; n < N; ++n) {
         alignas(32) float lanes[GATHER_SELL.lanes];
         _mm256_store_ps(lanes, total[n]);
-        for (int l = 0; l < GATHER_SELL.lanes && rows[l] != GATHER_NO_ROW; ++l)
-            sums[n * BLOCK_ROWS + rows[l]] = lanes[l];
+        gather_put(view, GATHER_SELL, tile, lanes, sums + n * BLOCK_ROWS);
     }
 }
 

@@ -6,7 +6,6 @@
 #include "activation.inc.h"
 #include "bitmask/neon.inc.h"
 #include "gather/neon.inc.h"
-#include "gather/sell_plain.inc.h"
 #include "linalg/cholesky.inc.h"
 #include "panel/convolution.inc.h"
 #include "quads/fill.inc.h"
@@ -31,7 +30,7 @@ const KernelTable *neon_table() {
             {nullptr, nullptr},
             {nullptr, nullptr},
             {nullptr, linear_pairmask},
-            {linear_row_blocks<Sell, float>, linear_row_blocks<Sell, uint16_t>},
+            {linear_row_blocks<GatherPlain, float>, linear_row_blocks<GatherPlain, uint16_t>},
         },
         {
             {linear_panel_int8<float>, linear_panel_int8<uint16_t>},
@@ -41,7 +40,7 @@ const KernelTable *neon_table() {
             {linear_quantized_blocks<Quadmask, float>, linear_quantized_blocks<Quadmask, uint16_t>},
             {linear_quantized_blocks<Quadsteps, float>, linear_quantized_blocks<Quadsteps, uint16_t>},
             {nullptr, nullptr},
-            {linear_row_blocks_int8<Sell, float>, linear_row_blocks_int8<Sell, uint16_t>},
+            {linear_row_blocks_int8<GatherPlain, float>, linear_row_blocks_int8<GatherPlain, uint16_t>},
         },
         {pointwise_panel<float>, pointwise_panel<uint16_t>},
         {convolution_panel<float>, convolution_panel<uint16_t>},
