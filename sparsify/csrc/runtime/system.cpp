@@ -11,12 +11,14 @@
 #include <malloc.h>
 #else
 #include <signal.h>
+#include <sys/mman.h>
 #endif
 
 namespace sparsify {
 namespace {
 
 constexpr size_t PAGE = 4096;
+[[maybe_unused]] constexpr size_t HUGE_PAGE = 2 * 1024 * 1024;
 
 size_t whole_pages(size_t bytes) { return (bytes + PAGE - 1) / PAGE * PAGE; }
 
@@ -41,6 +43,8 @@ int64_t now_ns() {
     return s * 1000000000 + rest * 1000000000 / per_s.QuadPart;
 }
 
+void prefer_huge_pages(void *, size_t) {}
+
 void *allocate_pages(size_t bytes) { return _aligned_malloc(whole_pages(bytes), PAGE); }
 void free_pages(void *memory) { _aligned_free(memory); }
 
@@ -60,6 +64,15 @@ int64_t now_ns() {
     timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return int64_t(t.tv_sec) * 1000000000 + t.tv_nsec;
+}
+
+void prefer_huge_pages([[maybe_unused]] void *memory, [[maybe_unused]] size_t bytes) {
+#if defined(__linux__)
+    const uintptr_t first = reinterpret_cast<uintptr_t>(memory);
+    const uintptr_t begin = (first + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE,
+                    end = (first + bytes) / HUGE_PAGE * HUGE_PAGE;
+    if (begin < end) madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE);
+#endif
 }
 
 void *allocate_pages(size_t bytes) { return aligned_alloc(PAGE, whole_pages(bytes)); }

@@ -21,6 +21,9 @@ int64_t now_ns();
 void *allocate_pages(size_t bytes);
 void free_pages(void *memory);
 
+// Asks for huge pages where memory that is about to be written is not in use yet. A request: nothing fails.
+void prefer_huge_pages(void *memory, size_t bytes);
+
 // Starts a thread that nobody waits for, with the signals of the process kept from it. False if there can be no more.
 bool start_thread(void (*run)(void *argument), void *argument);
 

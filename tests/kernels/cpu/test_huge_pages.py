@@ -1,4 +1,4 @@
-"""Packed weights lie on huge pages where the system has them, with their contents as they were."""
+"""Packed weights and large outputs lie on huge pages where the system has them; contents stay as they were."""
 
 import copy
 import re
@@ -47,6 +47,16 @@ def test_packed_weights_and_their_copies_lie_on_huge_pages(collapsing: None) -> 
     for each in (layer, copy.deepcopy(layer)):
         assert huge_bytes(each.values) >= 4 * MIB
         assert torch.equal(each(x), layer(x))
+
+
+@pytest.mark.skipif(not available(), reason="no native library")
+@pytest.mark.parametrize("form", ["panel", "gather"])
+def test_large_outputs_come_on_huge_pages(form: str, collapsing: None) -> None:
+    masked = sparsify.prune(sparsify.convert(nn.Linear(8, 4096)), 0.5, method="random", seed=0)
+    layer = sparsify.export(masked.eval(), format=form)
+    with torch.inference_mode():
+        y = layer(torch.ones(4096, 8))
+    assert huge_bytes(y) >= 32 * MIB
 
 
 @pytest.mark.parametrize("n", [0, 1, 2 * MIB - 1, 2 * MIB, 4 * MIB + 3, 9 * MIB + 1])
