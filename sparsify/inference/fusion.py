@@ -2,14 +2,15 @@
 
 A module with convolutions gets a plan where its code allows one (`block_plan.py`). If another module calls an exported
 layer and passes its result to an activation only, the layer defers its output until that asks for it
-(`layers/deferred.py`). The order of calls is read off the module's own forward, traced with torch.fx; a module without
-a trace is left as it is. There the trace only finds the outputs worth deferring: an output is right for any use.
+(`layers/deferred.py`), and where another exported layer reads the activation, until that does. The order of calls is
+read off the module's own forward, traced with torch.fx; a module without a trace is left as it is. There the trace only
+finds the outputs worth deferring: an output is right for any use.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Mapping
 
 from torch import fx, nn
 from torch.nn import functional as F
@@ -43,9 +44,11 @@ def fuse_activations(model: Model) -> Model:
         readers = {name: known[m] for name, m in free.items() if m in known} if layers else {}
         if not readers:
             continue
-        for layer_name, name in _followed_by(owner):
+        reader_of = _readers(owner)
+        for layer_name, name in reader_of.items():
             if layer_name in layers and name in readers:
                 layers[layer_name].followed_by = readers[name]
+                layers[layer_name].feeds_linear = _feeds_linear(owner, name, reader_of)
                 _let_defer(owner)
     return model
 
@@ -80,8 +83,15 @@ def activation_name(module: nn.Module) -> str | None:
     return {F.relu: "relu", F.silu: "silu"}.get(nodes[1].target) if not options else None
 
 
-def _followed_by(owner: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield (child, the only reader of its output), the child called once, training or not."""
+def _feeds_linear(owner: nn.Module, name: str, reader_of: Mapping[str, str]) -> bool:
+    """Return whether the output of a child is read by an exported linear layer alone, dropout or not."""
+    while (name := reader_of.get(name, "")) and type(owner.get_submodule(name)) in (nn.Dropout, nn.Identity):
+        pass
+    return bool(name) and isinstance(owner.get_submodule(name), CSRLinear)
+
+
+def _readers(owner: nn.Module) -> dict[str, str]:
+    """Return the only reader of the output of each child that is called once, training or not."""
     was_training = owner.training
     pairs = []
     try:
@@ -90,7 +100,7 @@ def _followed_by(owner: nn.Module) -> Iterator[tuple[str, str]]:
             pairs.append(set() if graph is None else _pairs(graph))
     finally:
         owner.training = was_training
-    yield from pairs[0] & pairs[1]
+    return dict(sorted(pairs[0] & pairs[1]))
 
 
 def _pairs(graph: fx.Graph) -> set[tuple[str, str]]:

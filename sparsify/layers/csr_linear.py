@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsify.kernels import linear
+from sparsify.kernels import linear, mlp_op
+from sparsify.kernels.torch_ops import is_transformed
 from sparsify.layers.deferred import DeferredOutput
 from sparsify.layers.masked import MaskedLayer
 from sparsify.layers.packed import PackedLayer
@@ -30,15 +31,51 @@ class CSRLinear(PackedLayer):
         """Apply the layer to (..., in_features); returns (..., out_features), or the outputs rows[0] to rows[1] - 1."""
         if type(input) is not Tensor and (tracer := tracer_of(input)) is not None and tracer.root is not self:
             return call_node(self, tracer, input, rows=rows)  # type: ignore[no-any-return]
+        if type(input) is DeferredOutput:
+            if rows == (0, -1) and (before := self._joinable(input)) is not None:
+                return self._join(before, input)
+            input = input.settle()
         # From _parameters: nn.Module's own look-up of `self.bias` takes a microsecond.
         bias = self._parameters["bias"]
         if self.followed_by != "none" and self._may_defer(input, input.dim() - 1, self.in_features) and rows == (0, -1):
             return DeferredOutput.make(
+                self,
                 lambda activation: self._multiply(input, bias, activation),
                 input,
                 (*input.shape[:-1], self.out_features),
             )
         return self._multiply(input, bias, self.activation, rows)
+
+    def _joinable(self, output: DeferredOutput) -> CSRLinear | None:
+        """Return the layer before if one call of a kernel for it, its activation and this layer is faster than two."""
+        before, input = output.layer, output.input
+        if output.value is not None or output.activation == "none" or not isinstance(before, CSRLinear):
+            return None
+        n_kept, tokens = before.n_kept + self.n_kept, input.numel() // max(before.in_features, 1)
+        may_join = (
+            before.form == self.form == "panel"
+            and mlp_op.is_worthwhile(tokens, n_kept, self.in_features)
+            and self._autocast_dtype(input) is None
+            and not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and not is_transformed()
+        )
+        return before if may_join else None
+
+    def _join(self, before: CSRLinear, output: DeferredOutput) -> Tensor:
+        """Apply the layer before, its activation and this layer to what that layer got; defer this if worth it."""
+        input, bias, first = output.current_input(), self._parameters["bias"], before._in_mlp(output.activation)
+
+        def compute(activation: str) -> Tensor:
+            y = mlp_op.mlp(input, first, self._in_mlp(activation))
+            return self._multiply(output.settle(), bias, activation) if y is None else y
+
+        if self.followed_by != "none" and self._may_defer(input, input.dim() - 1, before.in_features):
+            return DeferredOutput.make(None, compute, input, (*input.shape[:-1], self.out_features))
+        return compute(self.activation)
+
+    def _in_mlp(self, activation: str) -> mlp_op.Layer:
+        return mlp_op.Layer(self.tensors, self.shape, self._parameters["bias"], activation)
 
     def _multiply(
         self, input: Tensor, bias: Tensor | None, activation: str = "none", rows: tuple[int, int] = (0, -1)

@@ -2,7 +2,8 @@
 
 A layer cannot know the use of its output: the module around it may be sliced, hooked or told to return features. So a
 layer followed by an activation returns a DeferredOutput while its module runs. An activation gets its result in one
-pass over memory, and any other use finds the plain output. Nothing is left to defer once the module ends.
+pass over memory, or is deferred as well if a layer reads it: two layers are then one call (`layers/csr_linear.py`). Any
+other use finds the plain output. Nothing is left to defer once the module ends.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ def unfuse_activations(model: nn.Module) -> None:
     for module in model.modules():
         if getattr(module, "followed_by", "none") != "none":
             module.followed_by = "none"  # type: ignore[assignment]  # a string, of a PackedLayer
+            module.feeds_linear = False  # type: ignore[assignment]
         for hooks, ours in ((module._forward_pre_hooks, begin), (module._forward_hooks, end)):
             for key in [key for key, hook in hooks.items() if hook is ours]:
                 del hooks[key]
@@ -91,38 +93,66 @@ def may_defer(layer: nn.Module, input: Tensor, n_outputs: int) -> bool:
 
 
 class DeferredOutput(Tensor):
-    """The output of a layer before anybody has used it; see this file's docstring."""
+    """The output of a layer, or of the activation after it, before anybody has used it; see this file's docstring."""
 
+    layer: nn.Module | None  # whose output it is; None if that of two layers
     compute: Callable[[str], Tensor]
     input: Tensor
+    activation: str
     version: int | None
     value: Tensor | None
 
     @staticmethod
-    def make(compute: Callable[[str], Tensor], input: Tensor, shape: Sequence[int]) -> DeferredOutput:
-        """Defer `compute`, which takes the name of an activation, of an input: an output of this shape."""
+    def make(
+        layer: nn.Module | None, compute: Callable[[str], Tensor], input: Tensor, shape: Sequence[int]
+    ) -> DeferredOutput:
+        """Defer `compute`, which takes the name of an activation, of an input: an output of this shape.
+
+        layer: the only layer between input and output, if the next one may be computed together with that.
+        """
+        version = None if input.is_inference() else input._version
+        return DeferredOutput._make(layer, compute, input, shape, "none", version)
+
+    @staticmethod
+    def _make(
+        layer: nn.Module | None,
+        compute: Callable[[str], Tensor],
+        input: Tensor,
+        shape: Sequence[int],
+        activation: str,
+        version: int | None,
+    ) -> DeferredOutput:
         made: DeferredOutput = Tensor._make_wrapper_subclass(
             DeferredOutput, shape, dtype=input.dtype, device=input.device
         )
-        made.compute, made.input, made.value = compute, input, None
-        made.version = None if input.is_inference() else input._version
+        made.layer, made.compute, made.input, made.activation = layer, compute, input, activation
+        made.version, made.value = version, None
         _RUNS.stack[-1][1].append(weakref.ref(made))
         return made
+
+    def activated(self, activation: str) -> DeferredOutput:
+        """Return the output with an activation, deferred as well."""
+        return self._make(self.layer, self.compute, self.input, self.shape, activation, self.version)
 
     def settle(self) -> Tensor:
         """Return the output, from now on the same tensor."""
         if self.value is None:
-            self.value = self.computed_with("none")
+            self.value = self.computed_with(self.activation)
         return self.value
 
     def computed_with(self, activation: str) -> Tensor:
-        """Compute the output with an activation. Raises RuntimeError if the input was changed in place meanwhile."""
+        """Compute the layer's output with an activation; raise as `current_input` does."""
+        self.current_input()
+        return self.compute(activation)
+
+    def current_input(self) -> Tensor:
+        """Return the layer's input. Raises RuntimeError if it was changed in place meanwhile."""
         if self.version is not None and self.version != self.input._version:
             raise RuntimeError(
                 "the input of an exported layer was changed in place before its output was used; copy the input, "
                 "or use the output first"
             )
-        return self.compute(activation)
+        return self.input
 
     @classmethod
     def __torch_function__(
@@ -139,8 +169,12 @@ class DeferredOutput(Tensor):
                 return func(*args, **kwargs)
         output = args[0] if args else kwargs.get("input")
         if isinstance(output, DeferredOutput) and output.value is None:
+            if func is F.dropout and not kwargs.get("training", True):
+                return output
             name, is_in_place = _activation(func, args[1:], kwargs)
-            if name is not None:
+            if name is not None and output.activation == "none":
+                if getattr(output.layer, "feeds_linear", False) and not is_in_place:
+                    return output.activated(name)
                 activated = output.computed_with(name)
                 if is_in_place:
                     output.value = activated

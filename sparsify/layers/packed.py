@@ -55,6 +55,8 @@ class PackedLayer(nn.Module):
     masked_type: type[MaskedLayer]
     #: The activation after the layer in the module around it, to be computed together with the layer's output.
     followed_by: str = "none"
+    #: Whether only a linear layer reads what follows, so that both layers can be one call.
+    feeds_linear: bool = False
     #: The choice of the form, if `export` or `load` made the layer.
     choice: FormChoice | None = None
     #: The change by rounding to int8, if `export` was asked for it.

@@ -9,6 +9,7 @@
 #include "gather/sell_x86.inc.h"
 #include "linalg/cholesky.inc.h"
 #include "panel/convolution.inc.h"
+#include "panel/mlp.inc.h"
 #include "quads/fill.inc.h"
 // after filling
 #include "quads/kernel.inc.h"
@@ -45,6 +46,7 @@ const KernelTable *avx2_table() {
         },
         {pointwise_panel<float>, pointwise_panel<uint16_t>},
         {convolution_panel<float>, convolution_panel<uint16_t>},
+        {mlp_panel<float>, mlp_panel<uint16_t>},
         GATHER_TILE,
         sddmm_f32,
         factor_f32,

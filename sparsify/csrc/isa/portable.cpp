@@ -8,6 +8,7 @@
 #include "gather/portable.inc.h"
 #include "linalg/cholesky.inc.h"
 #include "panel/convolution.inc.h"
+#include "panel/mlp.inc.h"
 #include "quads/fill.inc.h"
 // after filling
 #include "quads/kernel.inc.h"
@@ -44,6 +45,7 @@ const KernelTable *portable_table() {
         },
         {pointwise_panel<float>, pointwise_panel<uint16_t>},
         {convolution_panel<float>, convolution_panel<uint16_t>},
+        {mlp_panel<float>, mlp_panel<uint16_t>},
         GATHER_TILE,
         sddmm_f32,
         factor_f32,

@@ -146,8 +146,7 @@ int run_convolution_task(const void *context, int64_t number) {
 inline void split_convolution(ConvolutionPlan &plan, int n_threads) {
     const PanelHeader &header = plan.panel.header;
     const int64_t n_windows = plan.panel.sections.n_windows;
-    const int64_t fitting = PANEL_BLOCK_BYTES / (header.k_block * WIDTH * int64_t(sizeof(float)));
-    plan.most_vecs = fitting < 1 ? 1 : fitting < PANEL_MAX_VECS ? fitting : PANEL_MAX_VECS;
+    plan.most_vecs = widest_tile(header.k_block);
     plan.n_tiles = (plan.n_vecs + plan.most_vecs - 1) / plan.most_vecs;
     const int64_t needed = (n_threads + n_windows - 1) / n_windows;
     if (plan.n_tiles < needed) plan.n_tiles = needed;
@@ -216,15 +215,12 @@ int convolve(const ConvolutionCall &call, const float *scale) {
     plan.shape = plane_shape(call);
     plan.n_taps = call.kernel_height * call.kernel_width;
     PanelPlan &panel = plan.panel;
-    memset(&panel.call, 0, sizeof panel.call);
-    panel.call.index = call.index;
-    panel.call.values = call.values;
-    panel.call.in = call.channels * plan.n_taps;
-    panel.call.out = panel.call.end_row = call.out;
-    memcpy(&panel.header, call.index, sizeof panel.header);
-    if (panel.header.out != call.out || panel.header.in != panel.call.in) return SPARSIFY_BAD_INDEX;
-    panel.sections = panel_sections(call.out, panel.call.in, panel.header.k_block, panel.header.window_rows);
-    panel.id = next_call_id();
+    LinearCall weight = {};
+    weight.index = call.index;
+    weight.values = call.values;
+    weight.in = call.channels * plan.n_taps;
+    weight.out = weight.end_row = call.out;
+    if (!open_panel(panel, weight, scale)) return SPARSIFY_BAD_INDEX;
     plan.n_positions = call.n_images * call.out_height * call.out_width;
     plan.n_vecs = (plan.n_positions + WIDTH - 1) / WIDTH;
     const double flops = 2.0 * double(panel.header.nnz) * double(plan.n_vecs * WIDTH);

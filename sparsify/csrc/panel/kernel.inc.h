@@ -204,25 +204,36 @@ int run_panel_task(const void *context, int64_t number) {
     return run_panel_tile<PANEL_MAX_VECS, PLANES, T, W>(plan, task, end_vec - first_vec);
 }
 
+// Reads what a plan has of a call's weight. False if the weight is another one's.
+inline bool open_panel(PanelPlan &plan, const LinearCall &call, const float *scale) {
+    plan.call = call;
+    plan.scale = scale;
+    plan.residual = nullptr;
+    memcpy(&plan.header, call.index, sizeof plan.header);
+    plan.sections = panel_sections(call.out, call.in, plan.header.k_block, plan.header.window_rows);
+    plan.id = next_call_id();
+    return plan.header.out == call.out && plan.header.in == call.in;
+}
+
+// The most vectors of a tile whose block of columns fits the L1 cache.
+inline int64_t widest_tile(int64_t k_block) {
+    const int64_t fitting = PANEL_BLOCK_BYTES / (k_block * WIDTH * int64_t(sizeof(float)));
+    return fitting < 1 ? 1 : fitting < PANEL_MAX_VECS ? fitting : PANEL_MAX_VECS;
+}
+
 template <bool PLANES, typename T, typename W>
 int run_panel(const LinearCall &call, const float *scale, int64_t n_images, int64_t x_image_stride,
               int64_t y_image_stride, const void *residual = nullptr) {
     PanelPlan plan;
-    plan.call = call;
-    plan.scale = scale;
+    if (!open_panel(plan, call, scale)) return SPARSIFY_BAD_INDEX;
     plan.residual = residual;
     plan.x_image_stride = x_image_stride;
     plan.y_image_stride = y_image_stride;
-    memcpy(&plan.header, call.index, sizeof plan.header);
-    if (plan.header.out != call.out || plan.header.in != call.in) return SPARSIFY_BAD_INDEX;
-    plan.sections = panel_sections(call.out, call.in, plan.header.k_block, plan.header.window_rows);
-    plan.id = next_call_id();
     plan.first_window = call.first_row / plan.header.window_rows;
     plan.end_window = (call.end_row + plan.header.window_rows - 1) / plan.header.window_rows;
     const int64_t n_windows = plan.end_window - plan.first_window;
     plan.n_vecs = (call.tokens + WIDTH - 1) / WIDTH;
-    const int64_t fitting_vecs = PANEL_BLOCK_BYTES / (plan.header.k_block * WIDTH * int64_t(sizeof(float)));
-    const int64_t most_vecs = fitting_vecs < PANEL_MAX_VECS ? fitting_vecs : PANEL_MAX_VECS;
+    const int64_t most_vecs = widest_tile(plan.header.k_block);
     plan.image_tiles = (plan.n_vecs + most_vecs - 1) / most_vecs;
     const double nnz = double(plan.header.nnz) * double(call.end_row - call.first_row) / double(call.out);
     const int n_threads = worthwhile_threads(2.0 * nnz * double(n_images * plan.n_vecs * WIDTH), call.n_threads);

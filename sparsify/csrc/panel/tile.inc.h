@@ -70,14 +70,17 @@ void empty_tile(const float *sums, const Ending<T> &by, T *y, int64_t y_stride, 
             if (by.scale) {
                 const Vec s = load_first(by.scale + row, width);
 #pragma GCC unroll 16
-                for (int t = 0; t < WIDTH; ++t) r[t] = mul(r[t], s);
+                for (int t = 0; t < WIDTH; ++t) r[t] = fma(r[t], s, b);
+            } else {
+#pragma GCC unroll 16
+                for (int t = 0; t < WIDTH; ++t) r[t] = add(r[t], b);
             }
             if (here >= WIDTH && width == WIDTH && by.activation == SPARSIFY_NONE && !residual) {
 #pragma GCC unroll 16
-                for (int t = 0; t < WIDTH; ++t) store(to + t * y_stride, add(r[t], b));
+                for (int t = 0; t < WIDTH; ++t) store(to + t * y_stride, r[t]);
             } else {
                 for (int t = 0; t < WIDTH && t < here; ++t) {
-                    Vec out = add(r[t], b);
+                    Vec out = r[t];
                     if (residual) out = add(out, load_first(residual + t * y_stride, width));
                     out = activate(out, by.activation);
                     if (width == WIDTH)
@@ -112,8 +115,7 @@ void empty_tile_to_planes(const float *sums, const Ending<T> &by, T *y, int64_t 
             const int64_t at = row * y_stride + v * WIDTH, here = n_tokens - v * WIDTH;
             T *to = y + at;
             Vec a = load(sums + (row * V + v) * WIDTH);
-            if (by.scale) a = mul(a, broadcast(by.scale + row));
-            a = add(a, b);
+            a = by.scale ? fma(a, broadcast(by.scale + row), b) : add(a, b);
             if (by.residual)
                 a = add(a, here >= WIDTH ? load(by.residual + at) : load_first(by.residual + at, int(here)));
             a = activate(a, by.activation);

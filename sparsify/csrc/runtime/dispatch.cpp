@@ -8,6 +8,7 @@
 
 #include "runtime/instructions.h"
 #include "runtime/kernels.h"
+#include "runtime/system.h"
 #include "sparsify.h"
 
 namespace sparsify {
@@ -75,6 +76,8 @@ bool is_sound(const sparsify_linear_call &call) {
            call.first_row <= call.end_row && call.end_row <= call.out;
 }
 
+bool has_all_rows(const sparsify_linear_call &call) { return call.first_row == 0 && call.end_row == call.out; }
+
 bool is_sound(const sparsify_convolution_call &call) {
     return call.n_images >= 0 && call.channels >= 0 && call.height >= 0 && call.width >= 0 && call.out >= 0 &&
            call.out_height >= 0 && call.out_width >= 0 && call.kernel_height >= 1 && call.kernel_width >= 1 &&
@@ -83,6 +86,19 @@ bool is_sound(const sparsify_convolution_call &call) {
            call.activation >= SPARSIFY_NONE && call.activation <= SPARSIFY_SILU &&
            (call.x_column_stride == 1 || call.x_channel_stride == 1) && !call.norm_variance == !call.norm_mean &&
            !(call.norm_variance && call.scale);
+}
+
+// A large output is often memory that its allocator has just been given, page by page.
+constexpr int64_t LARGE_OUTPUT_BYTES = 4 * 1024 * 1024;
+
+void expect_output(int dtype, const void *y, int64_t n) {
+    const int64_t bytes = n * (dtype == SPARSIFY_F32 ? 4 : 2);
+    if (bytes >= LARGE_OUTPUT_BYTES) prefer_huge_pages(const_cast<void *>(y), size_t(bytes));
+}
+
+void expect_output(int dtype, const sparsify_linear_call &call) {
+    const int64_t width = call.end_row - call.first_row;
+    if (call.y_stride == width) expect_output(dtype, call.y, call.tokens * width);
 }
 
 }  // namespace
@@ -153,6 +169,7 @@ int sparsify_linear(int form, int dtype, const sparsify_linear_call *call) {
     const LinearKernel kernel = current().table->linear[form][dtype];
     if (!kernel) return SPARSIFY_BAD_ARGUMENT;
     if (call->tokens == 0 || call->first_row == call->end_row) return SPARSIFY_OK;
+    expect_output(dtype, *call);
     return kernel(*call);
 }
 
@@ -163,6 +180,7 @@ int sparsify_linear_int8(int form, int dtype, const sparsify_int8_call *call) {
     const Int8Kernel kernel = current().table->linear_int8[form][dtype];
     if (!kernel) return SPARSIFY_BAD_ARGUMENT;
     if (call->linear.tokens == 0 || call->linear.first_row == call->linear.end_row) return SPARSIFY_OK;
+    expect_output(dtype, call->linear);
     return kernel(*call);
 }
 
@@ -195,13 +213,27 @@ int sparsify_pointwise(int dtype, const sparsify_pointwise_call *call) {
     if (current().status) return current().status;
     if (call->n_images == 0 || call->image.tokens == 0 || call->image.first_row == call->image.end_row)
         return SPARSIFY_OK;
+    if (call->image.y_stride == call->image.tokens && call->y_image_stride == call->image.tokens * call->image.out)
+        expect_output(dtype, call->image.y, call->n_images * call->y_image_stride);
     return current().table->pointwise[dtype](*call);
+}
+
+int sparsify_mlp(int dtype, const sparsify_mlp_call *call) {
+    const sparsify_linear_call &first = call->first, &second = call->second;
+    if (dtype < 0 || dtype >= SPARSIFY_N_DTYPES || !is_sound(first) || !is_sound(second) || !has_all_rows(first) ||
+        !has_all_rows(second) || first.tokens != second.tokens || first.out != second.in)
+        return SPARSIFY_BAD_ARGUMENT;
+    if (current().status) return current().status;
+    if (second.tokens == 0 || second.out == 0) return SPARSIFY_OK;
+    expect_output(dtype, second);
+    return current().table->mlp[dtype](*call);
 }
 
 int sparsify_convolution(int dtype, const sparsify_convolution_call *call) {
     if (dtype < 0 || dtype >= SPARSIFY_N_DTYPES || !is_sound(*call)) return SPARSIFY_BAD_ARGUMENT;
     if (current().status) return current().status;
     if (call->n_images == 0 || call->out == 0 || call->out_height == 0 || call->out_width == 0) return SPARSIFY_OK;
+    expect_output(dtype, call->y, call->n_images * call->out * call->out_height * call->out_width);
     return current().table->convolution[dtype](*call);
 }
 }

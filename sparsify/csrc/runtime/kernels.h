@@ -16,6 +16,8 @@ using Int8Call = sparsify_int8_call;
 using Int8Kernel = int (*)(const Int8Call &);
 using PointwiseCall = sparsify_pointwise_call;
 using PointwiseKernel = int (*)(const PointwiseCall &);
+using MlpCall = sparsify_mlp_call;
+using MlpKernel = int (*)(const MlpCall &);
 using ConvolutionCall = sparsify_convolution_call;
 using ConvolutionKernel = int (*)(const ConvolutionCall &);
 
@@ -26,6 +28,7 @@ struct KernelTable {
     Int8Kernel linear_int8[SPARSIFY_N_FORMS][SPARSIFY_N_DTYPES];
     PointwiseKernel pointwise[SPARSIFY_N_DTYPES];
     ConvolutionKernel convolution[SPARSIFY_N_DTYPES];
+    MlpKernel mlp[SPARSIFY_N_DTYPES];
     GatherTile gather_tile;  // that pack writes for these kernels
     int (*sddmm)(const sparsify_sddmm_call &);
     int (*factor)(const sparsify_factor_call &);

@@ -37,6 +37,10 @@ inline Vec scale_by_power_of_two(Vec a, Vec n) {  // in two halves: n may reach 
 inline Mask less(Vec a, Vec b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
 inline Mask is_nan(Vec a) { return _mm256_cmp_ps(a, a, _CMP_UNORD_Q); }
 inline Vec select(Mask m, Vec if_set, Vec otherwise) { return _mm256_blendv_ps(otherwise, if_set, m); }
+// table[the last three bits of each lane of `at`]
+inline Vec look_up(const float (&table)[8], Vec at) {
+    return _mm256_permutevar8x32_ps(_mm256_load_ps(table), _mm256_castps_si256(at));
+}
 
 inline Vec widen(__m128i a) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(a), 16)); }
 // A sum that is NaN has its payload from a bfloat16 operand, or none: the low half is 0, and rounding leaves it NaN.

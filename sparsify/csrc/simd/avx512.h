@@ -33,6 +33,10 @@ inline Vec scale_by_power_of_two(Vec a, Vec n) { return _mm512_scalef_ps(a, n); 
 inline Mask less(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 inline Mask is_nan(Vec a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
 inline Vec select(Mask m, Vec if_set, Vec otherwise) { return _mm512_mask_blend_ps(m, otherwise, if_set); }
+// table[the last three bits of each lane of `at`]
+inline Vec look_up(const float (&table)[8], Vec at) {
+    return _mm512_permutexvar_ps(_mm512_castps_si512(at), _mm512_broadcast_f32x8(_mm256_load_ps(table)));
+}
 
 // bfloat16 travels as uint16_t; it is widened on load and rounded to nearest even on store, NaN stays (quiet) NaN.
 inline Vec widen(__m256i a) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(a), 16)); }

@@ -24,6 +24,13 @@ inline Vec fnma(Vec a, Vec b, Vec c) { return vfmsq_f32(c, a, b); }
 inline Mask less(Vec a, Vec b) { return vcltq_f32(a, b); }
 inline Mask is_nan(Vec a) { return vmvnq_u32(vceqq_f32(a, a)); }
 inline Vec select(Mask m, Vec if_set, Vec otherwise) { return vbslq_f32(m, if_set, otherwise); }
+// table[the last three bits of each lane of `at`]
+inline Vec look_up(const float (&table)[8], Vec at) {
+    const uint32x4_t number = vandq_u32(vreinterpretq_u32_f32(at), vdupq_n_u32(7));
+    const uint32x4_t bytes = vmlaq_n_u32(vdupq_n_u32(0x03020100), number, 0x04040404);
+    const uint8x16x2_t entries = {{vreinterpretq_u8_f32(vld1q_f32(table)), vreinterpretq_u8_f32(vld1q_f32(table + 4))}};
+    return vreinterpretq_f32_u8(vqtbl2q_u8(entries, vreinterpretq_u8_u32(bytes)));
+}
 // The second operand if either is NaN or both are zeros, which fmin and fmax are not.
 inline Vec min(Vec a, Vec b) { return select(less(a, b), a, b); }
 inline Vec max(Vec a, Vec b) { return select(less(b, a), a, b); }

@@ -22,6 +22,11 @@ inline Vec div(Vec a, Vec b) { return a / b; }
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 inline Vec fnma(Vec a, Vec b, Vec c) { return c - a * b; }
 inline Vec select(Mask m, Vec if_set, Vec otherwise) { return (Vec)((m & (Mask)if_set) | (~m & (Mask)otherwise)); }
+// table[the last three bits of each lane of `at`]
+inline Vec look_up(const float (&table)[8], Vec at) {
+    const Bits number = (Bits)at & 7u;
+    return Vec{table[number[0]], table[number[1]], table[number[2]], table[number[3]]};
+}
 inline Vec min(Vec a, Vec b) { return select(a < b, a, b); }
 inline Vec max(Vec a, Vec b) { return select(a > b, a, b); }
 inline Vec abs(Vec a) { return (Vec)((Bits)a & 0x7fffffffu); }

@@ -243,6 +243,71 @@ void check_factor(const char *tested, int64_t size) {
         }
 }
 
+// The call of a layer of the form panel from x to y, with all of its rows.
+template <typename W>
+sparsify_linear_call layer_call(const Csr &csr, const Packed<W> &packed, const Guarded &bias, const void *x, void *y,
+                                int64_t tokens, int64_t activation) {
+    return {packed.index.template data<uint8_t>(),
+            packed.values.template data<W>(),
+            bias.data<uint8_t>(),
+            x,
+            csr.in,
+            y,
+            csr.out,
+            tokens,
+            csr.out,
+            csr.in,
+            activation,
+            3,
+            0,
+            csr.out};
+}
+
+// One call for two layers gives what two calls give.
+template <typename T, typename W>
+void compare_mlp(int64_t in, int64_t between, int64_t out, double sparsity, int64_t tokens, const char *tested) {
+    Random random{3};
+    const Csr first = random_csr(between, in, sparsity, random), second = random_csr(out, between, sparsity, random);
+    const Packed<W> of_first = pack<W>(FORMS[0], first, 5), of_second = pack<W>(FORMS[0], second, 6);
+    const Guarded x = random_values<T>(size_t(tokens * in), 1), bias = random_values<T>(size_t(between), 2),
+                  other = random_values<T>(size_t(out), 3), scale = random_values<float>(size_t(between), 4),
+                  other_scale = random_values<float>(size_t(out), 5);
+    Guarded passed(size_t(tokens * between) * sizeof(T)), wanted(size_t(tokens * out) * sizeof(T)),
+        found(size_t(tokens * out) * sizeof(T));
+    const int dtype = sizeof(T) == 4 ? SPARSIFY_F32 : SPARSIFY_BF16;
+    sparsify_int8_call a = {layer_call(first, of_first, bias, x.data<T>(), passed.data<T>(), tokens, SPARSIFY_GELU_ERF),
+                            scale.data<float>()};
+    sparsify_int8_call b = {
+        layer_call(second, of_second, other, passed.data<T>(), wanted.data<T>(), tokens, SPARSIFY_SILU),
+        other_scale.data<float>()};
+    const bool int8 = sizeof(W) == 1;
+    for (const sparsify_int8_call *call : {&a, &b})
+        if (int8 ? sparsify_linear_int8(SPARSIFY_PANEL, dtype, call)
+                 : sparsify_linear(SPARSIFY_PANEL, dtype, &call->linear))
+            abort();
+    sparsify_mlp_call both = {a.linear, b.linear, int8 ? a.scale : nullptr, int8 ? b.scale : nullptr};
+    both.first.y = nullptr, both.second.x = nullptr, both.second.y = found.data<T>();
+    if (sparsify_mlp(dtype, &both)) abort();
+    for (int64_t i = 0; i < tokens * out; ++i) {
+        const double difference = double(to_float(found.data<T>()[i])) - to_float(wanted.data<T>()[i]);
+        demand(difference == 0, tested, "two layers in one call differ from two calls by", difference);
+    }
+}
+
+void compare_mlps(const char *tested, std::map<std::string, int> &n_compared) {
+    const int64_t sizes[][3] = {{0, 3, 5},     {7, 0, 4},      {3, 5, 0},      {1, 1, 1},
+                                {96, 384, 96}, {250, 700, 33}, {33, 1300, 129}};
+    const int64_t tokens[] = {1, 7, 64, 131, 40, 100, 67};
+    for (int i = 0; i < 7; ++i)
+        for (const double sparsity : {0.0, 0.5, 0.93}) {
+            compare_mlp<float, float>(sizes[i][0], sizes[i][1], sizes[i][2], sparsity, tokens[i], tested);
+            compare_mlp<uint16_t, uint16_t>(sizes[i][0], sizes[i][1], sizes[i][2], sparsity, tokens[i], tested);
+            compare_mlp<float, int8_t>(sizes[i][0], sizes[i][1], sizes[i][2], sparsity, tokens[i], tested);
+            compare_mlp<uint16_t, int8_t>(sizes[i][0], sizes[i][1], sizes[i][2], sparsity, tokens[i], tested);
+            n_compared["two layers in one call"] += 4;
+        }
+}
+
 }  // namespace
 
 void compare_images(const char *tested, bool exactly, std::map<std::string, int> &n_compared) {
@@ -257,6 +322,7 @@ void compare_images(const char *tested, bool exactly, std::map<std::string, int>
 }
 
 void compare_the_rest(const char *tested, std::map<std::string, int> &n_compared) {
+    compare_mlps(tested, n_compared);
     check_masks<uint16_t>(tested);
     check_masks<uint32_t>(tested);
     check_masks<uint64_t>(tested);

@@ -1,0 +1,58 @@
+"""Two linear layers of the form "panel" as one call of the native kernels; what is between them stays in the caches."""
+
+import ctypes
+import math
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify.kernels.cpu import library
+
+_MLP_CALL = struct.Struct("=30q")  # struct sparsify_mlp_call
+_mlp: Any = None
+_pack_call = _MLP_CALL.pack
+if library.available():
+    _mlp = library.function("sparsify_mlp", (ctypes.c_int, [ctypes.c_int, ctypes.c_char_p]))
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer: a packed weight (out, in) with int8 values if it has a scale, and the number of an activation."""
+
+    index: Tensor
+    values: Tensor
+    scale: Tensor | None
+    bias: Tensor | None
+    shape: tuple[int, int]
+    activation: int
+
+
+def mlp(x: Tensor, first: Linear, second: Linear) -> Tensor:
+    """Apply two layers to x (..., in): a tensor (..., out), the same bits as two calls of `library.linear`.
+
+    x, both biases and float values share a dtype of library.DTYPES; both layers have int8 values, or none. Trusts index
+    and values.
+    """
+    *leading, n_in = x.shape
+    flat = x if x.is_contiguous() else x.contiguous()
+    tokens, n_out = math.prod(leading), second.shape[0]
+    y = x.new_empty((*leading, n_out))
+    call = _pack_call(
+        *_fields(first, flat.data_ptr(), n_in, 0, 0, tokens),
+        *_fields(second, 0, 0, y.data_ptr(), n_out, tokens),
+        *(0 if layer.scale is None else layer.scale.data_ptr() for layer in (first, second)),
+    )
+    if status := _mlp(library.DTYPES[x.dtype], call):
+        library.checked(status)
+    return y
+
+
+def _fields(layer: Linear, x: int, x_stride: int, y: int, y_stride: int, tokens: int) -> tuple[int, ...]:
+    """Return the fields of a struct sparsify_linear_call."""
+    n_out, n_in = layer.shape
+    bias = 0 if layer.bias is None else layer.bias.data_ptr()
+    pointers = layer.index.data_ptr(), layer.values.data_ptr(), bias, x, x_stride, y, y_stride
+    return *pointers, tokens, n_out, n_in, layer.activation, torch.get_num_threads(), 0, n_out

@@ -1,0 +1,64 @@
+"""Two linear layers with an activation between in one call, for inference: what is between stays in the caches."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsify.kernels.cpu import library
+from sparsify.kernels.cpu import mlp as native
+from sparsify.kernels.torch_ops import _ACTIVATION_IDS, operands
+
+#: Tokens for each thread: fewer keep threads idle, or tiles narrow.
+FEWEST_TOKENS = 64
+#: With more kept weights than this for each feature between the layers, passing features on weighs little, and sharing
+#: the rows of a layer among threads is better unless there are twice as many tokens.
+MOST_KEPT = 300
+
+
+class Layer(NamedTuple):
+    """A linear layer in the form "panel": the tensors of its weight (out, in), with a scale or not; its activation."""
+
+    parts: tuple[Tensor, ...]
+    shape: tuple[int, int]
+    bias: Tensor | None
+    activation: str
+
+
+def is_worthwhile(tokens: int, n_kept: int, features: int) -> bool:
+    """Return whether one call takes less time than two, for so many features between and kept weights in both."""
+    fewest = FEWEST_TOKENS * torch.get_num_threads()
+    return tokens >= (fewest if n_kept <= MOST_KEPT * features else 2 * fewest)
+
+
+def mlp(x: Tensor, first: Layer, second: Layer) -> Tensor | None:
+    """Apply two layers to x (..., in): (..., out), bit for bit what one after the other gives, without gradients.
+
+    Returns None if the kernel does not take these tensors.
+    """
+    fits = x.is_cpu and x.dtype in library.DTYPES and x.dim() > 0 and x.shape[-1] == first.shape[1]
+    if not fits or first.shape[0] != second.shape[1] or len(first.parts) != len(second.parts):
+        return None
+    if not (_takes(first, x) and _takes(second, x)):
+        return None
+    return native.mlp(x, _packed(first), _packed(second))
+
+
+def _takes(layer: Layer, x: Tensor) -> bool:
+    """Return whether the tensors of a layer fit x."""
+    values, scale, bias = layer.parts[1], layer.parts[2:], layer.bias
+    return (
+        values.dtype == (torch.int8 if scale else x.dtype)
+        and all(part.is_cpu for part in layer.parts)
+        and all(s.dtype == torch.float32 and s.shape == (layer.shape[0],) for s in scale)
+        and (bias is None or (bias.is_cpu and bias.dtype == x.dtype and bias.shape == (layer.shape[0],)))
+    )
+
+
+def _packed(layer: Layer) -> native.Linear:
+    index, values, *scale = layer.parts
+    index, values, bias = operands("panel", index, values, layer.bias, layer.shape)
+    scales = scale[0].contiguous() if scale else None
+    return native.Linear(index, values, scales, bias, layer.shape, _ACTIVATION_IDS[layer.activation])
