@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from order import longest_first
 from tested_kernels import TestedKernels
 
 from sparsify.kernels.cpu import library as native
@@ -47,10 +48,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave out tests of a form on an instruction set that takes the form's code from another one, where it is tested.
+    """Put the longest files first, and leave out what is tested on another instruction set.
 
-    The module of a test says QUANTIZED = True if the values are int8, and FORM if the form is no parameter.
+    That is a form whose code an instruction set takes from the other one. The module of a test says QUANTIZED =
+    True if the values are int8, and FORM if the form is no parameter.
     """
+    items[:] = longest_first(items)
     if native.available():
         items[:] = [item for item in items if not _runs_code_of_another(item)]
 
