@@ -28,6 +28,7 @@ _COMMANDS = {
     "resnet": 'scripts/train.py row "gradual magnitude, CNN recipe" --model resnet --sparsity 0.9 --sparsity 0.95',
     "resnet-wide": 'scripts/train.py row "gradual magnitude, CNN recipe" --model resnet-wide --sparsity 0.95',
     "lstm": 'scripts/train.py row "gradual magnitude" --model lstm --sparsity 0.8',
+    "lstm-wide": 'scripts/train.py row "gradual magnitude, last layer spared" --model lstm-wide',
 }
 
 
@@ -40,6 +41,7 @@ def write(results: Sequence[Result], folder: Path) -> None:
             unit = "test accuracy in %" if task.measure == "accuracy" else "test perplexity, lower is better"
             text += [f"## {task.title}", f"    {_COMMANDS[model]}\n"]
             text += [f"{task.epochs} epochs, a batch of {task.batch}; {unit}.\n", *_table(cells, task), ""]
+            text += _zeros(results, model)
     text += ["## Recipes\n", *_recipes({str(result["row"]) for result in results}), ""]
     (folder / "training.md").write_text("\n".join(text))
     _draw(_cells(results, "mlp"), folder / "training.svg")
@@ -65,6 +67,19 @@ def _table(cells: Cells, task: Task) -> list[str]:
         elif any((row, s) in cells for s in sparsities):
             lines.append(f"| {row} | " + " | ".join(_text(cells.get((row, s)), dense, task) for s in sparsities) + " |")
     return lines
+
+
+def _zeros(results: Sequence[Result], model: str) -> list[str]:
+    """List the share of zeros of each row: of the weights of all layers, spared ones too, and of all parameters."""
+    lines = {}
+    for result in results:
+        if result["model"] == model and "parameters" in result:
+            zeros, of_all = result["zeros"], result["zeros"] * result["weights"] / result["parameters"]
+            lines[result["row"], result["sparsity"]] = (
+                f"- {result['row']}, {result['sparsity']:.0%}: zeros are {zeros:.1%} of the weights of all layers, "
+                f"pruned or spared, and {of_all:.1%} of all parameters"
+            )
+    return [*lines.values(), ""] if lines else []
 
 
 def _recipes(rows: set[str]) -> list[str]:

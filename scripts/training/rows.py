@@ -27,6 +27,9 @@ ROWS: dict[str, Row | None] = {
     "one-shot magnitude, no training after": Row("magnitude-50", after=True),
     "gradual magnitude": Row("gradual-magnitude-90", {"start": 2, "end": 14, "every": 0.25}),
     "gradual magnitude, CNN recipe": Row("cnn-gradual-90", {"start": 2, "end": 14, "every": 0.25}),
+    "gradual magnitude, last layer spared": Row(
+        "gradual-magnitude-90", {"start": 2, "end": 12, "every": 0.25, "exclude": [":last"]}
+    ),
     "iterative with rewinding": Row("lottery-ticket", {"rewind": 0.25, "end": 12.25, "every": 4}),
     "RigL": Row("rigl", {"end": 16, "every": 1.0, "steps": 400, "fraction": 0.9}),
     "SET": Row("set", {"end": 16, "every": 1.0, "fraction": 0.8}),

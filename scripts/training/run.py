@@ -110,7 +110,8 @@ def _recipe(row: Row, sparsity: float, seed: int, epochs: int) -> sparsify.Recip
 
 
 def _counted(model: nn.Module) -> dict[str, Any]:
-    """Count the weights under the recipe, and the fraction of zeros in them."""
+    """Count the weights of the converted layers, the fraction of zeros in them, and the parameters of the model."""
     weights = [layer.masked_weight() for layer in model.modules() if isinstance(layer, MaskedLayer)]
     n_weights = sum(weight.numel() for weight in weights)
-    return {"weights": n_weights, "zeros": sum(int((weight == 0).sum()) for weight in weights) / n_weights}
+    zeros = sum(int((weight == 0).sum()) for weight in weights) / n_weights
+    return {"weights": n_weights, "zeros": zeros, "parameters": sum(p.numel() for p in model.parameters())}

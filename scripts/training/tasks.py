@@ -104,4 +104,17 @@ TASKS = {
         sparsities=(0.8,),
         clip=1.0,
     ),
+    "lstm-wide": Task(
+        "LSTM language model on Brown, 96-384, 2,000 words, dropout 0.5, trained longer",
+        lambda: LanguageModel(text.N_WORDS, hidden=384, dropout=0.5),
+        torch.optim.AdamW,
+        {"lr": 3e-3, "weight_decay": 0.01},
+        epochs=10,
+        batch=32,
+        load=text.load,
+        measure="perplexity",
+        types=(nn.Linear, nn.LSTM),
+        sparsities=(0.8,),
+        clip=1.0,
+    ),
 }

@@ -31,7 +31,11 @@ def small(monkeypatch: pytest.MonkeyPatch) -> tuple[data.Examples, data.Examples
 
 @pytest.mark.parametrize(
     "row",
-    [name for name, row in rows.ROWS.items() if row is not None and not row.after and row.recipe != "cnn-gradual-90"],
+    [
+        name
+        for name, row in rows.ROWS.items()
+        if row is not None and not row.after and row.recipe != "cnn-gradual-90" and "exclude" not in row.variables
+    ],
 )
 def test_a_row_reaches_its_target(row: str, small: tuple[data.Examples, data.Examples]) -> None:
     (result,) = run.run(row, 0.95, 0, small)
@@ -72,6 +76,28 @@ def test_a_language_model_is_pruned_with_its_lstm(tmp_path: Path, monkeypatch: p
     assert result["zeros"] == pytest.approx(0.8, abs=1e-3)
     assert result["weights"] == 4 * 16 * (8 + 16) + 16 * 9
     assert 1 < result["perplexity"] < 20 > dense["perplexity"]
+
+
+@pytest.mark.parametrize("model", ["lstm", "lstm-wide"])
+def test_a_language_model_is_pruned_but_for_its_last_layer(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = torch.randint(9, (8, text.LENGTH), generator=torch.Generator().manual_seed(0))
+    small = replace(tasks.TASKS[model], model=lambda: LanguageModel(9, 8, 16), batch=4, epochs=2)
+    monkeypatch.setitem(tasks.TASKS, model, small)
+    (result,) = run.run("gradual magnitude, last layer spared", 0.8, 0, ((words, words), (words, words)), model)
+    n_lstm, n_head = 4 * 16 * (8 + 16), 16 * 9
+    assert result["weights"] == n_lstm + n_head
+    assert result["zeros"] == pytest.approx(0.8 * n_lstm / (n_lstm + n_head), abs=1e-3)
+    assert result["parameters"] == n_lstm + n_head + 9 * 8 + 2 * 4 * 16 + 9  # and the embedding and the biases
+    pytest.importorskip("matplotlib")
+    page.write([{"row": "dense", "sparsity": 0.0, "accuracy": 0.9, "model": "mlp"}, result], tmp_path)
+    lines = (tmp_path / "training.md").read_text().splitlines()
+    shares = [line for line in lines if "last layer spared, 80%: " in line]
+    share = result["zeros"] * result["weights"] / result["parameters"]
+    assert len(shares) == 1
+    assert f"{result['zeros']:.1%} of the weights of all layers" in shares[0]
+    assert f"{share:.1%} of all parameters" in shares[0]
 
 
 def test_runs_are_made_once_and_reported(
