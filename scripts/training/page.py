@@ -70,14 +70,14 @@ def _table(cells: Cells, task: Task) -> list[str]:
 
 
 def _zeros(results: Sequence[Result], model: str) -> list[str]:
-    """List the share of zeros of each row: of the weights of all layers, spared ones too, and of all parameters."""
+    """List the share of zeros of each row: in the weights of all layers, spared ones too, and in all parameters."""
     lines = {}
     for result in results:
         if result["model"] == model and "parameters" in result:
             zeros, of_all = result["zeros"], result["zeros"] * result["weights"] / result["parameters"]
             lines[result["row"], result["sparsity"]] = (
-                f"- {result['row']}, {result['sparsity']:.0%}: zeros are {zeros:.1%} of the weights of all layers, "
-                f"pruned or spared, and {of_all:.1%} of all parameters"
+                f"- {result['row']}, {result['sparsity']:.0%}: zeros in all layers, spared ones too, {zeros:.1%}; "
+                f"in all parameters {of_all:.1%}"
             )
     return [*lines.values(), ""] if lines else []
 
@@ -87,8 +87,9 @@ def _recipes(rows: set[str]) -> list[str]:
     lines = []
     for name, row in ROWS.items():
         if row is not None and name in rows:
-            variables = ", ".join(f"{key} {value}" for key, value in row.variables.items())
-            lines.append(f"- {name}: recipes/{row.recipe}.yaml" + (f" with {variables}" if variables else ""))
+            given = {key: " ".join(v) if isinstance(v, list) else v for key, v in row.variables.items()}
+            variables = ", ".join(f"{key} {value}" for key, value in given.items())
+            lines.append(f"- {name}: recipes/{row.recipe}.yaml" + (f" ({variables})" if variables else ""))
     return lines
 
 
