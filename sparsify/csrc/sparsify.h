@@ -198,7 +198,7 @@ SPARSIFY_API int sparsify_pointwise(int dtype, const struct sparsify_pointwise_c
 
 /* Two linear layers, each with its activation, of which the second reads what the first writes: as two calls of
  * sparsify_linear, bit for bit, or of sparsify_linear_int8 where both have a scale. The form is panel. Neither y of the
- * first nor x of the second is used; each has all of its rows. Faster than two calls from some 48 tokens a thread on.
+ * first nor x of the second is used; each has all of its rows. Faster than two calls from some 64 tokens a thread on.
  */
 struct sparsify_mlp_call {
     struct sparsify_linear_call first, second;

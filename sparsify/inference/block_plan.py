@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from sparsify.layers.csr_convolution import CSRConv1d, CSRConv2d, CSRConvolution
+from sparsify.layers.csr_linear import CSRLinear
 from sparsify.layers.fused_block import Call, FusedBlock, FusedCall, Method, Plan, Slot, may_fuse
 
 #: BatchNorms that a kernel applies after a convolution.
@@ -30,7 +31,7 @@ _SUMS = {operator.add, torch.add, "add", *_SUMS_IN_PLACE}
 _PURE = (
     *(nn.Conv1d, nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.Sequential, nn.Identity, nn.ReLU, nn.ReLU6),
     *(nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d),
-    *(CSRConv1d, CSRConv2d),
+    *(CSRConv1d, CSRConv2d, CSRLinear),
 )
 #: Values of attributes that a plan can be compared by.
 _PLAIN = (bool, int, float, str, type(None), torch.dtype)
@@ -58,7 +59,7 @@ def read_plan(owner: nn.Module, activation_of: dict[nn.Module, str]) -> Plan | N
     if not chains:
         return None
     children = tuple((name, owner._modules[name]) for name in sorted(names & owner._modules.keys()))
-    of_chains = dict.fromkeys(_module(owner, node) for chain in chains for node in chain.nodes)
+    of_chains = dict.fromkeys(callee(owner, node) for chain in chains for node in chain.nodes)
     left_out = tuple((module, type(module), _settings_of(module, activation_of)) for module in of_chains if module)
     steps, slot = _steps(owner, nodes, chains)
     return Plan(steps, slot[result], children, tuple(settings.items()), left_out)
@@ -79,7 +80,7 @@ def _chains(owner: nn.Module, nodes: list[fx.Node], activation_of: dict[nn.Modul
     """Yield the convolutions with something to be fused with."""
     taken: set[fx.Node] = set()
     for node in nodes:
-        layer = _module(owner, node)
+        layer = callee(owner, node)
         if not isinstance(layer, CSRConvolution) or layer.activation != "none" or not _takes_one(node):
             continue
         longer = list(_growing(owner, _Chain((node,)), activation_of))
@@ -91,9 +92,9 @@ def _chains(owner: nn.Module, nodes: list[fx.Node], activation_of: dict[nn.Modul
 
 def _growing(owner: nn.Module, chain: _Chain, activation_of: dict[nn.Module, str]) -> Iterator[_Chain]:
     """Yield longer and longer chains that begin with this one: a norm, a sum, an activation, a pool of images."""
-    layer, last = _module(owner, chain.nodes[0]), chain.nodes[-1]
+    layer, last = callee(owner, chain.nodes[0]), chain.nodes[-1]
     after = _only_user(last)
-    if after is not None and type(_module(owner, after)) is _NORMS[type(layer)] and _takes_one(after):  # type: ignore[index]
+    if after is not None and type(callee(owner, after)) is _NORMS[type(layer)] and _takes_one(after):  # type: ignore[index]
         chain = _Chain((*chain.nodes, after), norm=after)
         yield chain
         after = _only_user(after)
@@ -105,21 +106,21 @@ def _growing(owner: nn.Module, chain: _Chain, activation_of: dict[nn.Module, str
         chain = _Chain((*chain.nodes, after), chain.norm, chain.residual, name)
         yield chain
         after = _only_user(after)
-    if after is not None and _is_pool(_module(owner, after)) and _takes_one(after) and isinstance(layer, CSRConv2d):
+    if after is not None and _is_pool(callee(owner, after)) and _takes_one(after) and isinstance(layer, CSRConv2d):
         yield replace(chain, nodes=(*chain.nodes, after), pool=after)
 
 
 def _may_wait(owner: nn.Module, chain: _Chain, nodes: list[fx.Node]) -> bool:
     """Return whether the convolution may run when the chain ends: nothing between may write to what it reads."""
     between = nodes[nodes.index(chain.nodes[0]) : nodes.index(chain.nodes[-1])]
-    return all(node in chain.nodes or _is_pure(_module(owner, node)) for node in between)
+    return all(node in chain.nodes or is_pure(callee(owner, node)) for node in between)
 
 
 def _is_pool(module: nn.Module | None) -> bool:
     return type(module) is nn.MaxPool2d and not module.return_indices
 
 
-def _is_pure(module: nn.Module | None) -> bool:
+def is_pure(module: nn.Module | None) -> bool:
     """Return whether a module writes to nothing but its output."""
     if module is None:
         return False
@@ -162,10 +163,10 @@ def _steps(
         else:
             x: Any = chain.nodes[0].args[0]
             read = [x] if chain.residual is None else [x, chain.residual]
-            norm = None if chain.norm is None else _module(owner, chain.norm)
-            layer: Any = _module(owner, chain.nodes[0])
+            norm = None if chain.norm is None else callee(owner, chain.norm)
+            layer: Any = callee(owner, chain.nodes[0])
             residual = None if chain.residual is None else slot[chain.residual]
-            pool = None if chain.pool is None else _module(owner, chain.pool)
+            pool = None if chain.pool is None else callee(owner, chain.pool)
             step = FusedCall(layer, norm, chain.activation, slot[x], residual, pool)  # type: ignore[assignment]
         read_by |= dict.fromkeys(read, number)
         steps.append(step)
@@ -184,7 +185,7 @@ def _call(owner: nn.Module, node: fx.Node, slot: dict[fx.Node, int]) -> Call:
     """Return the step of a node that is not fused."""
     function: Any = node.target
     if node.op == "call_module":
-        function = _module(owner, node)
+        function = callee(owner, node)
     elif node.op == "call_method":
         function = Method(str(node.target))
     return Call(function, _with_slots(node.args, slot), {k: _with_slots(v, slot) for k, v in node.kwargs.items()})
@@ -203,7 +204,7 @@ def _with_slots(value: Any, slot: dict[fx.Node, int]) -> Any:
     return value
 
 
-def _module(owner: nn.Module, node: fx.Node) -> nn.Module | None:
+def callee(owner: nn.Module, node: fx.Node) -> nn.Module | None:
     """Return the module that a node calls."""
     return owner.get_submodule(str(node.target)) if node.op == "call_module" else None
 

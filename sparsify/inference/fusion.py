@@ -16,16 +16,13 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from sparsify.conversion.module_surgery import Model
-from sparsify.inference.block_plan import Shallow, read_plan
+from sparsify.inference.block_plan import Shallow, callee, is_pure, read_plan
 from sparsify.layers import CSRLinear, PackedLayer
 from sparsify.layers.deferred import begin, end
 from sparsify.layers.fused_block import FusedCall, fuse_block
 
 #: Below so many outputs a row telling the layer when to defer costs as much as the activation by itself.
 FEWEST_FEATURES = 256
-
-#: The reader of what a module returns.
-_RETURNED = "the module around"
 
 
 def fuse_activations(model: Model) -> Model:
@@ -40,7 +37,6 @@ def fuse_activations(model: Model) -> Model:
             for step, _ in plan.steps:
                 if isinstance(step, FusedCall):
                     step.layer.followed_by = step.followed_by
-    around = {child: module for module in model.modules() for child in module.children()}
     paths = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     for owner in list(model.modules()):
         free = {name: m for name, m in owner.named_children() if paths[id(m)] == 1 and not _has_hooks(m)}
@@ -51,11 +47,9 @@ def fuse_activations(model: Model) -> Model:
         reader_of = _readers(owner)
         for layer_name, name in reader_of.items():
             if layer_name in layers and name in readers:
-                layer, returns = layers[layer_name], reader_of.get(name) == _RETURNED
-                layer.followed_by = readers[name]
-                layer.feeds_linear = _feeds_linear(owner, name, reader_of) or (returns and owner in around)
-                for running in (owner, *([around[owner]] if returns and owner in around else [])):
-                    _let_defer(running)
+                layers[layer_name].followed_by = readers[name]
+                layers[layer_name].feeds_linear = _feeds_linear(owner, name, reader_of)
+                _let_defer(owner)
     return model
 
 
@@ -91,37 +85,32 @@ def activation_name(module: nn.Module) -> str | None:
 
 def _feeds_linear(owner: nn.Module, name: str, reader_of: Mapping[str, str]) -> bool:
     """Return whether the output of a child is read by an exported linear layer alone, dropout or not."""
-    while (name := reader_of.get(name, "")) not in ("", _RETURNED) and type(owner.get_submodule(name)) in (
-        nn.Dropout,
-        nn.Identity,
-    ):
+    while (name := reader_of.get(name, "")) and type(owner.get_submodule(name)) in (nn.Dropout, nn.Identity):
         pass
-    return name not in ("", _RETURNED) and isinstance(owner.get_submodule(name), CSRLinear)
+    return bool(name) and isinstance(owner.get_submodule(name), CSRLinear)
 
 
 def _readers(owner: nn.Module) -> dict[str, str]:
-    """Return the only reader of the output of each child that is called once, training or not; or _RETURNED."""
+    """Return the only reader of the output of each child that is called once, training or not.
+
+    Nothing that is called between the two may write to anything: a deferred output reads its input late.
+    """
     was_training = owner.training
     pairs = []
     try:
         for owner.training in (False, True):
             graph = Shallow().try_trace(owner)
-            pairs.append(set() if graph is None else _pairs(graph))
+            pairs.append(set() if graph is None else _pairs(owner, graph))
     finally:
         owner.training = was_training
     return dict(sorted(pairs[0] & pairs[1]))
 
 
-def _pairs(graph: fx.Graph) -> set[tuple[str, str]]:
-    calls = [node for node in graph.nodes if node.op == "call_module"]
+def _pairs(owner: nn.Module, graph: fx.Graph) -> set[tuple[str, str]]:
+    nodes = list(graph.nodes)
+    calls = [node for node in nodes if node.op == "call_module"]
     n_calls = Counter(node.target for node in calls)
-    result = next(node for node in graph.nodes if node.op == "output")
-    returned = {
-        (str(node.target), _RETURNED)
-        for node in calls
-        if list(node.users) == [result] and result.args == (node,) and n_calls[node.target] == 1
-    }
-    return returned | {
+    return {
         (str(node.target), str(user.target))
         for node in calls
         for user in node.users
@@ -130,7 +119,13 @@ def _pairs(graph: fx.Graph) -> set[tuple[str, str]]:
         and user.args == (node,)
         and not user.kwargs
         and n_calls[node.target] == 1
+        and all(_is_harmless(owner, other) for other in nodes[nodes.index(node) + 1 : nodes.index(user)])
     }
+
+
+def _is_harmless(owner: nn.Module, node: fx.Node) -> bool:
+    """Return whether a node writes to nothing but its own output."""
+    return node.op in ("placeholder", "get_attr") or is_pure(callee(owner, node))
 
 
 def _has_hooks(module: nn.Module) -> bool:

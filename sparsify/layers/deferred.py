@@ -3,8 +3,7 @@
 A layer cannot know the use of its output: the module around it may be sliced, hooked or told to return features. So a
 layer followed by an activation returns a DeferredOutput while its module runs. An activation gets its result in one
 pass over memory, or is deferred as well if a layer reads it: two layers are then one call (`layers/csr_linear.py`). Any
-other use finds the plain output. Once the module ends nothing is left to defer but an activation that the module
-returns: that may stay deferred until the module around ends, in whose code a layer may read the activation.
+other use finds the plain output. Nothing is left to defer once the module ends.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sparsify.kernels.torch_ops import is_transformed
@@ -61,27 +59,12 @@ def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         return None
     ended = [run for run in _RUNS.stack if run[0] is module]
     _RUNS.stack = [run for run in _RUNS.stack if run[0] is not module]
-    passed_on = output if _may_pass_on(module, output) else None
-    if passed_on is not None:
-        _RUNS.stack[-1][1].append(weakref.ref(passed_on))
     for deferred in (reference() for _, outputs in ended for reference in outputs):
-        if deferred is not None and deferred is not passed_on and output is not None:  # None if the module failed
+        if deferred is not None and output is not None:  # there is none if the module failed
             deferred.settle()
-    if passed_on is not None or not any(isinstance(leaf, DeferredOutput) for leaf in tree_leaves(output)):
+    if not any(isinstance(leaf, DeferredOutput) for leaf in tree_leaves(output)):
         return None
     return tree_map_only(DeferredOutput, lambda deferred: deferred.settle(), output)
-
-
-def _may_pass_on(module: nn.Module, output: Any) -> bool:
-    """Return whether a module's output may stay deferred: an activation that a layer of the module around reads."""
-    return (
-        isinstance(output, DeferredOutput)
-        and output.value is None
-        and output.activation != "none"
-        and bool(_RUNS.stack)
-        and len(module._forward_hooks) == 1  # ours alone
-        and not nn_module._global_forward_hooks
-    )
 
 
 def unfuse_activations(model: nn.Module) -> None:
