@@ -73,8 +73,9 @@ def test_the_picture_is_drawn(tmp_path: Path, names: tuple[str, str]) -> None:
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_picture_of_many_layers_marks_their_targets(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib is missing: pip install matplotlib")
+def test_the_picture_of_many_layers_marks_their_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    matplotlib = pytest.importorskip("matplotlib", reason="matplotlib is missing: pip install matplotlib")
+    monkeypatch.setitem(matplotlib.rcParams, "svg.fonttype", "path")  # scripts that draw set another one
     names = [f"layers.{i}.proj" for i in range(210)]
     damage = {name: (1e-4 * (i + 1), 1e-3 * (i + 1)) for i, name in enumerate(names)} | {names[7]: (0.0, 0.0)}
     measured = Sensitivity((0.5, 0.9), damage, dict.fromkeys(names, 100))
