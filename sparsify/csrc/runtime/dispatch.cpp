@@ -91,9 +91,9 @@ bool is_sound(const sparsify_convolution_call &call) {
 // A large output is often memory that its allocator has just been given, page by page.
 constexpr int64_t LARGE_OUTPUT_BYTES = 4 * 1024 * 1024;
 
-void expect_output(int dtype, const void *y, int64_t n) {
+void expect_output(int dtype, void *y, int64_t n) {
     const int64_t bytes = n * (dtype == SPARSIFY_F32 ? 4 : 2);
-    if (bytes >= LARGE_OUTPUT_BYTES) prefer_huge_pages(const_cast<void *>(y), size_t(bytes));
+    if (bytes >= LARGE_OUTPUT_BYTES) prefer_huge_pages(y, size_t(bytes));
 }
 
 void expect_output(int dtype, const sparsify_linear_call &call) {
