@@ -28,7 +28,7 @@ ROWS: dict[str, Row | None] = {
     "gradual magnitude": Row("gradual-magnitude-90", {"start": 2, "end": 14, "every": 0.25}),
     "gradual magnitude, CNN recipe": Row("cnn-gradual-90", {"start": 2, "end": 14, "every": 0.25}),
     "gradual magnitude, last layer spared": Row(
-        "gradual-magnitude-90", {"start": 2, "end": 12, "every": 0.25, "exclude": [":last"]}
+        "gradual-magnitude-90", {"start": 1, "end": 10, "every": 0.25, "exclude": [":last"]}
     ),
     "iterative with rewinding": Row("lottery-ticket", {"rewind": 0.25, "end": 12.25, "every": 4}),
     "RigL": Row("rigl", {"end": 16, "every": 1.0, "steps": 400, "fraction": 0.9}),
