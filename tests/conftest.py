@@ -50,8 +50,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest files first, and leave out what is tested on another instruction set.
 
-    That is a form whose code an instruction set takes from the other one. The module of a test says QUANTIZED =
-    True if the values are int8, and FORM if the form is no parameter.
+    An instruction set takes the code of some forms from another one, where their tests run. The module of a test says
+    QUANTIZED = True if the values are int8, and FORM if the form is no parameter.
     """
     items[:] = longest_first(items)
     if native.available():

@@ -1,7 +1,7 @@
 """The tasks: model, data, optimizer, number of epochs and measure of each."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -104,17 +104,10 @@ TASKS = {
         sparsities=(0.8,),
         clip=1.0,
     ),
-    "lstm-wide": Task(
-        "LSTM language model on Brown, 96-384, 2,000 words, dropout 0.4, trained longer",
-        lambda: LanguageModel(text.N_WORDS, hidden=384, dropout=0.4),
-        torch.optim.AdamW,
-        {"lr": 3e-3, "weight_decay": 0.01},
-        epochs=16,
-        batch=32,
-        load=text.load,
-        measure="perplexity",
-        types=(nn.Linear, nn.LSTM),
-        sparsities=(0.8,),
-        clip=1.0,
-    ),
 }
+TASKS["lstm-wide"] = replace(
+    TASKS["lstm"],
+    title="LSTM language model on Brown, 96-384, 2,000 words, dropout 0.4, trained longer",
+    model=lambda: LanguageModel(text.N_WORDS, hidden=384, dropout=0.4),
+    epochs=16,
+)

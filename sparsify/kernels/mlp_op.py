@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from sparsify.kernels.cpu import library
 from sparsify.kernels.cpu import mlp as native
+from sparsify.kernels.cpu.mlp import Layer
 from sparsify.kernels.torch_ops import _ACTIVATION_IDS, operands
 
 #: Tokens for each thread: fewer keep threads idle, or tiles narrow.
@@ -18,13 +17,9 @@ FEWEST_TOKENS = 64
 MOST_KEPT = 300
 
 
-class Layer(NamedTuple):
-    """A linear layer in the form "panel": the tensors of its weight (out, in), with a scale or not; its activation."""
-
-    parts: tuple[Tensor, ...]
-    shape: tuple[int, int]
-    bias: Tensor | None
-    activation: str
+def layer(parts: tuple[Tensor, ...], shape: tuple[int, int], bias: Tensor | None, activation: str) -> Layer:
+    """Return a layer in the form "panel" for `mlp`: the tensors of its weight (out, in), and one of the ACTIVATIONS."""
+    return Layer(parts, shape, bias, _ACTIVATION_IDS[activation])
 
 
 def is_worthwhile(tokens: int, n_kept: int, features: int) -> bool:
@@ -43,7 +38,7 @@ def mlp(x: Tensor, first: Layer, second: Layer) -> Tensor | None:
         return None
     if not (_takes(first, x) and _takes(second, x)):
         return None
-    return native.mlp(x, _packed(first), _packed(second))
+    return native.mlp(x, _usable(first), _usable(second))
 
 
 def _takes(layer: Layer, x: Tensor) -> bool:
@@ -57,8 +52,8 @@ def _takes(layer: Layer, x: Tensor) -> bool:
     )
 
 
-def _packed(layer: Layer) -> native.Linear:
+def _usable(layer: Layer) -> Layer:
+    """Return the layer with tensors as a kernel reads them."""
     index, values, *scale = layer.parts
     index, values, bias = operands("panel", index, values, layer.bias, layer.shape)
-    scales = scale[0].contiguous() if scale else None
-    return native.Linear(index, values, scales, bias, layer.shape, _ACTIVATION_IDS[layer.activation])
+    return layer._replace(parts=(index, values, *(s.contiguous() for s in scale)), bias=bias)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from sparsify.kernels import linear, mlp_op
-from sparsify.kernels.torch_ops import is_transformed
+from sparsify.kernels.cpu.mlp import Layer
 from sparsify.layers.deferred import DeferredOutput
+from sparsify.layers.inference_mode import in_plain_inference
 from sparsify.layers.masked import MaskedLayer
 from sparsify.layers.packed import PackedLayer
 from sparsify.layers.sparse_linear import SparseLinear
@@ -55,10 +56,7 @@ class CSRLinear(PackedLayer):
         may_join = (
             before.form == self.form == "panel"
             and mlp_op.is_worthwhile(tokens, n_kept, self.in_features)
-            and self._autocast_dtype(input) is None
-            and not torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
-            and not is_transformed()
+            and in_plain_inference()
         )
         return before if may_join else None
 
@@ -74,8 +72,8 @@ class CSRLinear(PackedLayer):
             return DeferredOutput.make(None, compute, input, (*input.shape[:-1], self.out_features))
         return compute(self.activation)
 
-    def _in_mlp(self, activation: str) -> mlp_op.Layer:
-        return mlp_op.Layer(self.tensors, self.shape, self._parameters["bias"], activation)
+    def _in_mlp(self, activation: str) -> Layer:
+        return mlp_op.layer(self.tensors, self.shape, self._parameters["bias"], activation)
 
     def _multiply(
         self, input: Tensor, bias: Tensor | None, activation: str = "none", rows: tuple[int, int] = (0, -1)

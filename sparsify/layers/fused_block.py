@@ -12,19 +12,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 
 from sparsify.kernels import ACTIVATIONS, Norm
 from sparsify.kernels.cpu.convolution import is_channels_last
-from sparsify.kernels.torch_ops import is_transformed
 from sparsify.layers.csr_convolution import CSRConvolution
 from sparsify.layers.deferred import unfuse_activations
+from sparsify.layers.inference_mode import in_plain_inference
 
 #: The attribute of a module with its plan.
 _PLAN = "_fused_plan"
-_GLOBAL_HOOKS = (nn_module._global_forward_hooks, nn_module._global_forward_pre_hooks)
 
 
 @dataclass(frozen=True)
@@ -110,7 +107,7 @@ class Plan:
 
     def applies(self, module: nn.Module, x: Any) -> bool:
         """Return whether the steps do for x what the module's code does, with nobody to notice a difference."""
-        if type(x) is not Tensor or not x.is_cpu or not _in_plain_inference():
+        if type(x) is not Tensor or not x.is_cpu or not in_plain_inference():
             return False
         own, modules = module.__dict__, module._modules
         if any(modules.get(name) is not child for name, child in self.children):
@@ -197,19 +194,6 @@ def _differ(attributes: Mapping[str, Any], settings: tuple[tuple[str, Any], ...]
         if type(now) is not type(value) or now != value:
             return True
     return False
-
-
-def _in_plain_inference() -> bool:
-    """Return whether calls are just made: not traced, compiled, transformed, cast, watched or differentiated."""
-    return not (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or torch._C._get_tracing_state()
-        or torch._C._len_torch_dispatch_stack()
-        or torch.is_autocast_enabled("cpu")
-        or any(_GLOBAL_HOOKS)
-        or is_transformed()
-    )
 
 
 def _in_layout_of(x: Tensor, y: Tensor) -> Tensor:

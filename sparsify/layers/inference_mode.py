@@ -1,4 +1,4 @@
-"""Plain tensors inside torch.inference_mode(): masks and weights for later training."""
+"""Inference: plain tensors inside torch.inference_mode(), for later training, and calls that nobody watches."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.nn.modules import module as nn_module
+
+from sparsify.kernels.torch_ops import is_transformed
+
+_GLOBAL_HOOKS = (nn_module._global_forward_hooks, nn_module._global_forward_pre_hooks)
 
 
 @contextmanager
@@ -35,3 +40,16 @@ def writing_to(tensor: Tensor) -> Iterator[None]:
             yield
     else:
         yield
+
+
+def in_plain_inference() -> bool:
+    """Return whether calls are just made: not traced, compiled, transformed, cast, watched or differentiated."""
+    return not (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch._C._get_tracing_state()
+        or torch._C._len_torch_dispatch_stack()
+        or torch.is_autocast_enabled("cpu")
+        or any(_GLOBAL_HOOKS)
+        or is_transformed()
+    )

@@ -1,6 +1,6 @@
 // Two linear layers of the panel form (panel/format.h) with an activation between, as one kernel: a tile of tokens goes
-// through both, and what is between never leaves the caches. Where layers have few features, that halves the time: most
-// of it goes into transposing, writing and reading the activations between.
+// through both, and what is between never leaves the caches. Layers of few features gain most: much of their time goes
+// into transposing, writing and reading the activations between.
 //
 // A task is a tile. A chunk of the first layer's rows is summed and activated at a time, which makes rows of the second
 // layer's tile; the blocks of columns that are then whole are added to the second layer's sums, for all of its rows.
@@ -118,12 +118,10 @@ int run_mlp_tile(const MlpPlan &plan, int64_t first_token, int64_t n_tokens) {
     const int64_t sums_floats = (plan.chunk_windows * first.header.window_rows + WIDTH) * V * WIDTH;
     const int64_t y_floats = (second.sections.n_windows * second.header.window_rows + WIDTH) * V * WIDTH;
     const int64_t floats = x_floats + sums_floats + plan.n_slots * slot_floats + y_floats;
-    MlpTile tile = {first_token, n_tokens, static_cast<float *>(thread_scratch(size_t(floats) * sizeof(float))),
-                    nullptr,     nullptr,  nullptr};
-    if (!tile.x) return SPARSIFY_NO_MEMORY;
-    tile.sums = tile.x + x_floats;
-    tile.between = tile.sums + sums_floats;
-    tile.y_sums = tile.between + plan.n_slots * slot_floats;
+    float *const memory = static_cast<float *>(thread_scratch(size_t(floats) * sizeof(float)));
+    if (!memory) return SPARSIFY_NO_MEMORY;
+    float *const sums = memory + x_floats, *const between = sums + sums_floats;
+    const MlpTile tile = {first_token, n_tokens, memory, sums, between, between + plan.n_slots * slot_floats};
 
     const T *x = static_cast<const T *>(first.call.x) + first_token * first.call.x_stride;
     const size_t row_bytes = V * WIDTH * sizeof(float);

@@ -3,8 +3,7 @@
 import ctypes
 import math
 import struct
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,19 +17,16 @@ if library.available():
     _mlp = library.function("sparsify_mlp", (ctypes.c_int, [ctypes.c_int, ctypes.c_char_p]))
 
 
-@dataclass(frozen=True)
-class Linear:
-    """A linear layer: a packed weight (out, in) with int8 values if it has a scale, and the number of an activation."""
+class Layer(NamedTuple):
+    """A linear layer: index and values of a weight (out, in), for int8 values a scale; the number of an activation."""
 
-    index: Tensor
-    values: Tensor
-    scale: Tensor | None
-    bias: Tensor | None
+    parts: tuple[Tensor, ...]
     shape: tuple[int, int]
+    bias: Tensor | None
     activation: int
 
 
-def mlp(x: Tensor, first: Linear, second: Linear) -> Tensor:
+def mlp(x: Tensor, first: Layer, second: Layer) -> Tensor:
     """Apply two layers to x (..., in): a tensor (..., out), the same bits as two calls of `library.linear`.
 
     x, both biases and float values share a dtype of library.DTYPES; both layers have int8 values, or none. Trusts index
@@ -43,16 +39,16 @@ def mlp(x: Tensor, first: Linear, second: Linear) -> Tensor:
     call = _pack_call(
         *_fields(first, flat.data_ptr(), n_in, 0, 0, tokens),
         *_fields(second, 0, 0, y.data_ptr(), n_out, tokens),
-        *(0 if layer.scale is None else layer.scale.data_ptr() for layer in (first, second)),
+        *(layer.parts[2].data_ptr() if layer.parts[2:] else 0 for layer in (first, second)),
     )
     if status := _mlp(library.DTYPES[x.dtype], call):
         library.checked(status)
     return y
 
 
-def _fields(layer: Linear, x: int, x_stride: int, y: int, y_stride: int, tokens: int) -> tuple[int, ...]:
+def _fields(layer: Layer, x: int, x_stride: int, y: int, y_stride: int, tokens: int) -> tuple[int, ...]:
     """Return the fields of a struct sparsify_linear_call."""
     n_out, n_in = layer.shape
     bias = 0 if layer.bias is None else layer.bias.data_ptr()
-    pointers = layer.index.data_ptr(), layer.values.data_ptr(), bias, x, x_stride, y, y_stride
+    pointers = layer.parts[0].data_ptr(), layer.parts[1].data_ptr(), bias, x, x_stride, y, y_stride
     return *pointers, tokens, n_out, n_in, layer.activation, torch.get_num_threads(), 0, n_out
