@@ -55,7 +55,7 @@ class CSRLinear(PackedLayer):
         n_kept, tokens = before.n_kept + self.n_kept, input.numel() // max(before.in_features, 1)
         may_join = (
             before.form == self.form == "panel"
-            and mlp_op.is_worthwhile(tokens, n_kept, self.in_features)
+            and mlp_op.is_worthwhile(tokens, n_kept, self.in_features, before.in_features + self.out_features)
             and in_plain_inference()
         )
         return before if may_join else None
