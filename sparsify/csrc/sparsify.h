@@ -55,7 +55,7 @@ enum sparsify_activation {
 SPARSIFY_API const char *sparsify_version(void);
 /* The number of this interface: whoever loads the library at run time compares it first, since a library built from
  * other sources may take other arguments. Raised with every change of a declaration below. */
-#define SPARSIFY_INTERFACE 7
+#define SPARSIFY_INTERFACE 8
 SPARSIFY_API int sparsify_interface(void);
 /* A status in words, for messages. */
 SPARSIFY_API const char *sparsify_status_text(int status);
@@ -237,6 +237,11 @@ struct sparsify_convolution_call {
 };
 
 SPARSIFY_API int sparsify_convolution(int dtype, const struct sparsify_convolution_call *call);
+
+/* A depthwise convolution: y[:, c] is x[:, c] convolved with a dense kernel of its own, values[c][kernel height][kernel
+ * width], of the dtype; index is not read. The call is that of sparsify_convolution, with out == channels and neither
+ * scale nor residual. */
+SPARSIFY_API int sparsify_depthwise(int dtype, const struct sparsify_convolution_call *call);
 
 /* ---- gradient of the kept weights --------------------------------------------------------------------------------
  * y[o, k] = sum over tokens of grad[t, o] * x[t, k] for every kept (o, k) of a CSR matrix that pack has accepted, in

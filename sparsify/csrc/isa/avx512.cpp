@@ -5,6 +5,7 @@
 // after the vectors
 #include "activation.inc.h"
 #include "bitmask/avx512.inc.h"
+#include "depthwise/kernel.inc.h"
 #include "gather/avx512.inc.h"
 #include "gather/sell_x86.inc.h"
 #include "linalg/cholesky.inc.h"
@@ -46,6 +47,7 @@ const KernelTable *avx512_table() {
         },
         {pointwise_panel<float>, pointwise_panel<uint16_t>},
         {convolution_panel<float>, convolution_panel<uint16_t>},
+        {depthwise<float>, depthwise<uint16_t>},
         {mlp_panel<float>, mlp_panel<uint16_t>},
         GATHER_TILE,
         sddmm_f32,

@@ -5,6 +5,7 @@
 // after the vectors
 #include "activation.inc.h"
 #include "bitmask/portable.inc.h"
+#include "depthwise/kernel.inc.h"
 #include "gather/portable.inc.h"
 #include "linalg/cholesky.inc.h"
 #include "panel/convolution.inc.h"
@@ -45,6 +46,7 @@ const KernelTable *portable_table() {
         },
         {pointwise_panel<float>, pointwise_panel<uint16_t>},
         {convolution_panel<float>, convolution_panel<uint16_t>},
+        {depthwise<float>, depthwise<uint16_t>},
         {mlp_panel<float>, mlp_panel<uint16_t>},
         GATHER_TILE,
         sddmm_f32,

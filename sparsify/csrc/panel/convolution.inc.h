@@ -5,9 +5,9 @@
 // block the sums are written to y.
 #pragma once
 
-#include <math.h>
 #include <stdlib.h>
 
+#include "norm.inc.h"
 #include "panel/kernel.inc.h"
 #include "panel/strip.inc.h"
 
@@ -172,10 +172,8 @@ inline void split_convolution(ConvolutionPlan &plan, int n_threads) {
 inline void fold_norm(const ConvolutionCall &call, float *scale, float *shift) {
     const float *const bias = static_cast<const float *>(call.bias);
     for (int64_t o = 0; o < call.out; ++o) {
-        const float weight = call.norm_weight ? call.norm_weight[o] : 1.0f;
-        scale[o] = weight / sqrtf(call.norm_variance[o] + float(call.norm_eps));
-        shift[o] =
-            (call.norm_bias ? call.norm_bias[o] : 0.0f) + ((bias ? bias[o] : 0.0f) - call.norm_mean[o]) * scale[o];
+        scale[o] = norm_scale(call, o);
+        shift[o] = norm_shift(call, o, bias ? bias[o] : 0.0f, scale[o]);
     }
 }
 

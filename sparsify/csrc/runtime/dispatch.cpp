@@ -236,4 +236,12 @@ int sparsify_convolution(int dtype, const sparsify_convolution_call *call) {
     expect_output(dtype, call->y, call->n_images * call->out * call->out_height * call->out_width);
     return current().table->convolution[dtype](*call);
 }
+
+int sparsify_depthwise(int dtype, const sparsify_convolution_call *call) {
+    if (dtype < 0 || dtype >= SPARSIFY_N_DTYPES || !is_sound(*call)) return SPARSIFY_BAD_ARGUMENT;
+    if (current().status) return current().status;
+    if (call->n_images == 0 || call->out == 0 || call->out_height == 0 || call->out_width == 0) return SPARSIFY_OK;
+    expect_output(dtype, call->y, call->n_images * call->out * call->out_height * call->out_width);
+    return current().table->depthwise[dtype](*call);
+}
 }

@@ -28,6 +28,7 @@ struct KernelTable {
     Int8Kernel linear_int8[SPARSIFY_N_FORMS][SPARSIFY_N_DTYPES];
     PointwiseKernel pointwise[SPARSIFY_N_DTYPES];
     ConvolutionKernel convolution[SPARSIFY_N_DTYPES];
+    ConvolutionKernel depthwise[SPARSIFY_N_DTYPES];
     MlpKernel mlp[SPARSIFY_N_DTYPES];
     GatherTile gather_tile;  // that pack writes for these kernels
     int (*sddmm)(const sparsify_sddmm_call &);

@@ -1,4 +1,4 @@
-"""The native convolution behind tensors: images times a weight of the form "panel"."""
+"""The native convolutions behind tensors: with a weight of the form "panel", and depthwise with a dense one."""
 
 import ctypes
 import struct
@@ -15,14 +15,16 @@ _CONVOLUTION_CALL = struct.Struct("=9qd24q")  # struct sparsify_convolution_call
 _NO_NORM = (0, 0, 0, 0, 0.0)
 
 _convolution: Any = None
+_depthwise: Any = None
 _pack_call = _CONVOLUTION_CALL.pack
 if library.available():
     _convolution = library.function("sparsify_convolution", (ctypes.c_int, [ctypes.c_int, ctypes.c_char_p]))
+    _depthwise = library.function("sparsify_depthwise", (ctypes.c_int, [ctypes.c_int, ctypes.c_char_p]))
 
 
 def convolution(
     x: Tensor,
-    index: Tensor,
+    index: Tensor | None,
     values: Tensor,
     bias: Tensor | None,
     n_out: int,
@@ -36,10 +38,12 @@ def convolution(
     """Convolve images x (n, channels, height, width): (n, n_out, output height, output width).
 
     The result is channels last if x is, else channels first; `out` is a tensor for it, without gaps, in either layout.
-    index, values: of a weight (n_out, channels * kernel height * kernel width) in the form "panel", of x's dtype.
+    index, values: of a weight (n_out, channels * kernel height * kernel width) in the form "panel", of x's dtype. A
+    depthwise convolution has no index; its values (n_out, 1, kernel height, kernel width) have no gaps, n_out is
+    channels, and scale and residual are None.
     activation is a value of ACTIVATIONS in library.py. scale, float32 (n_out), multiplies sums before the bias,
-    or norm, for float32, is applied after the bias; then
-    residual, of the result's shape and dtype, is added. Trusts index and values.
+    or norm, for float32, is applied after the bias; then residual, of the result's shape and dtype, is added. Trusts
+    index and values.
     """
     n, channels, height, width = x.shape
     (kernel_height, kernel_width), (row_stride, column_stride), (top, left), (row_step, column_step) = geometry
@@ -54,10 +58,11 @@ def convolution(
         norm = Norm(*(t if t is None else t.contiguous() for t in norm[:4]), eps=norm.eps)  # type: ignore[arg-type, misc]
     strides = list(x.stride())
     strides[1 if last else 3] = 1  # of one element torch's stride may be any
-    status = _convolution(
+    function = _depthwise if index is None else _convolution
+    status = function(
         library.DTYPES[values.dtype],
         _pack_call(
-            index.data_ptr(),
+            0 if index is None else index.data_ptr(),
             values.data_ptr(),
             0 if scale is None else scale.data_ptr(),
             0 if bias is None else bias.data_ptr(),
