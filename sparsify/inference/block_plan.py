@@ -17,10 +17,13 @@ from torch.nn import functional as F
 
 from sparsify.layers.csr_convolution import CSRConv1d, CSRConv2d, CSRConvolution
 from sparsify.layers.csr_linear import CSRLinear
+from sparsify.layers.depthwise import DepthwiseConv2d
 from sparsify.layers.fused_block import Call, FusedBlock, FusedCall, Method, Plan, Slot, may_fuse
 
 #: BatchNorms that a kernel applies after a convolution.
-_NORMS = {CSRConv1d: nn.BatchNorm1d, CSRConv2d: nn.BatchNorm2d}
+_NORMS = {CSRConv1d: nn.BatchNorm1d, CSRConv2d: nn.BatchNorm2d, DepthwiseConv2d: nn.BatchNorm2d}
+#: Convolutions that run what follows them.
+_CONVOLUTIONS = (CSRConvolution, DepthwiseConv2d)
 #: Functions and methods that are activations, with the kernels' names.
 _RELUS = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
 _ACTIVATIONS: dict[Any, str] = {**dict.fromkeys(_RELUS, "relu"), F.silu: "silu"}
@@ -31,7 +34,7 @@ _SUMS = {operator.add, torch.add, "add", *_SUMS_IN_PLACE}
 _PURE = (
     *(nn.Conv1d, nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.Sequential, nn.Identity, nn.ReLU, nn.ReLU6),
     *(nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d),
-    *(CSRConv1d, CSRConv2d, CSRLinear),
+    *(CSRConv1d, CSRConv2d, CSRLinear, DepthwiseConv2d),
 )
 #: Values of attributes that a plan can be compared by.
 _PLAIN = (bool, int, float, str, type(None), torch.dtype)
@@ -43,7 +46,7 @@ def read_plan(owner: nn.Module, activation_of: dict[nn.Module, str]) -> Plan | N
 
     activation_of: the kernels' names of modules that are activations.
     """
-    if not any(isinstance(child, CSRConvolution) for child in owner.children()) or not may_fuse(owner):
+    if not any(isinstance(child, _CONVOLUTIONS) for child in owner.children()) or not may_fuse(owner):
         return None
     graph, names = _trace(owner)
     nodes = [] if graph is None else list(graph.nodes)
@@ -81,7 +84,7 @@ def _chains(owner: nn.Module, nodes: list[fx.Node], activation_of: dict[nn.Modul
     taken: set[fx.Node] = set()
     for node in nodes:
         layer = callee(owner, node)
-        if not isinstance(layer, CSRConvolution) or layer.activation != "none" or not _takes_one(node):
+        if not isinstance(layer, _CONVOLUTIONS) or layer.activation != "none" or not _takes_one(node):
             continue
         longer = list(_growing(owner, _Chain((node,)), activation_of))
         fitting = [x for x in longer if not taken.intersection(x.nodes) and _may_wait(owner, x, nodes)]
@@ -106,7 +109,7 @@ def _growing(owner: nn.Module, chain: _Chain, activation_of: dict[nn.Module, str
         chain = _Chain((*chain.nodes, after), chain.norm, chain.residual, name)
         yield chain
         after = _only_user(after)
-    if after is not None and _is_pool(callee(owner, after)) and _takes_one(after) and isinstance(layer, CSRConv2d):
+    if after is not None and _is_pool(callee(owner, after)) and _takes_one(after) and isinstance(layer, (CSRConv2d, DepthwiseConv2d)):
         yield replace(chain, nodes=(*chain.nodes, after), pool=after)
 
 

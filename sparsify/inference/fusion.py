@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from sparsify.conversion.module_surgery import Model
 from sparsify.inference.block_plan import Shallow, callee, is_pure, read_plan
-from sparsify.layers import CSRLinear, PackedLayer
+from sparsify.layers import CSRLinear, DepthwiseConv2d, PackedLayer
 from sparsify.layers.deferred import begin, end
 from sparsify.layers.fused_block import FusedCall, fuse_block
 
@@ -26,10 +26,13 @@ FEWEST_FEATURES = 256
 
 
 def fuse_activations(model: Model) -> Model:
-    """Let exported layers apply what follows them, in place, and return the model.
+    """Let exported layers apply what follows them, in place, and return the model; depthwise ones get their kernel.
 
     A layer, BatchNorm or activation with hooks, or a linear layer in several places of the model, stays as it is.
     """
+    for module in model.modules():
+        if DepthwiseConv2d.replaces(module) and not _has_hooks(module):
+            module.__class__ = DepthwiseConv2d  # type: ignore[assignment]
     known = {m: name for m in model.modules() if (name := activation_name(m))}
     for owner in list(model.modules()):
         if (plan := read_plan(owner, known)) is not None:

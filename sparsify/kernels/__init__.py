@@ -2,6 +2,7 @@
 
 from sparsify.kernels import int8_op as int8_op  # registers its operators
 from sparsify.kernels.convolution_op import convolution, fused_convolution
+from sparsify.kernels.depthwise_op import depthwise
 from sparsify.kernels.forms import (
     FORMS,
     INT8_FORMS,
@@ -27,6 +28,7 @@ __all__ = [
     "Geometry",
     "Norm",
     "convolution",
+    "depthwise",
     "fits",
     "form_for",
     "fused_convolution",

@@ -6,6 +6,7 @@ UnfusedAttention and UnfusedEncoder are torch's attention and encoder, with thei
 from sparsify.layers.attention import UnfusedAttention
 from sparsify.layers.csr_convolution import CSRConv1d, CSRConv2d
 from sparsify.layers.csr_linear import CSRLinear
+from sparsify.layers.depthwise import DepthwiseConv2d
 from sparsify.layers.encoder import UnfusedEncoder
 from sparsify.layers.int8_embedding import Int8Embedding
 from sparsify.layers.masked import MaskedLayer
@@ -18,6 +19,7 @@ __all__ = [
     "CSRConv1d",
     "CSRConv2d",
     "CSRLinear",
+    "DepthwiseConv2d",
     "Int8Embedding",
     "MaskedLayer",
     "PackedLayer",

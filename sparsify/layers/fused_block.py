@@ -18,6 +18,7 @@ from sparsify.kernels import ACTIVATIONS, Norm
 from sparsify.kernels.cpu.convolution import is_channels_last
 from sparsify.layers.csr_convolution import CSRConvolution
 from sparsify.layers.deferred import unfuse_activations
+from sparsify.layers.depthwise import DepthwiseConv2d
 from sparsify.layers.inference_mode import in_plain_inference
 
 #: The attribute of a module with its plan.
@@ -64,7 +65,7 @@ class FusedCall:
     pool have their channels last meanwhile, for which torch's pool takes a tenth of the time.
     """
 
-    layer: CSRConvolution
+    layer: CSRConvolution | DepthwiseConv2d
     norm: nn.Module | None
     activation: str
     input: int
@@ -163,6 +164,9 @@ def unfuse(model: nn.Module) -> None:
         if isinstance(module, FusedBlock):
             module.__dict__.pop(_PLAN, None)
             module.__class__ = module.plain  # type: ignore[assignment]
+        elif type(module) is DepthwiseConv2d:
+            module.__dict__.pop("followed_by", None)
+            module.__class__ = nn.Conv2d  # type: ignore[assignment]
     unfuse_activations(model)
 
 

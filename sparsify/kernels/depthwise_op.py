@@ -1,0 +1,49 @@
+"""Depthwise convolutions: each channel of images with a dense kernel of its own, for inference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsify.kernels.cpu import convolution as native
+from sparsify.kernels.cpu import library
+from sparsify.kernels.geometry import Geometry, Norm
+from sparsify.kernels.torch_ops import _ACTIVATION_IDS
+
+
+def depthwise(
+    x: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+    bias: Tensor | None = None,
+    norm: Norm | None = None,
+    activation: str = "none",
+    *,
+    channels_last: bool = False,
+) -> Tensor | None:
+    """Convolve each channel of x (n, channels, height, width), add the bias, apply a BatchNorm, activate.
+
+    weight: (channels, 1, kernel height, kernel width). norm: for float32. channels_last: the layout of the result,
+    instead of x's own. Nothing is rounded between the steps. Returns (n, channels, output height, output width) without
+    gradient; None unless all are plain tensors on the CPU, of matching shapes and of one dtype, float32 or bfloat16,
+    and the native library is there.
+    """
+    if x.dim() != 4 or weight.shape != (x.shape[1], 1, *geometry.kernel):
+        return None
+    size = (*x.shape[:2], *geometry.output_size(x.shape[2], x.shape[3]))
+    vectors = (bias,) if norm is None else (bias, *norm[:4])
+    if not (
+        native.has_depthwise()
+        and x.dtype == weight.dtype
+        and x.dtype in library.DTYPES
+        and x.is_cpu
+        and weight.is_cpu
+        and min(size) > 0
+        and (norm is None or x.dtype == torch.float32)
+        and all(v is None or (v.dtype == x.dtype and v.is_cpu and v.shape == size[1:2]) for v in vectors)
+    ):
+        return None
+    last = channels_last or native.is_channels_last(x)
+    out = torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last if last else torch.contiguous_format)
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+    return native.convolution(x, None, weight, bias, size[1], geometry, _ACTIVATION_IDS[activation], out, norm=norm)

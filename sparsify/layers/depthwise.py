@@ -1,0 +1,63 @@
+"""DepthwiseConv2d: torch's depthwise convolution, with a kernel of this package for inference on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparsify.kernels import Geometry, Norm, depthwise
+from sparsify.layers.inference_mode import in_plain_inference
+from sparsify.layers.tracing import call_node, tracer_of
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """A depthwise nn.Conv2d of an exported model: each channel has a dense kernel of its own.
+
+    Parameters and settings are those of nn.Conv2d, and so is the result up to rounding. `export` gives such layers this
+    class, `to_dense` gives the old one back. Calls that are differentiated, compiled or traced, of other dtypes than
+    float32 and bfloat16, or on other devices than the CPU, are torch's. A BatchNorm and an activation after the layer
+    are computed together with it by the module around it, see `layers/fused_block.py`.
+    """
+
+    activation = "none"
+    #: The operations that are computed together with the layer, in words.
+    followed_by = ""
+
+    @staticmethod
+    def replaces(module: nn.Module) -> bool:
+        """Return whether a module is a plain nn.Conv2d that the kernel computes: depthwise, evenly padded with zeros."""
+        if type(module) is not nn.Conv2d or "forward" in module.__dict__:
+            return False
+        edges = module._reversed_padding_repeated_twice
+        even = edges[::2] == edges[1::2] and (module.padding_mode == "zeros" or not any(edges))
+        return even and 1 < module.groups == module.in_channels == module.out_channels
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the layer to (n, channels, height, width), or to one image without n."""
+        if type(input) is not Tensor and (tracer := tracer_of(input)) is not None and tracer.root is not self:
+            return call_node(self, tracer, input)  # type: ignore[no-any-return]
+        y = self.convolve_fused(input, None, None, "none") if in_plain_inference() else None
+        return super().forward(input) if y is None else y
+
+    def convolve_fused(
+        self,
+        input: Tensor,
+        norm: Norm | None,
+        residual: Tensor | None,
+        activation: str,
+        *,
+        channels_last: bool = False,
+    ) -> Tensor | None:
+        """Apply the layer, a BatchNorm and an activation in one call, without gradients.
+
+        channels_last: give images that layout, whatever that of the input is. Returns None, for torch to do it, if the
+        kernel does not take these tensors; it takes no residual.
+        """
+        weight: Any = self._parameters["weight"]
+        if type(input) is not Tensor or residual is not None:
+            return None
+        padding: Any = self._reversed_padding_repeated_twice[::-2]
+        geometry = Geometry(self.kernel_size, self.stride, tuple(padding), self.dilation)  # type: ignore[arg-type]
+        bias = self._parameters["bias"]
+        return depthwise(input, weight, geometry, bias, norm, activation, channels_last=channels_last)
