@@ -50,6 +50,7 @@ const KernelTable *avx2_table() {
         {depthwise<float>, depthwise<uint16_t>},
         {mlp_panel<float>, mlp_panel<uint16_t>},
         GATHER_TILE,
+        PANEL_PATTERN_DENSITY,
         sddmm_f32,
         factor_f32,
         {clear_masked<uint16_t>, clear_masked<uint32_t>, clear_masked<uint64_t>},

@@ -23,6 +23,12 @@ constexpr int PANEL_FOUR_ROW_VECS = N_REGISTERS >= 32 ? 4 : 2;
 constexpr int PANEL_TILE_VECS = WIDTH > 8 ? 64 / WIDTH : 8, PANEL_ROW_VECS = N_REGISTERS / 2;
 constexpr int PANEL_MAX_VECS = PANEL_TILE_VECS < PANEL_ROW_VECS ? PANEL_TILE_VECS : PANEL_ROW_VECS;
 
+// The share of kept weights from which columns are packed by pattern. A pattern saves loads where its rows are multiplied
+// together; one row after the other, it only makes loops shorter. AVX2, 64 to 4096 tokens, without patterns: 1.02 to
+// 1.15x at any sparsity; 16 tokens .94 to .98 at 50 and 80%, 1.2x at 90%. AVX-512: .87 to .95 at 50%, .94 to 1.05 at
+// 80%, 1.0 to 1.1 at 90%, 1.01 to 1.19 at 95%.
+constexpr double PANEL_PATTERN_DENSITY = N_REGISTERS >= 32 ? 0.15 : 2;
+
 constexpr int PANEL_ALL_ROWS = 15;  // rows of a cell as bits
 
 #define UNROLL _Pragma("GCC unroll 16")
@@ -166,7 +172,7 @@ __attribute__((always_inline)) inline void panel_cell(PanelCell cell, const uint
                                                       const X *tile, S *sums, bool first) {
     if constexpr (V <= PANEL_FOUR_ROW_VECS) {
         add_rows<V, PANEL_ALL_ROWS>(cell, columns, values, tile, sums, first);
-    } else if constexpr (2 * V + 2 <= N_REGISTERS) {
+    } else if constexpr (2 * V + 4 <= N_REGISTERS) {  // 7 vectors, AVX2: one row after the other 1.03 to 1.13x
         add_rows_in_turn<V, 3, 12>(cell, columns, values, tile, sums, first);
     } else {
         add_rows_in_turn<V, 1, 2, 4, 8>(cell, columns, values, tile, sums, first);

@@ -6,17 +6,21 @@
 #include "panel/format.h"
 #include "panel/pack.h"
 #include "runtime/csr.h"
+#include "runtime/kernels.h"
 #include "sparsify.h"
 
 namespace sparsify {
 namespace {
 
-// Blocks of at most so many columns. Measured with
-// 64 tokens on a processor with 32 KB of L1 cache: 128 columns of as many tokens as the registers hold are that cache
+// The share of the weights that is kept.
+double density_of(int64_t out, int64_t in, int64_t nnz) {
+    return out && in ? double(nnz) / (double(out) * double(in)) : 1;
+}
+
+// Blocks of at most so many columns. Measured with 64 tokens on a processor with 32 KB of L1 cache: 128 columns of as many tokens as the registers hold are that cache
 // exactly (96 and 192: 1 to 8% slower up to 80% sparsity); the fewer weights, the more the sums cost that every block
 // reads and writes (192 against 128: 1.06x at 95%). For longer blocks run_panel makes narrower tiles.
-int64_t most_columns(int64_t out, int64_t in, int64_t nnz) {
-    const double density = out && in ? double(nnz) / (double(out) * double(in)) : 1;
+int64_t most_columns(double density) {
     return density > 0.15 ? 128 : density > 0.07 ? 192 : 240;
 }
 
@@ -96,6 +100,7 @@ struct Writer {
     int64_t *order;
     PanelSections sections;
     uint8_t padding_column;
+    bool patterns;  // of several rows
     PanelStart next;
     int64_t n_cells;
 
@@ -154,7 +159,7 @@ void pack_window(int64_t first_row, int64_t n_rows, int64_t out, int64_t first_c
     int32_t position[PANEL_CELL_ROWS][PANEL_MAX_K_BLOCK];
     for (int64_t first = 0; first < n_rows; first += PANEL_CELL_ROWS) {
         uint8_t pattern[PANEL_MAX_K_BLOCK] = {};
-        PanelCell cell;
+        PanelCell cell = {};
         int64_t total = 0;
         for (int r = 0; r < PANEL_CELL_ROWS; ++r) {
             const int row = cell.rows[r] = sorted[first + r];
@@ -166,7 +171,7 @@ void pack_window(int64_t first_row, int64_t n_rows, int64_t out, int64_t first_c
         }
         memset(buckets.count, 0, sizeof buckets.count);
         for (int64_t k = 0; k < width; ++k) buckets.add(pattern[k], uint8_t(k));
-        choose_run_lengths(total, width, &cell);
+        if (writer.patterns) choose_run_lengths(total, width, &cell);
         fit_to_runs(buckets, &cell);
         writer.write(cell, buckets, position);
     }
@@ -175,19 +180,20 @@ void pack_window(int64_t first_row, int64_t n_rows, int64_t out, int64_t first_c
 int pack(int64_t out, int64_t in, const int32_t *crow, const int32_t *col, uint8_t *index, int64_t *order,
          PanelHeader *header) {
     if (const int status = check_csr(out, in, crow, col)) return status;
-    return pack_panel(out, in, crow, col, index, order, header);
+    return pack_panel(out, in, crow, col, kernel_in_use()->pattern_density, index, order, header);
 }
 
 }  // namespace
 
-int pack_panel(int64_t out, int64_t in, const int32_t *crow, const int32_t *col, uint8_t *index, int64_t *order,
-               PanelHeader *header) {
-    const Layout layout = choose_layout(out, in, most_columns(out, in, crow[out]));
+int pack_panel(int64_t out, int64_t in, const int32_t *crow, const int32_t *col, double pattern_density, uint8_t *index,
+               int64_t *order, PanelHeader *header) {
+    const double density = density_of(out, in, crow[out]);
+    const Layout layout = choose_layout(out, in, most_columns(density));
     const PanelSections sections = panel_sections(out, in, layout.k_block, layout.window_rows);
     int32_t *cursor = static_cast<int32_t *>(malloc(size_t(out + 1) * sizeof(int32_t)));
     if (!cursor) return SPARSIFY_NO_MEMORY;
     memcpy(cursor, crow, size_t(out + 1) * sizeof(int32_t));
-    Writer writer = {index, order, sections, uint8_t(layout.k_block), {0, 0}, 0, 0};
+    Writer writer = {index, order, sections, uint8_t(layout.k_block), density >= pattern_density, {0, 0}, 0, 0};
     for (int64_t block = 0; block < sections.n_blocks; ++block) {
         const int64_t first_column = block * layout.k_block;
         const int64_t width = in - first_column < layout.k_block ? in - first_column : layout.k_block;

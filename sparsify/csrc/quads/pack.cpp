@@ -97,7 +97,7 @@ int pack(int64_t out, int64_t in, const int32_t *crow, const int32_t *col, uint8
     if (!quads.allocated()) return SPARSIFY_NO_MEMORY;
     if (const int status = find_quads(out, in, crow, col, quads)) return status;
     const auto pack_quads = [&](uint8_t *to, int64_t *its_order) {
-        return pack_panel(out, quads_of(in), quads.crow.data, quads.col.data, to, its_order, panel);
+        return pack_panel(out, quads_of(in), quads.crow.data, quads.col.data, 0, to, its_order, panel);
     };
     if (const int status = pack_quads(nullptr, nullptr)) return status;
     if (!index) return SPARSIFY_OK;

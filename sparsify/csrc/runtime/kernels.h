@@ -31,6 +31,7 @@ struct KernelTable {
     ConvolutionKernel depthwise[SPARSIFY_N_DTYPES];
     MlpKernel mlp[SPARSIFY_N_DTYPES];
     GatherTile gather_tile;  // that pack writes for these kernels
+    double pattern_density;  // from which pack gives columns of the panel form to several rows (panel/cell.inc.h)
     int (*sddmm)(const sparsify_sddmm_call &);
     int (*factor)(const sparsify_factor_call &);
     int (*clear[3])(void *values, const uint8_t *mask, int64_t n, int n_threads);  // of 2, 4 and 8 bytes
