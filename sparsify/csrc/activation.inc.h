@@ -1,5 +1,5 @@
 // Activations on vectors, after one of the simd/*.h headers. Measured against float64 over all magnitudes: at most 4
-// units in the last place for SiLU; for GELU (erf) at most 1 unit of a, see tests/kernels/cpu/test_activation.py. NaN
+// units in the last place for SiLU, 2 for hardswish; for GELU (erf) at most 1 unit of a, see tests/kernels/cpu/test_activation.py. NaN
 // in, NaN out; infinities as in torch.
 //
 // Coefficients: weighted least squares, reweighted towards the smallest maximal relative error.
@@ -62,6 +62,8 @@ inline Vec gelu_tanh(Vec a) {
     return gate(a, mul(cubic, set1(1.5957691216f)));
 }
 
+inline Vec relu6(Vec a) { return min(set1(6.0f), max(zero(), a)); }
+
 inline Vec activate(Vec a, int activation) {
     switch (activation) {
         case SPARSIFY_RELU:
@@ -72,6 +74,10 @@ inline Vec activate(Vec a, int activation) {
             return gelu_tanh(a);
         case SPARSIFY_SILU:
             return gate(a, a);
+        case SPARSIFY_HARDSWISH:
+            return mul(mul(a, relu6(add(a, set1(3.0f)))), set1(1.0f / 6));
+        case SPARSIFY_RELU6:
+            return relu6(a);
         default:
             return a;
     }

@@ -48,6 +48,8 @@ enum sparsify_activation {
     SPARSIFY_GELU_ERF = 2,
     SPARSIFY_GELU_TANH = 3,
     SPARSIFY_SILU = 4,
+    SPARSIFY_HARDSWISH = 5,
+    SPARSIFY_RELU6 = 6,
 };
 
 /* The version of the release, that of the Python package. */

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn import functional as F
 
+from sparsify.layers.activations import activation_call
 from sparsify.layers.csr_convolution import CSRConv1d, CSRConv2d, CSRConvolution
 from sparsify.layers.csr_linear import CSRLinear
 from sparsify.layers.depthwise import DepthwiseConv2d
@@ -24,9 +24,6 @@ from sparsify.layers.fused_block import Call, FusedBlock, FusedCall, Method, Pla
 _NORMS = {CSRConv1d: nn.BatchNorm1d, CSRConv2d: nn.BatchNorm2d, DepthwiseConv2d: nn.BatchNorm2d}
 #: Convolutions that run what follows them.
 _CONVOLUTIONS = (CSRConvolution, DepthwiseConv2d)
-#: Functions and methods that are activations, with the kernels' names.
-_RELUS = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
-_ACTIVATIONS: dict[Any, str] = {**dict.fromkeys(_RELUS, "relu"), F.silu: "silu"}
 #: Sums, and those of them that write to their first argument.
 _SUMS_IN_PLACE = {operator.iadd, "add_"}
 _SUMS = {operator.add, torch.add, "add", *_SUMS_IN_PLACE}
@@ -97,7 +94,7 @@ def _growing(owner: nn.Module, chain: _Chain, activation_of: dict[nn.Module, str
     """Yield longer and longer chains that begin with this one: a norm, a sum, an activation, a pool of images."""
     layer, last = callee(owner, chain.nodes[0]), chain.nodes[-1]
     after = _only_user(last)
-    if after is not None and type(callee(owner, after)) is _NORMS[type(layer)] and _takes_one(after):  # type: ignore[index]
+    if after is not None and type(callee(owner, after)) is _NORMS[type(layer)] and _takes_one(after):
         chain = _Chain((*chain.nodes, after), norm=after)
         yield chain
         after = _only_user(after)
@@ -109,7 +106,7 @@ def _growing(owner: nn.Module, chain: _Chain, activation_of: dict[nn.Module, str
         chain = _Chain((*chain.nodes, after), chain.norm, chain.residual, name)
         yield chain
         after = _only_user(after)
-    if after is not None and _is_pool(callee(owner, after)) and _takes_one(after) and isinstance(layer, (CSRConv2d, DepthwiseConv2d)):
+    if after is not None and _is_pool(callee(owner, after)) and _takes_one(after) and layer.n_dims == 2:  # type: ignore[union-attr]
         yield replace(chain, nodes=(*chain.nodes, after), pool=after)
 
 
@@ -144,9 +141,7 @@ def _activation(owner: nn.Module, node: fx.Node, activation_of: dict[nn.Module, 
     """Return the kernels' name of a node that is an activation of one value."""
     if node.op == "call_module":
         return activation_of.get(owner.get_submodule(str(node.target))) if _takes_one(node) else None
-    options = {key: value for key, value in node.kwargs.items() if key != "inplace"}
-    takes_one = len(node.args) == 1 or (len(node.args) == 2 and node.target in (F.relu, F.silu))
-    return _ACTIVATIONS.get(node.target) if takes_one and not options else None
+    return activation_call(node.target, node.args[1:], node.kwargs)[0] if node.args else None
 
 
 def _steps(

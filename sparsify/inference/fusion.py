@@ -13,11 +13,11 @@ from collections import Counter
 from collections.abc import Mapping
 
 from torch import fx, nn
-from torch.nn import functional as F
 
 from sparsify.conversion.module_surgery import Model
 from sparsify.inference.block_plan import Shallow, callee, is_pure, read_plan
 from sparsify.layers import CSRLinear, DepthwiseConv2d, PackedLayer
+from sparsify.layers.activations import activation_call
 from sparsify.layers.deferred import begin, end
 from sparsify.layers.fused_block import FusedCall, fuse_block
 
@@ -32,7 +32,7 @@ def fuse_activations(model: Model) -> Model:
     """
     for module in model.modules():
         if DepthwiseConv2d.replaces(module) and not _has_hooks(module):
-            module.__class__ = DepthwiseConv2d  # type: ignore[assignment]
+            module.__class__ = DepthwiseConv2d
     known = {m: name for m in model.modules() if (name := activation_name(m))}
     for owner in list(model.modules()):
         if (plan := read_plan(owner, known)) is not None:
@@ -78,12 +78,9 @@ def activation_name(module: nn.Module) -> str | None:
         return None
     graph = Shallow().try_trace(module)
     nodes = [] if graph is None else list(graph.nodes)
-    if [node.op for node in nodes] != ["placeholder", "call_function", "output"] or nodes[1].args != (nodes[0],):
+    if [node.op for node in nodes] != ["placeholder", "call_function", "output"] or nodes[1].args[:1] != (nodes[0],):
         return None
-    options = {key: value for key, value in nodes[1].kwargs.items() if key != "inplace"}
-    if nodes[1].target is F.gelu:
-        return {"none": "gelu", "tanh": "gelu_tanh"}.get(str(options.pop("approximate", "none")))
-    return {F.relu: "relu", F.silu: "silu"}.get(nodes[1].target) if not options else None
+    return activation_call(nodes[1].target, nodes[1].args[1:], nodes[1].kwargs)[0]
 
 
 def _feeds_linear(owner: nn.Module, name: str, reader_of: Mapping[str, str]) -> bool:

@@ -366,6 +366,10 @@ def _activation_grad(before: Tensor, grad: Tensor, activation: str) -> Tensor:
         return grad * gate * (1 + before * (1 - gate))
     if activation == "silu":
         return aten.silu_backward(grad, before)  # type: ignore[no-any-return]
+    if activation == "hardswish":
+        return aten.hardswish_backward(grad, before)  # type: ignore[no-any-return]
+    if activation == "relu6":
+        return aten.hardtanh_backward(grad, before, 0, 6)  # type: ignore[no-any-return]
     kind = "tanh" if activation == "gelu_tanh" else "none"
     return aten.gelu_backward(grad, before, approximate=kind)  # type: ignore[no-any-return]
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sparsify.kernels.torch_ops import is_transformed
+from sparsify.layers.activations import activation_call
 
 #: Below so many outputs a pass of its own over them costs less than deferring them.
 FEWEST_OUTPUTS = 4096
@@ -28,9 +29,6 @@ _CHEAP = {
     *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad")),
     *(getattr(Tensor, name) for name in ("size", "dim", "numel", "is_floating_point", "__len__")),
 }
-
-_RELU_IN_PLACE = {torch.relu_, Tensor.relu_}
-_RELU = {F.relu, torch.relu, Tensor.relu, *_RELU_IN_PLACE}
 
 
 class _Runs(threading.local):
@@ -171,7 +169,7 @@ class DeferredOutput(Tensor):
         if isinstance(output, DeferredOutput) and output.value is None:
             if func is F.dropout and not kwargs.get("training", True):
                 return output
-            name, is_in_place = _activation(func, args[1:], kwargs)
+            name, is_in_place = activation_call(func, args[1:], kwargs)
             if name is not None and output.activation == "none":
                 if getattr(output.layer, "feeds_linear", False) and not is_in_place:
                     return output.activated(name)
@@ -191,19 +189,6 @@ class DeferredOutput(Tensor):
     ) -> Any:
         """Use the plain output: only calls from below Python arrive here."""
         return _on_value(func, args, dict(kwargs or {}))
-
-
-def _activation(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str | None, bool]:
-    """Return the kernels' name of a call of an activation, None for any other, and whether it works in place."""
-    options = {key: value for key, value in kwargs.items() if key not in ("input", "inplace")}
-    in_place = bool(args[0] if args and func in (F.relu, F.silu) else kwargs.get("inplace", func in _RELU_IN_PLACE))
-    if func in _RELU or func is F.silu:
-        known = not options and len(args) <= int(func in (F.relu, F.silu))
-        return ("silu" if func is F.silu else "relu") if known else None, in_place
-    if func is F.gelu and not args:
-        approximate = options.pop("approximate", "none")
-        return {"none": "gelu", "tanh": "gelu_tanh"}.get(approximate) if not options else None, False
-    return None, False
 
 
 def _on_value(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

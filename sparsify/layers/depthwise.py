@@ -20,13 +20,14 @@ class DepthwiseConv2d(nn.Conv2d):
     are computed together with it by the module around it, see `layers/fused_block.py`.
     """
 
+    n_dims = 2
     activation = "none"
     #: The operations that are computed together with the layer, in words.
     followed_by = ""
 
     @staticmethod
     def replaces(module: nn.Module) -> bool:
-        """Return whether a module is a plain nn.Conv2d that the kernel computes: depthwise, evenly padded with zeros."""
+        """Return whether the kernel computes a module: a plain depthwise nn.Conv2d, padded evenly with zeros."""
         if type(module) is not nn.Conv2d or "forward" in module.__dict__:
             return False
         edges = module._reversed_padding_repeated_twice

@@ -111,7 +111,7 @@ Status *fill(const Described &op, const KernelInfo *info, Kernel &kernel) {
                       : kernel.kind == LINEAR_INT8 ? form >= 0 && form < SPARSIFY_N_FORMS && form != SPARSIFY_PAIRMASK
                                                    : form == SPARSIFY_PANEL;
     if (!runs || kernel.out < 0 || kernel.in < 0 || kernel.activation < SPARSIFY_NONE ||
-        kernel.activation > SPARSIFY_SILU)
+        kernel.activation > SPARSIFY_RELU6)
         return api.status(INVALID_ARGUMENT, "sparsify: an attribute is out of range");
     kernel.form = int(form);
     if (kernel.kind == CONVOLUTION) {

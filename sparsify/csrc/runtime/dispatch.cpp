@@ -72,7 +72,7 @@ Choice &current() {
 
 bool is_sound(const sparsify_linear_call &call) {
     return call.tokens >= 0 && call.out >= 0 && call.in >= 0 && call.n_threads >= 1 &&
-           call.activation >= SPARSIFY_NONE && call.activation <= SPARSIFY_SILU && 0 <= call.first_row &&
+           call.activation >= SPARSIFY_NONE && call.activation <= SPARSIFY_RELU6 && 0 <= call.first_row &&
            call.first_row <= call.end_row && call.end_row <= call.out;
 }
 
@@ -83,7 +83,7 @@ bool is_sound(const sparsify_convolution_call &call) {
            call.out_height >= 0 && call.out_width >= 0 && call.kernel_height >= 1 && call.kernel_width >= 1 &&
            call.stride_height >= 1 && call.stride_width >= 1 && call.top >= 0 && call.left >= 0 &&
            call.dilation_height >= 1 && call.dilation_width >= 1 && call.n_threads >= 1 &&
-           call.activation >= SPARSIFY_NONE && call.activation <= SPARSIFY_SILU &&
+           call.activation >= SPARSIFY_NONE && call.activation <= SPARSIFY_RELU6 &&
            (call.x_column_stride == 1 || call.x_channel_stride == 1) && !call.norm_variance == !call.norm_mean &&
            !(call.norm_variance && call.scale);
 }

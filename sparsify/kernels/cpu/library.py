@@ -29,7 +29,7 @@ FORM_NAMES = ("panel", "bitmask", "gather", *QUANTIZES_INPUTS, PAIRMASK, "sell")
 FORM_NUMBERS = {form: number for number, form in enumerate(FORM_NAMES)}
 MOST_QUANTIZED_IN = 65536  # SPARSIFY_MOST_QUANTIZED_IN
 INTERFACE = 8  # SPARSIFY_INTERFACE
-ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4, "hardswish": 5, "relu6": 6}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 _PACKAGE = Path(__file__).resolve().parents[2]

@@ -29,6 +29,8 @@ ACTIVATIONS = {
     "gelu": functional.gelu,
     "gelu_tanh": lambda a: functional.gelu(a, approximate="tanh"),
     "silu": functional.silu,
+    "hardswish": functional.hardswish,
+    "relu6": functional.relu6,
 }
 
 

@@ -134,4 +134,4 @@ def test_a_removed_weight_of_narrow_has_no_part_in_the_sum():
 
 def test_activations_have_a_number_each():
     """The kernels know them by these."""
-    assert list(ACTIVATIONS) == ["none", "relu", "gelu", "gelu_tanh", "silu"]
+    assert list(ACTIVATIONS) == ["none", "relu", "gelu", "gelu_tanh", "silu", "hardswish", "relu6"]

@@ -18,6 +18,11 @@ def activate(y, ACTIVATION: tl.constexpr):
         y = y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
     elif ACTIVATION == 4:
         y = y * tl.sigmoid(y)
+    elif ACTIVATION == 5:
+        gate = tl.where(y < -3, 0.0, tl.where(y > 3, 6.0, y + 3))
+        y = y * gate / 6
+    elif ACTIVATION == 6:
+        y = tl.where(y < 0, 0.0, tl.where(y > 6, 6.0, y))
     return y
 
 
