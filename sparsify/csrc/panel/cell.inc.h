@@ -27,7 +27,7 @@ constexpr int PANEL_MAX_VECS = PANEL_TILE_VECS < PANEL_ROW_VECS ? PANEL_TILE_VEC
 // together; one row after the other, it only makes loops shorter. AVX2, 64 to 4096 tokens, without patterns: 1.02 to
 // 1.15x at any sparsity; 16 tokens .94 to .98 at 50 and 80%, 1.2x at 90%. AVX-512: .87 to .95 at 50%, .94 to 1.05 at
 // 80%, 1.0 to 1.1 at 90%, 1.01 to 1.19 at 95%.
-constexpr double PANEL_PATTERN_DENSITY = N_REGISTERS >= 32 ? 0.15 : 2;
+constexpr double PANEL_PATTERN_DENSITY = WIDTH == 8 ? 2 : 0.15;
 
 constexpr int PANEL_ALL_ROWS = 15;  // rows of a cell as bits
 

@@ -17,8 +17,8 @@
 // predictor did not expect it (3072x768, 16 tokens, 50%: 1.7x). Therefore the counts are few, depend only on how dense
 // a cell is, and change slowly from one cell to the next. Columns that do not fit the counts are split, a triple into a
 // pair and a single for example; where a run is short of columns it is padded with column k_block, whose activations
-// are zero, and the value zero. Sparse weights, and all of them for instruction sets with 16 registers, have singles
-// alone (PANEL_PATTERN_DENSITY in panel/cell.inc.h).
+// are zero, and the value zero. Very sparse weights, and all of them for AVX2, have singles alone
+// (PANEL_PATTERN_DENSITY in panel/cell.inc.h).
 //
 //   PanelHeader
 //   PanelStart starts[n_blocks * n_windows + 1]    where the values and columns of a (block, window) begin

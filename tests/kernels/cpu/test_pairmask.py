@@ -34,11 +34,11 @@ def test_linear_over_the_table(kernel):
         exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
         # Products of bfloat16 are exact in float32; AMX adds 16 and 16 of a register, both, and a register to the
         # total. A chain of n additions is off by at most n 2^-24 of the sum of sizes (Higham, section 3.1); an
-        # activation has a slope of at most 1.13 and 4 units of its own; the output is rounded once.
+        # activation has a slope of at most 1.5 and 4 units of its own; the output is rounded once.
         size = x.double().abs() @ weight.double().abs().T + (0 if bias is None else bias.double().abs())
         n = 16 + 2 + in_ / 32 + 1
         right = ACTIVATIONS[activation](exact)
-        bound = 1.13 * (n + 4) * 2**-24 * size + 2**-8 * right.abs() + 1e-37
+        bound = 1.5 * (n + 4) * 2**-24 * size + 2**-8 * right.abs() + 1e-37
         assert bool(((y[:, :out].double() - right).abs() <= bound).all())
         assert bool(y[:, out:].isnan().all()), "wrote beside the output"
         n_cases += 1

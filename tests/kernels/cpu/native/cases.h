@@ -122,6 +122,10 @@ inline double activated(double a, int64_t activation) {
             return a * 0.5 * (1 + tanh(sqrt(2 / PI) * (a + 0.044715 * a * a * a)));
         case SPARSIFY_SILU:
             return a / (1 + exp(-a));
+        case SPARSIFY_HARDSWISH:
+            return a * fmin(fmax(a + 3, 0), 6) / 6;
+        case SPARSIFY_RELU6:
+            return fmin(fmax(a, 0), 6);
         default:
             return a;
     }
@@ -129,9 +133,9 @@ inline double activated(double a, int64_t activation) {
 
 // How far a result of n products may be from the exact one. Each of n products and sums is rounded once, a scale and a
 // bias too, in whatever order: (n + 3) u of the sum of magnitudes, u = 2^-24 (Higham 2002, (3.5)), twice to be above
-// the terms of second order. No activation makes an error more than 1.13 times larger, and each is good to 4 units in
+// the terms of second order. No activation makes an error more than 1.5 times larger, and each is good to 4 units in
 // the last place, or to one of its input, which is at most `magnitudes`; the result is rounded to its dtype.
 inline double allowed_error(double exact, double magnitudes, int64_t n, double unit) {
     constexpr double U = 1.0 / (1 << 24);
-    return 2 * 1.13 * double(n + 4) * U * magnitudes + 8 * U * fabs(exact) + unit * fabs(exact) + 1e-38;
+    return 2 * 1.5 * double(n + 4) * U * magnitudes + 8 * U * fabs(exact) + unit * fabs(exact) + 1e-38;
 }

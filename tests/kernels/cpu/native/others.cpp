@@ -38,6 +38,10 @@ struct Image {
 };
 const Image IMAGES[] = {{1, 1, 1, 1, 1, 1, 1, 0, 1},    {2, 3, 7, 9, 5, 3, 1, 1, 1},  {1, 17, 12, 13, 33, 3, 2, 1, 1},
                         {1, 5, 20, 31, 70, 5, 1, 2, 1}, {3, 8, 9, 9, 16, 3, 1, 2, 2}, {1, 40, 14, 14, 24, 1, 2, 0, 1}};
+// For depthwise: every kernel with a path of its own, and one without.
+const Image DEPTHWISE[] = {{1, 1, 1, 1, 1, 1, 1, 0, 1},    {2, 70, 15, 9, 0, 3, 1, 1, 1}, {1, 17, 12, 13, 0, 3, 2, 1, 1},
+                           {1, 5, 20, 31, 0, 5, 1, 2, 1},  {3, 16, 9, 9, 0, 5, 2, 2, 1},  {1, 33, 14, 14, 0, 7, 1, 3, 1},
+                           {1, 20, 11, 16, 0, 3, 1, 2, 2}, {1, 8, 6, 6, 0, 2, 3, 1, 1}};
 
 // What follows the sums of a convolution.
 enum class Ending { BIAS, SCALE, NORM, RESIDUAL, SCALE_AND_RESIDUAL, NORM_AND_RESIDUAL };
@@ -66,13 +70,11 @@ int64_t height_of(const Image &image) {
 int64_t width_of(const Image &image) { return (image.width + 2 * image.padding - reach_of(image)) / image.stride + 1; }
 size_t outputs_of(const Image &image) { return size_t(image.n * image.out * height_of(image) * width_of(image)); }
 
+// The call of a convolution of images x, without its weight.
 template <typename T>
-Guarded convolution(const Image &image, const Packed<T> &packed, const Guarded &x, const Endings &with, Ending ending,
-                    int64_t activation, bool last, int64_t n_threads) {
-    Guarded y(outputs_of(image) * sizeof(T));
+sparsify_convolution_call image_call(const Image &image, const Guarded &x, const Guarded &y, const Endings &with,
+                                     Ending ending, int64_t activation, bool last, int64_t n_threads) {
     sparsify_convolution_call call{};
-    call.index = packed.index.data();
-    call.values = packed.values.data();
     call.bias = with.bias.data();
     if (scales(ending)) call.scale = with.scale.data<float>();
     if (normalizes(ending)) {
@@ -97,7 +99,27 @@ Guarded convolution(const Image &image, const Packed<T> &packed, const Guarded &
     call.top = call.left = image.padding;
     call.dilation_height = call.dilation_width = image.dilation;
     call.n_threads = n_threads;
+    return call;
+}
+
+template <typename T>
+Guarded convolution(const Image &image, const Packed<T> &packed, const Guarded &x, const Endings &with, Ending ending,
+                    int64_t activation, bool last, int64_t n_threads) {
+    const Guarded y(outputs_of(image) * sizeof(T));
+    sparsify_convolution_call call = image_call<T>(image, x, y, with, ending, activation, last, n_threads);
+    call.index = packed.index.data();
+    call.values = packed.values.data();
     if (sparsify_convolution(sizeof(T) == 4 ? SPARSIFY_F32 : SPARSIFY_BF16, &call)) abort();
+    return y;
+}
+
+template <typename T>
+Guarded depthwise(const Image &image, const Guarded &kernels, const Guarded &x, const Endings &with, Ending ending,
+                  int64_t activation, bool last, int64_t n_threads) {
+    const Guarded y(outputs_of(image) * sizeof(T));
+    sparsify_convolution_call call = image_call<T>(image, x, y, with, ending, activation, last, n_threads);
+    call.values = kernels.data();
+    if (sparsify_depthwise(sizeof(T) == 4 ? SPARSIFY_F32 : SPARSIFY_BF16, &call)) abort();
     return y;
 }
 
@@ -166,6 +188,49 @@ void compare_image(const Image &image, double sparsity, const char *tested, bool
     sparsify_set_kernel(tested);
     const Guarded found = pointwise<T>(image, pack<T>(FORMS[0], csr, 7), x, with.bias);
     compare_arrays<T>(found, wanted, exactly, magnitude, in, tested, "pointwise");
+}
+
+// Channels of an image each with a kernel of its own: equal to the portable sums, and to those in double.
+template <typename T>
+void compare_depthwise(Image image, const char *tested, bool exactly) {
+    image.out = image.channels;
+    const int64_t taps = image.kernel * image.kernel;
+    const Guarded x = random_values<T>(size_t(image.n * image.channels * image.height * image.width), 15);
+    const Guarded kernels = random_values<T>(size_t(image.channels * taps), 16);
+    const Endings with = Endings::random<T>(image.out, outputs_of(image));
+    const double magnitude = 2.2 * double(taps) + 4;
+    for (int i = 0; i < 4; ++i) {
+        const Ending ending = i / 2 ? Ending::NORM : Ending::BIAS;
+        if (normalizes(ending) && sizeof(T) == 2) continue;
+        const bool last = i % 2;
+        sparsify_set_kernel("portable");
+        const Guarded wanted = depthwise<T>(image, kernels, x, with, ending, SPARSIFY_HARDSWISH, last, 1);
+        sparsify_set_kernel(tested);
+        const Guarded found = depthwise<T>(image, kernels, x, with, ending, SPARSIFY_HARDSWISH, last, 3);
+        compare_arrays<T>(found, wanted, false, magnitude, taps + 6, tested, "depthwise, hardswish");
+        const Guarded plain = depthwise<T>(image, kernels, x, with, Ending::BIAS, SPARSIFY_NONE, last, 2);
+        sparsify_set_kernel("portable");
+        const Guarded sums = depthwise<T>(image, kernels, x, with, Ending::BIAS, SPARSIFY_NONE, last, 1);
+        compare_arrays<T>(plain, sums, exactly, magnitude, taps, tested, "depthwise");
+    }
+    const Guarded found = depthwise<T>(image, kernels, x, with, Ending::BIAS, SPARSIFY_NONE, false, 1);
+    const T *value = found.data<T>();
+    for (int64_t plane = 0; plane < image.n * image.channels; ++plane) {
+        const int64_t channel = plane % image.channels;
+        for (int64_t row = 0; row < height_of(image); ++row)
+            for (int64_t column = 0; column < width_of(image); ++column, ++value) {
+                double sum = to_float(with.bias.data<T>()[channel]);
+                for (int64_t tap = 0; tap < taps; ++tap) {
+                    const int64_t i = row * image.stride - image.padding + tap / image.kernel * image.dilation;
+                    const int64_t j = column * image.stride - image.padding + tap % image.kernel * image.dilation;
+                    if (i < 0 || i >= image.height || j < 0 || j >= image.width) continue;
+                    sum += double(to_float(kernels.data<T>()[channel * taps + tap])) *
+                           to_float(x.data<T>()[(plane * image.height + i) * image.width + j]);
+                }
+                const double error = to_float(*value) - sum, unit = sizeof(T) == 2 ? 1.0 / 256 : 0;
+                demand(fabs(error) <= 2 * allowed_error(sum, magnitude, taps, unit), tested, "depthwise sum", error);
+            }
+    }
 }
 
 Guarded gradient(const Csr &csr, int64_t tokens) {
@@ -317,6 +382,11 @@ void compare_images(const char *tested, bool exactly, std::map<std::string, int>
             compare_image<uint16_t>(image, sparsity, tested, exactly);
             n_compared[std::string("images") + (exactly ? ", bit for bit" : ", within the bound")] += 12 + 8;
         }
+    for (const Image &image : DEPTHWISE) {
+        compare_depthwise<float>(image, tested, exactly);
+        compare_depthwise<uint16_t>(image, tested, exactly);
+        n_compared[std::string("depthwise") + (exactly ? ", bit for bit" : ", within the bound")] += 4 + 2;
+    }
     compare_gradients(tested, exactly);
     n_compared[std::string("gradients") + (exactly ? ", bit for bit" : ", within the bound")] += 4;
 }
