@@ -20,6 +20,7 @@ from sparsify.cli.models import build_model
 from sparsify.hardware.timing import Call, measure
 from sparsify.layers import PackedLayer
 from sparsify.reporting.dense_engines import ENGINES, dense_engines
+from sparsify.reporting.fresh_norms import with_settled_norms
 from sparsify.reporting.model_bench import sparse_copy, typical_tokens
 from sparsify.reporting.model_run import Inputs, run
 
@@ -48,7 +49,7 @@ def bench_models(
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for each candidate of each model and batch size; the dense ones have sparsity None.
 
-    The weights of all but MiniLM are random: the times do not depend on them. All convolutions and Linears of CNNS are
+    The weights of all but MiniLM are random, their BatchNorms settled: the times do not depend on more. All convolutions and Linears of CNNS are
     pruned; their layers are measured on their own inputs. `without` has some of CAN_BE_LEFT_OUT: most of a run goes to
     the files of int8 engines, and to torch bf16 on a processor that lacks its instructions.
     """
@@ -57,6 +58,7 @@ def bench_models(
         low = copy.deepcopy(model).bfloat16() if BF16 not in without else None
         for batch in tqdm(batches, desc=name):
             inputs = make_inputs(model, spec, batch=batch)
+            model = with_settled_norms(model, inputs)
             tokens = typical_tokens(model, inputs)
             facts: dict[tuple[str, float | None], dict[str, Any]] = {(TORCH, None): {}}
             calls: dict[tuple[str, float | None], list[Call]] = {(TORCH, None): [_call(model, inputs)]}
@@ -74,7 +76,7 @@ def bench_models(
                     calls[engine.name, None] = [engine.call]
                 kinds = {OURS: CNN_OPTIONS | {"example": inputs}} if name in CNNS else KINDS
                 for kind, sparsity in [(kind, s) for kind in kinds for s in sparsities if kind not in without]:
-                    fast = sparse_copy(model, sparsity, tokens, **kinds[kind])
+                    fast = sparse_copy(model, sparsity, tokens, inputs, **kinds[kind])
                     facts[kind, sparsity], calls[kind, sparsity] = _facts(fast), [_call(fast, inputs)]
                 for key, timing in measure(calls, rounds=rounds).items():
                     common = {"model": name, "batch": batch, "tokens": tokens, "sparsity": key[1]}

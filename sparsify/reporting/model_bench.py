@@ -25,6 +25,7 @@ from sparsify.inference.export import export
 from sparsify.layers import PackedLayer
 from sparsify.pruning.prune import prune
 from sparsify.reporting.dense_engines import dense_engines
+from sparsify.reporting.fresh_norms import settle_norms, with_settled_norms
 from sparsify.reporting.model_run import Inputs, run
 from sparsify.reporting.report import report
 from sparsify.tables import Listed, Listing, Table
@@ -127,6 +128,7 @@ def sparse_copy(
     model: nn.Module,
     sparsity: float,
     tokens: int,
+    inputs: Inputs,
     *,
     quantize: str | None = None,
     example: Any = None,
@@ -134,9 +136,11 @@ def sparse_copy(
 ) -> nn.Module:
     """Prune a copy of a model by magnitude, the same in each layer, and export it for `tokens` rows of input.
 
+    BatchNorms that never saw a batch get the statistics of the pruned model on `inputs`.
+
     example: an input of the model, for layers to be measured on their own inputs.
     """
-    masked = prune(convert(copy.deepcopy(model), **conversion), sparsity)
+    masked = settle_norms(prune(convert(copy.deepcopy(model), **conversion), sparsity), inputs)
     return export(masked, tokens=tokens, example=example, quantize=quantize, copy=False)
 
 
@@ -159,8 +163,9 @@ def bench(
     Raises ValueError if the model runs no Linear on these inputs.
     """
     watch = LoadMeter()
+    model = with_settled_norms(model, inputs)
     tokens = typical_tokens(model, inputs)
-    fast = sparse_copy(model, sparsity, tokens, tied=tied, functional=functional)
+    fast = sparse_copy(model, sparsity, tokens, inputs, tied=tied, functional=functional)
     calls = {"dense": [lambda: run(model, inputs)], "sparse": [lambda: run(fast, inputs)]}
     with TemporaryDirectory() as folder:
         others = list(dense_engines(model, inputs, Path(folder))) if engines else []

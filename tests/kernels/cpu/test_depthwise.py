@@ -113,8 +113,10 @@ def test_nan_and_infinity_reach_their_own_channel_alone(kernel):
     x[0, 3, 4, 4], x[0, 7, 0, 0] = float("nan"), float("inf")
     kernels = torch.ones(20, 1, 3, 3)
     y = convolution(x, None, kernels, None, 20, GEOMETRIES[0])
-    assert bool(y[0, 3, 3:6, 3:6].isnan().all()) and int(y.isnan().sum()) == 9
-    assert bool(y[0, 7, :2, :2].isinf().all()) and int(y.isinf().sum()) == 4
+    assert bool(y[0, 3, 3:6, 3:6].isnan().all())
+    assert int(y.isnan().sum()) == 9
+    assert bool(y[0, 7, :2, :2].isinf().all())
+    assert int(y.isinf().sum()) == 4
 
 
 @pytest.mark.parametrize("wrong", ["scale", "residual", "out"])
