@@ -49,16 +49,17 @@ def bench_models(
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for each candidate of each model and batch size; the dense ones have sparsity None.
 
-    The weights of all but MiniLM are random, their BatchNorms settled: the times do not depend on more. All convolutions and Linears of CNNS are
-    pruned; their layers are measured on their own inputs. `without` has some of CAN_BE_LEFT_OUT: most of a run goes to
-    the files of int8 engines, and to torch bf16 on a processor that lacks its instructions.
+    The weights of all but MiniLM are random, their BatchNorms settled: the times do not depend on more. All
+    convolutions and Linears of CNNS are pruned; their layers are measured on their own inputs. `without` has some of
+    CAN_BE_LEFT_OUT: most of a run goes to the files of int8 engines, and to torch bf16 on a processor that lacks its
+    instructions.
     """
     for name, batches in models.items():
         model, spec = _build(name), f"hf:{name}" if name in TEXT else f"torchvision:{name}"
-        low = copy.deepcopy(model).bfloat16() if BF16 not in without else None
         for batch in tqdm(batches, desc=name):
             inputs = make_inputs(model, spec, batch=batch)
             model = with_settled_norms(model, inputs)
+            low = copy.deepcopy(model).bfloat16() if BF16 not in without else None
             tokens = typical_tokens(model, inputs)
             facts: dict[tuple[str, float | None], dict[str, Any]] = {(TORCH, None): {}}
             calls: dict[tuple[str, float | None], list[Call]] = {(TORCH, None): [_call(model, inputs)]}

@@ -93,6 +93,7 @@ def test_one_call_with_its_norm_and_activation(layout, mode, activation, name, c
         {"kernel_size": 2, "padding": "same"},
     ],
 )
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 def test_every_setting_is_torchs_result(settings):
     model = nn.Sequential(
         nn.Conv2d(24, 24, groups=24, **{"kernel_size": 3, "padding": 1, **settings}), nn.Conv2d(24, 96, 1)
