@@ -6,6 +6,8 @@
     scripts/bench.py gpu --json docs/results        forms for GPUs against cuBLAS, in graph replays
     scripts/bench.py models --json docs/results     whole models
     scripts/bench.py load --json docs/results       latency beside a busy process
+    scripts/bench.py deployed --json docs/results   a model outside of Python
+    scripts/bench.py teams --json docs/results      the library's own threads against OpenMP's
     scripts/bench.py report docs/results/*.json     docs/results/speed.md and its pictures
 
 Each run is of one processor and one instruction set, and its file is named after them. scripts/hide holds our kernels
@@ -26,6 +28,7 @@ import torch
 from benchmarks import (
     cases,
     convolutions,
+    deployed,
     gpu,
     isa,
     kernels,
@@ -37,6 +40,7 @@ from benchmarks import (
     picture,
     record,
     tables,
+    teams,
 )
 
 from sparsify.hardware.machine import machine_name
@@ -130,6 +134,8 @@ def _measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if options.benchmark == "convolutions":
         changed = {"sparsities": options.sparsity, "rounds": options.rounds, "images": options.images}
         return convolutions.run(convolutions.chosen(options.quick, **changed))
+    if options.benchmark == "deployed":
+        return deployed.run(options.rounds or (2 if options.quick else 15))
     grid = cases.GRIDS[options.benchmark][options.quick]
     wanted: dict[str, Any] = {
         "shapes": options.shapes,
@@ -145,7 +151,7 @@ def _measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         return gpu.run(grid, gpu.DTYPES[options.dtype], _device(options))
     if options.benchmark == "layers":
         return layers.run(grid, without=options.without or ())
-    return {"kernels": kernels.run, "load": load.run}[options.benchmark](grid)
+    return {"kernels": kernels.run, "load": load.run, "teams": teams.run}[options.benchmark](grid)
 
 
 def _left_out(options: argparse.Namespace) -> dict[str, str]:
@@ -160,9 +166,9 @@ def _left_out(options: argparse.Namespace) -> dict[str, str]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(
-        required=True, dest="benchmark", metavar="kernels|layers|convolutions|gpu|models|load|report"
+        required=True, dest="benchmark", metavar="kernels|layers|convolutions|gpu|models|load|teams|deployed|report"
     )
-    for name in ("kernels", "layers", "convolutions", "gpu", "models", "load"):
+    for name in ("kernels", "layers", "convolutions", "gpu", "models", "load", "teams", "deployed"):
         sub = commands.add_parser(name)
         sub.add_argument("--quick", action="store_true", help="a few cells, few rounds")
         sub.add_argument(
@@ -181,6 +187,8 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--without", nargs="+", metavar="PEER", help="candidates to leave out: 'torch csr'")
         if name == "models":
             sub.add_argument("--models", nargs="+", choices=models.MODELS, metavar="NAME", help=" ".join(models.MODELS))
+            continue
+        if name == "deployed":
             continue
         if name == "convolutions":
             sub.add_argument("--images", type=int, nargs="+", metavar="N", help="images in a batch")

@@ -144,6 +144,10 @@ BEST_MODEL_BARS: dict[str, dict[tuple[str, str, float], dict[str, float]]] = {
 CONVOLUTION_BARS = {"avx512": {0.8: 2.4, 0.9: 4.0}, "avx2": {0.8: 2.0, 0.9: 3.2}}
 #: 99th percentile beside a busy process, over the median without it, at most
 LOAD_BAR = 4.0
+#: Time on the library's own threads over that on OpenMP's: at most this, over all layers
+TEAM_BAR = 1.05
+#: Time of a model outside of Python over that in Python: at most this
+DEPLOYED_BAR = 1.05
 
 
 @dataclass(frozen=True)

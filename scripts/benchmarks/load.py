@@ -39,7 +39,7 @@ def run(grid: Grid) -> Iterator[dict[str, Any]]:
             OURS: sparsify.export(layer, tokens=tokens),
         }
         for busy in (False, True):
-            other = _start_busy_process() if busy else None
+            other = start_busy_process() if busy else None
             try:
                 for name, module in candidates.items():
                     times_s = _single_calls(module, x)
@@ -58,7 +58,8 @@ def run(grid: Grid) -> Iterator[dict[str, Any]]:
                     other.communicate()
 
 
-def _start_busy_process() -> subprocess.Popen[str]:
+def start_busy_process() -> subprocess.Popen[str]:
+    """Start a process that keeps one core busy until it is ended."""
     process = subprocess.Popen([sys.executable, "-c", _BUSY], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     if process.stdout.readline().strip() != "busy":

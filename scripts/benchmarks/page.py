@@ -15,6 +15,8 @@ TITLES = {
     "gpu": "On a GPU, against cuBLAS in the same dtype",
     "models": "Whole models",
     "load": "Latency beside a busy process",
+    "deployed": "MiniLM outside of Python",
+    "teams": "Thread teams: the library's own against OpenMP's",
 }
 _INTRO = """# Results
 

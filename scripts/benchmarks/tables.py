@@ -6,10 +6,12 @@ from typing import Any
 from benchmarks.bars import (
     BEST_MODEL_BARS,
     CONVOLUTION_BARS,
+    DEPLOYED_BAR,
     KERNEL_BARS,
     LOAD_BAR,
     MODEL_BARS,
     OPPONENTS,
+    TEAM_BAR,
     Row,
     against_bar,
     best_by,
@@ -37,6 +39,8 @@ def tables(record: Record) -> dict[str, Table]:
         "gpu": _gpu,
         "models": _models,
         "load": _load,
+        "teams": _teams,
+        "deployed": _deployed,
     }
     return by_benchmark[record["benchmark"]](record)
 
@@ -248,6 +252,41 @@ def _load(record: Record) -> dict[str, Table]:
     return {
         "Single calls, alone and beside a process that keeps one core busy; last: busy p99 over quiet median": lines
     }
+
+
+def _teams(record: Record) -> dict[str, Table]:
+    by_key = {(*_load_key(r), r["busy"]): r for r in record["rows"]}
+    lines = [
+        ["weight", "tokens", "sparsity", "beside", "openmp us", "pool us", "pool over openmp", "p99 openmp", "p99 pool"]
+    ]
+    ratios_of: dict[bool, list[float]] = {False: [], True: []}
+    for r in (r for r in record["rows"] if r["candidate"] == "openmp"):
+        pool = by_key[(*_where(r), "pool", r["busy"])]
+        ratio = pool["median_us"] / r["median_us"]
+        ratios_of[r["busy"]].append(ratio)
+        beside = "a busy process" if r["busy"] else "nothing"
+        lines.append(
+            [*_where(r), beside, _time(r), _time(pool), f"{ratio:.2f}", f"{r['p99_us']:.0f}", f"{pool['p99_us']:.0f}"]
+        )
+    for busy, found in ratios_of.items():
+        mean = against_bar(geometric_mean(found), None if busy else TEAM_BAR, at_most=True)
+        lines.append(["all", "", "", "a busy process" if busy else "nothing", "", "", mean, "", ""])
+    return {"Single calls on the threads of each team, us; the last lines: geometric means": lines}
+
+
+def _deployed(record: Record) -> dict[str, Table]:
+    ours = record["rows"][0]
+    lines = [["", "ms", "over Python (bar)"]]
+    for r in record["rows"]:
+        bar = None if r is ours else DEPLOYED_BAR
+        lines.append(
+            [
+                r["candidate"],
+                f"{r['median_us'] / 1e3:.2f}",
+                against_bar(r["median_us"] / ours["median_us"], bar, at_most=True),
+            ]
+        )
+    return {f"{ours['batch']} text of {ours['tokens']} tokens, {ours['sparsity']:.0%}": lines}
 
 
 def _load_key(row: Row) -> tuple[str, ...]:

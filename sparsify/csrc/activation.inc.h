@@ -1,6 +1,6 @@
 // Activations on vectors, after one of the simd/*.h headers. Measured against float64 over all magnitudes: at most 4
-// units in the last place for SiLU, 2 for hardswish; for GELU (erf) at most 1 unit of a, see tests/kernels/cpu/test_activation.py. NaN
-// in, NaN out; infinities as in torch.
+// units in the last place for SiLU, 2 for hardswish; for GELU (erf) at most 1 unit of a, see
+// tests/kernels/cpu/test_activation.py. NaN in, NaN out; infinities as in torch.
 //
 // Coefficients: weighted least squares, reweighted towards the smallest maximal relative error.
 #pragma once

@@ -23,6 +23,8 @@ N_ROUNDS, SAMPLE_S = 7, 2e-3
 
 #: A form so many times slower than another after two rounds is not timed again: a neighbour slows one by 1.5 or 2.
 HOPELESS = 3.0
+#: Rows of input from which a quarter of as many come first.
+MANY_ROWS = 4096
 
 #: With more cores than this busy with other processes a layer is measured again, up to so many times in all. The clock
 #: of processes ticks every 10 ms, so less than a quarter of a core is within its error.
@@ -148,7 +150,12 @@ class FormSelector:
         return best, busy
 
     def _measure(self, candidates: Mapping[str, nn.Module], x: Tensor) -> dict[str, float]:
-        """Time the candidates of a layer in turns, on an input: medians in us. A GPU finds no weight in its cache."""
+        """Time the candidates of a layer in turns, on an input: medians in us. A GPU finds no weight in its cache.
+
+        Of many rows of input a CPU first takes some, and leaves out what is hopeless there.
+        """
+        if isinstance(candidates["dense"], nn.Linear) and not x.is_cuda and x.numel() > MANY_ROWS * x.shape[-1]:
+            candidates = _promising(candidates, x.flatten(0, -2)[: MANY_ROWS // 4])
         calls = {form: [_call(module, x)] for form, module in candidates.items()}
         if x.dim() == 4 and not x.is_cuda:  # dense convolutions are mostly faster with channels last
             last = torch.channels_last
@@ -223,6 +230,15 @@ def exported_as(layer: MaskedLayer, form: str, *, quantized: bool = False) -> nn
     weight = nn.Parameter(layer.masked_weight().detach(), requires_grad=layer.weight.requires_grad)
     zeroed._parameters = {**layer._parameters, "weight": weight}
     return converter_of_layer(layer).to_dense(zeroed)
+
+
+def _promising(candidates: Mapping[str, nn.Module], x: Tensor) -> dict[str, nn.Module]:
+    """Return dense, the fastest packed layer, and all others that are not hopeless on an input."""
+    calls = {form: [_call(module, x)] for form, module in candidates.items()}
+    times = {form: timing.median_s for form, timing in measure(calls, rounds=2, sample_s=SAMPLE_S).items()}
+    best = min((form for form in times if form != "dense"), key=times.__getitem__, default="dense")
+    limit = HOPELESS * min(times.values())
+    return {form: module for form, module in candidates.items() if form in ("dense", best) or times[form] < limit}
 
 
 def _call(module: nn.Module, x: Tensor) -> Call:

@@ -1,5 +1,7 @@
 """export(format="auto"): measured, never slower than dense by its own measurement, and it says why."""
 
+import time
+
 import pytest
 import torch
 from tested_kernels import needs_native
@@ -192,3 +194,24 @@ def test_export_for_a_device_moves_a_copy():
     with pytest.raises(ValueError, match="on the meta device and has no data"):
         sparsify.export(model, format="csr", device="meta")
     assert all(parameter.device.type == "cpu" for parameter in model.parameters())
+
+
+@needs_native
+def test_many_rows_are_not_multiplied_by_hopeless_forms(monkeypatch):
+    rows_of: dict[str, set[int]] = {}
+
+    def call(module, x):
+        rows_of.setdefault(getattr(module, "form", "dense"), set()).add(x.numel() // x.shape[-1])
+        slow = getattr(module, "form", "dense") in ("bitmask", "gather", "sell")
+        return lambda: time.sleep(2e-3 if slow else 1e-4)
+
+    monkeypatch.setattr(choose, "_call", call)
+    model = sparsify.prune(sparsify.convert(nn.Linear(64, 64)), 0.8)
+    selector = FormSelector(3 * choose.MANY_ROWS)
+    choice = selector.choose(model)
+    some, all_rows = choose.MANY_ROWS // 4, 3 * choose.MANY_ROWS
+    assert rows_of["dense"] == rows_of["panel"] == {some, all_rows}
+    assert rows_of["bitmask"] == rows_of["gather"] == {some}
+    assert set(choice.times_us) == {"dense", "panel"}
+    few = FormSelector(choose.MANY_ROWS).choose(model)
+    assert {"bitmask", "gather"} <= set(few.times_us)

@@ -1,9 +1,10 @@
 // Depthwise convolutions: each channel of an image with a dense kernel of its own. Lanes are channels.
 //
-// A task is some blocks of channels and a strip of rows of one image's output. Its thread copies what the strip reads of
-// the blocks, with the padding around it, as [block][row][column][channel]. A tile of outputs side by side is then summed in
-// registers, row by row of the kernel: a row's weights stay in registers, and each value of the image is loaded once for
-// all the outputs that it is part of. Sums are added in the order of the kernel's positions, whatever the path.
+// A task is some blocks of channels and a strip of rows of one image's output. Its thread copies what the strip reads
+// of the blocks, with the padding around it, as [block][row][column][channel]. A tile of outputs side by side is then
+// summed in registers, row by row of the kernel: a row's weights stay in registers, and each value of the image is
+// loaded once for all the outputs that it is part of. Sums are added in the order of the kernel's positions, whatever
+// the path.
 #pragma once
 
 #include <string.h>
@@ -22,18 +23,18 @@ using namespace sparsify;
 constexpr int BLOCK_VECS = WIDTH < 16 ? 16 / WIDTH : 1, BLOCK = BLOCK_VECS * WIDTH;
 // Blocks of a task where channels are neighbours: pieces of memory that a processor fetches ahead.
 constexpr int MOST_BLOCKS = 4;
-// Outputs of a tile. The maps of most networks, 7 to 224 wide, are whole numbers of tiles; 7 sums, 7 weights and a value
-// fit 16 registers.
+// Outputs of a tile. The maps of most networks, 7 to 224 wide, are whole numbers of tiles; 7 sums, 7 weights and a
+// value fit 16 registers.
 constexpr int TILE = 7;
 // The copy of a strip stays in the L2 cache.
 constexpr int64_t DEPTHWISE_STRIP_BYTES = 256 * 1024;
 
 struct DepthwisePlan {
     ConvolutionCall call;
-    int64_t n_taps, columns, rows;             // columns of a copied row, rows of a copied strip
-    int64_t n_strips, strip_rows;              // rows of the output
-    int64_t n_groups, group;                   // blocks of a task
-    int64_t weight_floats, image_floats;       // of a block
+    int64_t n_taps, columns, rows;        // columns of a copied row, rows of a copied strip
+    int64_t n_strips, strip_rows;         // rows of the output
+    int64_t n_groups, group;              // blocks of a task
+    int64_t weight_floats, image_floats;  // of a block
 };
 
 // The memory of a thread for a block of channels.
@@ -43,9 +44,7 @@ struct DepthwiseBlock {
     float *image;        // [row][column][channel]
 };
 
-inline float *scale_of(const DepthwisePlan &plan, const DepthwiseBlock &of) {
-    return of.weights + plan.n_taps * BLOCK;
-}
+inline float *scale_of(const DepthwisePlan &plan, const DepthwiseBlock &of) { return of.weights + plan.n_taps * BLOCK; }
 
 // to[i][channel] = x[i][channel] for n columns of a row. PLANES: columns lie side by side, else channels.
 template <bool PLANES, typename T>
@@ -151,7 +150,8 @@ void sum_strip(const DepthwisePlan &plan, int64_t n_rows, const DepthwiseBlock *
                 const int64_t lane = at % BLOCK, left = of.n_channels - lane;
                 if (left <= 0) break;
                 Vec sums[TILE];
-                add_tile<K, S>(call, plan.columns, of.image + row * down + column * step + lane, of.weights + lane, sums);
+                add_tile<K, S>(call, plan.columns, of.image + row * down + column * step + lane, of.weights + lane,
+                               sums);
                 const float *const scale = scale_of(plan, of) + lane;
                 const Vec by = load(scale), shift = load(scale + BLOCK);
 #pragma GCC unroll 7
@@ -275,11 +275,11 @@ inline void split_depthwise(DepthwisePlan &plan, int n_threads) {
     if (plan.columns < call.left) plan.columns = call.left;
     const bool last = call.x_column_stride != 1 && call.y_channels_last;
     plan.group = !last ? 1 : n_blocks < MOST_BLOCKS ? n_blocks : MOST_BLOCKS;
-    plan.n_groups = (n_blocks + plan.group - 1) / plan.group;
-
-    const int64_t row_bytes = plan.group * plan.columns * BLOCK * int64_t(sizeof(float));
     const int64_t overlap = (call.kernel_height - 1) * call.dilation_height + 1;
-    const int64_t fitting = (DEPTHWISE_STRIP_BYTES / row_bytes - overlap) / call.stride_height + 1;
+    const int64_t row_bytes = plan.columns * BLOCK * int64_t(sizeof(float));
+    if (2 * overlap * plan.group * row_bytes > DEPTHWISE_STRIP_BYTES) plan.group = 1;
+    plan.n_groups = (n_blocks + plan.group - 1) / plan.group;
+    const int64_t fitting = (DEPTHWISE_STRIP_BYTES / (plan.group * row_bytes) - overlap) / call.stride_height + 1;
     const int64_t most_rows = fitting < 1 ? 1 : fitting < call.out_height ? fitting : call.out_height;
     const int64_t without = call.n_images * plan.n_groups, wanted = n_threads == 1 ? 1 : 4 * n_threads;
     plan.n_strips = (call.out_height + most_rows - 1) / most_rows;

@@ -23,10 +23,10 @@ constexpr int PANEL_FOUR_ROW_VECS = N_REGISTERS >= 32 ? 4 : 2;
 constexpr int PANEL_TILE_VECS = WIDTH > 8 ? 64 / WIDTH : 8, PANEL_ROW_VECS = N_REGISTERS / 2;
 constexpr int PANEL_MAX_VECS = PANEL_TILE_VECS < PANEL_ROW_VECS ? PANEL_TILE_VECS : PANEL_ROW_VECS;
 
-// The share of kept weights from which columns are packed by pattern. A pattern saves loads where its rows are multiplied
-// together; one row after the other, it only makes loops shorter. AVX2, 64 to 4096 tokens, without patterns: 1.02 to
-// 1.15x at any sparsity; 16 tokens .94 to .98 at 50 and 80%, 1.2x at 90%. AVX-512: .87 to .95 at 50%, .94 to 1.05 at
-// 80%, 1.0 to 1.1 at 90%, 1.01 to 1.19 at 95%.
+// The share of kept weights from which columns are packed by pattern. A pattern saves loads where its rows are
+// multiplied together; one row after the other, it only makes loops shorter. AVX2, 64 to 4096 tokens, without
+// patterns: 1.02 to 1.15x at any sparsity; 16 tokens .94 to .98 at 50 and 80%, 1.2x at 90%. AVX-512: .87 to .95 at 50%,
+// .94 to 1.05 at 80%, 1.0 to 1.1 at 90%, 1.01 to 1.19 at 95%.
 constexpr double PANEL_PATTERN_DENSITY = WIDTH == 8 ? 2 : 0.15;
 
 constexpr int PANEL_ALL_ROWS = 15;  // rows of a cell as bits

@@ -17,12 +17,11 @@ double density_of(int64_t out, int64_t in, int64_t nnz) {
     return out && in ? double(nnz) / (double(out) * double(in)) : 1;
 }
 
-// Blocks of at most so many columns. Measured with 64 tokens on a processor with 32 KB of L1 cache: 128 columns of as many tokens as the registers hold are that cache
-// exactly (96 and 192: 1 to 8% slower up to 80% sparsity); the fewer weights, the more the sums cost that every block
-// reads and writes (192 against 128: 1.06x at 95%). For longer blocks run_panel makes narrower tiles.
-int64_t most_columns(double density) {
-    return density > 0.15 ? 128 : density > 0.07 ? 192 : 240;
-}
+// Blocks of at most so many columns. Measured with 64 tokens on a processor with 32 KB of L1 cache: 128 columns of as
+// many tokens as the registers hold are that cache exactly (96 and 192: 1 to 8% slower up to 80% sparsity); the fewer
+// weights, the more the sums cost that every block reads and writes (192 against 128: 1.06x at 95%). For longer blocks
+// run_panel makes narrower tiles.
+int64_t most_columns(double density) { return density > 0.15 ? 128 : density > 0.07 ? 192 : 240; }
 
 struct Layout {
     int64_t k_block, window_rows;
