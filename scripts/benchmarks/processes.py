@@ -34,7 +34,9 @@ class Process:
             print(json.dumps(question), file=self._process.stdin, flush=True)
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"a measured process ended with status {self._process.wait()}")
+            status = self._process.wait()
+            self.end()
+            raise RuntimeError(f"a measured process ended with status {status}")
         return json.loads(line)
 
     def end(self) -> None:

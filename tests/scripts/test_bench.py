@@ -196,6 +196,7 @@ def test_teams_end_to_end(monkeypatch):
     [table] = tables.tables(result).values()
     assert len(table) == 1 + 4 + 2
     assert "(1.05)" in table[-2][6]
+    assert "(1)" in table[-1][8]
 
 
 @needs_native
@@ -216,7 +217,7 @@ def test_deployed_end_to_end(monkeypatch):
     found = [(r["candidate"], r["n"]) for r in result["rows"]]
     assert found == [(name, 2) for name in (deployed.OURS, deployed.PACKAGE, deployed.PROGRAM)]
     [table] = tables.tables(result).values()
-    assert table[1][2] == "1.00"
+    assert table[1][2] == "1.00x"
     assert table[2][2].endswith("(1.05)")
     assert table[3][2].endswith("(1.05) *"), "far above"
 

@@ -17,6 +17,9 @@ namespace {
 
 // A thread looks for the next call for so long before it sleeps: to wake one takes 5 to 50 us.
 constexpr int64_t SPIN_NS = 200 * 1000;
+// From then on it lets others run between its looks: where another process holds a processor, the thread that it waits
+// for may be waiting for its own. Without that, the slowest hundredth of short calls took 2.7 times as long there.
+constexpr int64_t KEEP_NS = 10 * 1000;
 constexpr int LOOKS_PER_TIME = 64;
 constexpr int MOST_WORKERS = 255;
 
@@ -35,14 +38,17 @@ template <typename Done>
 bool spin_until(bool worthwhile, Done done) {
     if (done()) return true;
     if (!worthwhile) return false;
-    const int64_t end = now_ns() + SPIN_NS;
+    const int64_t start = now_ns();
+    int64_t waited = 0;
     do {
         for (int i = 0; i < LOOKS_PER_TIME; ++i) {
             if (done()) return true;
             relax();
         }
-    } while (now_ns() < end);
-    return false;
+        waited = now_ns() - start;
+        if (waited > KEEP_NS) give_way();
+    } while (waited < SPIN_NS);
+    return done();
 }
 
 // Never destroyed: its threads may be looking at it while the process ends.

@@ -10,6 +10,7 @@
 #ifdef _WIN32
 #include <malloc.h>
 #else
+#include <sched.h>
 #include <signal.h>
 #include <sys/mman.h>
 #endif
@@ -45,6 +46,8 @@ int64_t now_ns() {
 
 void prefer_huge_pages(void *, size_t) {}
 
+void give_way() { SwitchToThread(); }
+
 void *allocate_pages(size_t bytes) { return _aligned_malloc(whole_pages(bytes), PAGE); }
 void free_pages(void *memory) { _aligned_free(memory); }
 
@@ -74,6 +77,8 @@ void prefer_huge_pages([[maybe_unused]] void *memory, [[maybe_unused]] size_t by
     if (begin < end) madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
+
+void give_way() { sched_yield(); }
 
 void *allocate_pages(size_t bytes) { return aligned_alloc(PAGE, whole_pages(bytes)); }
 void free_pages(void *memory) { free(memory); }

@@ -30,6 +30,9 @@ bool start_thread(void (*run)(void *argument), void *argument);
 // Has `run` called in every child of a fork. False if the system cannot say so.
 bool call_after_fork(void (*run)());
 
+// Lets another thread that waits for this processor run first.
+void give_way();
+
 // A moment of a loop that waits for another thread.
 inline void relax() {
 #if defined(__x86_64__)
