@@ -48,7 +48,7 @@ def assert_all_were_compared(output: str, runs_own_code: Callable[[str, bool], b
     own = {(form, dtype) for form, dtype in of_forms if runs_own_code(form, dtype == "int8")}
     assert own
     wanted = {f"{form} {dtype}" for form, dtype in own}
-    wanted |= {"images", "gradients", "masks", "two layers in one call"}
+    wanted |= {"images", "depthwise", "gradients", "masks", "two layers in one call"}
     assert {kind.split(",")[0] for kind in kinds} == wanted
     assert all(kinds[f"{form} int8, bit for bit"] > 60 for form, _ in own if form in native.QUANTIZES_INPUTS)
 

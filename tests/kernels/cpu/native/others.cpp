@@ -106,7 +106,7 @@ sparsify_convolution_call image_call(const Image &image, const Guarded &x, const
 template <typename T>
 Guarded convolution(const Image &image, const Packed<T> &packed, const Guarded &x, const Endings &with, Ending ending,
                     int64_t activation, bool last, int64_t n_threads) {
-    const Guarded y(outputs_of(image) * sizeof(T));
+    Guarded y(outputs_of(image) * sizeof(T));
     sparsify_convolution_call call = image_call<T>(image, x, y, with, ending, activation, last, n_threads);
     call.index = packed.index.data();
     call.values = packed.values.data();
@@ -117,7 +117,7 @@ Guarded convolution(const Image &image, const Packed<T> &packed, const Guarded &
 template <typename T>
 Guarded depthwise(const Image &image, const Guarded &kernels, const Guarded &x, const Endings &with, Ending ending,
                   int64_t activation, bool last, int64_t n_threads) {
-    const Guarded y(outputs_of(image) * sizeof(T));
+    Guarded y(outputs_of(image) * sizeof(T));
     sparsify_convolution_call call = image_call<T>(image, x, y, with, ending, activation, last, n_threads);
     call.values = kernels.data();
     if (sparsify_depthwise(sizeof(T) == 4 ? SPARSIFY_F32 : SPARSIFY_BF16, &call)) abort();
