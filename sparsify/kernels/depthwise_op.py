@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsify.kernels.cpu import convolution as native
 from sparsify.kernels.cpu import library
@@ -28,7 +28,8 @@ def depthwise(
     gradient; None unless all are plain tensors on the CPU, of matching shapes and of one dtype, float32 or bfloat16,
     and the native library is there.
     """
-    if x.dim() != 4 or weight.shape != (x.shape[1], 1, *geometry.kernel):
+    plain = all(t is None or type(t) in (Tensor, nn.Parameter) for t in (x, weight, bias, *(norm or ())[:4]))
+    if not plain or x.dim() != 4 or weight.shape != (x.shape[1], 1, *geometry.kernel):
         return None
     size = (*x.shape[:2], *geometry.output_size(x.shape[2], x.shape[3]))
     vectors = (bias,) if norm is None else (bias, *norm[:4])

@@ -55,10 +55,9 @@ class DepthwiseConv2d(nn.Conv2d):
         channels_last: give images that layout, whatever that of the input is. Returns None, for torch to do it, if the
         kernel does not take these tensors; it takes no residual.
         """
-        weight: Any = self._parameters["weight"]
-        if type(input) is not Tensor or residual is not None:
+        weight, bias = (self._parameters.get(name) for name in ("weight", "bias"))
+        if type(input) is not Tensor or residual is not None or weight is None:  # a parametrized weight is no Parameter
             return None
         padding: Any = self._reversed_padding_repeated_twice[::-2]
         geometry = Geometry(self.kernel_size, self.stride, tuple(padding), self.dilation)  # type: ignore[arg-type]
-        bias = self._parameters["bias"]
         return depthwise(input, weight, geometry, bias, norm, activation, channels_last=channels_last)

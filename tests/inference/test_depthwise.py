@@ -133,6 +133,28 @@ def test_other_calls_are_torchs(calls):
         assert calls[-1] == (False, "none")
 
 
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+class Tagged(torch.Tensor):
+    """A tensor that is more than its numbers."""
+
+
+def test_a_weight_that_is_computed_or_of_a_class_of_its_own_is_torchs(calls):
+    layer = exported(Separable())[0].depthwise
+    with torch.no_grad():
+        once = layer(images())
+        assert len(calls) == 1
+        nn.utils.parametrize.register_parametrization(layer, "weight", Doubled())
+        close(layer(images()), 2 * once)
+        nn.utils.parametrize.remove_parametrizations(layer, "weight")
+        layer.weight = nn.Parameter(layer.weight.as_subclass(Tagged))
+        close(layer(images()).as_subclass(torch.Tensor), 2 * once)
+    assert len(calls) == 1
+
+
 def test_graphs_copies_files_and_the_way_back(tmp_path):
     fast, masked = exported(Separable())
     fresh = Separable().eval()

@@ -15,7 +15,14 @@ from sparsify.inference import fusion
 from sparsify.inference.fusion import activation_name
 from sparsify.layers import csr_linear, deferred
 
-ACTIVATIONS = {"relu": nn.ReLU(inplace=True), "gelu": nn.GELU(), "gelu_tanh": nn.GELU("tanh"), "silu": nn.SiLU()}
+ACTIVATIONS = {
+    "relu": nn.ReLU(inplace=True),
+    "gelu": nn.GELU(),
+    "gelu_tanh": nn.GELU("tanh"),
+    "silu": nn.SiLU(),
+    "hardswish": nn.Hardswish(inplace=True),
+    "relu6": nn.ReLU6(),
+}
 
 
 class Block(nn.Module):
@@ -196,6 +203,10 @@ def test_an_output_is_a_tensor_for_all_code():
         (torch.relu(input=y), plain.relu()),
         (F.gelu(y, approximate="tanh"), F.gelu(plain, approximate="tanh")),
         (F.silu(y), F.silu(plain)),
+        (F.hardswish(y), F.hardswish(plain)),
+        (F.relu6(y), F.relu6(plain)),
+        (F.hardtanh(y, 0, 6), F.relu6(plain)),
+        (F.hardtanh(y, 0, 5), F.hardtanh(plain, 0, 5)),
         (copy.deepcopy(y), plain),
         (pickle.loads(pickle.dumps(y)), plain),
         (torch.cat([y, y]), torch.cat([plain, plain])),
