@@ -20,7 +20,7 @@ ACTIVATIONS = {
     "gelu": nn.GELU(),
     "gelu_tanh": nn.GELU("tanh"),
     "silu": nn.SiLU(),
-    "hardswish": nn.Hardswish(inplace=True),
+    "hardswish": nn.Hardswish(),
     "relu6": nn.ReLU6(),
 }
 
