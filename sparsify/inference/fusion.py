@@ -30,9 +30,10 @@ def fuse_activations(model: Model) -> Model:
 
     A layer, BatchNorm or activation with hooks, or a linear layer in several places of the model, stays as it is.
     """
-    for module in model.modules():
-        if DepthwiseConv2d.replaces(module) and not _has_hooks(module):
-            module.__class__ = DepthwiseConv2d
+    if any(isinstance(m, PackedLayer) and m.form != "csr" for m in model.modules()):  # "csr" has torch's results
+        for module in model.modules():
+            if DepthwiseConv2d.replaces(module) and not _has_hooks(module):
+                module.__class__ = DepthwiseConv2d
     known = {m: name for m in model.modules() if (name := activation_name(m))}
     for owner in list(model.modules()):
         if (plan := read_plan(owner, known)) is not None:

@@ -181,6 +181,14 @@ def test_graphs_copies_files_and_the_way_back(tmp_path):
         close(dense(images()), wanted)
 
 
+def test_the_reference_leaves_torchs_convolution():
+    _, masked = exported(Separable())
+    fast = sparsify.export(masked, format="csr")
+    assert type(fast.depthwise) is nn.Conv2d
+    with torch.no_grad():
+        assert torch.equal(fast(images()), masked(images()))
+
+
 def test_a_pruned_depthwise_convolution_keeps_its_zeros():
     masked = sparsify.prune(
         sparsify.convert(
