@@ -142,6 +142,17 @@ class Tagged(torch.Tensor):
     """A tensor that is more than its numbers."""
 
 
+@pytest.mark.filterwarnings("ignore::sparsify.LeftDenseWarning")
+def test_large_and_dilated_kernels_over_channels_last_are_torchs(calls):
+    for settings in ({"kernel_size": 9, "padding": 4}, {"kernel_size": 3, "dilation": 2, "padding": 2}):
+        fast, masked = exported(Separable(**settings))
+        for layout in LAYOUTS:
+            del calls[:]
+            with torch.no_grad():
+                close(fast(images(layout)), masked(images(layout)))
+            assert len(calls) == (layout is torch.contiguous_format)
+
+
 def test_a_weight_that_is_computed_or_of_a_class_of_its_own_is_torchs(calls):
     layer = exported(Separable())[0].depthwise
     with torch.no_grad():
