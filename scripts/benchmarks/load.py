@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +13,7 @@ import sparsify
 from benchmarks import record, weights
 from benchmarks.cases import Grid
 from benchmarks.layers import OURS
+from benchmarks.processes import seconds_of_calls
 from sparsify.hardware.timing import Timing, settle
 
 N_CALLS, LONGEST_S = 2000, 4.0
@@ -43,19 +43,16 @@ def run(grid: Grid) -> Iterator[dict[str, Any]]:
             try:
                 for name, module in candidates.items():
                     times_s = _single_calls(module, x)
-                    yield record.row(
-                        name,
-                        Timing.of(times_s),
-                        shape=list(shape),
-                        tokens=tokens,
-                        sparsity=sparsity,
-                        busy=busy,
-                        p99_us=round(1e6 * times_s[int(0.99 * len(times_s))], 1),
-                    )
+                    yield row_of_calls(name, times_s, shape=list(shape), tokens=tokens, sparsity=sparsity, busy=busy)
             finally:
                 if other:
                     other.terminate()
                     other.communicate()
+
+
+def row_of_calls(name: str, times_s: list[float], **about: Any) -> dict[str, Any]:
+    """Return the row of a candidate's single calls, given their sorted seconds, with the 99th percentile."""
+    return record.row(name, Timing.of(times_s), **about, p99_us=round(1e6 * times_s[int(0.99 * len(times_s))], 1))
 
 
 def start_busy_process() -> subprocess.Popen[str]:
@@ -70,13 +67,4 @@ def start_busy_process() -> subprocess.Popen[str]:
 def _single_calls(module: nn.Module, x: torch.Tensor) -> list[float]:
     """Return the sorted seconds of each of many calls."""
     settle()
-    for _ in range(20):
-        module(x)
-    times_s: list[float] = []
-    start = end = time.perf_counter()
-    while len(times_s) < N_CALLS and end - start < LONGEST_S:
-        begin = time.perf_counter()
-        module(x)
-        end = time.perf_counter()
-        times_s.append(end - begin)
-    return sorted(times_s)
+    return sorted(seconds_of_calls(lambda: module(x), N_CALLS, LONGEST_S))

@@ -53,7 +53,7 @@ def answer_all(answer: Callable[[Any], Any]) -> None:
 
 def seconds_of_calls(call: Callable[[], Any], n_calls: int, longest_s: float) -> list[float]:
     """Return the seconds of each of some calls, after a few that are not counted."""
-    for _ in range(3):
+    for _ in range(20):
         call()
     times_s: list[float] = []
     start = end = time.perf_counter()

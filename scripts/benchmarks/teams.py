@@ -11,11 +11,10 @@ import torch
 from tqdm import tqdm
 
 import sparsify
-from benchmarks import record, weights
+from benchmarks import weights
 from benchmarks.cases import Grid
-from benchmarks.load import start_busy_process
+from benchmarks.load import row_of_calls, start_busy_process
 from benchmarks.processes import Process, answer_all, seconds_of_calls
-from sparsify.hardware.timing import Timing
 from sparsify.kernels.cpu import library as native
 
 TEAMS = ("openmp", "pool")
@@ -41,15 +40,7 @@ def run(grid: Grid) -> Iterator[dict[str, Any]]:
                         other.terminate()
                         other.communicate()
                 for team, seconds in times_s.items():
-                    yield record.row(
-                        team,
-                        Timing.of(seconds),
-                        shape=list(shape),
-                        tokens=tokens,
-                        sparsity=sparsity,
-                        busy=busy,
-                        p99_us=round(1e6 * seconds[int(0.99 * len(seconds))], 1),
-                    )
+                    yield row_of_calls(team, seconds, shape=list(shape), tokens=tokens, sparsity=sparsity, busy=busy)
     finally:
         for process in processes.values():
             process.end()

@@ -34,7 +34,7 @@ def depthwise(
     size = (*x.shape[:2], *geometry.output_size(x.shape[2], x.shape[3]))
     vectors = (bias,) if norm is None else (bias, *norm[:4])
     if not (
-        native.has_depthwise()
+        library.available()
         and x.dtype == weight.dtype
         and x.dtype in library.DTYPES
         and x.is_cpu
@@ -44,10 +44,11 @@ def depthwise(
         and all(v is None or (v.dtype == x.dtype and v.is_cpu and v.shape == size[1:2]) for v in vectors)
     ):
         return None
-    if native.is_channels_last(x) and not _is_faster(geometry):
+    last = native.is_channels_last(x)
+    if last and not _is_faster(geometry):
         return None
-    last = channels_last or native.is_channels_last(x)
-    out = torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last if last else torch.contiguous_format)
+    layout = torch.channels_last if last or channels_last else torch.contiguous_format
+    out = torch.empty(size, dtype=x.dtype, memory_format=layout)
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     return native.convolution(x, None, weight, bias, size[1], geometry, _ACTIVATION_IDS[activation], out, norm=norm)
 

@@ -17,6 +17,20 @@ from sparsify.layers.sparse_convolution import SparseConv1d, SparseConv2d
 from sparsify.layers.tracing import call_node, tracer_of
 
 
+def is_padded_evenly(settings: Mapping[str, Any]) -> bool:
+    """Return whether a convolution with these settings has padding of zeros, as many before each side as behind it."""
+    edges = settings["_reversed_padding_repeated_twice"]
+    return edges[::2] == edges[1::2] and (settings["padding_mode"] == "zeros" or not any(edges))
+
+
+def geometry_of(settings: Mapping[str, Any]) -> Geometry:
+    """Return settings of torch's, of one or two dimensions, as kernels take them: a signal is an image of one row."""
+    padding = settings["_reversed_padding_repeated_twice"][::-2]
+    rows = 2 - len(settings["kernel_size"])
+    kernel, stride, dilation = ((*(1,) * rows, *settings[name]) for name in ("kernel_size", "stride", "dilation"))
+    return Geometry(kernel, stride, (*(0,) * rows, *padding), dilation)
+
+
 class CSRConvolution(PackedLayer):
     """A convolution over a packed weight (out_channels, in_channels x kernel); `PackedLayer` describes its buffers.
 
@@ -30,26 +44,17 @@ class CSRConvolution(PackedLayer):
     @cached_property
     def geometry(self) -> Geometry:
         """The settings of the convolution as kernels take them; those of a signal are of an image of one row."""
-        return Geometry((1, 1)) if self.dense_settings is None else self._geometry_of(self.dense_settings)
+        return Geometry((1, 1)) if self.dense_settings is None else geometry_of(self.dense_settings)
 
     @classmethod
     def packs(cls, settings: Mapping[str, Any]) -> bool:
         """Return whether a convolution with these settings has kernels: without groups, padded with zeros evenly."""
-        edges = settings["_reversed_padding_repeated_twice"]
-        even = edges[::2] == edges[1::2]
-        return settings["groups"] == 1 and even and (settings["padding_mode"] == "zeros" or not any(edges))
+        return settings["groups"] == 1 and is_padded_evenly(settings)
 
     @classmethod
     def worth_measuring(cls, form: str, settings: Mapping[str, Any]) -> bool:
         """Return whether a form has a kernel for these settings, which needs no copies of the inputs."""
-        return form == "panel" or cls._geometry_of(settings).is_pointwise
-
-    @classmethod
-    def _geometry_of(cls, settings: Mapping[str, Any]) -> Geometry:
-        padding = settings["_reversed_padding_repeated_twice"][::-2]
-        ones, zeros = (1,) * (2 - cls.n_dims), (0,) * (2 - cls.n_dims)
-        kernel, stride, dilation = ((*ones, *settings[name]) for name in ("kernel_size", "stride", "dilation"))
-        return Geometry(kernel, stride, (*zeros, *padding), dilation)
+        return form == "panel" or geometry_of(settings).is_pointwise
 
     def _run(self, input: Tensor) -> Tensor:
         """Apply the layer to (n, in_channels, *sizes), or to one image without n."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
-from sparsify.kernels import Geometry, Norm, depthwise
+from sparsify.kernels import Norm, depthwise
+from sparsify.layers.csr_convolution import geometry_of, is_padded_evenly
 from sparsify.layers.inference_mode import in_plain_inference
 from sparsify.layers.tracing import call_node, tracer_of
 
@@ -30,9 +29,7 @@ class DepthwiseConv2d(nn.Conv2d):
         """Return whether the kernel computes a module: a plain depthwise nn.Conv2d, padded evenly with zeros."""
         if type(module) is not nn.Conv2d or "forward" in module.__dict__:
             return False
-        edges = module._reversed_padding_repeated_twice
-        even = edges[::2] == edges[1::2] and (module.padding_mode == "zeros" or not any(edges))
-        return even and 1 < module.groups == module.in_channels == module.out_channels
+        return is_padded_evenly(module.__dict__) and 1 < module.groups == module.in_channels == module.out_channels
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer to (n, channels, height, width), or to one image without n."""
@@ -58,6 +55,4 @@ class DepthwiseConv2d(nn.Conv2d):
         weight, bias = (self._parameters.get(name) for name in ("weight", "bias"))
         if type(input) is not Tensor or residual is not None or weight is None:  # a parametrized weight is no Parameter
             return None
-        padding: Any = self._reversed_padding_repeated_twice[::-2]
-        geometry = Geometry(self.kernel_size, self.stride, tuple(padding), self.dilation)  # type: ignore[arg-type]
-        return depthwise(input, weight, geometry, bias, norm, activation, channels_last=channels_last)
+        return depthwise(input, weight, geometry_of(self.__dict__), bias, norm, activation, channels_last=channels_last)

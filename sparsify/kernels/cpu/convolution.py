@@ -85,11 +85,6 @@ def convolution(
     return out
 
 
-def has_depthwise() -> bool:
-    """Return whether the native library is there, without which `convolution` cannot be called."""
-    return _depthwise is not None
-
-
 def _pointers(norm: Norm) -> tuple[float, ...]:
     """Return the fields of a BatchNorm in the call of the library."""
     mean, variance, weight, bias, eps = norm

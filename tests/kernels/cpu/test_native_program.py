@@ -26,7 +26,7 @@ FLOAT_FORMS = ("panel", "bitmask", "gather", "sell")
 
 def compiled(compiler: list[str], library: Path, folder: Path) -> Path:
     """Build the program against a library."""
-    sources = [str(PROGRAM / name) for name in ("kernels.cpp", "others.cpp")]
+    sources = [str(PROGRAM / name) for name in ("kernels.cpp", "images.cpp", "others.cpp")]
     program = folder / "kernels"
     options = ["-std=c++17", "-O1", "-Wall", "-Wextra", f"-I{ROOT / 'sparsify/csrc'}", "-o", str(program)]
     done = subprocess.run([*compiler, *options, *sources, str(library)], capture_output=True, text=True)

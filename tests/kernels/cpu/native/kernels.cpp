@@ -241,7 +241,7 @@ void compare_all_linear() {
 }  // namespace
 
 void compare_images(const char *tested, bool same_roundings, std::map<std::string, int> &n_compared);
-void compare_the_rest(const char *tested, std::map<std::string, int> &n_compared);
+void compare_the_rest(const char *tested, bool same_roundings, std::map<std::string, int> &n_compared);
 
 int main(int n_arguments, char **arguments) {
     if (n_arguments < 2) return printf("%s %s\n", sparsify_kernel(), sparsify_threads()) < 0;
@@ -252,7 +252,7 @@ int main(int n_arguments, char **arguments) {
     if (how == "only") return 0;
     compare_all_linear();
     compare_images(tested, same_roundings, n_compared);
-    compare_the_rest(tested, n_compared);
+    compare_the_rest(tested, same_roundings, n_compared);
     printf("%s, threads %s\n", tested, sparsify_threads());
     for (const auto &[kind, n] : n_compared) printf("%s: %d\n", kind.c_str(), n);
     return 0;
