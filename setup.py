@@ -49,10 +49,10 @@ NO_KERNELS = "0nokernels"
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # g++ 12 calls the undefined registers of its own AVX-512 headers "maybe uninitialized" (GCC bug 105593).
 AVX512_FLAGS = (
-    "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512vbmi2 -mavx2 -mfma -mbmi -mbmi2 -mpopcnt "
+    "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512vbmi2 -mavx2 -mfma -mf16c -mbmi -mbmi2 -mpopcnt "
     "-Wno-unknown-warning-option -Wno-maybe-uninitialized -Wno-uninitialized"
 )
-AVX2_FLAGS = ["-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mpopcnt"]
+AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mpopcnt"]
 #: The sources for some machines alone, and their flags, by machine.
 ISA_FLAGS = {
     "x86_64": {

@@ -4,9 +4,9 @@
  *
  * Words. A *form* is how a sparse weight (out x in) lies in memory for one family of kernels. In every form a packed
  * weight is two plain arrays: `index` (bytes: header, columns, masks, pointers; no values, position independent) and
- * `values` (float32, bfloat16 or int8, in the order the kernels read them, padding allowed). The way in and out is CSR
- * with int32 row pointers `crow` (out + 1) and int32 columns `col`, strictly increasing within a row. A stored value of
- * zero is a kept weight like any other.
+ * `values` (float32, bfloat16, float16 or int8, in the order the kernels read them, padding allowed). The way in and
+ * out is CSR with int32 row pointers `crow` (out + 1) and int32 columns `col`, strictly increasing within a row. A
+ * stored value of zero is a kept weight like any other.
  *
  * Threads. Any function may be called from several threads at once, except where it says otherwise. A call computes on
  * at most the threads that it is told to.
@@ -57,7 +57,7 @@ enum sparsify_activation {
 SPARSIFY_API const char *sparsify_version(void);
 /* The number of this interface: whoever loads the library at run time compares it first, since a library built from
  * other sources may take other arguments. Raised with every change of a declaration below. */
-#define SPARSIFY_INTERFACE 8
+#define SPARSIFY_INTERFACE 9
 SPARSIFY_API int sparsify_interface(void);
 /* A status in words, for messages. */
 SPARSIFY_API const char *sparsify_status_text(int status);
@@ -144,7 +144,7 @@ struct sparsify_form_functions {
 };
 SPARSIFY_API const struct sparsify_form_functions *sparsify_form(int form);
 
-enum sparsify_dtype { SPARSIFY_F32 = 0, SPARSIFY_BF16 = 1, SPARSIFY_N_DTYPES = 2 };
+enum sparsify_dtype { SPARSIFY_F32 = 0, SPARSIFY_BF16 = 1, SPARSIFY_F16 = 2, SPARSIFY_N_DTYPES = 3 };
 
 /* y[t, o - first_row] = activation(sum over kept k of x[t, k] * w[o, k] + bias[o]) for first_row <= o < end_row,
  * rounded once to the dtype of all four arrays. Strides count elements between the rows of tokens; within a row

@@ -25,7 +25,7 @@ def depthwise(
 
     weight: (channels, 1, kernel height, kernel width). norm: for float32. channels_last: the layout of the result,
     instead of x's own. Nothing is rounded between the steps. Returns (n, channels, output height, output width) without
-    gradient; None unless all are plain tensors on the CPU, of matching shapes and of one dtype, float32 or bfloat16,
+    gradient; None unless all are plain tensors on the CPU, of matching shapes and of one of the dtypes of the kernels,
     and the native library is there, and for images with channels last where torch is faster.
     """
     plain = all(t is None or type(t) in (Tensor, nn.Parameter) for t in (x, weight, bias, *(norm or ())[:4]))

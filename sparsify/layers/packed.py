@@ -26,7 +26,7 @@ class PackedLayer(nn.Module):
     In the form "csr": `crow` int32 (out_features + 1), `col` uint8, uint16 or int32 (n_kept), the narrowest possible,
     `values` (n_kept) in the layer's dtype. The other forms have the same weight as `index` and `values`, packed for the
     native CPU kernels ("panel", "bitmask", "gather", "sell") or for GPU kernels ("tiles", "narrow", "blocks", "2:4").
-    Where no kernel of its form runs (another device, float16 on the CPU) the layer changes by itself to a form with
+    Where no kernel of its form runs (another device, float64 on the CPU) the layer changes by itself to a form with
     kernels there, or to "csr", and back. A state_dict always has crow, col and values.
 
     A quantized layer has int8 `values` and besides `weight_scale`, float32 (out_features): a weight is their product.

@@ -96,7 +96,7 @@ def packed(module: nn.Module, form: str, quantize: str | None = None) -> sparsif
     return layer.requires_grad_(False)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_operators_in_c_answer_as_those_in_python(dtype: torch.dtype, tmp_path: Path) -> None:
     names = ("linear_packed", "linear_int8", "pointwise_packed", "convolution_packed")
     torch.save(

@@ -72,7 +72,7 @@ def both_ways(model, **options):
 
 
 @pytest.mark.parametrize("quantize", [None, "int8-weights"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize("between", [(), (nn.Dropout(0.5), nn.Identity())], ids=["plain", "dropout"])
 def test_the_bits_of_two_calls(name, between, dtype, quantize, calls):

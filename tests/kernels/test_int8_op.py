@@ -34,7 +34,7 @@ def dense(form: str, parts: tuple[Tensor, ...]) -> Tensor:
 
 
 @every_form
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", native.DTYPES)
 def test_the_result_is_near_the_dense_one_and_the_gradient_is_its(form, dtype):
     parts = parts_of(form)
     weight = dense(form, parts)
@@ -124,7 +124,7 @@ def test_what_does_not_fit_is_refused(form):
         (x, scale.double(), None, r"the scale must be float32"),
         (x, scale, torch.zeros(OUT, dtype=torch.bfloat16), r"the bias must be torch.float32"),
         (x.int(), scale, None, r"floating-point"),
-        (x.half(), scale, None, r"takes inputs of torch.float32, torch.bfloat16, got torch.float16"),
+        (x.double(), scale, None, r"takes inputs of torch.float32, torch.bfloat16, torch.float16, got torch.float64"),
     ):
         with pytest.raises(RuntimeError, match=message):
             linear(bad_x, (*weight, bad_scale), form, (OUT, IN), bias)

@@ -12,9 +12,10 @@
 namespace {
 
 inline __m256 sell_load(const float *p) { return _mm256_loadu_ps(p); }
-inline __m256 sell_load(const uint16_t *p) {
+inline __m256 sell_load(const BFloat16 *p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
 }
+inline __m256 sell_load(const Float16 *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
 inline __m256 sell_load(const int8_t *p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
 }

@@ -5,6 +5,8 @@
 #include "activation.inc.h"
 #include "tilemask/pairmask.inc.h"
 #include "tilemask/quadmask.inc.h"
+// after the kernels
+#include "isa/dtypes.inc.h"
 
 namespace sparsify {
 
@@ -12,8 +14,7 @@ const KernelTable *avx512amx_table() {
     static const KernelTable table = [] {
         KernelTable with_amx = *avx512vnni_table();
         with_amx.name = "avx512amx";
-        with_amx.linear_int8[SPARSIFY_QUADMASK][SPARSIFY_F32] = linear_quantized_blocks<Quadmask, float>;
-        with_amx.linear_int8[SPARSIFY_QUADMASK][SPARSIFY_BF16] = linear_quantized_blocks<Quadmask, uint16_t>;
+        replace(with_amx.linear_int8[SPARSIFY_QUADMASK], OF_FORM(linear_quantized_blocks, Quadmask));
         with_amx.linear[SPARSIFY_PAIRMASK][SPARSIFY_BF16] = linear_pairmask;
         return with_amx;
     }();

@@ -8,6 +8,8 @@
 #include "quads/kernel.inc.h"
 #include "quadsteps/kernel.inc.h"
 #include "tilemask/quadmask.inc.h"
+// after the kernels
+#include "isa/dtypes.inc.h"
 
 namespace sparsify {
 
@@ -15,12 +17,9 @@ const KernelTable *avx512vnni_table() {
     static const KernelTable table = [] {
         KernelTable with_vnni = *avx512_table();
         with_vnni.name = "avx512vnni";
-        with_vnni.linear_int8[SPARSIFY_QUADS][SPARSIFY_F32] = linear_quads<float>;
-        with_vnni.linear_int8[SPARSIFY_QUADS][SPARSIFY_BF16] = linear_quads<uint16_t>;
-        with_vnni.linear_int8[SPARSIFY_QUADMASK][SPARSIFY_F32] = linear_quantized_blocks<Quadmask, float>;
-        with_vnni.linear_int8[SPARSIFY_QUADMASK][SPARSIFY_BF16] = linear_quantized_blocks<Quadmask, uint16_t>;
-        with_vnni.linear_int8[SPARSIFY_QUADSTEPS][SPARSIFY_F32] = linear_quantized_blocks<Quadsteps, float>;
-        with_vnni.linear_int8[SPARSIFY_QUADSTEPS][SPARSIFY_BF16] = linear_quantized_blocks<Quadsteps, uint16_t>;
+        replace(with_vnni.linear_int8[SPARSIFY_QUADS], OF_DTYPES(linear_quads));
+        replace(with_vnni.linear_int8[SPARSIFY_QUADMASK], OF_FORM(linear_quantized_blocks, Quadmask));
+        replace(with_vnni.linear_int8[SPARSIFY_QUADSTEPS], OF_FORM(linear_quantized_blocks, Quadsteps));
         return with_vnni;
     }();
     return &table;

@@ -6,6 +6,8 @@
 #include "quads/fill.inc.h"
 // after filling
 #include "quads/kernel.inc.h"
+// after the kernels
+#include "isa/dtypes.inc.h"
 
 namespace sparsify {
 
@@ -13,8 +15,7 @@ const KernelTable *avxvnni_table() {
     static const KernelTable table = [] {
         KernelTable with_vnni = *avx2_table();
         with_vnni.name = "avxvnni";
-        with_vnni.linear_int8[SPARSIFY_QUADS][SPARSIFY_F32] = linear_quads<float>;
-        with_vnni.linear_int8[SPARSIFY_QUADS][SPARSIFY_BF16] = linear_quads<uint16_t>;
+        replace(with_vnni.linear_int8[SPARSIFY_QUADS], OF_DTYPES(linear_quads));
         return with_vnni;
     }();
     return &table;

@@ -9,6 +9,8 @@
 #include "quads/kernel.inc.h"
 #include "quadsteps/kernel.inc.h"
 #include "tilemask/quadmask.inc.h"
+// after the kernels
+#include "isa/dtypes.inc.h"
 
 namespace sparsify {
 
@@ -16,12 +18,9 @@ const KernelTable *neondot_table() {
     static const KernelTable table = [] {
         KernelTable with_dot = *neon_table();
         with_dot.name = "neondot";
-        with_dot.linear_int8[SPARSIFY_QUADS][SPARSIFY_F32] = linear_quads<float>;
-        with_dot.linear_int8[SPARSIFY_QUADS][SPARSIFY_BF16] = linear_quads<uint16_t>;
-        with_dot.linear_int8[SPARSIFY_QUADMASK][SPARSIFY_F32] = linear_quantized_blocks<Quadmask, float>;
-        with_dot.linear_int8[SPARSIFY_QUADMASK][SPARSIFY_BF16] = linear_quantized_blocks<Quadmask, uint16_t>;
-        with_dot.linear_int8[SPARSIFY_QUADSTEPS][SPARSIFY_F32] = linear_quantized_blocks<Quadsteps, float>;
-        with_dot.linear_int8[SPARSIFY_QUADSTEPS][SPARSIFY_BF16] = linear_quantized_blocks<Quadsteps, uint16_t>;
+        replace(with_dot.linear_int8[SPARSIFY_QUADS], OF_DTYPES(linear_quads));
+        replace(with_dot.linear_int8[SPARSIFY_QUADMASK], OF_FORM(linear_quantized_blocks, Quadmask));
+        replace(with_dot.linear_int8[SPARSIFY_QUADSTEPS], OF_FORM(linear_quantized_blocks, Quadsteps));
         return with_dot;
     }();
     return &table;

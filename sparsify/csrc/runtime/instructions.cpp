@@ -37,13 +37,14 @@ unsigned saved_registers() {
 }
 
 Instructions look() {
-    constexpr unsigned FMA_POPCNT = bits(12, 23), BMI_AVX2_BMI2 = bits(3, 5, 8), F_DQ_BW_VL = bits(16, 17, 30, 31);
+    constexpr unsigned FMA_POPCNT_F16C = bits(12, 23, 29), BMI_AVX2_BMI2 = bits(3, 5, 8),
+                       F_DQ_BW_VL = bits(16, 17, 30, 31);
     constexpr unsigned VBMI_VBMI2 = bits(1, 6), VNNI = bits(11), AMX = bits(22, 24, 25), AVX_VNNI = bits(4);
     constexpr unsigned YMM = bits(1, 2), ZMM = bits(1, 2, 5, 6, 7);
     const unsigned saved = saved_registers();
     const Leaf basic(1, 0), extended(7, 0);
     Instructions found;
-    found.avx2 = all(saved, YMM) && all(basic.c, FMA_POPCNT) && all(extended.b, BMI_AVX2_BMI2);
+    found.avx2 = all(saved, YMM) && all(basic.c, FMA_POPCNT_F16C) && all(extended.b, BMI_AVX2_BMI2);
     found.avxvnni = found.avx2 && all(Leaf(7, 1).a, AVX_VNNI);
     found.avx512 = found.avx2 && all(saved, ZMM) && all(extended.b, F_DQ_BW_VL) && all(extended.c, VBMI_VBMI2);
     found.avx512vnni = found.avx512 && all(extended.c, VNNI);

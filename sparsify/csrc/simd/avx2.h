@@ -1,11 +1,16 @@
-// Vectors of 8 floats for AVX2 with FMA. Same names as simd/avx512.h.
+// Vectors of 8 floats for AVX2 with FMA and F16C. Same names as simd/avx512.h.
 #pragma once
 
 #include <immintrin.h>
 #include <stdint.h>
 #include <string.h>
 
+#include "simd/halves.h"
+
 namespace {
+
+using sparsify::BFloat16;
+using sparsify::Float16;
 
 constexpr int WIDTH = 8, N_REGISTERS = 16;
 using Vec = __m256;
@@ -58,34 +63,39 @@ inline __m256i first_n(int n) {
 }
 
 inline Vec load(const float *p) { return _mm256_loadu_ps(p); }
-inline Vec load(const uint16_t *p) { return widen(_mm_loadu_si128((const __m128i *)p)); }
+inline Vec load(const BFloat16 *p) { return widen(_mm_loadu_si128((const __m128i *)p)); }
+inline Vec load(const Float16 *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
 inline Vec load(const int8_t *p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
 }
 // to[i] = from[i] for 16 values: 3 shuffles, where two loads that widen take 4 instructions.
-inline void widen_two(const uint16_t *from, float *to) {
+inline void widen_two(const BFloat16 *from, float *to) {
     const __m256i a = _mm256_permute4x64_epi64(_mm256_loadu_si256((const __m256i *)from), 0xd8);
     _mm256_storeu_ps(to, _mm256_castsi256_ps(_mm256_unpacklo_epi16(_mm256_setzero_si256(), a)));
     _mm256_storeu_ps(to + 8, _mm256_castsi256_ps(_mm256_unpackhi_epi16(_mm256_setzero_si256(), a)));
 }
 inline Vec load_first(const float *p, int n) { return _mm256_maskload_ps(p, first_n(n)); }
-inline Vec load_first(const uint16_t *p, int n) {
-    uint16_t copy[8] = {};
+template <typename T>
+inline Vec load_first(const T *p, int n) {
+    T copy[8] = {};
     memcpy(copy, p, size_t(n < 8 ? n : 8) * sizeof *p);
     return load(copy);
 }
 inline void store(float *p, Vec a) { _mm256_storeu_ps(p, a); }
-inline void store(uint16_t *p, Vec a) { _mm_storeu_si128((__m128i *)p, narrow(a)); }
+inline void store(BFloat16 *p, Vec a) { _mm_storeu_si128((__m128i *)p, narrow(a)); }
+inline void store(Float16 *p, Vec a) { _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT)); }
 inline void store_first(float *p, Vec a, int n) { _mm256_maskstore_ps(p, first_n(n), a); }
-inline void store_first(uint16_t *p, Vec a, int n) {
-    uint16_t copy[8];
+template <typename T>
+inline void store_first(T *p, Vec a, int n) {
+    T copy[8];
     store(copy, a);
     memcpy(p, copy, size_t(n < 8 ? n : 8) * sizeof *p);
 }
 inline Vec broadcast(const float *p) { return _mm256_broadcast_ss(p); }
-inline Vec broadcast(const uint16_t *p) {
+inline Vec broadcast(const BFloat16 *p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_set1_epi16((short)*p), 16));
 }
+inline Vec broadcast(const Float16 *p) { return _mm256_cvtph_ps(_mm_set1_epi16((short)*p)); }
 
 // r[i][j] -> r[j][i] where r[i + 4] holds the upper halves of rows i and i + 4, r[i] the lower ones.
 inline void transpose_halves(Vec (&r)[8]) {

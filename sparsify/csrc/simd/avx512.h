@@ -5,7 +5,12 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "simd/halves.h"
+
 namespace {
+
+using sparsify::BFloat16;
+using sparsify::Float16;
 
 constexpr int WIDTH = 16, N_REGISTERS = 32;
 using Vec = __m512;
@@ -38,7 +43,7 @@ inline Vec look_up(const float (&table)[8], Vec at) {
     return _mm512_permutexvar_ps(_mm512_castps_si512(at), _mm512_broadcast_f32x8(_mm256_load_ps(table)));
 }
 
-// bfloat16 travels as uint16_t; it is widened on load and rounded to nearest even on store, NaN stays (quiet) NaN.
+// Floats of 16 bits are widened on load and rounded to nearest even on store, NaN stays (quiet) NaN.
 inline Vec widen(__m256i a) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(a), 16)); }
 inline __m256i narrow(Vec a) {
     const __m512i bits = _mm512_castps_si512(a);
@@ -51,20 +56,29 @@ inline __m256i narrow(Vec a) {
 inline Mask first_n(int n) { return _cvtu32_mask16(n >= 16 ? 0xffffu : (1u << n) - 1); }
 
 inline Vec load(const float *p) { return _mm512_loadu_ps(p); }
-inline Vec load(const uint16_t *p) { return widen(_mm256_loadu_si256((const __m256i *)p)); }
+inline Vec load(const BFloat16 *p) { return widen(_mm256_loadu_si256((const __m256i *)p)); }
+inline Vec load(const Float16 *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 inline Vec load(const int8_t *p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
 }
 inline Vec load_first(const float *p, int n) { return _mm512_maskz_loadu_ps(first_n(n), p); }
-inline Vec load_first(const uint16_t *p, int n) { return widen(_mm256_maskz_loadu_epi16(first_n(n), p)); }
+inline Vec load_first(const BFloat16 *p, int n) { return widen(_mm256_maskz_loadu_epi16(first_n(n), p)); }
+inline Vec load_first(const Float16 *p, int n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_n(n), p)); }
 inline void store(float *p, Vec a) { _mm512_storeu_ps(p, a); }
-inline void store(uint16_t *p, Vec a) { _mm256_storeu_si256((__m256i *)p, narrow(a)); }
+inline void store(BFloat16 *p, Vec a) { _mm256_storeu_si256((__m256i *)p, narrow(a)); }
+inline void store(Float16 *p, Vec a) {
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+}
 inline void store_first(float *p, Vec a, int n) { _mm512_mask_storeu_ps(p, first_n(n), a); }
-inline void store_first(uint16_t *p, Vec a, int n) { _mm256_mask_storeu_epi16(p, first_n(n), narrow(a)); }
+inline void store_first(BFloat16 *p, Vec a, int n) { _mm256_mask_storeu_epi16(p, first_n(n), narrow(a)); }
+inline void store_first(Float16 *p, Vec a, int n) {
+    _mm256_mask_storeu_epi16(p, first_n(n), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+}
 inline Vec broadcast(const float *p) { return _mm512_set1_ps(*p); }
-inline Vec broadcast(const uint16_t *p) {
+inline Vec broadcast(const BFloat16 *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_set1_epi16((short)*p), 16));
 }
+inline Vec broadcast(const Float16 *p) { return _mm512_cvtph_ps(_mm256_set1_epi16((short)*p)); }
 
 // In each quarter of four vectors: to[i][j] = s[j][i].
 inline void transpose_quarters(const Vec (&s)[4], Vec *to) {

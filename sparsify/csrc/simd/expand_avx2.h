@@ -48,7 +48,7 @@ inline Vec expand(const T *packed, unsigned mask) {
     return keep(_mm256_permutevar8x32_ps(load(packed), lanes), lanes);
 }
 template <>
-inline Vec expand(const uint16_t *packed, unsigned mask) {
+inline Vec expand(const BFloat16 *packed, unsigned mask) {
     const __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)packed));
     const __m256i bytes = _mm256_load_si256((const __m256i *)WIDENING_TABLE.rows[mask]);
     return _mm256_castsi256_ps(_mm256_shuffle_epi8(twice, bytes));

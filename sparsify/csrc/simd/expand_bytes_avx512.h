@@ -15,7 +15,7 @@ inline IntVec expand(const int8_t *packed, uint64_t mask) {
 }
 
 // Number i of the result is the next of `packed` if bit i of mask is set, else 0. Reads 64 bytes.
-inline IntVec expand(const uint16_t *packed, uint32_t mask) {
+inline IntVec expand(const BFloat16 *packed, uint32_t mask) {
     IntVec spread;
     const IntVec from = _mm512_loadu_si512(packed);
     asm("vpxord %0, %0, %0\n\tvpexpandw %1, %0%{%2%}" : "=&v"(spread) : "v"(from), "Yk"(_cvtu32_mask32(mask)));

@@ -55,10 +55,7 @@ inline Vec keep(Vec a, uint8x16_t shuffle) {
 
 inline uint8x16_t shuffle_of(const uint8_t (&row)[32], int half) { return vld1q_u8(row + 16 * half); }
 
-// Lane l is the next packed value if bit l of mask is set, else 0. Reads eight values.
-inline Expanded expand_eight(const float *packed, unsigned mask) {
-    const uint8_t *from = reinterpret_cast<const uint8_t *>(packed);
-    const uint8x16x2_t values = {{vld1q_u8(from), vld1q_u8(from + 16)}};
+inline Expanded expand_floats(uint8x16x2_t values, unsigned mask) {
     Expanded all;
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
@@ -67,8 +64,13 @@ inline Expanded expand_eight(const float *packed, unsigned mask) {
     }
     return all;
 }
-inline Expanded expand_eight(const uint16_t *packed, unsigned mask) {
-    const uint8x16_t values = vreinterpretq_u8_u16(vld1q_u16(packed));
+
+// Lane l is the next packed value if bit l of mask is set, else 0. Reads eight values.
+inline Expanded expand_eight(const float *packed, unsigned mask) {
+    return expand_floats({{vreinterpretq_u8_f32(load(packed)), vreinterpretq_u8_f32(load(packed + 4))}}, mask);
+}
+inline Expanded expand_eight(const BFloat16 *packed, unsigned mask) {
+    const uint8x16_t values = vld1q_u8(reinterpret_cast<const uint8_t *>(packed));
     Expanded all;
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
@@ -76,6 +78,9 @@ inline Expanded expand_eight(const uint16_t *packed, unsigned mask) {
         all.w[half] = vreinterpretq_f32_u8(vqtbl1q_u8(values, all.shuffles[half]));
     }
     return all;
+}
+inline Expanded expand_eight(const Float16 *packed, unsigned mask) {  // widened first: a shift less for four lanes
+    return expand_floats({{vreinterpretq_u8_f32(load(packed)), vreinterpretq_u8_f32(load(packed + 4))}}, mask);
 }
 // A byte at the top of a lane is 2^24 times its value: the conversion to float32 divides again, exactly.
 inline Expanded expand_eight(const int8_t *packed, unsigned mask) {

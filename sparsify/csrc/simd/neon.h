@@ -5,9 +5,14 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "simd/halves.h"
+
 #define SIMD_NEON 1  // kernels that have loops of their own for it; the portable ones are compiled for aarch64 as well
 
 namespace {
+
+using sparsify::BFloat16;
+using sparsify::Float16;
 
 constexpr int WIDTH = 4, N_REGISTERS = 32;
 using Vec = float32x4_t;
@@ -54,7 +59,15 @@ inline uint16x4_t narrow(Vec a) {
 }
 
 inline Vec load(const float *p) { return vld1q_f32(p); }
-inline Vec load(const uint16_t *p) { return widen(vld1_u16(p)); }
+// By memcpy: a load by intrinsic would take what p points to for a uint16_t.
+template <typename T>
+inline uint16x4_t four_halves(const T *p) {
+    uint16x4_t four;
+    memcpy(&four, p, sizeof four);
+    return four;
+}
+inline Vec load(const BFloat16 *p) { return widen(four_halves(p)); }
+inline Vec load(const Float16 *p) { return vcvt_f32_f16(vreinterpret_f16_u16(four_halves(p))); }
 inline Vec load(const int8_t *p) {
     int32_t four;
     memcpy(&four, p, sizeof four);
@@ -67,7 +80,14 @@ inline Vec load_first(const T *p, int n) {
     return load(copy);
 }
 inline void store(float *p, Vec a) { vst1q_f32(p, a); }
-inline void store(uint16_t *p, Vec a) { vst1_u16(p, narrow(a)); }
+inline void store(BFloat16 *p, Vec a) {
+    const uint16x4_t four = narrow(a);
+    memcpy(p, &four, sizeof four);
+}
+inline void store(Float16 *p, Vec a) {
+    const float16x4_t four = vcvt_f16_f32(a);
+    memcpy(p, &four, sizeof four);
+}
 template <typename T>
 inline void store_first(T *p, Vec a, int n) {
     T copy[4];
@@ -75,7 +95,8 @@ inline void store_first(T *p, Vec a, int n) {
     memcpy(p, copy, size_t(n < 4 ? n : 4) * sizeof *p);
 }
 inline Vec broadcast(const float *p) { return vld1q_dup_f32(p); }
-inline Vec broadcast(const uint16_t *p) { return widen(vld1_dup_u16(p)); }
+inline Vec broadcast(const BFloat16 *p) { return widen(vdup_n_u16(uint16_t(*p))); }
+inline Vec broadcast(const Float16 *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(uint16_t(*p)))); }
 
 // r[i][j] -> r[j][i]
 inline void transpose(Vec (&r)[4]) {

@@ -6,7 +6,12 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "simd/scalar.h"
+
 namespace {
+
+using sparsify::BFloat16;
+using sparsify::Float16;
 
 constexpr int WIDTH = 4, N_REGISTERS = 16;
 typedef float Vec __attribute__((vector_size(16)));
@@ -40,30 +45,18 @@ inline Vec scale_by_power_of_two(Vec a, Vec n) {
 inline Mask less(Vec a, Vec b) { return a < b; }
 inline Mask is_nan(Vec a) { return a != a; }
 
-inline float widen(uint16_t a) {
-    const uint32_t bits = (uint32_t)a << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-inline uint16_t narrow(float a) {
-    uint32_t bits;
-    memcpy(&bits, &a, sizeof bits);
-    if (a != a) return (uint16_t)((bits | 0x400000) >> 16);
-    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
 inline Vec load(const float *p) {
     Vec a;
     memcpy(&a, p, sizeof a);
     return a;
 }
-inline Vec load(const uint16_t *p) {
+inline Vec load(const BFloat16 *p) {
     typedef uint16_t Halves __attribute__((vector_size(8)));
     Halves a;
     memcpy(&a, p, sizeof a);
     return (Vec)(__builtin_convertvector(a, Bits) << 16);
 }
+inline Vec load(const Float16 *p) { return Vec{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}; }
 inline Vec load(const int8_t *p) { return Vec{float(p[0]), float(p[1]), float(p[2]), float(p[3])}; }
 template <typename T>
 inline Vec load_first(const T *p, int n) {
@@ -72,8 +65,9 @@ inline Vec load_first(const T *p, int n) {
     return load(copy);
 }
 inline void store(float *p, Vec a) { memcpy(p, &a, sizeof a); }
-inline void store(uint16_t *p, Vec a) {
-    for (int i = 0; i < 4; ++i) p[i] = narrow(a[i]);
+template <typename Half>
+inline void store(Half *p, Vec a) {
+    for (int i = 0; i < 4; ++i) p[i] = rounded_to<Half>(a[i]);
 }
 template <typename T>
 inline void store_first(T *p, Vec a, int n) {
@@ -82,7 +76,10 @@ inline void store_first(T *p, Vec a, int n) {
     memcpy(p, copy, size_t(n < 4 ? n : 4) * sizeof *p);
 }
 inline Vec broadcast(const float *p) { return set1(*p); }
-inline Vec broadcast(const uint16_t *p) { return set1(widen(*p)); }
+template <typename Half>
+inline Vec broadcast(const Half *p) {
+    return set1(to_float(*p));
+}
 
 inline void transpose(Vec (&r)[4]) {
     for (int i = 0; i < 4; ++i)

@@ -8,6 +8,7 @@
 #include "few_tokens.inc.h"
 #include "runtime/kernels.h"
 #include "runtime/threads.h"
+#include "simd/scalar.h"
 #include "sparsify.h"
 #include "tilemask/format.h"
 #ifdef __AMX_BF16__
@@ -28,28 +29,28 @@ struct PairmaskBatch {
     const LinearCall *call;
     const TileMaskView<PAIRMASK_GROUP> *view;
     int64_t first_token, n_tokens;
-    uint16_t *rows;  // the copies, stride apart
+    BFloat16 *rows;  // the copies, stride apart
     int64_t stride;
     bool finite[PAIRMASK_BATCH_TOKENS];
     int64_t first_block, end_block, blocks_per_task;
 
-    const uint16_t *x(int64_t token) const {
-        return static_cast<const uint16_t *>(call->x) + (first_token + token) * call->x_stride;
+    const BFloat16 *x(int64_t token) const {
+        return static_cast<const BFloat16 *>(call->x) + (first_token + token) * call->x_stride;
     }
 };
 
-inline bool is_finite(uint16_t a) { return (a & 0x7f80) != 0x7f80; }
+inline bool is_finite(BFloat16 a) { return (uint16_t(a) & 0x7f80) != 0x7f80; }
 
 // Copies the tokens of a task.
 int copy_tokens(const void *context, int64_t task) {
     PairmaskBatch &batch = **static_cast<PairmaskBatch *const *>(context);
     const int64_t in = batch.call->in, first = task * PAIRMASK_TOKENS_PER_TASK, end = first + PAIRMASK_TOKENS_PER_TASK;
     for (int64_t t = first; t < end && t < batch.n_tokens; ++t) {
-        const uint16_t *x = batch.x(t);
-        uint16_t *row = batch.rows + t * batch.stride;
+        const BFloat16 *x = batch.x(t);
+        BFloat16 *row = batch.rows + t * batch.stride;
         unsigned n_finite = 0;
         for (int64_t k = 0; k < in; ++k) {
-            row[k] = is_finite(x[k]) ? x[k] : uint16_t(0);
+            row[k] = is_finite(x[k]) ? x[k] : BFloat16(0);
             n_finite += is_finite(x[k]);
         }
         memset(row + in, 0, size_t(batch.stride - in) * sizeof *row);
@@ -58,36 +59,29 @@ int copy_tokens(const void *context, int64_t task) {
     return SPARSIFY_OK;
 }
 
-inline float bf16_to_float(uint16_t a) {
-    const uint32_t bits = uint32_t(a) << 16;
-    float wide;
-    memcpy(&wide, &bits, sizeof wide);
-    return wide;
-}
-
 // Calls visit(row of the block, input, weight) for the weights of the pairs from `first` to before `end`. Moves past
 // what it read.
 template <typename Visit>
-inline void for_each_weight(const uint32_t *&masks, const uint16_t *&values, int64_t n_tiles, int64_t first,
+inline void for_each_weight(const uint32_t *&masks, const BFloat16 *&values, int64_t n_tiles, int64_t first,
                             int64_t end, Visit visit) {
     for (int64_t pair = first; pair < end; ++pair)
         for (int64_t tile = 0; tile < n_tiles; ++tile)
             for (uint32_t mask = *masks++; mask; mask &= mask - 1) {
                 const int bit = __builtin_ctz(mask);
-                visit(tile * TILEMASK_TILE_ROWS + bit / 2, 2 * pair + bit % 2, bf16_to_float(*values++));
+                visit(tile * TILEMASK_TILE_ROWS + bit / 2, 2 * pair + bit % 2, to_float(*values++));
             }
 }
 
 #ifndef __AMX_BF16__
 // sums[row of the block] for one token.
-void multiply_block(int64_t n_tiles, const uint32_t *masks, const uint16_t *values, int64_t n_pairs, const uint16_t *x,
+void multiply_block(int64_t n_tiles, const uint32_t *masks, const BFloat16 *values, int64_t n_pairs, const BFloat16 *x,
                     float *sums) {
     memset(sums, 0, TILEMASK_BLOCK_ROWS * sizeof *sums);
     for (int64_t pair = 0; pair < n_pairs; pair += PAIRMASK_PAIRS_PER_SUM) {
         const int64_t end = pair + PAIRMASK_PAIRS_PER_SUM < n_pairs ? pair + PAIRMASK_PAIRS_PER_SUM : n_pairs;
         float part[TILEMASK_BLOCK_ROWS] = {};
         for_each_weight(masks, values, n_tiles, pair, end,
-                        [&](int64_t row, int64_t input, float w) { part[row] += w * bf16_to_float(x[input]); });
+                        [&](int64_t row, int64_t input, float w) { part[row] += w * to_float(x[input]); });
         for (int row = 0; row < TILEMASK_BLOCK_ROWS; ++row) sums[row] += part[row];
     }
 }
@@ -97,17 +91,17 @@ void multiply_block(int64_t n_tiles, const uint32_t *masks, const uint16_t *valu
 void finish_pairmask(const PairmaskBatch &batch, int64_t block, int64_t first, int64_t n, float *sums) {
     const LinearCall &call = *batch.call;
     const Rows rows = part_of_call(call, block * TILEMASK_BLOCK_ROWS, TILEMASK_BLOCK_ROWS);
-    const uint16_t *bias = call.bias ? static_cast<const uint16_t *>(call.bias) + rows.first : nullptr;
-    uint16_t *y = static_cast<uint16_t *>(call.y) + (batch.first_token + first) * call.y_stride;
+    const BFloat16 *bias = call.bias ? static_cast<const BFloat16 *>(call.bias) + rows.first : nullptr;
+    BFloat16 *y = static_cast<BFloat16 *>(call.y) + (batch.first_token + first) * call.y_stride;
     for (int64_t t = 0; t < n; ++t) {
         float *const of_token = sums + t * TILEMASK_BLOCK_ROWS;
         if (!batch.finite[first + t]) {
-            const uint16_t *x = batch.x(first + t), *values = static_cast<const uint16_t *>(call.values);
+            const BFloat16 *x = batch.x(first + t), *values = static_cast<const BFloat16 *>(call.values);
             const uint32_t *masks = batch.view->masks_of(block);
             values += batch.view->block_values[block];
             for_each_weight(masks, values, tilemask_n_tiles(call.out, block), 0,
                             tilemask_n_groups(PAIRMASK_GROUP, call.in), [&](int64_t row, int64_t input, float w) {
-                                if (!is_finite(x[input])) of_token[row] += w * bf16_to_float(x[input]);
+                                if (!is_finite(x[input])) of_token[row] += w * to_float(x[input]);
                             });
         }
         finish_block(of_token + rows.skipped, nullptr, bias, y + t * call.y_stride + rows.first - call.first_row,
@@ -123,7 +117,7 @@ int run_pairmask_task(const void *context, int64_t task) {
     for (int64_t block = first; block < first + batch.blocks_per_task && block < batch.end_block; ++block) {
         const int64_t n_tiles = tilemask_n_tiles(call.out, block);
         const uint32_t *masks = batch.view->masks_of(block);
-        const uint16_t *values = static_cast<const uint16_t *>(call.values) + batch.view->block_values[block];
+        const BFloat16 *values = static_cast<const BFloat16 *>(call.values) + batch.view->block_values[block];
         // And what is read past the rows of a token that begin within them.
 #ifdef __AMX_BF16__
         alignas(64) float sums[PAIRMASK_BATCH_TOKENS * TILEMASK_BLOCK_ROWS + WIDTH];
@@ -158,7 +152,7 @@ int linear_pairmask(const LinearCall &call) {
         batch.first_token = first;
         batch.n_tokens = left < PAIRMASK_BATCH_TOKENS ? left : PAIRMASK_BATCH_TOKENS;
         const int64_t padded = (batch.n_tokens + 15) / 16 * 16;
-        batch.rows = static_cast<uint16_t *>(thread_scratch(size_t(padded * batch.stride) * sizeof(uint16_t)));
+        batch.rows = static_cast<BFloat16 *>(thread_scratch(size_t(padded * batch.stride) * sizeof(BFloat16)));
         if (!batch.rows) return SPARSIFY_NO_MEMORY;
         const int64_t n_copying = (batch.n_tokens + PAIRMASK_TOKENS_PER_TASK - 1) / PAIRMASK_TOKENS_PER_TASK;
         if (const int status = run_tasks(n_copying, call.n_threads, copy_tokens, &context)) return status;

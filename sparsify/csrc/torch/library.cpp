@@ -46,6 +46,7 @@ bool fill(Torch &torch) {
            set(in, "aoti_torch_delete_tensor_object", torch.delete_tensor_object) &&
            set(in, "aoti_torch_dtype_float32", torch.dtype_float32) &&
            set(in, "aoti_torch_dtype_bfloat16", torch.dtype_bfloat16) &&
+           set(in, "aoti_torch_dtype_float16", torch.dtype_float16) &&
            set(in, "aoti_torch_dtype_int8", torch.dtype_int8) && set(in, "aoti_torch_dtype_uint8", torch.dtype_uint8) &&
            set(in, "aoti_torch_device_type_cpu", torch.device_type_cpu) &&
            set(in, "torch_get_num_threads", torch.get_num_threads);

@@ -34,6 +34,7 @@ struct Torch {
     Error (*delete_tensor_object)(TensorHandle *);
     int32_t (*dtype_float32)();
     int32_t (*dtype_bfloat16)();
+    int32_t (*dtype_float16)();
     int32_t (*dtype_int8)();
     int32_t (*dtype_uint8)();
     int32_t (*device_type_cpu)();

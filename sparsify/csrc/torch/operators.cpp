@@ -54,14 +54,20 @@ struct Weight {
     int64_t out = 0, in = 0, activation = 0;
 };
 
+// The number of the dtype of x, or -1 where no kernel takes it.
+int dtype_of(const Torch &torch, const Tensor &x) {
+    if (x.dtype == torch.dtype_float32()) return SPARSIFY_F32;
+    if (x.dtype == torch.dtype_bfloat16()) return SPARSIFY_BF16;
+    return x.dtype == torch.dtype_float16() ? SPARSIFY_F16 : -1;
+}
+
 void check_weight(const Torch &torch, const Tensor &x, Weight &weight, bool is_int8) {
-    weight.dtype = x.dtype == torch.dtype_bfloat16() ? SPARSIFY_BF16 : SPARSIFY_F32;
-    const bool floats = x.dtype == torch.dtype_float32() || x.dtype == torch.dtype_bfloat16();
-    if (!floats || weight.values.dtype != (is_int8 ? torch.dtype_int8() : x.dtype) ||
+    weight.dtype = dtype_of(torch, x);
+    if (weight.dtype < 0 || weight.values.dtype != (is_int8 ? torch.dtype_int8() : x.dtype) ||
         (weight.bias && weight.bias.dtype != x.dtype) || (weight.scale && weight.scale.dtype != torch.dtype_float32()))
         throw Failure(
-            "sparsify: the input, the values and the bias of a layer have to be of one type, float32 or "
-            "bfloat16");
+            "sparsify: the input, the values and the bias of a layer have to be of one type, float32, "
+            "bfloat16 or float16");
     if ((weight.bias && weight.bias.n != weight.out) || (weight.scale && weight.scale.n != weight.out))
         throw Failure("sparsify: bias and scale have an entry for each of the %lld outputs", (long long)weight.out);
     weight.values.make_contiguous();

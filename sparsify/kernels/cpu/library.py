@@ -2,7 +2,7 @@
 
 The library sparsify/_native.so (sources in sparsify/csrc, interface in csrc/sparsify.h) is loaded at import with
 ctypes, after torch, so that both share one OpenMP runtime; calls release the GIL. A packed weight is two plain
-tensors: `index` (uint8) and `values` (float32 or bfloat16, or int8 beside a scale for each row).
+tensors: `index` (uint8) and `values` (of DTYPES, or int8 beside a scale for each row).
 """
 
 import ctypes
@@ -28,9 +28,9 @@ PAIRMASK = "pairmask"
 FORM_NAMES = ("panel", "bitmask", "gather", *QUANTIZES_INPUTS, PAIRMASK, "sell")
 FORM_NUMBERS = {form: number for number, form in enumerate(FORM_NAMES)}
 MOST_QUANTIZED_IN = 65536  # SPARSIFY_MOST_QUANTIZED_IN
-INTERFACE = 8  # SPARSIFY_INTERFACE
+INTERFACE = 9  # SPARSIFY_INTERFACE
 ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4, "hardswish": 5, "relu6": 6}
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _PACKAGE = Path(__file__).resolve().parents[2]
 _LIBRARY = Path(os.environ.get("SPARSIFY_NATIVE_LIBRARY", _PACKAGE / "_native.so"))

@@ -13,7 +13,7 @@ from torch.nn import functional
 from sparsify.kernels.cpu import library as native
 
 FORMS = native.FORMS
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # (out, in): nothing in, one, odd, prime, around a tile (16 rows), a block of rows (64), a window of columns (32), a
 # block of columns (128 to 240), a window of rows (128); a crowded stride; a tile too wide to be kept whole.
 SHAPES = [
@@ -105,8 +105,14 @@ def exact_and_allowed_error(
     dense = act(functional.linear(x, weight, bias))
     # Few terms, few roundings: torch may be exact where we round once. A last place of the largest term is allowed.
     largest = functional.linear(x.double().abs(), weight.double().abs(), None if bias is None else bias.double().abs())
-    slack = 4 * torch.finfo(torch.float32).eps * largest + torch.finfo(x.dtype).eps * exact.abs()
+    slack = 4 * torch.finfo(torch.float32).eps * largest + rounding_error(exact, x.dtype)
     return exact, 2 * (dense.double() - exact).abs().max() + slack
+
+
+def rounding_error(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """How far a result that is rounded to a dtype may be from `exact`; less than 1e-37 may be flushed to zero."""
+    info = torch.finfo(dtype)
+    return info.eps * exact.double().abs() + max(info.smallest_normal * info.eps, 1e-37)
 
 
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from table import ACTIVATIONS, DTYPES, before_a_guard_page
+from table import ACTIVATIONS, DTYPES, before_a_guard_page, rounding_error
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -77,7 +77,7 @@ def test_depthwise_over_the_table(kernel, dtype, geometry):
         # A chain of n additions is off by at most n units of 2^-24 of the sum of sizes (Higham, section 3.1), a norm
         # rounds 9 times; an activation has a slope of at most 1.5 and 4 units of its own; the output is rounded once.
         n_roundings = geometry.kernel[0] * geometry.kernel[1] + 9 + 4
-        allowed = 1.5 * n_roundings * 2**-24 * sizes + torch.finfo(dtype).eps * wanted.abs() + 1e-37
+        allowed = 1.5 * n_roundings * 2**-24 * sizes + rounding_error(wanted, dtype)
         error = (y.double() - wanted).abs()
         assert bool((error <= allowed).all()), f"{size}: error {error.max():.3g}, allowed {allowed.max():.3g}"
         n_cases += 1

@@ -13,6 +13,7 @@ from table import (
     before_a_guard_page,
     cases,
     random_weight,
+    rounding_error,
     to_csr,
 )
 from torch import Tensor
@@ -62,7 +63,7 @@ def assert_right(
     # split into about sqrt(n) parts of sqrt(n), and an activation has a slope of at most 1.5 and 4 units of its own.
     size = (x.double().abs() @ weight.double().abs().T) * scale.double() + (0 if bias is None else bias.double().abs())
     n = 4 * max(x.shape[-1], 1) ** 0.5 + 16
-    bound = 1.5 * n * 2**-24 * size + torch.finfo(x.dtype).eps * exact.double().abs() + 1e-37
+    bound = 1.5 * n * 2**-24 * size + rounding_error(exact, x.dtype)
     assert bool(((y.double() - exact.double()).abs() <= bound).all())
 
 

@@ -6,10 +6,15 @@
 #include <string.h>
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "guarded.h"
+#include "simd/halves.h"
 #include "sparsify.h"
+
+using sparsify::BFloat16;
+using sparsify::Float16;
 
 struct Random {
     uint64_t state;
@@ -21,18 +26,45 @@ struct Random {
     float around_zero() { return float(2 * uniform() - 1); }  // about as large as a normal one
 };
 
+// The number of a dtype, and how far a result may be from what it was before it was rounded to the dtype: a share of
+// it, and the half of the smallest step.
+template <typename T>
+constexpr int DTYPE = std::is_same_v<T, float>      ? SPARSIFY_F32
+                      : std::is_same_v<T, BFloat16> ? SPARSIFY_BF16
+                                                    : SPARSIFY_F16;
+template <typename T>
+constexpr double UNIT = std::is_same_v<T, float>      ? 0
+                        : std::is_same_v<T, BFloat16> ? 1.0 / 256
+                                                      : 1.0 / 2048;
+template <typename T>
+constexpr double SMALLEST = std::is_same_v<T, Float16> ? 1.0 / (1 << 25) : 1e-38;
+
 inline float to_float(float a) { return a; }
 inline float to_float(int8_t a) { return a; }
-inline float to_float(uint16_t a) {
+inline float to_float(BFloat16 a) {
     const uint32_t bits = uint32_t(a) << 16;
     float wide;
     memcpy(&wide, &bits, sizeof wide);
     return wide;
 }
+inline float to_float(Float16 a) {
+    const int exponent = int(a) >> 10 & 31, significand = int(a) & 1023;
+    const double size = exponent == 31  ? (significand ? NAN : INFINITY)
+                        : exponent == 0 ? ldexp(significand, -24)
+                                        : ldexp(significand + 1024, exponent - 25);
+    return float(int(a) & 0x8000 ? -size : size);
+}
 template <typename T>
 T from_float(float a) {
     if constexpr (std::is_same_v<T, float>) return a;
     if constexpr (std::is_same_v<T, int8_t>) return int8_t(lrintf(a * 127));
+    if constexpr (std::is_same_v<T, Float16>) {
+        const double size = fabs(double(a));
+        const int sign = std::signbit(a) ? 0x8000 : 0;
+        if (!(size < 65520)) return T(sign | (size == size ? 0x7c00 : 0x7e00));
+        const int exponent = size < ldexp(1, -14) ? -14 : ilogb(size);
+        return T(sign | (((exponent + 14) << 10) + int(nearbyint(ldexp(size, 10 - exponent)))));
+    }
     uint32_t bits;
     memcpy(&bits, &a, sizeof bits);
     return T((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
@@ -134,8 +166,9 @@ inline double activated(double a, int64_t activation) {
 // How far a result of n products may be from the exact one. Each of n products and sums is rounded once, a scale and a
 // bias too, in whatever order: (n + 3) u of the sum of magnitudes, u = 2^-24 (Higham 2002, (3.5)), twice to be above
 // the terms of second order. No activation makes an error more than 1.5 times larger, and each is good to 4 units in
-// the last place, or to one of its input, which is at most `magnitudes`; the result is rounded to its dtype.
-inline double allowed_error(double exact, double magnitudes, int64_t n, double unit) {
+// the last place, or to one of its input, which is at most `magnitudes`; the result is rounded to its dtype, T.
+template <typename T>
+double allowed_error(double exact, double magnitudes, int64_t n) {
     constexpr double U = 1.0 / (1 << 24);
-    return 2 * 1.5 * double(n + 4) * U * magnitudes + 8 * U * fabs(exact) + unit * fabs(exact) + 1e-38;
+    return 2 * 1.5 * double(n + 4) * U * magnitudes + (8 * U + UNIT<T>)*fabs(exact) + SMALLEST<T>;
 }

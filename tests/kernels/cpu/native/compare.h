@@ -29,8 +29,7 @@ void compare_arrays(const Guarded &found, const Guarded &wanted, bool exactly, d
                     const char *tested, const char *what) {
     for (size_t i = 0; i < wanted.size() / sizeof(T); ++i) {
         const double a = to_float(found.data<T>()[i]), b = to_float(wanted.data<T>()[i]);
-        const double unit = sizeof(T) == 2 ? 1.0 / 128 : 0;  // two roundings
-        const double allowed = exactly ? 0 : 2 * allowed_error(b, magnitude, n_products, unit);
+        const double allowed = exactly ? 0 : 2 * allowed_error<T>(b, magnitude, n_products);  // each one's
         demand(std::isfinite(b) && fabs(a - b) <= allowed, tested, what, a - b);
     }
 }

@@ -80,7 +80,7 @@ Guarded convolution(const Image &image, const Packed<T> &packed, const Guarded &
     sparsify_convolution_call call = image_call<T>(image, x, y, with, ending, activation, last, n_threads);
     call.index = packed.index.data();
     call.values = packed.values.data();
-    if (sparsify_convolution(sizeof(T) == 4 ? SPARSIFY_F32 : SPARSIFY_BF16, &call)) abort();
+    if (sparsify_convolution(DTYPE<T>, &call)) abort();
     return y;
 }
 
@@ -90,7 +90,7 @@ Guarded depthwise(const Image &image, const Guarded &kernels, const Guarded &x, 
     Guarded y(outputs_of(image) * sizeof(T));
     sparsify_convolution_call call = image_call<T>(image, x, y, with, ending, activation, last, n_threads);
     call.values = kernels.data();
-    if (sparsify_depthwise(sizeof(T) == 4 ? SPARSIFY_F32 : SPARSIFY_BF16, &call)) abort();
+    if (sparsify_depthwise(DTYPE<T>, &call)) abort();
     return y;
 }
 
@@ -104,7 +104,7 @@ Guarded pointwise(const Image &image, const Packed<T> &packed, const Guarded &x,
     call.n_images = image.n;
     call.x_image_stride = image.channels * plane;
     call.y_image_stride = image.out * plane;
-    if (sparsify_pointwise(sizeof(T) == 4 ? SPARSIFY_F32 : SPARSIFY_BF16, &call)) abort();
+    if (sparsify_pointwise(DTYPE<T>, &call)) abort();
     return y;
 }
 
@@ -127,7 +127,7 @@ void check_endings(const Image &image, const Csr &csr, const Guarded &x, const E
             if (adds(ending)) wanted += with.residual.data<float>()[at];
             wanted = wanted > 0 ? wanted : 0;
             const double error = found.data<float>()[at] - wanted;
-            demand(fabs(error) <= 2 * allowed_error(wanted, magnitude, csr.in + 6, 0), tested, "ending", error);
+            demand(fabs(error) <= 2 * allowed_error<float>(wanted, magnitude, csr.in + 6), tested, "ending", error);
         }
     }
 }
@@ -198,8 +198,8 @@ void compare_depthwise(Image image, const char *tested, bool exactly) {
                     sum += double(to_float(kernels.data<T>()[channel * taps + tap])) *
                            to_float(x.data<T>()[(plane * image.height + i) * image.width + j]);
                 }
-                const double error = to_float(*value) - sum, unit = sizeof(T) == 2 ? 1.0 / 256 : 0;
-                demand(fabs(error) <= 2 * allowed_error(sum, magnitude, taps, unit), tested, "depthwise sum", error);
+                const double error = to_float(*value) - sum;
+                demand(fabs(error) <= 2 * allowed_error<T>(sum, magnitude, taps), tested, "depthwise sum", error);
             }
     }
 }
@@ -210,12 +210,14 @@ void compare_images(const char *tested, bool exactly, std::map<std::string, int>
     for (const Image &image : IMAGES)
         for (const double sparsity : {0.0, 0.7, 0.95}) {
             compare_image<float>(image, sparsity, tested, exactly);
-            compare_image<uint16_t>(image, sparsity, tested, exactly);
-            n_compared[std::string("images") + (exactly ? ", bit for bit" : ", within the bound")] += 12 + 8;
+            compare_image<BFloat16>(image, sparsity, tested, exactly);
+            compare_image<Float16>(image, sparsity, tested, exactly);
+            n_compared[std::string("images") + (exactly ? ", bit for bit" : ", within the bound")] += 12 + 8 + 8;
         }
     for (const Image &image : DEPTHWISE) {
         compare_depthwise<float>(image, tested, exactly);
-        compare_depthwise<uint16_t>(image, tested, exactly);
-        n_compared[std::string("depthwise") + (exactly ? ", bit for bit" : ", within the bound")] += 4 + 2;
+        compare_depthwise<BFloat16>(image, tested, exactly);
+        compare_depthwise<Float16>(image, tested, exactly);
+        n_compared[std::string("depthwise") + (exactly ? ", bit for bit" : ", within the bound")] += 4 + 2 + 2;
     }
 }

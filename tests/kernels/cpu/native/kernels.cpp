@@ -97,9 +97,8 @@ Guarded run(const Form &form, const Case &c, const Inputs<T> &from, const Packed
                    c.first_row,
                    c.end_row};
     call.scale = from.scale.template data<float>();
-    const int dtype = std::is_same_v<T, float> ? SPARSIFY_F32 : SPARSIFY_BF16;
-    const int status = sizeof(W) == 1 ? sparsify_linear_int8(form.number, dtype, &call)
-                                      : sparsify_linear(form.number, dtype, &call.linear);
+    const int status = sizeof(W) == 1 ? sparsify_linear_int8(form.number, DTYPE<T>, &call)
+                                      : sparsify_linear(form.number, DTYPE<T>, &call.linear);
     if (status) fail(c.text(form.name), status, 0, 0);
     return y;
 }
@@ -129,8 +128,7 @@ void compare_with_exact(const Form &form, const Csr &csr, const Case &c, const I
             const double scale = sizeof(W) == 1 ? from.scale.template data<float>()[o] : 1;
             const double bias = c.has_bias ? to_float(from.bias.template data<T>()[o]) : 0;
             const double exact = activated(sum * scale + bias, c.activation);
-            const double unit = sizeof(T) == 2 ? 1.0 / 256 : 0;
-            const double allowed = allowed_error(exact, magnitudes * scale + fabs(bias), end - first, unit);
+            const double allowed = allowed_error<T>(exact, magnitudes * scale + fabs(bias), end - first);
             const double found = to_float(y[t * width + o - c.first_row]);
             if (std::isfinite(exact) ? !(fabs(found - exact) <= allowed)
                                      : std::isnan(exact) != std::isnan(found) || (!std::isnan(exact) && found != exact))
@@ -174,7 +172,7 @@ void compare(const Form &form, const Csr &csr, const Case &c) {
             const double roundings = c.activation == SPARSIFY_GELU_TANH ? 16 + 4 * 104 : 16;
             const double of_input = c.activation == SPARSIFY_GELU_ERF ? 4 * 6.0 / (1 << 24) : 0;
             const double a = to_float(found.data<T>()[i]), b = to_float(wanted.data<T>()[i]);
-            const double allowed = fabs(b) * (sizeof(T) == 2 ? 1.0 / 128 : roundings / (1 << 24)) + of_input + 1e-38;
+            const double allowed = fabs(b) * (2 * UNIT<T> + roundings / (1 << 24)) + of_input + 2 * SMALLEST<T>;
             if (std::isnan(a) != std::isnan(b) || fabs(a - b) > allowed) fail(c.text(form.name), a, b, allowed);
         }
     // What lies between the rows of y was not written.
@@ -190,9 +188,10 @@ void compare(const Form &form, const Csr &csr, const Case &c) {
         if (!form.quantizes) compare_with_exact(form, csr, c, from, by_portable, of_other.template data<T>());
     }
     ++n_compared[std::string(form.name) +
-                 (sizeof(W) == 1   ? " int8"
-                  : sizeof(T) == 2 ? " bf16"
-                                   : " f32") +
+                 (sizeof(W) == 1              ? " int8"
+                  : DTYPE<T> == SPARSIFY_F32  ? " f32"
+                  : DTYPE<T> == SPARSIFY_BF16 ? " bf16"
+                                              : " f16") +
                  (exactly ? ", bit for bit" : ", within the bound")];
 }
 
@@ -223,16 +222,18 @@ void compare_all_linear() {
                     c.special = number % 5 == 0 && c.activation <= SPARSIFY_RELU;
                     c.seed = number;
                     if (form.number == SPARSIFY_PAIRMASK) {
-                        if (has_own(form, 0)) compare<uint16_t, uint16_t>(form, csr, c);
+                        if (has_own(form, 0)) compare<BFloat16, BFloat16>(form, csr, c);
                         continue;
                     }
                     if (has_own(form, 1)) {
                         compare<float, int8_t>(form, csr, c);
-                        compare<uint16_t, int8_t>(form, csr, c);
+                        compare<BFloat16, int8_t>(form, csr, c);
+                        compare<Float16, int8_t>(form, csr, c);
                     }
                     if (form.quantizes || !has_own(form, 0)) continue;
                     compare<float, float>(form, csr, c);
-                    compare<uint16_t, uint16_t>(form, csr, c);
+                    compare<BFloat16, BFloat16>(form, csr, c);
+                    compare<Float16, Float16>(form, csr, c);
                 }
             }
         }

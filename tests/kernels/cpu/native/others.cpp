@@ -107,9 +107,10 @@ void compare_mlp(int64_t in, int64_t between, int64_t out, double sparsity, int6
     const Guarded x = random_values<T>(size_t(tokens * in), 1), bias = random_values<T>(size_t(between), 2),
                   other = random_values<T>(size_t(out), 3), scale = random_values<float>(size_t(between), 4),
                   other_scale = random_values<float>(size_t(out), 5);
+    for (const Guarded *of : {&scale, &other_scale})  // as of weights of about 1: float16 ends at 65504
+        for (size_t i = 0; i < of->size() / sizeof(float); ++i) of->data<float>()[i] /= 127;
     Guarded passed(size_t(tokens * between) * sizeof(T)), wanted(size_t(tokens * out) * sizeof(T)),
         found(size_t(tokens * out) * sizeof(T));
-    const int dtype = sizeof(T) == 4 ? SPARSIFY_F32 : SPARSIFY_BF16;
     sparsify_int8_call a = {layer_call(first, of_first, bias, x.data<T>(), passed.data<T>(), tokens, SPARSIFY_GELU_ERF),
                             scale.data<float>()};
     sparsify_int8_call b = {
@@ -117,12 +118,12 @@ void compare_mlp(int64_t in, int64_t between, int64_t out, double sparsity, int6
         other_scale.data<float>()};
     const bool int8 = sizeof(W) == 1;
     for (const sparsify_int8_call *call : {&a, &b})
-        if (int8 ? sparsify_linear_int8(SPARSIFY_PANEL, dtype, call)
-                 : sparsify_linear(SPARSIFY_PANEL, dtype, &call->linear))
+        if (int8 ? sparsify_linear_int8(SPARSIFY_PANEL, DTYPE<T>, call)
+                 : sparsify_linear(SPARSIFY_PANEL, DTYPE<T>, &call->linear))
             abort();
     sparsify_mlp_call both = {a.linear, b.linear, int8 ? a.scale : nullptr, int8 ? b.scale : nullptr};
     both.first.y = nullptr, both.second.x = nullptr, both.second.y = found.data<T>();
-    if (sparsify_mlp(dtype, &both)) abort();
+    if (sparsify_mlp(DTYPE<T>, &both)) abort();
     for (int64_t i = 0; i < tokens * out; ++i) {
         const double difference = double(to_float(found.data<T>()[i])) - to_float(wanted.data<T>()[i]);
         demand(difference == 0, tested, "two layers in one call differ from two calls by", difference);
@@ -136,10 +137,12 @@ void compare_mlps(const char *tested, std::map<std::string, int> &n_compared) {
     for (int i = 0; i < 7; ++i)
         for (const double sparsity : {0.0, 0.5, 0.93}) {
             compare_mlp<float, float>(sizes[i][0], sizes[i][1], sizes[i][2], sparsity, tokens[i], tested);
-            compare_mlp<uint16_t, uint16_t>(sizes[i][0], sizes[i][1], sizes[i][2], sparsity, tokens[i], tested);
+            compare_mlp<BFloat16, BFloat16>(sizes[i][0], sizes[i][1], sizes[i][2], sparsity, tokens[i], tested);
+            compare_mlp<Float16, Float16>(sizes[i][0], sizes[i][1], sizes[i][2], sparsity, tokens[i], tested);
             compare_mlp<float, int8_t>(sizes[i][0], sizes[i][1], sizes[i][2], sparsity, tokens[i], tested);
-            compare_mlp<uint16_t, int8_t>(sizes[i][0], sizes[i][1], sizes[i][2], sparsity, tokens[i], tested);
-            n_compared["two layers in one call"] += 4;
+            compare_mlp<BFloat16, int8_t>(sizes[i][0], sizes[i][1], sizes[i][2], sparsity, tokens[i], tested);
+            compare_mlp<Float16, int8_t>(sizes[i][0], sizes[i][1], sizes[i][2], sparsity, tokens[i], tested);
+            n_compared["two layers in one call"] += 6;
         }
 }
 
