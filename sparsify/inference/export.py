@@ -65,8 +65,8 @@ def export(
     last-level cache holds, each is measured from memory. Or one form for all layers: "csr" (runs anywhere,
     on the reference kernel), "panel" (many tokens), "bitmask", "gather" and "sell" (few), on GPUs "tiles" and "narrow"
     (moderate and high sparsity), "blocks" and "2:4" (masks of these patterns), "dense" (zeros in plain weights).
-    The choice is on each exported layer as `choice`, and in `report`. A bfloat16 layer keeps bfloat16 weights on any
-    processor: half of the memory, multiplied in float32 by the native kernels.
+    The choice is on each exported layer as `choice`, and in `report`. A bfloat16 or float16 layer keeps its dtype
+    on any processor: half of the memory, multiplied in float32 by the native kernels.
     example: a typical input of the model (a tensor, a tuple, or a dict by name). The model runs on it once, and "auto"
     measures each layer with its own input.
     tokens: rows of input (batch x sequence, or positions of an image; 128 if not given) for layers out of reach of the

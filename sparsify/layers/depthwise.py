@@ -15,8 +15,8 @@ class DepthwiseConv2d(nn.Conv2d):
 
     Parameters and settings are those of nn.Conv2d, and so is the result up to rounding. `export` gives such layers this
     class, `to_dense` gives the old one back. Calls that are differentiated, compiled or traced, of other dtypes than
-    float32, bfloat16 and float16, or on other devices than the CPU, are torch's. A BatchNorm and an activation after the layer
-    are computed together with it by the module around it, see `layers/fused_block.py`.
+    float32, bfloat16 and float16, or on other devices than the CPU, are torch's. A BatchNorm and an activation after
+    the layer are computed together with it by the module around it, see `layers/fused_block.py`.
     """
 
     n_dims = 2

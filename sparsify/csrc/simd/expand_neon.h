@@ -80,7 +80,10 @@ inline Expanded expand_eight(const BFloat16 *packed, unsigned mask) {
     return all;
 }
 inline Expanded expand_eight(const Float16 *packed, unsigned mask) {  // widened first: a shift less for four lanes
-    return expand_floats({{vreinterpretq_u8_f32(load(packed)), vreinterpretq_u8_f32(load(packed + 4))}}, mask);
+    float16x8_t eight;
+    memcpy(&eight, packed, sizeof eight);
+    const Vec low = vcvt_f32_f16(vget_low_f16(eight)), high = vcvt_high_f32_f16(eight);
+    return expand_floats({{vreinterpretq_u8_f32(low), vreinterpretq_u8_f32(high)}}, mask);
 }
 // A byte at the top of a lane is 2^24 times its value: the conversion to float32 divides again, exactly.
 inline Expanded expand_eight(const int8_t *packed, unsigned mask) {

@@ -110,7 +110,7 @@ def exact_and_allowed_error(
 
 
 def rounding_error(exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """How far a result that is rounded to a dtype may be from `exact`; less than 1e-37 may be flushed to zero."""
+    """Return the distance from `exact` of a result rounded to a dtype; less than 1e-37 may be flushed to zero."""
     info = torch.finfo(dtype)
     return info.eps * exact.double().abs() + max(info.smallest_normal * info.eps, 1e-37)
 

@@ -43,8 +43,8 @@ def counts(output: str) -> dict[str, int]:
 def assert_all_were_compared(output: str, runs_own_code: Callable[[str, bool], bool]) -> None:
     """Each form took part, with each dtype, for which `runs_own_code(form, is int8)`, and no other."""
     kinds = counts(output)
-    of_forms = {(form, dtype) for form in FLOAT_FORMS for dtype in ("f32", "bf16", "f16", "int8")} | {("pairmask", "bf16")}
-    of_forms |= {(form, "int8") for form in native.QUANTIZES_INPUTS}
+    of_forms = {(form, dtype) for form in FLOAT_FORMS for dtype in ("f32", "bf16", "f16", "int8")}
+    of_forms |= {(form, "int8") for form in native.QUANTIZES_INPUTS} | {("pairmask", "bf16")}
     own = {(form, dtype) for form, dtype in of_forms if runs_own_code(form, dtype == "int8")}
     assert own
     wanted = {f"{form} {dtype}" for form, dtype in own}
