@@ -8,6 +8,7 @@
 
 #include "panel/cell.inc.h"
 #include "panel/format.h"
+#include "panel/spread.inc.h"
 #include "panel/tile.inc.h"
 #include "runtime/kernels.h"
 #include "runtime/threads.h"
@@ -35,9 +36,9 @@ struct PanelPlan {
     const void *residual;  // where y has it
     PanelHeader header;
     PanelSections sections;
-    int64_t id;                    // of this call, unlike any other
-    int64_t n_vecs;                // vectors of tokens of an image, spread evenly over its tiles
-    int64_t image_tiles, n_parts;  // a task is a tile and a part, the parts of a tile following each other
+    int64_t id;       // of this call, unlike any other
+    Spread tiles;     // of an image
+    int64_t n_parts;  // a task is a tile and a part, the parts of a tile following each other
     int64_t first_window, end_window, windows_per_part;
     bool far;  // x and y lie beyond the L2 cache
 };
@@ -192,10 +193,9 @@ int run_panel_task(const void *context, int64_t number) {
     const PanelPlan &plan = *static_cast<const PanelPlan *>(context);
     PanelTask task;
     task.tile = number / plan.n_parts;
-    task.image = task.tile / plan.image_tiles;
-    const int64_t tile = task.tile % plan.image_tiles;
-    const int64_t first_vec = tile * plan.n_vecs / plan.image_tiles;
-    const int64_t end_vec = (tile + 1) * plan.n_vecs / plan.image_tiles;
+    task.image = task.tile / plan.tiles.n_tiles;
+    const int64_t tile = task.tile % plan.tiles.n_tiles;
+    const int64_t first_vec = plan.tiles.first_vec(tile), end_vec = plan.tiles.first_vec(tile + 1);
     task.first_token = first_vec * WIDTH;
     task.n_tokens = (end_vec * WIDTH < plan.call.tokens ? end_vec * WIDTH : plan.call.tokens) - task.first_token;
     task.first_window = plan.first_window + number % plan.n_parts * plan.windows_per_part;
@@ -232,20 +232,20 @@ int run_panel(const LinearCall &call, const float *scale, int64_t n_images, int6
     plan.first_window = call.first_row / plan.header.window_rows;
     plan.end_window = (call.end_row + plan.header.window_rows - 1) / plan.header.window_rows;
     const int64_t n_windows = plan.end_window - plan.first_window;
-    plan.n_vecs = (call.tokens + WIDTH - 1) / WIDTH;
-    const int64_t most_vecs = widest_tile(plan.header.k_block);
-    plan.image_tiles = (plan.n_vecs + most_vecs - 1) / most_vecs;
+    const int64_t n_vecs = (call.tokens + WIDTH - 1) / WIDTH, most_vecs = widest_tile(plan.header.k_block);
     const double nnz = double(plan.header.nnz) * double(call.end_row - call.first_row) / double(call.out);
-    const int n_threads = worthwhile_threads(2.0 * nnz * double(n_images * plan.n_vecs * WIDTH), call.n_threads);
-    // Smaller tiles before idle threads. A few tasks for each thread, so that a delayed one does not hold up all.
-    const int64_t needed_tiles = (n_threads + n_windows * n_images - 1) / (n_windows * n_images);
-    if (plan.image_tiles < needed_tiles) plan.image_tiles = needed_tiles < plan.n_vecs ? needed_tiles : plan.n_vecs;
+    const int n_threads = worthwhile_threads(2.0 * nnz * double(n_images * n_vecs * WIDTH), call.n_threads);
+    if (n_images == 1 && n_vecs >= n_threads * most_vecs) {
+        plan.tiles = spread_widely(n_vecs, most_vecs, n_threads);
+    } else {  // smaller tiles before idle threads
+        const int64_t fewest = (n_vecs + most_vecs - 1) / most_vecs;
+        const int64_t needed = (n_threads + n_windows * n_images - 1) / (n_windows * n_images);
+        const int64_t n_tiles = fewest < needed ? needed : fewest;
+        plan.tiles = spread_evenly(n_vecs, n_tiles < n_vecs ? n_tiles : n_vecs);
+    }
+    // A few tasks for each thread, so that a delayed one does not hold up all.
     const int64_t wanted_tasks = n_threads == 1 ? 1 : 4 * n_threads;
-    // Tiles enough to be tasks by themselves: as many for each thread. Two threads take as long for 13 as for 14.
-    if (n_images == 1 && plan.image_tiles >= wanted_tasks)
-        plan.image_tiles = (plan.image_tiles + n_threads - 1) / n_threads * n_threads;
-    if (plan.image_tiles > plan.n_vecs) plan.image_tiles = plan.n_vecs;
-    const int64_t n_tiles = n_images * plan.image_tiles;
+    const int64_t n_tiles = n_images * plan.tiles.n_tiles;
     const int64_t wanted_parts = (wanted_tasks + n_tiles - 1) / n_tiles;
     plan.windows_per_part = (n_windows + wanted_parts - 1) / wanted_parts;
     const int64_t most_windows = PANEL_PART_ROWS / plan.header.window_rows;

@@ -18,7 +18,8 @@ constexpr int64_t MLP_CHUNK_ROWS = 512;
 
 struct MlpPlan {
     PanelPlan first, second;
-    int64_t n_vecs, n_tiles, chunk_windows;
+    Spread tiles;
+    int64_t chunk_windows;
     bool far;         // x and y lie beyond the L2 cache
     int64_t n_slots;  // blocks of the second layer's columns that are kept: block b lies in slot b % n_slots
 };
@@ -157,7 +158,7 @@ int run_mlp_tile(const MlpPlan &plan, int64_t first_token, int64_t n_tokens, int
 template <typename T, typename W>
 int run_mlp_task(const void *context, int64_t tile) {
     const MlpPlan &plan = *static_cast<const MlpPlan *>(context);
-    const int64_t first_vec = tile * plan.n_vecs / plan.n_tiles, end_vec = (tile + 1) * plan.n_vecs / plan.n_tiles;
+    const int64_t first_vec = plan.tiles.first_vec(tile), end_vec = plan.tiles.first_vec(tile + 1);
     const int64_t left = plan.first.call.tokens - first_vec * WIDTH, tokens = (end_vec - first_vec) * WIDTH;
     return run_mlp_tile<PANEL_MAX_VECS, T, W>(plan, first_vec * WIDTH, left < tokens ? left : tokens,
                                               end_vec - first_vec);
@@ -175,15 +176,13 @@ int run_mlp(const MlpCall &call) {
     plan.n_slots = (plan.chunk_windows * first.window_rows + 2 * second.k_block - 2) / second.k_block + 1;
     if (plan.n_slots > plan.second.sections.n_blocks) plan.n_slots = plan.second.sections.n_blocks;
     plan.far = call.first.tokens * (call.first.in + call.second.out) * int64_t(sizeof(T)) > PANEL_FAR_BYTES;
-    plan.n_vecs = (call.first.tokens + WIDTH - 1) / WIDTH;
+    const int64_t n_vecs = (call.first.tokens + WIDTH - 1) / WIDTH;
     const int64_t longest = first.k_block > second.k_block ? first.k_block : second.k_block;
-    const int n_threads = worthwhile_threads(2.0 * double(first.nnz + second.nnz) * double(plan.n_vecs * WIDTH),
-                                             int(call.first.n_threads));
-    plan.n_tiles = (plan.n_vecs + widest_tile(longest) - 1) / widest_tile(longest);
-    // As many tiles for each thread.
-    plan.n_tiles = (plan.n_tiles + n_threads - 1) / n_threads * n_threads;
-    if (plan.n_tiles > plan.n_vecs) plan.n_tiles = plan.n_vecs;
-    return run_tasks(plan.n_tiles, n_threads, run_mlp_task<T, W>, &plan);
+    const int n_threads =
+        worthwhile_threads(2.0 * double(first.nnz + second.nnz) * double(n_vecs * WIDTH), int(call.first.n_threads));
+    plan.tiles =
+        n_vecs < n_threads ? spread_evenly(n_vecs, n_vecs) : spread_widely(n_vecs, widest_tile(longest), n_threads);
+    return run_tasks(plan.tiles.n_tiles, n_threads, run_mlp_task<T, W>, &plan);
 }
 
 template <typename T>
