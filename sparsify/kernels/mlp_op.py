@@ -12,9 +12,6 @@ from sparsify.kernels.torch_ops import _ACTIVATION_IDS, operands
 
 #: Tokens for each thread: fewer keep threads idle, or tiles narrow.
 FEWEST_TOKENS = 64
-#: With more kept weights than this for each feature between the layers, passing features on weighs little, and sharing
-#: the rows of a layer among threads is better unless there are twice as many tokens.
-MOST_KEPT = 300
 #: Inputs and outputs: of more, those of a tile of 64 tokens are over 1 MB and leave the caches.
 MOST_ENDS = 4096
 
@@ -24,16 +21,12 @@ def layer(parts: tuple[Tensor, ...], shape: tuple[int, int], bias: Tensor | None
     return Layer(parts, shape, bias, _ACTIVATION_IDS[activation])
 
 
-def is_worthwhile(tokens: int, n_kept: int, features: int, ends: int) -> bool:
+def is_worthwhile(tokens: int, ends: int) -> bool:
     """Return whether one call takes less time than two.
 
-    n_kept: the kept weights of both layers. features: those between the layers. ends: the first layer's inputs and the
-    second one's outputs.
+    ends: the first layer's inputs and the second one's outputs.
     """
-    if ends > MOST_ENDS:
-        return False
-    fewest = FEWEST_TOKENS * torch.get_num_threads()
-    return tokens >= (fewest if n_kept <= MOST_KEPT * features else 2 * fewest)
+    return ends <= MOST_ENDS and tokens >= FEWEST_TOKENS * torch.get_num_threads()
 
 
 def mlp(x: Tensor, first: Layer, second: Layer) -> Tensor | None:

@@ -52,10 +52,10 @@ class CSRLinear(PackedLayer):
         before, input = output.layer, output.input
         if output.value is not None or output.activation == "none" or not isinstance(before, CSRLinear):
             return None
-        n_kept, tokens = before.n_kept + self.n_kept, input.numel() // max(before.in_features, 1)
+        tokens = input.numel() // max(before.in_features, 1)
         may_join = (
             before.form == self.form == "panel"
-            and mlp_op.is_worthwhile(tokens, n_kept, self.in_features, before.in_features + self.out_features)
+            and mlp_op.is_worthwhile(tokens, before.in_features + self.out_features)
             and in_plain_inference()
         )
         return before if may_join else None
