@@ -19,6 +19,7 @@ from sparsify.errors import LeftDenseWarning
 from sparsify.inference.coverage import notice
 from sparsify.inference.form_selection import FormSelector, exported_as
 from sparsify.inference.fusion import fuse_activations
+from sparsify.inference.input_layout import lay_out_as_inputs
 from sparsify.inference.rounding import MAX_ERROR, MAX_INPUT_ERROR, QUANTIZE, RoundingJudge, warn_left_float
 from sparsify.inference.unpruned import int8_embeddings, with_masks_everywhere
 from sparsify.inference.whole_modules import dense_where_faster, inputs_of_recurrent
@@ -132,6 +133,8 @@ def export(
         replacements |= embeddings
         fast = copy_replacing(model, replacements, share_memory=not copy)
         fast = fuse_activations(fast) if fuse else fast
+        if format == "auto" and example is not None and copy:
+            lay_out_as_inputs(fast, example)
     roundings |= {name: r for name, layer in layers.items() if (r := rounding_of(replacements[layer])) is not None}
     warn_left_float(roundings)
     _tell_coverage(model, layers.values(), example)

@@ -20,6 +20,7 @@ from sparsify.layers.csr_convolution import CSRConvolution
 from sparsify.layers.deferred import unfuse_activations
 from sparsify.layers.depthwise import DepthwiseConv2d
 from sparsify.layers.inference_mode import in_plain_inference
+from sparsify.layers.weight_layout import undo_layouts
 
 #: The attribute of a module with its plan.
 _PLAN = "_fused_plan"
@@ -159,7 +160,8 @@ def fuse_block(module: nn.Module, plan: Plan) -> None:
 
 
 def unfuse(model: nn.Module) -> None:
-    """Undo `fuse_activations` in place: modules run their own code, and layers give plain outputs."""
+    """Undo fusions and layouts of weights in place: modules run their own code, layers give plain outputs."""
+    undo_layouts(model)
     for module in model.modules():
         if isinstance(module, FusedBlock):
             module.__dict__.pop(_PLAN, None)
