@@ -132,12 +132,18 @@ def export(
         embeddings, roundings = int8_embeddings(model, max_error) if quantize_rest else ({}, {})
         replacements |= embeddings
         fast = copy_replacing(model, replacements, share_memory=not copy)
-        fast = fuse_activations(fast) if fuse else fast
-        if format == "auto" and example is not None and copy:
-            lay_out_as_inputs(fast, example)
+        fast = _finished(fast, fuse, example if format == "auto" and copy else None)
     roundings |= {name: r for name, layer in layers.items() if (r := rounding_of(replacements[layer])) is not None}
     warn_left_float(roundings)
     _tell_coverage(model, layers.values(), example)
+    return fast
+
+
+def _finished(model: Model, fuse: bool, example: Any) -> Model:
+    """Return an exported model with its fusions, and dense weights that lie as the images of an example."""
+    fast = fuse_activations(model) if fuse else model
+    if example is not None:
+        lay_out_as_inputs(fast, example)
     return fast
 
 
