@@ -1,8 +1,8 @@
-// The vectors of tokens of a call spread over tiles. Include after a simd/*.h.
+// The vectors of tokens of a call spread over tiles.
 //
-// A tile's time for each of its vectors depends on the vectors it has. AVX2, 768x768 at 50%, us a vector for tiles of 1
-// to 8: 145, 89, 87, 73, 76, 73, 75, 70. So each thread gets tiles as wide as can be, and two of at least half of that
-// width, or one, for what is left: 196 tokens are tiles of 8, 5, 8 and 4 vectors and not of 6, 6, 6 and 7.
+// A tile's time for each of its vectors depends on how many it has. AVX2, 768x768 at 50%, us a vector for tiles of 1 to
+// 8: 145, 89, 87, 73, 76, 73, 75, 70. So each thread gets tiles as wide as can be, and for what is left one or two of
+// at least half of that width: 196 tokens are tiles of 8, 4, 8 and 5 vectors and not of 6, 6, 6 and 7.
 #pragma once
 
 #include <stdint.h>
