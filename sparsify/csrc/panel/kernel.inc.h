@@ -235,16 +235,19 @@ int run_panel(const LinearCall &call, const float *scale, int64_t n_images, int6
     const int64_t n_vecs = (call.tokens + WIDTH - 1) / WIDTH, most_vecs = widest_tile(plan.header.k_block);
     const double nnz = double(plan.header.nnz) * double(call.end_row - call.first_row) / double(call.out);
     const int n_threads = worthwhile_threads(2.0 * nnz * double(n_images * n_vecs * WIDTH), call.n_threads);
-    if (n_images == 1 && n_vecs >= n_threads * most_vecs) {
+    // A few tasks for each thread, so that a delayed one does not hold up all.
+    const int64_t wanted_tasks = n_threads == 1 ? 1 : 4 * n_threads;
+    constexpr bool ROWS_TAKE_TURNS = PANEL_MAX_VECS > PANEL_FOUR_ROW_VECS;  // else narrower tiles cost little more
+    if (ROWS_TAKE_TURNS && n_images == 1 && n_vecs >= n_threads * most_vecs) {
         plan.tiles = spread_widely(n_vecs, most_vecs, n_threads);
     } else {  // smaller tiles before idle threads
         const int64_t fewest = (n_vecs + most_vecs - 1) / most_vecs;
         const int64_t needed = (n_threads + n_windows * n_images - 1) / (n_windows * n_images);
-        const int64_t n_tiles = fewest < needed ? needed : fewest;
+        int64_t n_tiles = fewest < needed ? needed : fewest;
+        // Tiles enough to be tasks by themselves: as many for each thread. Two threads take as long for 13 as for 14.
+        if (n_images == 1 && n_tiles >= wanted_tasks) n_tiles = (n_tiles + n_threads - 1) / n_threads * n_threads;
         plan.tiles = spread_evenly(n_vecs, n_tiles < n_vecs ? n_tiles : n_vecs);
     }
-    // A few tasks for each thread, so that a delayed one does not hold up all.
-    const int64_t wanted_tasks = n_threads == 1 ? 1 : 4 * n_threads;
     const int64_t n_tiles = n_images * plan.tiles.n_tiles;
     const int64_t wanted_parts = (wanted_tasks + n_tiles - 1) / n_tiles;
     plan.windows_per_part = (n_windows + wanted_parts - 1) / wanted_parts;
