@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sparsify.calibration.batches import read_example
+from sparsify.calibration.batches import Batch, read_example
 from sparsify.calibration.block_call import first_tensor
 from sparsify.calibration.eval_mode import eval_without_cache
 from sparsify.conversion.module_surgery import layers_of_type
@@ -46,20 +46,28 @@ def layer_inputs(
 
     layers = layers_of_type(model, MaskedLayer).values()
     batch = read_example(model, example)
-    handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
     try:
-        with (
-            eval_without_cache(model),
-            torch.no_grad(),
-            _LinearCalls({id(layer.weight): layer for layer in layers}, record),
-        ):
-            model(*batch.args, **batch.kwargs)
+        with _LinearCalls({id(layer.weight): layer for layer in layers}, record):
+            run_watched(model, batch, layers, before)
     except Exception as error:  # whatever the model's own code raises
         raise ValueError(f"the model does not run on the example: {type(error).__name__}: {error}") from error
+    return inputs
+
+
+def run_watched(
+    model: nn.Module,
+    batch: Batch,
+    modules: Iterable[nn.Module],
+    before: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None],
+) -> None:
+    """Run a model once in eval mode, without gradients; `before` sees each call of the modules and its arguments."""
+    handles = [module.register_forward_pre_hook(before, with_kwargs=True) for module in modules]
+    try:
+        with eval_without_cache(model), torch.no_grad():
+            model(*batch.args, **batch.kwargs)
     finally:
         for handle in handles:
             handle.remove()
-    return inputs
 
 
 class _LinearCalls(TorchFunctionMode):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.calibration.batches import read_example
-from sparsify.calibration.eval_mode import eval_without_cache
+from sparsify.calibration.block_call import first_tensor
+from sparsify.calibration.layer_inputs import run_watched
 from sparsify.layers.weight_layout import lay_out, may_lay_out
 
 
@@ -22,25 +23,17 @@ def lay_out_as_inputs(model: nn.Module, example: Any) -> None:
     n_uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     found: dict[nn.Module, set[bool]] = {}
 
-    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-        found.setdefault(module, set()).add(len(args) == 1 and _has_channels_last(args[0]))
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.setdefault(module, set()).add(_has_channels_last(first_tensor(args, kwargs)))
 
     chosen = [m for m in model.modules() if may_lay_out(m) and n_uses[id(m._parameters["weight"])] == 1]
     if not chosen:
         return
-    batch = read_example(model, example)
-    handles = [module.register_forward_pre_hook(before) for module in chosen]
-    try:
-        with eval_without_cache(model), torch.no_grad():
-            model(*batch.args, **batch.kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_watched(model, read_example(model, example), chosen, before)
     for module, layouts in found.items():
         if layouts == {True}:
             lay_out(module)
 
 
-def _has_channels_last(x: Any) -> bool:
-    is_image = isinstance(x, Tensor) and x.dim() == 4
-    return is_image and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+def _has_channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()

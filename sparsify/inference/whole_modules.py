@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.calibration.batches import read_example
-from sparsify.calibration.eval_mode import eval_without_cache
-from sparsify.calibration.layer_inputs import layer_inputs
+from sparsify.calibration.layer_inputs import layer_inputs, run_watched
 from sparsify.conversion.module_surgery import copy_replacing, layers_of_type
 from sparsify.hardware.timing import Call
 from sparsify.inference.form_selection import FormSelector, exported_as
@@ -105,14 +104,7 @@ def _arguments(model: nn.Module, modules: list[Functional], example: Any) -> dic
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.setdefault(module, (args, kwargs))
 
-    handles = [module.register_forward_pre_hook(before, with_kwargs=True) for module in modules]
-    batch = read_example(model, example)
-    try:
-        with eval_without_cache(model), torch.no_grad():
-            model(*batch.args, **batch.kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_watched(model, read_example(model, example), modules, before)
     return found
 
 
