@@ -57,7 +57,7 @@ enum sparsify_activation {
 SPARSIFY_API const char *sparsify_version(void);
 /* The number of this interface: whoever loads the library at run time compares it first, since a library built from
  * other sources may take other arguments. Raised with every change of a declaration below. */
-#define SPARSIFY_INTERFACE 9
+#define SPARSIFY_INTERFACE 10
 SPARSIFY_API int sparsify_interface(void);
 /* A status in words, for messages. */
 SPARSIFY_API const char *sparsify_status_text(int status);
@@ -199,15 +199,16 @@ struct sparsify_pointwise_call {
 SPARSIFY_API int sparsify_pointwise(int dtype, const struct sparsify_pointwise_call *call);
 
 /* Two linear layers, each with its activation, of which the second reads what the first writes: as two calls of
- * sparsify_linear, bit for bit, or of sparsify_linear_int8 where both have a scale. The form is panel. Neither y of the
- * first nor x of the second is used; each has all of its rows. Faster than two calls from some 64 tokens a thread on.
+ * sparsify_linear, bit for bit, or of sparsify_linear_int8 where both have a scale. The form of both is panel, or
+ * quantises x. Neither y of the first nor x of the second is used; each has all of its rows. Faster than two calls from
+ * some 64 tokens a thread on.
  */
 struct sparsify_mlp_call {
     struct sparsify_linear_call first, second;
     const float *first_scale, *second_scale; /* both NULL, or none */
 };
 
-SPARSIFY_API int sparsify_mlp(int dtype, const struct sparsify_mlp_call *call);
+SPARSIFY_API int sparsify_mlp(int form, int dtype, const struct sparsify_mlp_call *call);
 
 /* A convolution of images x (n_images, channels, height, width) without groups: the weight, in the form panel, is
  * (out, channels * kernel_height * kernel_width), its columns in this order. Output row i, column j is at row

@@ -6,6 +6,7 @@ The code is traced with torch.fx. A plan may stand for it only if it holds all t
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -257,6 +258,21 @@ class Shallow(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Return True: no child is looked into."""
         return True
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """Return the code and its arguments: the module, and a value for each that may be given by position.
+
+        torch's own way gives `**kwargs` one value, which no code can pass on, and mistakes the names of wrapped code.
+        """
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        named = [p for p in inspect.signature(root_fn).parameters.values() if p.kind in kinds]
+        defaults = [() if p.default is p.empty else (p.default,) for p in named[1:]]
+        return root_fn, [
+            self.root,
+            *(self.create_proxy("placeholder", p.name, d, {}) for p, d in zip(named[1:], defaults, strict=True)),
+        ]
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Return the value of a node."""

@@ -12,34 +12,35 @@ from sparsify.kernels.torch_ops import _ACTIVATION_IDS, operands
 
 #: Tokens for each thread: fewer keep threads idle, or tiles narrow.
 FEWEST_TOKENS = 64
-#: Inputs and outputs: of more, those of a tile of 64 tokens are over 1 MB and leave the caches.
-MOST_ENDS = 4096
+#: Inputs and outputs: of more, those of a tile of 64 tokens are over 1 MB and leave the caches. Forms that quantise
+#: inputs keep all that is between the layers, mostly four times as much, until the last of it is known.
+MOST_ENDS = {"panel": 4096, **dict.fromkeys(library.QUANTIZES_INPUTS, 2048)}
 
 
 def layer(parts: tuple[Tensor, ...], shape: tuple[int, int], bias: Tensor | None, activation: str) -> Layer:
-    """Return a layer in the form "panel" for `mlp`: the tensors of its weight (out, in), and one of the ACTIVATIONS."""
+    """Return a layer for `mlp`: the tensors of its weight (out, in), and one of the ACTIVATIONS."""
     return Layer(parts, shape, bias, _ACTIVATION_IDS[activation])
 
 
-def is_worthwhile(tokens: int, ends: int) -> bool:
-    """Return whether one call takes less time than two.
+def is_worthwhile(form: str, tokens: int, ends: int) -> bool:
+    """Return whether there is a kernel for two layers of a form, and one call takes less time than two.
 
     ends: the first layer's inputs and the second one's outputs.
     """
-    return ends <= MOST_ENDS and tokens >= FEWEST_TOKENS * torch.get_num_threads()
+    return ends <= MOST_ENDS.get(form, 0) and tokens >= FEWEST_TOKENS * torch.get_num_threads()
 
 
-def mlp(x: Tensor, first: Layer, second: Layer) -> Tensor | None:
-    """Apply two layers to x (..., in): (..., out), bit for bit what one after the other gives, without gradients.
+def mlp(x: Tensor, first: Layer, second: Layer, form: str) -> Tensor | None:
+    """Apply two layers of a form to x (..., in): (..., out), bit for bit what one after the other gives.
 
-    Returns None if the kernel does not take these tensors.
+    Without gradients. Returns None if the kernel does not take these tensors.
     """
     fits = x.is_cpu and x.dtype in library.DTYPES and x.dim() > 0 and x.shape[-1] == first.shape[1]
     if not fits or first.shape[0] != second.shape[1] or len(first.parts) != len(second.parts):
         return None
     if not (_takes(first, x) and _takes(second, x)):
         return None
-    return native.mlp(x, _usable(first), _usable(second))
+    return native.mlp(x, _usable(first, form), _usable(second, form), form)
 
 
 def _takes(layer: Layer, x: Tensor) -> bool:
@@ -53,8 +54,8 @@ def _takes(layer: Layer, x: Tensor) -> bool:
     )
 
 
-def _usable(layer: Layer) -> Layer:
+def _usable(layer: Layer, form: str) -> Layer:
     """Return the layer with tensors as a kernel reads them."""
     index, values, *scale = layer.parts
-    index, values, bias = operands("panel", index, values, layer.bias, layer.shape)
+    index, values, bias = operands(form, index, values, layer.bias, layer.shape)
     return layer._replace(parts=(index, values, *(s.contiguous() for s in scale)), bias=bias)

@@ -54,8 +54,8 @@ class CSRLinear(PackedLayer):
             return None
         tokens = input.numel() // max(before.in_features, 1)
         may_join = (
-            before.form == self.form == "panel"
-            and mlp_op.is_worthwhile(tokens, before.in_features + self.out_features)
+            before.form == self.form
+            and mlp_op.is_worthwhile(self.form, tokens, before.in_features + self.out_features)
             and in_plain_inference()
         )
         return before if may_join else None
@@ -65,7 +65,7 @@ class CSRLinear(PackedLayer):
         input, bias, first = output.current_input(), self._parameters["bias"], before._in_mlp(output.activation)
 
         def compute(activation: str) -> Tensor:
-            y = mlp_op.mlp(input, first, self._in_mlp(activation))
+            y = mlp_op.mlp(input, first, self._in_mlp(activation), self.form)
             return self._multiply(output.settle(), bias, activation) if y is None else y
 
         if self.followed_by != "none" and self._may_defer(input, input.dim() - 1, before.in_features):

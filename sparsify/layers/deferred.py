@@ -3,7 +3,8 @@
 A layer cannot know the use of its output: the module around it may be sliced, hooked or told to return features. So a
 layer followed by an activation returns a DeferredOutput while its module runs. An activation gets its result in one
 pass over memory, or is deferred as well if a layer reads it: two layers are then one call (`layers/csr_linear.py`). Any
-other use finds the plain output. Nothing is left to defer once the module ends.
+other use finds the plain output. Nothing is left to defer once the module ends, or, if it passes its output on to the
+module around it, once that ends.
 """
 
 from __future__ import annotations
@@ -55,14 +56,31 @@ def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     """
     if torch.compiler.is_compiling():
         return None
-    ended = [run for run in _RUNS.stack if run[0] is module]
-    _RUNS.stack = [run for run in _RUNS.stack if run[0] is not module]
-    for deferred in (reference() for _, outputs in ended for reference in outputs):
-        if deferred is not None and output is not None:  # there is none if the module failed
+    for deferred in _end_run(module):
+        if output is not None:  # there is none if the module failed
             deferred.settle()
     if not any(isinstance(leaf, DeferredOutput) for leaf in tree_leaves(output)):
         return None
     return tree_map_only(DeferredOutput, lambda deferred: deferred.settle(), output)
+
+
+def pass_on(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """End a module's run as `end` does, but leave its output deferred if that of the module around it runs."""
+    around = [run for run in _RUNS.stack if run[0] is not module]
+    if type(output) is not DeferredOutput or not around or module not in around[-1][0]._modules.values():
+        return end(module, args, output)
+    for deferred in _end_run(module):
+        if deferred is not output:
+            deferred.settle()
+    _RUNS.stack[-1][1].append(weakref.ref(output))
+    return None
+
+
+def _end_run(module: nn.Module) -> list[DeferredOutput]:
+    """Take a module's run off the stack; return its deferred outputs that are still referenced."""
+    ended = [run for run in _RUNS.stack if run[0] is module]
+    _RUNS.stack = [run for run in _RUNS.stack if run[0] is not module]
+    return [deferred for _, outputs in ended for reference in outputs if (deferred := reference()) is not None]
 
 
 def unfuse_activations(model: nn.Module) -> None:
@@ -71,8 +89,8 @@ def unfuse_activations(model: nn.Module) -> None:
         if getattr(module, "followed_by", "none") != "none":
             module.followed_by = "none"  # type: ignore[assignment]  # a string, of a PackedLayer
             module.feeds_linear = False  # type: ignore[assignment]
-        for hooks, ours in ((module._forward_pre_hooks, begin), (module._forward_hooks, end)):
-            for key in [key for key, hook in hooks.items() if hook is ours]:
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if hook in (begin, end, pass_on)]:
                 del hooks[key]
                 module._forward_hooks_always_called.pop(key, None)
 

@@ -30,10 +30,10 @@ def calls(monkeypatch):
     """Return the shapes of the second layers of calls for two, as a list that grows."""
     shapes, mlp = [], mlp_op.mlp
 
-    def spy(x, first, second):
-        y = mlp(x, first, second)
+    def spy(*operands):
+        y = mlp(*operands)
         if y is not None:
-            shapes.append(second.shape)
+            shapes.append(operands[2].shape)
         return y
 
     monkeypatch.setattr(csr_linear.mlp_op, "mlp", spy)
@@ -61,9 +61,9 @@ def mlp(act=None, *between):
     return nn.Sequential(nn.Linear(16, 32), act or nn.GELU(), *between, nn.Linear(32, 24))
 
 
-def both_ways(model, **options):
+def both_ways(model, format="panel", **options):
     """Export a model; return it, and a copy whose layers apply activations but are calls of their own."""
-    fast = sparsify.export(model, format="panel", **options)
+    fast = sparsify.export(model, format=format, **options)
     plain = copy.deepcopy(fast)
     for module in plain.modules():
         if isinstance(module, sparsify.CSRLinear):
@@ -71,12 +71,19 @@ def both_ways(model, **options):
     return fast, plain
 
 
-@pytest.mark.parametrize("quantize", [None, "int8-weights"])
+WEIGHTS = {
+    "float": {},
+    "int8-weights": {"quantize": "int8-weights"},
+    **{form: {"format": form, "quantize": "int8"} for form in ("quads", "quadmask", "quadsteps")},
+}
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize("between", [(), (nn.Dropout(0.5), nn.Identity())], ids=["plain", "dropout"])
-def test_the_bits_of_two_calls(name, between, dtype, quantize, calls):
-    options = {} if quantize is None else {"quantize": quantize, "max_error": 1.0}
+def test_the_bits_of_two_calls(name, between, dtype, weights, calls):
+    options = WEIGHTS[weights] | ({"max_error": 1.0} if WEIGHTS[weights] else {})
     fast, plain = both_ways(masked(mlp(ACTIVATIONS[name], *between), dtype), **options)
     for shape in ((5, 16), (2, 3, 16), (0, 16), (131, 16)):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -215,5 +222,7 @@ def test_tensors_that_do_not_fit_are_refused_as_in_two_calls():
 def test_one_call_is_taken_where_it_is_faster(monkeypatch):
     monkeypatch.setattr(mlp_op, "FEWEST_TOKENS", 64)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert [mlp_op.is_worthwhile(tokens, 192) for tokens in (127, 128)] == [False, True]
-    assert [mlp_op.is_worthwhile(512, ends) for ends in (4096, 4097)] == [True, False]
+    assert [mlp_op.is_worthwhile("panel", tokens, 192) for tokens in (127, 128)] == [False, True]
+    assert [mlp_op.is_worthwhile("panel", 512, ends) for ends in (4096, 4097)] == [True, False]
+    assert [mlp_op.is_worthwhile("quads", 512, ends) for ends in (2048, 2049)] == [True, False]
+    assert not mlp_op.is_worthwhile("gather", 512, 192)

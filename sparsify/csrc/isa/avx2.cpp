@@ -13,7 +13,9 @@
 #include "panel/mlp.inc.h"
 #include "quads/fill.inc.h"
 // after filling
+#include "few_quantized_mlp.inc.h"
 #include "quads/kernel.inc.h"
+#include "quads/mlp.inc.h"
 #include "quadsteps/kernel.inc.h"
 #include "tilemask/pairmask.inc.h"
 #include "tilemask/quadmask.inc.h"

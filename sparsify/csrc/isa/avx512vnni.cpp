@@ -5,7 +5,9 @@
 #include "activation.inc.h"
 #include "quads/fill_avx512.inc.h"
 // after filling
+#include "few_quantized_mlp.inc.h"
 #include "quads/kernel.inc.h"
+#include "quads/mlp.inc.h"
 #include "quadsteps/kernel.inc.h"
 #include "tilemask/quadmask.inc.h"
 // after the kernels
@@ -18,8 +20,11 @@ const KernelTable *avx512vnni_table() {
         KernelTable with_vnni = *avx512_table();
         with_vnni.name = "avx512vnni";
         replace(with_vnni.linear_int8[SPARSIFY_QUADS], OF_DTYPES(linear_quads));
+        replace(with_vnni.mlp[SPARSIFY_QUADS], OF_DTYPES(mlp_quads));
         replace(with_vnni.linear_int8[SPARSIFY_QUADMASK], OF_FORM(linear_quantized_blocks, Quadmask));
         replace(with_vnni.linear_int8[SPARSIFY_QUADSTEPS], OF_FORM(linear_quantized_blocks, Quadsteps));
+        replace(with_vnni.mlp[SPARSIFY_QUADMASK], OF_FORM(mlp_quantized_blocks, Quadmask));
+        replace(with_vnni.mlp[SPARSIFY_QUADSTEPS], OF_FORM(mlp_quantized_blocks, Quadsteps));
         return with_vnni;
     }();
     return &table;

@@ -6,6 +6,7 @@
 #include "quads/fill.inc.h"
 // after filling
 #include "quads/kernel.inc.h"
+#include "quads/mlp.inc.h"
 // after the kernels
 #include "isa/dtypes.inc.h"
 
@@ -16,6 +17,7 @@ const KernelTable *avxvnni_table() {
         KernelTable with_vnni = *avx2_table();
         with_vnni.name = "avxvnni";
         replace(with_vnni.linear_int8[SPARSIFY_QUADS], OF_DTYPES(linear_quads));
+        replace(with_vnni.mlp[SPARSIFY_QUADS], OF_DTYPES(mlp_quads));
         return with_vnni;
     }();
     return &table;

@@ -12,8 +12,8 @@ using namespace sparsify;
 #define OF_FORM(KERNEL, FORM) {KERNEL<FORM, float>, KERNEL<FORM, BFloat16>, KERNEL<FORM, Float16>}
 
 // For a table that has all kernels but a few from another one.
-[[maybe_unused]] inline void replace(Int8Kernel (&in_table)[SPARSIFY_N_DTYPES],
-                                     const Int8Kernel (&by)[SPARSIFY_N_DTYPES]) {
+template <typename Kernel>
+inline void replace(Kernel (&in_table)[SPARSIFY_N_DTYPES], const Kernel (&by)[SPARSIFY_N_DTYPES]) {
     for (int dtype = 0; dtype < SPARSIFY_N_DTYPES; ++dtype) in_table[dtype] = by[dtype];
 }
 

@@ -65,46 +65,74 @@ void add_quads(const QuadsPlan &plan, int64_t block, int64_t window, int64_t n_r
     }
 }
 
+// Words of a tile: per block its quads, and a row of zeros, which padding refers to.
+template <int V>
+inline int64_t quads_tile_words(const QuadsPlan &plan) {
+    return plan.sections.n_blocks * (plan.header.k_block + 1) * V * WIDTH;
+}
+
+// Words of the sums of n_windows windows, and what is read past the rows of a window that begin within it.
+template <int V>
+inline int64_t quads_sums_words(const QuadsPlan &plan, int64_t n_windows) {
+    return (n_windows * plan.header.window_rows + WIDTH) * V * WIDTH;
+}
+
+// Fills a tile with n_tokens rows of x; `scratch` has fill_scratch_bytes.
 template <int V, typename T>
-int run_quads_tile(const QuadsPlan &plan, int64_t tile_number, int64_t first_vec, int64_t first_window,
-                   int64_t end_window) {
+void fill_quads_tile(const QuadsPlan &plan, const T *x, int64_t x_stride, int64_t n_tokens, uint8_t *scratch,
+                     TokenScales &tokens, uint32_t *tile) {
+    const int64_t k_block = plan.header.k_block;
+    fill_quads<V>(x, x_stride, n_tokens, plan.call.in, plan.inputs, plan.in_order, k_block, scratch, tokens, tile);
+    for (int64_t block = 0; block < plan.sections.n_blocks; ++block)
+        memset(tile + (block * (k_block + 1) + k_block) * V * WIDTH, 0, V * WIDTH * sizeof *tile);
+}
+
+// Of a filled tile the outputs of some windows, into rows of y.
+template <int V, typename T>
+void multiply_quads_tile(const QuadsPlan &plan, const uint32_t *tile, const TokenScales &tokens, int64_t n_tokens,
+                         int64_t first_window, int64_t end_window, int32_t *sums, T *y, int64_t y_stride) {
     const LinearCall &call = plan.call;
     const int64_t k_block = plan.header.k_block, window_rows = plan.header.window_rows;
     const int64_t n_blocks = plan.sections.n_blocks;
-    const int64_t first_token = first_vec * WIDTH, left = call.tokens - first_token;
-    const int64_t n_tokens = left < V * WIDTH ? left : V * WIDTH;
-    const int64_t tile_words = n_blocks * (k_block + 1) * V * WIDTH;
-    // And what is read past the rows of a window that begin within it.
-    const int64_t sums_words = (plan.windows_per_part * window_rows + WIDTH) * V * WIDTH;
-    const size_t bytes = size_t(tile_words + sums_words) * 4 + size_t(fill_scratch_bytes<V>(call.in));
-    uint32_t *const tile = static_cast<uint32_t *>(thread_scratch(bytes));
-    if (!tile) return SPARSIFY_NO_MEMORY;
-    int32_t *const sums = reinterpret_cast<int32_t *>(tile + tile_words);
-    if (quads_kept_call != plan.id || quads_kept_tile != tile_number) {
-        fill_quads<V>(static_cast<const T *>(call.x) + first_token * call.x_stride, call.x_stride, n_tokens, call.in,
-                      plan.inputs, plan.in_order, k_block, reinterpret_cast<uint8_t *>(sums + sums_words),
-                      quads_kept_tokens, tile);
-        for (int64_t block = 0; block < n_blocks; ++block)  // what padding refers to
-            memset(tile + (block * (k_block + 1) + k_block) * V * WIDTH, 0, V * WIDTH * sizeof *tile);
-        quads_kept_call = plan.id;
-        quads_kept_tile = tile_number;
-    }
-    T *y = static_cast<T *>(call.y) + first_token * call.y_stride;
+    // Of one block, the sums of a window are done before those of the next, and stay in the L1 cache.
+    const int64_t window_words = n_blocks == 1 ? 0 : window_rows * V * WIDTH;
     const T *bias = static_cast<const T *>(call.bias);
     for (int64_t block = 0; block < n_blocks; ++block) {
         const uint32_t *block_tile = tile + block * (k_block + 1) * V * WIDTH;
         for (int64_t window = first_window; window < end_window; ++window) {
             const int64_t row = window * window_rows, rows_left = plan.sections.padded_rows - row;
-            int32_t *window_sums = sums + (window - first_window) * window_rows * V * WIDTH;
+            int32_t *window_sums = sums + (window - first_window) * window_words;
             add_quads<V>(plan, block, window, rows_left < window_rows ? rows_left : window_rows, block_tile,
                          window_sums);
             if (block < n_blocks - 1) continue;
             const Rows rows = part_of_call(call, row, window_rows);
-            empty_quads<V>(window_sums + rows.skipped * V * WIDTH, quads_kept_tokens, plan.row_sums + rows.first,
+            empty_quads<V>(window_sums + rows.skipped * V * WIDTH, tokens, plan.row_sums + rows.first,
                            plan.scale + rows.first, bias ? bias + rows.first : nullptr, y + rows.first - call.first_row,
-                           call.y_stride, n_tokens, rows.n, call.activation, call.in);
+                           y_stride, n_tokens, rows.n, call.activation, call.in);
         }
     }
+}
+
+template <int V, typename T>
+int run_quads_tile(const QuadsPlan &plan, int64_t tile_number, int64_t first_vec, int64_t first_window,
+                   int64_t end_window) {
+    const LinearCall &call = plan.call;
+    const int64_t first_token = first_vec * WIDTH, left = call.tokens - first_token;
+    const int64_t n_tokens = left < V * WIDTH ? left : V * WIDTH;
+    const int64_t tile_words = quads_tile_words<V>(plan), sums_words = quads_sums_words<V>(plan, plan.windows_per_part);
+    const size_t bytes = size_t(tile_words + sums_words) * 4 + size_t(fill_scratch_bytes<V>(call.in));
+    uint32_t *const tile = static_cast<uint32_t *>(thread_scratch(bytes));
+    if (!tile) return SPARSIFY_NO_MEMORY;
+    int32_t *const sums = reinterpret_cast<int32_t *>(tile + tile_words);
+    if (quads_kept_call != plan.id || quads_kept_tile != tile_number) {
+        const T *x = static_cast<const T *>(call.x) + first_token * call.x_stride;
+        fill_quads_tile<V>(plan, x, call.x_stride, n_tokens, reinterpret_cast<uint8_t *>(sums + sums_words),
+                           quads_kept_tokens, tile);
+        quads_kept_call = plan.id;
+        quads_kept_tile = tile_number;
+    }
+    T *y = static_cast<T *>(call.y) + first_token * call.y_stride;
+    multiply_quads_tile<V>(plan, tile, quads_kept_tokens, n_tokens, first_window, end_window, sums, y, call.y_stride);
     return SPARSIFY_OK;
 }
 
@@ -129,13 +157,11 @@ int run_quads_task(const void *context, int64_t number) {
     }
 }
 
-template <typename T>
-int linear_quads(const Int8Call &int8_call) {
-    const LinearCall &call = int8_call.linear;
+// Reads what a plan has of a call's weight. Returns a status.
+inline int open_quads(QuadsPlan &plan, const LinearCall &call, const float *scale) {
     if (call.in > SPARSIFY_MOST_QUANTIZED_IN) return SPARSIFY_BAD_ARGUMENT;
-    QuadsPlan plan;
     plan.call = call;
-    plan.scale = int8_call.scale;
+    plan.scale = scale;
     QuadsHeader header;
     memcpy(&header, call.index, sizeof header);
     if (header.out != call.out || header.in != call.in) return SPARSIFY_BAD_INDEX;
@@ -148,13 +174,25 @@ int linear_quads(const Int8Call &int8_call) {
     plan.sections = panel_sections(call.out, quads_of(call.in), plan.header.k_block, plan.header.window_rows);
     plan.in_order = in_order(plan.inputs, call.in);
     plan.id = next_call_id();
+    return SPARSIFY_OK;
+}
+
+// The most vectors of a tile that stays in the L2 cache.
+inline int64_t widest_quads_tile(const QuadsPlan &plan) {
+    const int64_t fitting = QUADS_TILE_BYTES / (quads_tile_words<1>(plan) * 4);
+    return fitting < 1 ? 1 : fitting < QUADS_MAX_VECS ? fitting : QUADS_MAX_VECS;
+}
+
+template <typename T>
+int linear_quads(const Int8Call &int8_call) {
+    const LinearCall &call = int8_call.linear;
+    QuadsPlan plan;
+    if (const int status = open_quads(plan, call, int8_call.scale)) return status;
     plan.first_window = call.first_row / plan.header.window_rows;
     plan.end_window = (call.end_row + plan.header.window_rows - 1) / plan.header.window_rows;
     const int64_t n_windows = plan.end_window - plan.first_window;
     plan.n_vecs = (call.tokens + WIDTH - 1) / WIDTH;
-    const int64_t vec_bytes = plan.sections.n_blocks * (plan.header.k_block + 1) * WIDTH * 4;
-    const int64_t fitting_vecs = QUADS_TILE_BYTES / vec_bytes > 1 ? QUADS_TILE_BYTES / vec_bytes : 1;
-    const int64_t most_vecs = fitting_vecs < QUADS_MAX_VECS ? fitting_vecs : QUADS_MAX_VECS;
+    const int64_t most_vecs = widest_quads_tile(plan);
     plan.n_tiles = (plan.n_vecs + most_vecs - 1) / most_vecs;
     const double share = double(call.end_row - call.first_row) / double(call.out);
     const double work = double(plan.header.nnz) * share * double(plan.n_vecs * WIDTH);

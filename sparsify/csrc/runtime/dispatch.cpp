@@ -218,15 +218,18 @@ int sparsify_pointwise(int dtype, const sparsify_pointwise_call *call) {
     return current().table->pointwise[dtype](*call);
 }
 
-int sparsify_mlp(int dtype, const sparsify_mlp_call *call) {
+int sparsify_mlp(int form, int dtype, const sparsify_mlp_call *call) {
     const sparsify_linear_call &first = call->first, &second = call->second;
-    if (dtype < 0 || dtype >= SPARSIFY_N_DTYPES || !is_sound(first) || !is_sound(second) || !has_all_rows(first) ||
-        !has_all_rows(second) || first.tokens != second.tokens || first.out != second.in)
+    if (form < 0 || form >= SPARSIFY_N_FORMS || dtype < 0 || dtype >= SPARSIFY_N_DTYPES || !is_sound(first) ||
+        !is_sound(second) || !has_all_rows(first) || !has_all_rows(second) || first.tokens != second.tokens ||
+        first.out != second.in)
         return SPARSIFY_BAD_ARGUMENT;
     if (current().status) return current().status;
+    const MlpKernel kernel = current().table->mlp[form][dtype];
+    if (!kernel) return SPARSIFY_BAD_ARGUMENT;
     if (second.tokens == 0 || second.out == 0) return SPARSIFY_OK;
     expect_output(dtype, second);
-    return current().table->mlp[dtype](*call);
+    return kernel(*call);
 }
 
 int sparsify_convolution(int dtype, const sparsify_convolution_call *call) {

@@ -29,7 +29,7 @@ struct KernelTable {
     PointwiseKernel pointwise[SPARSIFY_N_DTYPES];
     ConvolutionKernel convolution[SPARSIFY_N_DTYPES];
     ConvolutionKernel depthwise[SPARSIFY_N_DTYPES];
-    MlpKernel mlp[SPARSIFY_N_DTYPES];
+    MlpKernel mlp[SPARSIFY_N_FORMS][SPARSIFY_N_DTYPES];
     GatherTile gather_tile;  // that pack writes for these kernels
     double pattern_density;  // from which pack gives columns of the panel form to several rows (panel/cell.inc.h)
     int (*sddmm)(const sparsify_sddmm_call &);

@@ -28,7 +28,7 @@ PAIRMASK = "pairmask"
 FORM_NAMES = ("panel", "bitmask", "gather", *QUANTIZES_INPUTS, PAIRMASK, "sell")
 FORM_NUMBERS = {form: number for number, form in enumerate(FORM_NAMES)}
 MOST_QUANTIZED_IN = 65536  # SPARSIFY_MOST_QUANTIZED_IN
-INTERFACE = 9  # SPARSIFY_INTERFACE
+INTERFACE = 10  # SPARSIFY_INTERFACE
 ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4, "hardswish": 5, "relu6": 6}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 

@@ -1,4 +1,4 @@
-"""Two linear layers of the form "panel" as one call of the native kernels; what is between them stays in the caches."""
+"""Two linear layers of one form as one call of the native kernels; what is between them stays in the caches."""
 
 import ctypes
 import math
@@ -14,7 +14,7 @@ _MLP_CALL = struct.Struct("=30q")  # struct sparsify_mlp_call
 _mlp: Any = None
 _pack_call = _MLP_CALL.pack
 if library.available():
-    _mlp = library.function("sparsify_mlp", (ctypes.c_int, [ctypes.c_int, ctypes.c_char_p]))
+    _mlp = library.function("sparsify_mlp", (ctypes.c_int, [ctypes.c_int, ctypes.c_int, ctypes.c_char_p]))
 
 
 class Layer(NamedTuple):
@@ -26,11 +26,11 @@ class Layer(NamedTuple):
     activation: int
 
 
-def mlp(x: Tensor, first: Layer, second: Layer) -> Tensor:
+def mlp(x: Tensor, first: Layer, second: Layer, form: str) -> Tensor:
     """Apply two layers to x (..., in): a tensor (..., out), the same bits as two calls of `library.linear`.
 
-    x, both biases and float values share a dtype of library.DTYPES; both layers have int8 values, or none. Trusts index
-    and values.
+    x, both biases and float values share a dtype of library.DTYPES; both layers have the form "panel" or one that
+    quantises inputs, and int8 values, or none. Trusts index and values.
     """
     *leading, n_in = x.shape
     flat = x if x.is_contiguous() else x.contiguous()
@@ -41,7 +41,7 @@ def mlp(x: Tensor, first: Layer, second: Layer) -> Tensor:
         *_fields(second, 0, 0, y.data_ptr(), n_out, tokens),
         *(layer.parts[2].data_ptr() if layer.parts[2:] else 0 for layer in (first, second)),
     )
-    if status := _mlp(library.DTYPES[x.dtype], call):
+    if status := _mlp(library.FORM_NUMBERS[form], library.DTYPES[x.dtype], call):
         library.checked(status)
     return y
 

@@ -78,7 +78,7 @@ void check_factor(const char *tested, int64_t size) {
         }
 }
 
-// The call of a layer of the form panel from x to y, with all of its rows.
+// The call of a layer from x to y, with all of its rows.
 template <typename W>
 sparsify_linear_call layer_call(const Csr &csr, const Packed<W> &packed, const Guarded &bias, const void *x, void *y,
                                 int64_t tokens, int64_t activation) {
@@ -98,12 +98,18 @@ sparsify_linear_call layer_call(const Csr &csr, const Packed<W> &packed, const G
             csr.out};
 }
 
+struct MlpCase {
+    int64_t in, between, out, tokens;
+    double sparsity;
+};
+
 // One call for two layers gives what two calls give.
 template <typename T, typename W>
-void compare_mlp(int64_t in, int64_t between, int64_t out, double sparsity, int64_t tokens, const char *tested) {
+void compare_mlp(const MlpCase &of, int form, const char *tested) {
+    const auto [in, between, out, tokens, sparsity] = of;
     Random random{3};
     const Csr first = random_csr(between, in, sparsity, random), second = random_csr(out, between, sparsity, random);
-    const Packed<W> of_first = pack<W>(FORMS[0], first, 5), of_second = pack<W>(FORMS[0], second, 6);
+    const Packed<W> of_first = pack<W>(FORMS[form], first, 5), of_second = pack<W>(FORMS[form], second, 6);
     const Guarded x = random_values<T>(size_t(tokens * in), 1), bias = random_values<T>(size_t(between), 2),
                   other = random_values<T>(size_t(out), 3), scale = random_values<float>(size_t(between), 4),
                   other_scale = random_values<float>(size_t(out), 5);
@@ -118,12 +124,10 @@ void compare_mlp(int64_t in, int64_t between, int64_t out, double sparsity, int6
         other_scale.data<float>()};
     const bool int8 = sizeof(W) == 1;
     for (const sparsify_int8_call *call : {&a, &b})
-        if (int8 ? sparsify_linear_int8(SPARSIFY_PANEL, DTYPE<T>, call)
-                 : sparsify_linear(SPARSIFY_PANEL, DTYPE<T>, &call->linear))
-            abort();
+        if (int8 ? sparsify_linear_int8(form, DTYPE<T>, call) : sparsify_linear(form, DTYPE<T>, &call->linear)) abort();
     sparsify_mlp_call both = {a.linear, b.linear, int8 ? a.scale : nullptr, int8 ? b.scale : nullptr};
     both.first.y = nullptr, both.second.x = nullptr, both.second.y = found.data<T>();
-    if (sparsify_mlp(DTYPE<T>, &both)) abort();
+    if (sparsify_mlp(form, DTYPE<T>, &both)) abort();
     for (int64_t i = 0; i < tokens * out; ++i) {
         const double difference = double(to_float(found.data<T>()[i])) - to_float(wanted.data<T>()[i]);
         demand(difference == 0, tested, "two layers in one call differ from two calls by", difference);
@@ -136,13 +140,16 @@ void compare_mlps(const char *tested, std::map<std::string, int> &n_compared) {
     const int64_t tokens[] = {1, 7, 64, 131, 40, 100, 67};
     for (int i = 0; i < 7; ++i)
         for (const double sparsity : {0.0, 0.5, 0.93}) {
-            compare_mlp<float, float>(sizes[i][0], sizes[i][1], sizes[i][2], sparsity, tokens[i], tested);
-            compare_mlp<BFloat16, BFloat16>(sizes[i][0], sizes[i][1], sizes[i][2], sparsity, tokens[i], tested);
-            compare_mlp<Float16, Float16>(sizes[i][0], sizes[i][1], sizes[i][2], sparsity, tokens[i], tested);
-            compare_mlp<float, int8_t>(sizes[i][0], sizes[i][1], sizes[i][2], sparsity, tokens[i], tested);
-            compare_mlp<BFloat16, int8_t>(sizes[i][0], sizes[i][1], sizes[i][2], sparsity, tokens[i], tested);
-            compare_mlp<Float16, int8_t>(sizes[i][0], sizes[i][1], sizes[i][2], sparsity, tokens[i], tested);
-            n_compared["two layers in one call"] += 6;
+            const MlpCase of = {sizes[i][0], sizes[i][1], sizes[i][2], tokens[i], sparsity};
+            compare_mlp<float, float>(of, SPARSIFY_PANEL, tested);
+            compare_mlp<BFloat16, BFloat16>(of, SPARSIFY_PANEL, tested);
+            compare_mlp<Float16, Float16>(of, SPARSIFY_PANEL, tested);
+            for (const int form : {SPARSIFY_PANEL, SPARSIFY_QUADS, SPARSIFY_QUADMASK, SPARSIFY_QUADSTEPS}) {
+                compare_mlp<float, int8_t>(of, form, tested);
+                compare_mlp<BFloat16, int8_t>(of, form, tested);
+                compare_mlp<Float16, int8_t>(of, form, tested);
+            }
+            n_compared["two layers in one call"] += 15;
         }
 }
 
