@@ -17,6 +17,7 @@ from sparsify.kernels.forms import unpack_as
 from sparsify.kernels.torch_ops import (
     _ACTIVATION_NAMES,
     _activation_grad,
+    _direct,
     _library,
     check_devices,
     check_exporter,
@@ -65,7 +66,7 @@ def _linear_int8(
         raise RuntimeError(f"the form {name!r} takes inputs of {', '.join(map(str, native.DTYPES))}, got {x.dtype}")
     check_no_tangent(x, values, bias)
     index, values, bias = operands(name, index, values, bias, shape)
-    return native.linear_int8(name, x, index, values, scale.contiguous(), bias, shape, activation, rows=rows)
+    return native.linear(name, x, index, values, bias, shape, activation, None, rows, scale.contiguous())
 
 
 def _weight_int8(index: Tensor, values: Tensor, scale: Tensor, form: int, out: int, inner: int) -> Tensor:
@@ -75,6 +76,7 @@ def _weight_int8(index: Tensor, values: Tensor, scale: Tensor, form: int, out: i
 
 
 _library.impl("linear_int8", _linear_int8, "CPU")
+_direct.linear_int8 = staticmethod(_linear_int8)
 _library.impl("weight_int8", _weight_int8, "CPU")
 
 

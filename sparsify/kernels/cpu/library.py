@@ -266,7 +266,8 @@ def linear(
     *leading, _ = x.shape
     # Rows that lie one after another need no tensor of two dimensions: a view takes a microsecond.
     flat, stride = (x, n_in) if x.is_contiguous() else _rows_of(x, n_in)
-    y = x.new_empty((*leading, end - first)) if out is None else out
+    # Sizes one by one: as a tuple they take half a microsecond more.
+    y = x.new_empty(*leading, end - first) if out is None else out
     call = (
         index.data_ptr(),
         values.data_ptr(),
