@@ -13,8 +13,8 @@
 //                    of n tokens, as many as `block` takes together
 //   block(view, values, block, n_tokens, rows, row_bytes, sums)
 //                    sums[token][64], of the rows of the block in an order of the form's own. The tokens are rows of
-//                    bytes, row_bytes apart, and there are 64 readable ones after an input and memory for whole 16
-//                    tokens
+//                    bytes, row_bytes apart, and there are 64 readable ones after an input, 256 after one of the
+//                    last row, and memory for whole 16 tokens
 //   sums_of(view, row, width).of(sums)
 //                    of one token, the sums of up to WIDTH rows of the block
 #pragma once
@@ -52,8 +52,8 @@ struct QuantizedTokens {
     int32_t minus_zero[QUANTIZED_BATCH_TOKENS];  // dequantize.inc.h
 };
 
-// Bytes of the rows of n tokens: memory for whole 16 of them.
-inline int64_t quantized_rows_bytes(int64_t n, int64_t row_bytes) { return (n + 15) / 16 * 16 * row_bytes; }
+// Bytes of the rows of n tokens: memory for whole 16 of them, and for a window that begins with the last input.
+inline int64_t quantized_rows_bytes(int64_t n, int64_t row_bytes) { return (n + 15) / 16 * 16 * row_bytes + 256; }
 
 // Reads what a layer has of a call. Returns a status.
 template <typename Form>

@@ -117,8 +117,9 @@ SPARSIFY_DECLARE_FORM(quadmask)
 SPARSIFY_DECLARE_FORM(quadsteps)
 SPARSIFY_DECLARE_FORM(pairmask)
 SPARSIFY_DECLARE_FORM(sell)
+SPARSIFY_DECLARE_FORM(widesteps)
 
-/* The values of the first three and of sell are of the dtype of x, or int8. Quads, quadmask and quadsteps quantise x,
+/* The values of the first three and of sell are of the dtype of x, or int8. Quads, quadmask and *steps quantise x,
  * and their values are int8. Those of pairmask are bfloat16, as x. */
 enum sparsify_form {
     SPARSIFY_PANEL = 0,
@@ -129,7 +130,8 @@ enum sparsify_form {
     SPARSIFY_QUADSTEPS = 5,
     SPARSIFY_PAIRMASK = 6,
     SPARSIFY_SELL = 7,
-    SPARSIFY_N_FORMS = 8,
+    SPARSIFY_WIDESTEPS = 8,
+    SPARSIFY_N_FORMS = 9,
 };
 /* The functions above of a form by its number, and its name; NULL for any other number. */
 struct sparsify_form_functions {
@@ -168,7 +170,7 @@ struct sparsify_linear_call {
 SPARSIFY_API int sparsify_linear(int form, int dtype, const struct sparsify_linear_call *call);
 
 /* The same with int8 values: w[o, k] = values * scale[o], where scale is float32 (out). dtype is that of x, y and bias.
- * The first three forms multiply x as it is and the sum by scale[o]. Quads, quadmask and quadsteps quantise each row of
+ * The first three forms multiply x as it is and the sum by scale[o]. Quads, quadmask and *steps quantise each row of
  * x to 0..255 first and sum up exactly, so that every instruction set gives the same bits before the activation:
  *
  *   lo = min(0, min x), hi = max(0, max x), step = (hi - lo) / 255, zero = rint(-lo / step) in 0..255

@@ -17,6 +17,7 @@ from sparsify.kernels import reference
 from sparsify.kernels.cpu import convolution as native
 from sparsify.kernels.forms import is_quantized, unpack, unpack_as, unpack_in_transform
 from sparsify.kernels.geometry import Geometry, Norm
+from sparsify.kernels.observers import check_no_tangent, is_transformed
 from sparsify.kernels.pointwise_op import check_images, pointwise
 from sparsify.kernels.reference import ACTIVATIONS
 from sparsify.kernels.torch_ops import (
@@ -26,8 +27,6 @@ from sparsify.kernels.torch_ops import (
     _library,
     check_devices,
     check_exporter,
-    check_no_tangent,
-    is_transformed,
     linear,
     operands,
 )

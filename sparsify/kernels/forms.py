@@ -27,6 +27,7 @@ FORMS: dict[str, tuple[str, ...]] = {
     "quads": ("index", "values"),
     "quadmask": ("index", "values"),
     "quadsteps": ("index", "values"),
+    "widesteps": ("index", "values"),
     "pairmask": ("index", "values"),
     "tiles": ("index", "values"),
     "narrow": ("index", "values"),

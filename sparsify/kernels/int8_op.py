@@ -14,6 +14,7 @@ from torch import Tensor
 from sparsify.kernels.cpu import library as native
 from sparsify.kernels.csr import csr_to_dense
 from sparsify.kernels.forms import unpack_as
+from sparsify.kernels.observers import check_no_tangent
 from sparsify.kernels.torch_ops import (
     _ACTIVATION_NAMES,
     _activation_grad,
@@ -21,7 +22,6 @@ from sparsify.kernels.torch_ops import (
     _library,
     check_devices,
     check_exporter,
-    check_no_tangent,
     check_operands,
     operands,
 )

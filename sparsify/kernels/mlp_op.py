@@ -14,7 +14,7 @@ from sparsify.kernels.torch_ops import _ACTIVATION_IDS, operands
 FEWEST_TOKENS = 64
 #: Inputs and outputs: of more, those of a tile of 64 tokens are over 1 MB and leave the caches. Forms that quantise
 #: inputs keep all that is between the layers, mostly four times as much, until the last of it is known.
-MOST_ENDS = {"panel": 4096, **dict.fromkeys(library.QUANTIZES_INPUTS, 2048)}
+MOST_ENDS = {"panel": 4096, **dict.fromkeys(("quads", "quadmask", "quadsteps"), 2048)}
 
 
 def layer(parts: tuple[Tensor, ...], shape: tuple[int, int], bias: Tensor | None, activation: str) -> Layer:

@@ -14,6 +14,7 @@ from torch import Tensor
 from sparsify.kernels import reference
 from sparsify.kernels.cpu import library as native
 from sparsify.kernels.forms import is_quantized, unpack_as, unpack_in_transform
+from sparsify.kernels.observers import check_no_tangent, is_transformed
 from sparsify.kernels.torch_ops import (
     _ACTIVATION_IDS,
     _ACTIVATION_NAMES,
@@ -21,10 +22,8 @@ from sparsify.kernels.torch_ops import (
     _library,
     check_devices,
     check_exporter,
-    check_no_tangent,
     check_values,
     grad_input,
-    is_transformed,
     linear,
     operands,
 )

@@ -16,14 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _AutoDispatchBelowAutograd
-from torch._C._autograd import _profiler_enabled
-from torch.autograd import forward_ad
-from torch.nn import Parameter
 
 from sparsify.kernels import gpu, reference
 from sparsify.kernels.cpu import library as native
 from sparsify.kernels.csr import CSR
 from sparsify.kernels.forms import is_quantized, unpack, unpack_as, unpack_in_transform, usable_csr, usable_index
+from sparsify.kernels.observers import are_plain, check_no_tangent, is_transformed, is_watched
 from sparsify.kernels.reference import ACTIVATIONS
 
 __all__ = ["ACTIVATIONS", "linear"]
@@ -74,7 +72,7 @@ def linear(
         return _operate(torch.ops.sparsify, x, parts, form, shape, bias, activation, rows)
     if torch.is_grad_enabled():
         return _operate(_eager, x, parts, form, shape, bias, activation, rows)
-    if x.is_cpu and _are_plain(x, parts, bias) and not is_watched():
+    if x.is_cpu and are_plain(x, parts, bias) and not is_watched():
         return _operate(_direct, x, parts, form, shape, bias, activation, rows)
     if torch.is_inference_mode_enabled():
         return _operate(_eager, x, parts, form, shape, bias, activation, rows)
@@ -101,33 +99,6 @@ def _operate(
     if form == "csr":
         return ops.linear_csr(x, *parts, bias, *shape, _ACTIVATION_IDS[activation], *rows)  # type: ignore[no-any-return]
     return ops.linear_packed(x, *parts, FORM_IDS[form], bias, *shape, _ACTIVATION_IDS[activation], *rows)  # type: ignore[no-any-return]
-
-
-def is_transformed() -> bool:
-    """Return whether torch differentiates forwards, or runs one of torch.func's transforms.
-
-    The operators know neither, and would lose tangents; torch's own, on the unpacked weight, know both.
-    """
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-
-
-def is_watched() -> bool:
-    """Return whether anybody sees which operators run: a trace, a mode of torch's, or a profiler."""
-    return bool(
-        torch._C._get_tracing_state()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or _profiler_enabled()
-    )
-
-
-_PLAIN = {Tensor}
-
-
-def _are_plain(x: Tensor, parts: tuple[Tensor, ...], bias: Tensor | None) -> bool:
-    """Return whether all operands are tensors with memory of their own, and not of a class with its own operators."""
-    of_bias = type(bias)
-    return {type(x), *map(type, parts)} == _PLAIN and (bias is None or of_bias is Parameter or of_bias is Tensor)
 
 
 def _linear_by_torch(
@@ -185,17 +156,6 @@ def check_values(x: Tensor, values: Tensor, bias: Tensor | None, out: int) -> No
         raise RuntimeError(f"the layer's values are {values.dtype}, but the input is {x.dtype}")
     if bias is not None and (bias.dtype != values.dtype or bias.shape != (out,)):
         raise RuntimeError(f"the bias must be {values.dtype} of shape ({out},), got {bias.dtype} {tuple(bias.shape)}")
-
-
-def check_no_tangent(*operands: Tensor | None) -> None:
-    """Raise RuntimeError for an operand of forward-mode differentiation: its tangent would be lost."""
-    if forward_ad._current_level < 0 or not torch._C._is_fwd_grad_enabled():
-        return
-    if any(operand is not None and forward_ad.unpack_dual(operand).tangent is not None for operand in operands):
-        raise RuntimeError(
-            "the operators of sparse layers have no forward-mode derivative; call the exported layers themselves, "
-            "which have one"
-        )
 
 
 def check_devices(x: Tensor, *of_layer: Tensor | None) -> None:
@@ -417,7 +377,7 @@ for _kind in ("csr", "packed"):
 
 
 class _direct:
-    """What the operators run on a CPU. torch's way there takes 4 us of a call."""
+    """The operators' implementations for a CPU: torch's way to them takes 4 us of a call."""
 
     linear_csr = staticmethod(_linear_csr)
     linear_packed = staticmethod(_linear_packed)

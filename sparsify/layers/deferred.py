@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from sparsify.kernels.torch_ops import is_transformed
+from sparsify.kernels.observers import is_transformed
 from sparsify.layers.activations import activation_call
 
 #: Below so many outputs a pass of its own over them costs less than deferring them.

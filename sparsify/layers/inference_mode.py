@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules import module as nn_module
 
-from sparsify.kernels.torch_ops import is_transformed
+from sparsify.kernels.observers import is_transformed
 
 _GLOBAL_HOOKS = (nn_module._global_forward_hooks, nn_module._global_forward_pre_hooks)
 

@@ -19,6 +19,7 @@ KernelTable kernels_of_all_forms(const char *name) {
             {},
             {nullptr, linear_pairmask, nullptr},
             OF_FORM(linear_row_blocks, Step),
+            {},
         },
         {
             OF_DTYPES(linear_panel_int8),
@@ -29,6 +30,7 @@ KernelTable kernels_of_all_forms(const char *name) {
             OF_FORM(linear_quantized_blocks, Quadsteps),
             {},
             OF_FORM(linear_row_blocks_int8, Step),
+            OF_FORM(linear_quantized_blocks, Widesteps),
         },
         OF_DTYPES(pointwise_panel),
         OF_DTYPES(convolution_panel),
@@ -40,6 +42,7 @@ KernelTable kernels_of_all_forms(const char *name) {
             OF_DTYPES(mlp_quads),
             OF_FORM(mlp_quantized_blocks, Quadmask),
             OF_FORM(mlp_quantized_blocks, Quadsteps),
+            {},
             {},
             {},
         },

@@ -23,6 +23,7 @@ const KernelTable *avx512vnni_table() {
         replace(with_vnni.mlp[SPARSIFY_QUADS], OF_DTYPES(mlp_quads));
         replace(with_vnni.linear_int8[SPARSIFY_QUADMASK], OF_FORM(linear_quantized_blocks, Quadmask));
         replace(with_vnni.linear_int8[SPARSIFY_QUADSTEPS], OF_FORM(linear_quantized_blocks, Quadsteps));
+        replace(with_vnni.linear_int8[SPARSIFY_WIDESTEPS], OF_FORM(linear_quantized_blocks, Widesteps));
         replace(with_vnni.mlp[SPARSIFY_QUADMASK], OF_FORM(mlp_quantized_blocks, Quadmask));
         replace(with_vnni.mlp[SPARSIFY_QUADSTEPS], OF_FORM(mlp_quantized_blocks, Quadsteps));
         return with_vnni;

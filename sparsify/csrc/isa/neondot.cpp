@@ -24,6 +24,7 @@ const KernelTable *neondot_table() {
         replace(with_dot.mlp[SPARSIFY_QUADS], OF_DTYPES(mlp_quads));
         replace(with_dot.linear_int8[SPARSIFY_QUADMASK], OF_FORM(linear_quantized_blocks, Quadmask));
         replace(with_dot.linear_int8[SPARSIFY_QUADSTEPS], OF_FORM(linear_quantized_blocks, Quadsteps));
+        replace(with_dot.linear_int8[SPARSIFY_WIDESTEPS], OF_FORM(linear_quantized_blocks, Widesteps));
         replace(with_dot.mlp[SPARSIFY_QUADMASK], OF_FORM(mlp_quantized_blocks, Quadmask));
         replace(with_dot.mlp[SPARSIFY_QUADSTEPS], OF_FORM(mlp_quantized_blocks, Quadsteps));
         return with_dot;

@@ -1,12 +1,14 @@
 // The quadsteps form, for int8 values and many zeros, or few tokens: bytes of activations are looked up in a register.
-// What lies where in `index`.
+// What lies where in `index`. The widesteps form is the same with a window of four registers.
 //
 // Sixteen output rows, the *lanes* of a tile, walk their kept inputs from left to right together. A *window* is 64
 // neighbouring inputs, the bytes of a register. In one *step* each lane may take up to four of its next kept inputs, if
 // they lie in the window, which begins at the first of all or up to 15 inputs before it: one permute of bytes fetches
 // up to 64 activations, and one instruction multiplies them and adds four products to the sum of each lane. What it
-// costs is the places that stay empty in a step: 3% at 50% sparsity, 27% at 90%. Four tiles make a *block*, 64
-// consecutive rows that lie in the lanes in an order of their own: rows that keep equally many inputs side by side.
+// costs is the places that stay empty in a step: 3% at 50% sparsity, 27% at 90%. In windows of 255 inputs 4% stay empty
+// at 90%, and a token takes four loads and three more instructions in a step: for a token whose weights come from
+// memory. Four tiles make a *block*, 64 consecutive rows that lie in the lanes in an order of their own: rows that keep
+// equally many inputs side by side.
 //
 //   QuadstepsHeader
 //   uint32 tile_steps[n_tiles + 1]   steps before each tile
@@ -27,7 +29,7 @@ namespace sparsify {
 constexpr int QUADSTEPS_LANES = 16;
 constexpr int QUADSTEPS_TAKEN = 4;  // at most, of each lane in a step
 constexpr int QUADSTEPS_BYTES = QUADSTEPS_LANES * QUADSTEPS_TAKEN;
-constexpr int QUADSTEPS_WINDOW = 64;
+constexpr int QUADSTEPS_WINDOW = 64, WIDESTEPS_WINDOW = 255;  // 255 is QUADSTEPS_EMPTY
 // Windows begin at multiples: of 64 bytes that cross cache lines a processor loads half as many. Multiples of 16 take
 // .7 to 4% more steps at 50 to 90%, and with 128 tokens 8% to 3% less time; of 32, more steps and a little less time
 // still, but one token is slower.
@@ -36,8 +38,8 @@ constexpr int QUADSTEPS_BLOCK_TILES = 4;
 constexpr int QUADSTEPS_BLOCK_ROWS = QUADSTEPS_BLOCK_TILES * QUADSTEPS_LANES;
 constexpr int64_t QUADSTEPS_MOST_IN = 65536;
 constexpr uint8_t QUADSTEPS_NO_LANE = 255;
-constexpr uint8_t QUADSTEPS_EMPTY = 255;          // of which a permute uses the lower six bits: an input in the window
-constexpr uint32_t QUADSTEPS_MAGIC = 0x31535451;  // "QTS1"
+constexpr uint8_t QUADSTEPS_EMPTY = 255;  // of which a permute uses the lower bits: an input in the window, or after it
+constexpr uint32_t QUADSTEPS_MAGIC = 0x31535451, WIDESTEPS_MAGIC = 0x31535457;  // "QTS1", "WTS1"
 
 struct QuadstepsHeader {
     uint32_t magic, n_steps;
@@ -45,6 +47,14 @@ struct QuadstepsHeader {
     int64_t unused[4];
 };
 static_assert(sizeof(QuadstepsHeader) == 64, "the layout of the blob");
+
+// What the two forms differ in.
+struct StepsKind {
+    uint32_t magic;
+    int window;
+};
+constexpr StepsKind QUADSTEPS_KIND = {QUADSTEPS_MAGIC, QUADSTEPS_WINDOW};
+constexpr StepsKind WIDESTEPS_KIND = {WIDESTEPS_MAGIC, WIDESTEPS_WINDOW};
 
 static inline int64_t quadsteps_n_tiles(int64_t out) { return (out + QUADSTEPS_LANES - 1) / QUADSTEPS_LANES; }
 

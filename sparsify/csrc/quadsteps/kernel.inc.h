@@ -1,4 +1,4 @@
-// The quadsteps form (quadsteps/format.h) for the instruction set of the simd/*.h included before.
+// The forms quadsteps and widesteps (quadsteps/format.h) for the instruction set of the simd/*.h included before.
 #pragma once
 
 #include "few_quantized.inc.h"
@@ -7,6 +7,25 @@
 namespace {
 
 using namespace sparsify;
+
+// sums[token][lane of the block] of one tile for N tokens, input by input.
+template <int N>
+[[maybe_unused]] void steps_one_by_one(const QuadstepsView &view, const int8_t *values, int64_t tile, const uint8_t *x,
+                                       int64_t x_stride, int32_t *sums) {
+    for (int n = 0; n < N; ++n, x += x_stride, sums += QUADSTEPS_BLOCK_ROWS) {
+        int32_t *const lanes = sums + tile % QUADSTEPS_BLOCK_TILES * QUADSTEPS_LANES;
+        memset(lanes, 0, QUADSTEPS_LANES * sizeof *lanes);
+        for (int64_t step = view.tile_steps[tile]; step < view.tile_steps[tile + 1]; ++step) {
+            const uint8_t *inputs = view.inputs + step * QUADSTEPS_BYTES, *window = x + view.starts[step];
+            const int8_t *weights = values + step * QUADSTEPS_BYTES;
+            for (int i = 0; i < QUADSTEPS_BYTES; ++i) {
+                if (inputs[i] == QUADSTEPS_EMPTY) continue;
+                const int32_t byte = BYTE_OFFSET ? int8_t(window[inputs[i]]) : window[inputs[i]];
+                lanes[i / QUADSTEPS_TAKEN] += weights[i] * byte;
+            }
+        }
+    }
+}
 
 #ifdef __AVX512VBMI__
 
@@ -17,7 +36,7 @@ constexpr int64_t QUADSTEPS_PASS_BYTES = 32 * 1024;
 
 // sums[token][lane of the block] of one tile for N tokens. With few tokens steps take turns with several sums, as an
 // addition waits for the one before.
-template <int N>
+template <int N, bool WIDE>
 void quadsteps_tile(const QuadstepsView &view, const int8_t *values, int64_t tile, const uint8_t *x, int64_t x_stride,
                     int32_t *sums) {
     constexpr int TURNS = N <= 2 ? 4 : N <= 4 ? 2 : 1;
@@ -26,9 +45,17 @@ void quadsteps_tile(const QuadstepsView &view, const int8_t *values, int64_t til
         const IntVec inputs = _mm512_loadu_si512(view.inputs + step * QUADSTEPS_BYTES);
         const IntVec weights = _mm512_loadu_si512(values + step * QUADSTEPS_BYTES);
         const uint8_t *window = x + view.starts[step];
+        [[maybe_unused]] const __mmask64 upper = _mm512_movepi8_mask(inputs);
 #pragma GCC unroll 16
         for (int n = 0; n < N; ++n) {
-            to[n] = fma(weights, _mm512_permutexvar_epi8(inputs, _mm512_loadu_si512(window)), to[n]);
+            const auto part = [&](int i) { return _mm512_loadu_si512(window + 64 * i); };
+            IntVec chosen;
+            if constexpr (WIDE)
+                chosen = _mm512_mask_blend_epi8(upper, _mm512_permutex2var_epi8(part(0), inputs, part(1)),
+                                                _mm512_permutex2var_epi8(part(2), inputs, part(3)));
+            else
+                chosen = _mm512_permutexvar_epi8(inputs, part(0));
+            to[n] = fma(weights, chosen, to[n]);
             window += x_stride;
         }
     };
@@ -54,9 +81,10 @@ constexpr int QUADSTEPS_MAX_TOKENS = 4, QUADSTEPS_FEW_TOKENS = 4;
 constexpr int64_t QUADSTEPS_PASS_BYTES = 32 * 1024;
 
 // The same: a shuffle looks its 16 bytes up in all four registers of the window.
-template <int N>
+template <int N, bool WIDE>
 void quadsteps_tile(const QuadstepsView &view, const int8_t *values, int64_t tile, const uint8_t *x, int64_t x_stride,
                     int32_t *sums) {
+    if constexpr (WIDE) return steps_one_by_one<N>(view, values, tile, x, x_stride, sums);
     IntVec acc[N][4] = {};
     const int64_t end = view.tile_steps[tile + 1];
     for (int64_t step = view.tile_steps[tile]; step < end; ++step) {
@@ -87,37 +115,28 @@ void quadsteps_tile(const QuadstepsView &view, const int8_t *values, int64_t til
 constexpr int QUADSTEPS_MAX_TOKENS = 1, QUADSTEPS_FEW_TOKENS = 1;
 constexpr int64_t QUADSTEPS_PASS_BYTES = 0;
 
-// The same, input by input.
-template <int N>
-void quadsteps_tile(const QuadstepsView &view, const int8_t *values, int64_t tile, const uint8_t *x, int64_t,
+template <int N, bool WIDE>
+void quadsteps_tile(const QuadstepsView &view, const int8_t *values, int64_t tile, const uint8_t *x, int64_t x_stride,
                     int32_t *sums) {
-    static_assert(N == 1, "a token at a time");
-    int32_t *const lanes = sums + tile % QUADSTEPS_BLOCK_TILES * QUADSTEPS_LANES;
-    memset(lanes, 0, QUADSTEPS_LANES * sizeof *lanes);
-    for (int64_t step = view.tile_steps[tile]; step < view.tile_steps[tile + 1]; ++step) {
-        const uint8_t *inputs = view.inputs + step * QUADSTEPS_BYTES, *window = x + view.starts[step];
-        const int8_t *weights = values + step * QUADSTEPS_BYTES;
-        for (int l = 0; l < QUADSTEPS_LANES; ++l)
-            for (int i = 0; i < QUADSTEPS_TAKEN; ++i)
-                lanes[l] += weights[4 * l + i] * window[inputs[4 * l + i] % QUADSTEPS_WINDOW];
-    }
+    steps_one_by_one<N>(view, values, tile, x, x_stride, sums);
 }
 
 #endif
 
 constexpr int64_t QUADSTEPS_CACHED_BYTES = 1024 * 1024;
 
-template <int N>
+template <int N, bool WIDE>
 void quadsteps_block(const QuadstepsView &view, const int8_t *values, int64_t block, int64_t n_tokens, const uint8_t *x,
                      int64_t x_stride, int32_t *sums) {
     if constexpr (N > 1)
-        if (n_tokens < N) return quadsteps_block<N - 1>(view, values, block, n_tokens, x, x_stride, sums);
+        if (n_tokens < N) return quadsteps_block<N - 1, WIDE>(view, values, block, n_tokens, x, x_stride, sums);
     const int64_t n_tiles = quadsteps_n_tiles(view.header->out), first = block * QUADSTEPS_BLOCK_TILES;
     for (int64_t tile = first; tile < first + QUADSTEPS_BLOCK_TILES && tile < n_tiles; ++tile)
-        quadsteps_tile<N>(view, values, tile, x, x_stride, sums);
+        quadsteps_tile<N, WIDE>(view, values, tile, x, x_stride, sums);
 }
 
-struct Quadsteps {
+template <bool WIDE>
+struct Steps {
     using View = QuadstepsView;
 
     static View view(const uint8_t *index) { return quadsteps_view(index); }
@@ -143,7 +162,7 @@ struct Quadsteps {
     }
     static void block(const View &view, const int8_t *values, int64_t block, int64_t n_tokens, const uint8_t *rows,
                       int64_t row_bytes, int32_t *sums) {
-        quadsteps_block<QUADSTEPS_MAX_TOKENS>(view, values, block, n_tokens, rows, row_bytes, sums);
+        quadsteps_block<QUADSTEPS_MAX_TOKENS, WIDE>(view, values, block, n_tokens, rows, row_bytes, sums);
     }
 
     struct Sums {
@@ -152,5 +171,7 @@ struct Quadsteps {
     };
     static Sums sums_of(const View &view, int64_t row, int width) { return {load_lanes(view.lanes + row, width)}; }
 };
+using Quadsteps = Steps<false>;
+using Widesteps = Steps<true>;
 
 }  // namespace

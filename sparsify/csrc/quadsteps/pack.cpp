@@ -1,4 +1,4 @@
-// Packs, unpacks and checks the quadsteps form (quadsteps/format.h).
+// Packs, unpacks and checks the forms quadsteps and widesteps (quadsteps/format.h).
 #include <stdlib.h>
 #include <string.h>
 
@@ -29,7 +29,8 @@ void sort_rows(int64_t out, const int32_t *crow, int64_t block, uint8_t (&sorted
 // The steps of one tile: calls step(start, taken), where taken[lane][i] is the CSR position of what the lane takes, or
 // -1. Returns how many there are.
 template <typename Step>
-int64_t walk_tile(int64_t first_row, const uint8_t *rows, const int32_t *crow, const int32_t *col, Step step) {
+int64_t walk_tile(int window, int64_t first_row, const uint8_t *rows, const int32_t *crow, const int32_t *col,
+                  Step step) {
     int32_t next[LANES], end[LANES];
     for (int l = 0; l < LANES; ++l) {
         const bool exists = rows[l] != NO_ROW;
@@ -45,7 +46,7 @@ int64_t walk_tile(int64_t first_row, const uint8_t *rows, const int32_t *crow, c
         int32_t taken[LANES][QUADSTEPS_TAKEN];
         for (int l = 0; l < LANES; ++l)
             for (int i = 0; i < QUADSTEPS_TAKEN; ++i) {
-                const bool takes = next[l] < end[l] && col[next[l]] < start + QUADSTEPS_WINDOW;
+                const bool takes = next[l] < end[l] && col[next[l]] < start + window;
                 taken[l][i] = takes ? next[l]++ : -1;
             }
         step(start, taken);
@@ -68,10 +69,11 @@ int check_shape(int64_t out, int64_t in, const int32_t *crow, const int32_t *col
     return check_csr(out, in, crow, col);
 }
 
-int64_t count_steps(int64_t out, const int32_t *crow, const int32_t *col) {
+int64_t count_steps(int window, int64_t out, const int32_t *crow, const int32_t *col) {
     int64_t n_steps = 0;
     for_each_tile(out, crow, [&](int64_t, const uint8_t *rows, int64_t first_row) {
-        n_steps += walk_tile(first_row, rows, crow, col, [](int32_t, const int32_t (&)[LANES][QUADSTEPS_TAKEN]) {});
+        n_steps +=
+            walk_tile(window, first_row, rows, crow, col, [](int32_t, const int32_t (&)[LANES][QUADSTEPS_TAKEN]) {});
     });
     return n_steps;
 }
@@ -124,28 +126,24 @@ bool lanes_are_sound(const QuadstepsView &view, int64_t block) {
     return true;
 }
 
-}  // namespace
-
-extern "C" {
-
-int64_t sparsify_quadsteps_index_bytes(int64_t out, int64_t in, const int32_t *crow, const int32_t *col) {
+int64_t index_bytes(const StepsKind &kind, int64_t out, int64_t in, const int32_t *crow, const int32_t *col) {
     if (const int status = check_shape(out, in, crow, col)) return status;
-    return quadsteps_sections(out, count_steps(out, crow, col)).end;
+    return quadsteps_sections(out, count_steps(kind.window, out, crow, col)).end;
 }
 
-int64_t sparsify_quadsteps_n_values(int64_t out, int64_t in, const int32_t *crow, const int32_t *col) {
+int64_t n_values(const StepsKind &kind, int64_t out, int64_t in, const int32_t *crow, const int32_t *col) {
     if (const int status = check_shape(out, in, crow, col)) return status;
-    return quadsteps_n_values(out, count_steps(out, crow, col));
+    return quadsteps_n_values(out, count_steps(kind.window, out, crow, col));
 }
 
-int sparsify_quadsteps_pack(int64_t out, int64_t in, const int32_t *crow, const int32_t *col, uint8_t *index,
-                            int64_t *order) {
+int pack(const StepsKind &kind, int64_t out, int64_t in, const int32_t *crow, const int32_t *col, uint8_t *index,
+         int64_t *order) {
     if (const int status = check_shape(out, in, crow, col)) return status;
-    const int64_t n_steps = count_steps(out, crow, col);
+    const int64_t n_steps = count_steps(kind.window, out, crow, col);
     const QuadstepsSections s = quadsteps_sections(out, n_steps);
     memset(index, 0, size_t(s.inputs));
     memset(index + s.lanes, QUADSTEPS_NO_LANE, size_t(s.starts - s.lanes));
-    const QuadstepsHeader header = {QUADSTEPS_MAGIC, uint32_t(n_steps), out, in, crow[out], {0, 0, 0, 0}};
+    const QuadstepsHeader header = {kind.magic, uint32_t(n_steps), out, in, crow[out], {0, 0, 0, 0}};
     memcpy(index, &header, sizeof header);
     uint32_t *tile_steps = reinterpret_cast<uint32_t *>(index + s.tile_steps);
     uint16_t *starts = reinterpret_cast<uint16_t *>(index + s.starts);
@@ -165,21 +163,21 @@ int sparsify_quadsteps_pack(int64_t out, int64_t in, const int32_t *crow, const 
                     order[value++] = position;
                 }
         };
-        walk_tile(first_row, rows, crow, col, write);
+        walk_tile(kind.window, first_row, rows, crow, col, write);
     });
     tile_steps[quadsteps_n_tiles(out)] = step;
     while (value < quadsteps_n_values(out, n_steps)) order[value++] = -1;
     return SPARSIFY_OK;
 }
 
-int sparsify_quadsteps_check(int64_t out, int64_t in, const uint8_t *index, int64_t index_bytes, int64_t n_values) {
+int check(const StepsKind &kind, int64_t out, int64_t in, const uint8_t *index, int64_t index_bytes, int64_t n_values) {
     if (out < 0 || in < 0 || out >= INT32_MAX || in > QUADSTEPS_MOST_IN) return SPARSIFY_BAD_ARGUMENT;
     if (index_bytes < int64_t(sizeof(QuadstepsHeader))) return SPARSIFY_BAD_INDEX;
     QuadstepsHeader header;
     memcpy(&header, index, sizeof header);
     const QuadstepsSections s = quadsteps_sections(out, header.n_steps);
-    if (header.magic != QUADSTEPS_MAGIC || header.out != out || header.in != in || index_bytes != s.end ||
-        header.nnz < 0 || header.nnz > INT32_MAX || n_values != quadsteps_n_values(out, header.n_steps))
+    if (header.magic != kind.magic || header.out != out || header.in != in || index_bytes != s.end || header.nnz < 0 ||
+        header.nnz > INT32_MAX || n_values != quadsteps_n_values(out, header.n_steps))
         return SPARSIFY_BAD_INDEX;
     for (const int64_t unused : header.unused)
         if (unused) return SPARSIFY_BAD_INDEX;
@@ -198,16 +196,14 @@ int sparsify_quadsteps_check(int64_t out, int64_t in, const uint8_t *index, int6
         last_row = row;
         last_input = input;
         ++n_taken;
-        return rises && row >= 0 && input < in && view.inputs[place] < QUADSTEPS_WINDOW;
+        return rises && row >= 0 && input < in && view.inputs[place] < kind.window;
     });
     return sound && n_taken == header.nnz ? SPARSIFY_OK : SPARSIFY_BAD_INDEX;
 }
 
-int64_t sparsify_quadsteps_nnz(const uint8_t *index) { return quadsteps_view(index).header->nnz; }
-
-int sparsify_quadsteps_unpack(int64_t out, int64_t in, const uint8_t *index, int64_t index_bytes, int64_t n_values,
-                              int32_t *crow, int32_t *col, int64_t *order) {
-    if (const int status = sparsify_quadsteps_check(out, in, index, index_bytes, n_values)) return status;
+int unpack(const StepsKind &kind, int64_t out, int64_t in, const uint8_t *index, int64_t index_bytes, int64_t n_values,
+           int32_t *crow, int32_t *col, int64_t *order) {
+    if (const int status = check(kind, out, in, index, index_bytes, n_values)) return status;
     int32_t *next = static_cast<int32_t *>(malloc(size_t(out + 1) * sizeof(int32_t)));
     if (!next) return SPARSIFY_NO_MEMORY;
     const QuadstepsView view = quadsteps_view(index);
@@ -228,4 +224,31 @@ int sparsify_quadsteps_unpack(int64_t out, int64_t in, const uint8_t *index, int
     free(next);
     return SPARSIFY_OK;
 }
+
+}  // namespace
+
+extern "C" {
+
+#define SPARSIFY_DEFINE_STEPS(FORM, KIND)                                                                         \
+    int64_t sparsify_##FORM##_index_bytes(int64_t out, int64_t in, const int32_t *crow, const int32_t *col) {     \
+        return index_bytes(KIND, out, in, crow, col);                                                             \
+    }                                                                                                             \
+    int64_t sparsify_##FORM##_n_values(int64_t out, int64_t in, const int32_t *crow, const int32_t *col) {        \
+        return n_values(KIND, out, in, crow, col);                                                                \
+    }                                                                                                             \
+    int sparsify_##FORM##_pack(int64_t out, int64_t in, const int32_t *crow, const int32_t *col, uint8_t *index,  \
+                               int64_t *order) {                                                                  \
+        return pack(KIND, out, in, crow, col, index, order);                                                      \
+    }                                                                                                             \
+    int sparsify_##FORM##_check(int64_t out, int64_t in, const uint8_t *index, int64_t bytes, int64_t n_values) { \
+        return check(KIND, out, in, index, bytes, n_values);                                                      \
+    }                                                                                                             \
+    int64_t sparsify_##FORM##_nnz(const uint8_t *index) { return quadsteps_view(index).header->nnz; }             \
+    int sparsify_##FORM##_unpack(int64_t out, int64_t in, const uint8_t *index, int64_t bytes, int64_t n_values,  \
+                                 int32_t *crow, int32_t *col, int64_t *order) {                                   \
+        return unpack(KIND, out, in, index, bytes, n_values, crow, col, order);                                   \
+    }
+
+SPARSIFY_DEFINE_STEPS(quadsteps, QUADSTEPS_KIND)
+SPARSIFY_DEFINE_STEPS(widesteps, WIDESTEPS_KIND)
 }

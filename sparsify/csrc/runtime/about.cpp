@@ -13,7 +13,8 @@ namespace {
      sparsify_##NAME##_unpack}
 
 const sparsify_form_functions FORMS[SPARSIFY_N_FORMS] = {
-    FORM(panel), FORM(bitmask), FORM(gather), FORM(quads), FORM(quadmask), FORM(quadsteps), FORM(pairmask), FORM(sell),
+    FORM(panel),     FORM(bitmask),  FORM(gather), FORM(quads),     FORM(quadmask),
+    FORM(quadsteps), FORM(pairmask), FORM(sell),   FORM(widesteps),
 };
 
 }  // namespace

@@ -19,13 +19,13 @@ from torch import Tensor
 #: The forms of float values.
 FORMS = ("panel", "bitmask", "gather", "sell")
 #: The forms that quantise each row of the input; their values are int8 and end with the sums of the rows.
-QUANTIZES_INPUTS = ("quads", "quadmask", "quadsteps")
+QUANTIZES_INPUTS = ("quads", "quadmask", "quadsteps", "widesteps")
 #: The forms of int8 values.
 INT8_FORMS = (*FORMS, *QUANTIZES_INPUTS)
 #: The form of bfloat16 values and inputs alone; it is made for AMX, and slow on any other instruction set.
 PAIRMASK = "pairmask"
 #: All of them in the order of `enum sparsify_form`.
-FORM_NAMES = ("panel", "bitmask", "gather", *QUANTIZES_INPUTS, PAIRMASK, "sell")
+FORM_NAMES = ("panel", "bitmask", "gather", "quads", "quadmask", "quadsteps", PAIRMASK, "sell", "widesteps")
 FORM_NUMBERS = {form: number for number, form in enumerate(FORM_NAMES)}
 MOST_QUANTIZED_IN = 65536  # SPARSIFY_MOST_QUANTIZED_IN
 INTERFACE = 10  # SPARSIFY_INTERFACE

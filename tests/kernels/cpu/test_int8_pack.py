@@ -116,7 +116,11 @@ def test_check_refuses_other_sizes_and_forms(form):
 
 @pytest.mark.parametrize(
     ("form", "limits"),
-    [("quadmask", (0.65, 0.45, 0.35, 0.25, 0.19)), ("quadsteps", (1.2, 0.75, 0.52, 0.3, 0.21))],
+    [
+        ("quadmask", (0.65, 0.45, 0.35, 0.25, 0.19)),
+        ("quadsteps", (1.2, 0.75, 0.52, 0.3, 0.21)),
+        ("widesteps", (1.06, 0.65, 0.44, 0.23, 0.135)),
+    ],
 )
 def test_resident_bytes(form, limits):
     """In the smallest form a weight takes at most .70/.50/.38/.26 bytes at 50/70/80/90%."""

@@ -101,10 +101,11 @@ struct Form {
             sparsify_##NAME##_check, QUANTIZES                                                            \
     }
 const Form FORMS[] = {
-    FORM(panel, SPARSIFY_PANEL, false),       FORM(bitmask, SPARSIFY_BITMASK, false),
-    FORM(gather, SPARSIFY_GATHER, false),     FORM(quads, SPARSIFY_QUADS, true),
-    FORM(quadmask, SPARSIFY_QUADMASK, true),  FORM(quadsteps, SPARSIFY_QUADSTEPS, true),
-    FORM(pairmask, SPARSIFY_PAIRMASK, false), FORM(sell, SPARSIFY_SELL, false),
+    FORM(panel, SPARSIFY_PANEL, false),        FORM(bitmask, SPARSIFY_BITMASK, false),
+    FORM(gather, SPARSIFY_GATHER, false),      FORM(quads, SPARSIFY_QUADS, true),
+    FORM(quadmask, SPARSIFY_QUADMASK, true),   FORM(quadsteps, SPARSIFY_QUADSTEPS, true),
+    FORM(pairmask, SPARSIFY_PAIRMASK, false),  FORM(sell, SPARSIFY_SELL, false),
+    FORM(widesteps, SPARSIFY_WIDESTEPS, true),
 };
 #undef FORM
 
