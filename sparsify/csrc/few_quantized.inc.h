@@ -1,7 +1,6 @@
-// What the forms for few tokens that quantise them have in common, quadmask and quadsteps: the tokens of a batch are
-// quantised first, row by row; then blocks of 64 output rows, times
-// a part of the tokens, are the tasks. Include after a simd/quads_*.h and
-// activation.inc.h.
+// What the forms that quantise tokens row by row have in common, quadmask, quadsteps and widesteps: the tokens of a
+// batch are quantised first; then blocks of 64 output rows, times a part of the tokens, are the tasks. Include after a
+// simd/quads_*.h and activation.inc.h.
 //
 // A form is a struct with
 //   View             of an index, with its header
