@@ -27,10 +27,9 @@ struct Packed {
 int form_for(const sparsify_stored_layer &layer) {
     const bool is_int8 = std::strcmp(layer.dtype, "I8") == 0;
     for (int form = 0; form < SPARSIFY_N_FORMS; ++form) {
-        const bool for_floats = form == SPARSIFY_PANEL || form == SPARSIFY_BITMASK || form == SPARSIFY_GATHER;
-        if (std::strcmp(layer.form, sparsify_form(form)->name) == 0 && for_floats) return form;
-        if (std::strcmp(layer.form, sparsify_form(form)->name) == 0 && is_int8 && form != SPARSIFY_PAIRMASK)
-            return form;
+        const sparsify_form_functions &known = *sparsify_form(form);
+        const bool fits = form != SPARSIFY_PAIRMASK && (is_int8 || !known.quantizes_inputs);
+        if (fits && std::strcmp(layer.form, known.name) == 0) return form;
     }
     return SPARSIFY_PANEL;
 }
@@ -55,9 +54,7 @@ bool pack(const sparsify_checkpoint *checkpoint, int64_t number, const sparsify_
         if (order[i] >= 0) std::memcpy(&packed.values[i * size], &kept[order[i] * size], size);
 
     if (layer.scale) packed.scale.assign(layer.scale, layer.scale + layer.out);
-    const bool has_sums =
-        packed.form == SPARSIFY_QUADS || packed.form == SPARSIFY_QUADMASK || packed.form == SPARSIFY_QUADSTEPS;
-    for (int64_t row = 0; has_sums && row < layer.out; ++row) {  // the sums of the rows, behind the values
+    for (int64_t row = 0; form.quantizes_inputs && row < layer.out; ++row) {  // the sums of the rows, behind the values
         int32_t sum = 0;
         for (int32_t k = crow[row]; k < crow[row + 1]; ++k) sum += int8_t(kept[k]);
         std::memcpy(&packed.values[n_values - 4 * (layer.out - row)], &sum, sizeof sum);

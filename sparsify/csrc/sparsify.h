@@ -136,6 +136,7 @@ enum sparsify_form {
 /* The functions above of a form by its number, and its name; NULL for any other number. */
 struct sparsify_form_functions {
     const char *name;
+    int quantizes_inputs; /* not 0: rows of x are quantised, and the int8 values end with the sums of the rows */
     int64_t (*index_bytes)(int64_t out, int64_t in, const int32_t *crow, const int32_t *col);
     int64_t (*n_values)(int64_t out, int64_t in, const int32_t *crow, const int32_t *col);
     int (*pack)(int64_t out, int64_t in, const int32_t *crow, const int32_t *col, uint8_t *index, int64_t *order);

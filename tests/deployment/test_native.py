@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,15 +87,22 @@ def outputs(text: str) -> dict[str, torch.Tensor]:
 
 
 def given_input(inner: int) -> torch.Tensor:
-    """Return the input of the example."""
-    return torch.tensor([k * 37 % 101 / 50 - 1 for k in range(2 * inner)], dtype=torch.float32).view(2, inner)
+    """Return the input of the example, bit for bit: where inputs are quantised, a last bit may decide a byte."""
+    return ((torch.arange(2 * inner) * 37 % 101).float() / 50 - 1).view(2, inner)
 
 
-@pytest.mark.parametrize("quantize", [None, "int8"])
-def test_the_example_multiplies_as_python_does(program: Path, tmp_path: Path, quantize: str | None) -> None:
+@pytest.mark.parametrize("form", ["auto", *library.INT8_FORMS])
+@pytest.mark.parametrize("quantize", [None, "int8", "int8-weights"])
+def test_the_example_multiplies_as_python_does(program: Path, tmp_path: Path, form: str, quantize: str | None) -> None:
+    if form in library.QUANTIZES_INPUTS and quantize != "int8":
+        pytest.skip("of int8 values and inputs alone")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(70, 33), nn.ReLU(), nn.Linear(33, 8, bias=False), nn.Linear(8, 3))
-    fast = sparsify.export(sparsify.prune(sparsify.convert(model), 0.6), tokens=2, quantize=quantize)
+    masked = sparsify.prune(sparsify.convert(model), 0.6)
+    options: dict[str, Any] = {"tokens": 2} if form == "auto" else {}
+    if quantize is not None:
+        options |= {"quantize": quantize, "max_error": 1.0}
+    fast = sparsify.export(masked, format=form, **options)
     sparsify.save(fast, tmp_path / "model.safetensors")
     done = subprocess.run([program, tmp_path / "model.safetensors"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -3,18 +3,19 @@
 
 namespace {
 
-#define FORM(NAME)                  \
-    {#NAME,                         \
-     sparsify_##NAME##_index_bytes, \
-     sparsify_##NAME##_n_values,    \
-     sparsify_##NAME##_pack,        \
-     sparsify_##NAME##_check,       \
-     sparsify_##NAME##_nnz,         \
+#define FORM(NAME, QUANTIZES_INPUTS) \
+    {#NAME,                          \
+     QUANTIZES_INPUTS,               \
+     sparsify_##NAME##_index_bytes,  \
+     sparsify_##NAME##_n_values,     \
+     sparsify_##NAME##_pack,         \
+     sparsify_##NAME##_check,        \
+     sparsify_##NAME##_nnz,          \
      sparsify_##NAME##_unpack}
 
 const sparsify_form_functions FORMS[SPARSIFY_N_FORMS] = {
-    FORM(panel),     FORM(bitmask),  FORM(gather), FORM(quads),     FORM(quadmask),
-    FORM(quadsteps), FORM(pairmask), FORM(sell),   FORM(widesteps),
+    FORM(panel, 0),     FORM(bitmask, 0),  FORM(gather, 0), FORM(quads, 1),     FORM(quadmask, 1),
+    FORM(quadsteps, 1), FORM(pairmask, 0), FORM(sell, 0),   FORM(widesteps, 1),
 };
 
 }  // namespace
