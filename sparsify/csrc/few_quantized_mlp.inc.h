@@ -30,8 +30,7 @@ int run_quantized_mlp_tile(const void *context, int64_t tile) {
     // Of a layer's tokens, when those of the one before are done with.
     const int64_t longest = first.row_bytes > second.row_bytes ? first.row_bytes : second.row_bytes;
     const size_t rows_bytes = size_t(quantized_rows_bytes(n, longest));
-    // Whole cache lines, an odd number of them: see open_quantized.
-    const int64_t stride = (((second.call.in + 63) / 64) | 1) * 64;
+    const int64_t stride = second.row_bytes;  // enough activations for a row, and no power of two either
     uint8_t *const memory = static_cast<uint8_t *>(thread_scratch(rows_bytes + size_t(n * stride) * sizeof(T)));
     if (!memory) return SPARSIFY_NO_MEMORY;
     T *const between = reinterpret_cast<T *>(memory + rows_bytes);

@@ -119,8 +119,8 @@ SPARSIFY_DECLARE_FORM(pairmask)
 SPARSIFY_DECLARE_FORM(sell)
 SPARSIFY_DECLARE_FORM(widesteps)
 
-/* The values of the first three and of sell are of the dtype of x, or int8. Quads, quadmask and *steps quantise x,
- * and their values are int8. Those of pairmask are bfloat16, as x. */
+/* The values of the first three and of sell are of the dtype of x, or int8. Quads, quadmask, quadsteps and widesteps
+ * quantise x, and their values are int8. Those of pairmask are bfloat16, as x. */
 enum sparsify_form {
     SPARSIFY_PANEL = 0,
     SPARSIFY_BITMASK = 1,
@@ -171,8 +171,8 @@ struct sparsify_linear_call {
 SPARSIFY_API int sparsify_linear(int form, int dtype, const struct sparsify_linear_call *call);
 
 /* The same with int8 values: w[o, k] = values * scale[o], where scale is float32 (out). dtype is that of x, y and bias.
- * The first three forms multiply x as it is and the sum by scale[o]. Quads, quadmask and *steps quantise each row of
- * x to 0..255 first and sum up exactly, so that every instruction set gives the same bits before the activation:
+ * Forms that quantise no x multiply it as it is, and the sum by scale[o]. The others quantise each row of x to 0..255
+ * first and sum up exactly, so that every instruction set gives the same bits before the activation:
  *
  *   lo = min(0, min x), hi = max(0, max x), step = (hi - lo) / 255, zero = rint(-lo / step) in 0..255
  *   q[k] = rint(x[k] / step) + zero, kept in 0..255; a step of 0 makes q and zero 0

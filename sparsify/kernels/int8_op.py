@@ -66,7 +66,7 @@ def _linear_int8(
         raise RuntimeError(f"the form {name!r} takes inputs of {', '.join(map(str, native.DTYPES))}, got {x.dtype}")
     check_no_tangent(x, values, bias)
     index, values, bias = operands(name, index, values, bias, shape)
-    return native.linear(name, x, index, values, bias, shape, activation, None, rows, scale.contiguous())
+    return native.linear_int8(name, x, index, values, scale.contiguous(), bias, shape, activation, rows=rows)
 
 
 def _weight_int8(index: Tensor, values: Tensor, scale: Tensor, form: int, out: int, inner: int) -> Tensor:

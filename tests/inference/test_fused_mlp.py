@@ -9,35 +9,11 @@ from tested_kernels import needs_native
 from torch import nn
 
 import sparsify
-from sparsify.inference import fusion
 from sparsify.kernels import mlp_op
-from sparsify.layers import csr_linear, deferred
 
-pytestmark = needs_native
+pytestmark = [needs_native, pytest.mark.usefixtures("small_outputs_count", "few_tokens_count")]
 
 ACTIVATIONS = {"relu": nn.ReLU(), "gelu": nn.GELU(), "gelu_tanh": nn.GELU("tanh"), "silu": nn.SiLU()}
-
-
-@pytest.fixture(autouse=True)
-def _small_outputs_count(monkeypatch):
-    monkeypatch.setattr(fusion, "FEWEST_FEATURES", 1)
-    monkeypatch.setattr(deferred, "FEWEST_OUTPUTS", 1)
-    monkeypatch.setattr(mlp_op, "FEWEST_TOKENS", 1)
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """Return the shapes of the second layers of calls for two, as a list that grows."""
-    shapes, mlp = [], mlp_op.mlp
-
-    def spy(*operands):
-        y = mlp(*operands)
-        if y is not None:
-            shapes.append(operands[2].shape)
-        return y
-
-    monkeypatch.setattr(csr_linear.mlp_op, "mlp", spy)
-    return shapes
 
 
 class Block(nn.Module):

@@ -15,6 +15,8 @@ from sparsify.inference import fusion
 from sparsify.inference.fusion import activation_name
 from sparsify.layers import csr_linear, deferred
 
+pytestmark = pytest.mark.usefixtures("small_outputs_count")
+
 ACTIVATIONS = {
     "relu": nn.ReLU(inplace=True),
     "gelu": nn.GELU(),
@@ -35,12 +37,6 @@ class Block(nn.Module):
 
     def forward(self, x):
         return self.body(self, x)
-
-
-@pytest.fixture(autouse=True)
-def _small_outputs_count(monkeypatch):
-    monkeypatch.setattr(fusion, "FEWEST_FEATURES", 1)
-    monkeypatch.setattr(deferred, "FEWEST_OUTPUTS", 1)
 
 
 @pytest.fixture

@@ -9,31 +9,9 @@ from torch import nn
 from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
 
 import sparsify
-from sparsify.inference import fusion
-from sparsify.kernels import mlp_op
-from sparsify.layers import csr_linear, deferred
+from sparsify.layers import deferred
 
-pytestmark = needs_native
-
-
-@pytest.fixture(autouse=True)
-def _small_outputs_count(monkeypatch):
-    monkeypatch.setattr(fusion, "FEWEST_FEATURES", 1)
-    monkeypatch.setattr(deferred, "FEWEST_OUTPUTS", 1)
-    monkeypatch.setattr(mlp_op, "FEWEST_TOKENS", 1)
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """Return the shapes of the second layers of calls for two, as a list that grows."""
-    shapes, mlp = [], mlp_op.mlp
-
-    def spy(*operands):
-        shapes.append(operands[2].shape)
-        return mlp(*operands)
-
-    monkeypatch.setattr(csr_linear.mlp_op, "mlp", spy)
-    return shapes
+pytestmark = [needs_native, pytest.mark.usefixtures("small_outputs_count", "few_tokens_count")]
 
 
 class Up(nn.Module):

@@ -8,6 +8,7 @@
 #include "gather/format.h"
 #include "runtime/csr.h"
 #include "runtime/kernels.h"
+#include "runtime/packs.h"
 #include "sparsify.h"
 
 using namespace sparsify;
@@ -199,18 +200,6 @@ int pack(const GatherTile &tile, int64_t out, int64_t in, const int32_t *crow, c
 
 extern "C" {
 
-#define PACKS(FORM, TILE)                                                                                        \
-    int64_t sparsify_##FORM##_index_bytes(int64_t out, int64_t in, const int32_t *crow, const int32_t *col) {    \
-        return index_bytes(TILE, out, in, crow, col);                                                            \
-    }                                                                                                            \
-    int64_t sparsify_##FORM##_n_values(int64_t out, int64_t in, const int32_t *crow, const int32_t *col) {       \
-        return n_values(TILE, out, in, crow, col);                                                               \
-    }                                                                                                            \
-    int sparsify_##FORM##_pack(int64_t out, int64_t in, const int32_t *crow, const int32_t *col, uint8_t *index, \
-                               int64_t *order) {                                                                 \
-        return pack(TILE, out, in, crow, col, index, order);                                                     \
-    }
-
-PACKS(gather, kernel_in_use()->gather_tile)
-PACKS(sell, GATHER_SELL)
+SPARSIFY_PACKS(gather, kernel_in_use()->gather_tile)
+SPARSIFY_PACKS(sell, GATHER_SELL)
 }

@@ -25,8 +25,7 @@ int run_quads_mlp_tile(const QuadsMlpPlan &plan, int64_t first_token, int64_t n_
     const int64_t tile_words = first_words > second_words ? first_words : second_words;
     const int64_t sums_words = first_sums > second_sums ? first_sums : second_sums;
     const int64_t longest = first.call.in > second.call.in ? first.call.in : second.call.in;
-    // A row of activations ends where a cache line does.
-    const int64_t row = (second.call.in + 63) / 64 * 64;
+    const int64_t row = quads_row_bytes(second.call.in);  // activations for a row, and where it can, no power of two
     const size_t words = size_t(tile_words + sums_words) * 4, between_bytes = size_t(V * WIDTH * row) * sizeof(T);
     uint8_t *const memory =
         static_cast<uint8_t *>(thread_scratch(words + between_bytes + size_t(fill_scratch_bytes<V>(longest))));

@@ -5,9 +5,9 @@
 // neighbouring inputs, the bytes of a register. In one *step* each lane may take up to four of its next kept inputs, if
 // they lie in the window, which begins at the first of all or up to 15 inputs before it: one permute of bytes fetches
 // up to 64 activations, and one instruction multiplies them and adds four products to the sum of each lane. What it
-// costs is the places that stay empty in a step: 3% at 50% sparsity, 27% at 90%. In windows of 255 inputs 4% stay empty
-// at 90%, and a token takes four loads and three more instructions in a step: for a token whose weights come from
-// memory. Four tiles make a *block*, 64 consecutive rows that lie in the lanes in an order of their own: rows that keep
+// costs is the places that stay empty in a step: 3% at 50% sparsity, 27% at 90%. In windows of 255 inputs 6% stay empty
+// at 90%, and a token takes four loads, two permutes and a blend in a step: for a token whose weights come from memory.
+// Four tiles make a *block*, 64 consecutive rows that lie in the lanes in an order of their own: rows that keep
 // equally many inputs side by side.
 //
 //   QuadstepsHeader

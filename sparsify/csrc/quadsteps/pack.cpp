@@ -4,6 +4,7 @@
 
 #include "quadsteps/format.h"
 #include "runtime/csr.h"
+#include "runtime/packs.h"
 #include "sparsify.h"
 
 using namespace sparsify;
@@ -229,17 +230,8 @@ int unpack(const StepsKind &kind, int64_t out, int64_t in, const uint8_t *index,
 
 extern "C" {
 
-#define SPARSIFY_DEFINE_STEPS(FORM, KIND)                                                                         \
-    int64_t sparsify_##FORM##_index_bytes(int64_t out, int64_t in, const int32_t *crow, const int32_t *col) {     \
-        return index_bytes(KIND, out, in, crow, col);                                                             \
-    }                                                                                                             \
-    int64_t sparsify_##FORM##_n_values(int64_t out, int64_t in, const int32_t *crow, const int32_t *col) {        \
-        return n_values(KIND, out, in, crow, col);                                                                \
-    }                                                                                                             \
-    int sparsify_##FORM##_pack(int64_t out, int64_t in, const int32_t *crow, const int32_t *col, uint8_t *index,  \
-                               int64_t *order) {                                                                  \
-        return pack(KIND, out, in, crow, col, index, order);                                                      \
-    }                                                                                                             \
+#define STEPS(FORM, KIND)                                                                                         \
+    SPARSIFY_PACKS(FORM, KIND)                                                                                    \
     int sparsify_##FORM##_check(int64_t out, int64_t in, const uint8_t *index, int64_t bytes, int64_t n_values) { \
         return check(KIND, out, in, index, bytes, n_values);                                                      \
     }                                                                                                             \
@@ -249,6 +241,6 @@ extern "C" {
         return unpack(KIND, out, in, index, bytes, n_values, crow, col, order);                                   \
     }
 
-SPARSIFY_DEFINE_STEPS(quadsteps, QUADSTEPS_KIND)
-SPARSIFY_DEFINE_STEPS(widesteps, WIDESTEPS_KIND)
+STEPS(quadsteps, QUADSTEPS_KIND)
+STEPS(widesteps, WIDESTEPS_KIND)
 }
