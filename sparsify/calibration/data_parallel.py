@@ -27,6 +27,10 @@ def process_group() -> Iterator[None]:
     if "TORCHELASTIC_RUN_ID" not in os.environ or _in_group():
         yield
         return
+    # Its functions hold the group of the moment of their import, which an optimizer brings about: the threads of such a
+    # group outlive its end, and may abort the process as it ends.
+    import torch.distributed.nn
+
     dist.init_process_group("gloo", timeout=timedelta(days=30))
     try:
         yield

@@ -56,7 +56,7 @@ RUNS = {
 # Compresses in all of these ways, one after the other; "resumed" is first interrupted in both processes. Then an error
 # in the data of one process, which ends both: they would wait for each other.
 PROGRAM = """
-import json, sys
+import json, os, sys
 import ours
 import sparsify, torch
 from sparsify.offload import journal
@@ -88,6 +88,9 @@ with process_group():
         sparsify.prune(model, 0.6, method="wanda", data=data)
     except ValueError as error:
         print(f"{error}\\n", end="", flush=True)
+if os.path.isdir("/proc/self/task"):
+    threads = [open(f"/proc/self/task/{number}/comm").read() for number in os.listdir("/proc/self/task")]
+    print("threads " + " ".join(threads).replace("\\n", " ") + "\\n", end="", flush=True)
 """
 
 
@@ -155,6 +158,14 @@ def test_tuned_blocks_are_the_same_in_both_processes(ours: Path) -> None:
     lines = [line for line in (ours / "out.txt").read_text().splitlines() if line.startswith("tuned ")]
     assert len(lines) == 2
     assert lines[0] == lines[1]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are listed in /proc on Linux alone")
+def test_no_thread_of_the_group_outlives_it(ours: Path) -> None:
+    """An interpreter that ends beside such a thread may abort the process: its work was done, its exit code says no."""
+    lines = [line for line in (ours / "out.txt").read_text().splitlines() if line.startswith("threads ")]
+    assert len(lines) == 2
+    assert "gloo" not in "".join(lines)
 
 
 def test_an_error_in_one_process_ends_both(ours: Path) -> None:
