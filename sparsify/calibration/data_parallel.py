@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -29,7 +30,7 @@ def process_group() -> Iterator[None]:
         return
     # Its functions hold the group of the moment of their import, which an optimizer brings about: the threads of such a
     # group outlive its end, and may abort the process as it ends.
-    import torch.distributed.nn
+    importlib.import_module("torch.distributed.nn")
 
     dist.init_process_group("gloo", timeout=timedelta(days=30))
     try:
