@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sparsify.reporting.dense_engines import openvino_core
+
 Call = Callable[[], Any]
 
 
@@ -74,7 +76,7 @@ def openvino_call(result: Any, parameter: Any, x: Tensor, out: int, sizes: Seque
     """
     import openvino as ov
 
-    compiled = ov.compile_model(
+    compiled = openvino_core().compile_model(
         ov.Model([result], [parameter]),
         "CPU",
         {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import io
 import logging
@@ -142,17 +143,27 @@ def _onnxruntime_int8(model: nn.Module, inputs: Inputs, file: Path, right: Tenso
     return min(made, key=lambda engine: engine.error or 0.0)
 
 
-def _openvino(model: nn.Module, inputs: Inputs, file: Path, right: Tensor) -> Engine:
+@functools.cache
+def openvino_core() -> Any:
+    """Return the one Core of OpenVINO in this process, which is never given back.
+
+    Each Core has a stack for signals. Of two at once, the last to go leaves the stack of the other, which is freed: the
+    next signal with a handler ends the process.
+    """
     import openvino as ov
 
-    return _engine(_OPENVINO, openvino_call(ov.Core().read_model(file), inputs), right, file)
+    return ov.Core()
+
+
+def _openvino(model: nn.Module, inputs: Inputs, file: Path, right: Tensor) -> Engine:
+    return _engine(_OPENVINO, openvino_call(openvino_core().read_model(file), inputs), right, file)
 
 
 def _openvino_int8(model: nn.Module, inputs: Inputs, file: Path, right: Tensor) -> Engine:
     """Compress the weights to int8; OpenVINO quantizes activations in each call where that is faster."""
     import openvino as ov
 
-    network = ov.Core().read_model(file)
+    network = openvino_core().read_model(file)
     _compress(network)
     small = file.with_name("int8.xml")
     ov.save_model(network, small, compress_to_fp16=False)
@@ -203,7 +214,7 @@ def openvino_call(network: Any, inputs: Inputs, **settings: Any) -> Callable[[],
 
     latency = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
     threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    request = ov.compile_model(network, "CPU", latency | threads | settings).create_infer_request()
+    request = openvino_core().compile_model(network, "CPU", latency | threads | settings).create_infer_request()
     for number, array in enumerate(_arrays(inputs)):
         request.set_input_tensor(number, ov.Tensor(array, shared_memory=True))
 

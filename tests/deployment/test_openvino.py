@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 import sparsify
+from sparsify.reporting.dense_engines import openvino_core
 
 CPU = Path("/proc/cpuinfo")
 
-openvino = pytest.importorskip("openvino", reason="openvino is missing: pip install openvino")
+pytest.importorskip("openvino", reason="openvino is missing: pip install openvino")
 pytest.importorskip("onnxscript", reason="onnxscript is missing: pip install onnxscript")
 pytest.importorskip("onnx", reason="onnx is missing: pip install onnx")
 quantization = pytest.importorskip("onnxruntime.quantization", reason="onnxruntime is missing: pip install onnxruntime")
@@ -45,7 +46,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Ten
 
 def products(path: Path, x: torch.Tensor, rate: float) -> tuple[list[str], torch.Tensor]:
     """Return what OpenVINO computes the layers with, and the output."""
-    compiled = openvino.Core().compile_model(str(path), "CPU", {"CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE": rate})
+    compiled = openvino_core().compile_model(str(path), "CPU", {"CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE": rate})
     facts = [node.get_rt_info() for node in compiled.get_runtime_model().get_ordered_ops()]
     kinds = [str(f["primitiveType"].value) for f in facts if str(f["layerType"].value) == "FullyConnected"]
     return kinds, torch.from_numpy(compiled(x.numpy())[0].copy())

@@ -2,6 +2,9 @@
 
 import copy
 import importlib.util
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -29,6 +32,34 @@ class Model(nn.Module):
 def model():
     torch.manual_seed(0)
     return Model().eval()
+
+
+#: Measures two models, and then gets a signal with a handler: a child that ends.
+SIGNALLED = """
+import faulthandler, gc, signal, subprocess, sys, tempfile
+from pathlib import Path
+import torch
+from sparsify.reporting.dense_engines import dense_engines
+
+faulthandler.enable()
+signal.signal(signal.SIGCHLD, lambda *_: print("signalled"))
+engines = []
+for _ in range(2):
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = torch.nn.Linear(8, 8).eval(), (torch.ones(2, 8),), Path(folder)
+        engines.append(list(dense_engines(*arguments, ["torch int8", "ONNX Runtime int8"])))
+while engines:
+    engines.pop(0)
+    gc.collect()
+subprocess.run([sys.executable, "-c", ""], check=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGCHLD"), reason="this system has no signal for the end of a child")
+def test_a_signal_after_the_engines_does_not_end_the_process():
+    done = subprocess.run([sys.executable, "-c", SIGNALLED], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("signalled\n")
 
 
 def test_every_installed_engine_computes_the_model(model, tmp_path):
