@@ -12,7 +12,8 @@ import torch
 from zoo_models.model import Model
 
 
-def _yolo(n_classes: int) -> Any:
+def detector(n_classes: int) -> Any:
+    """Build a YOLO11 of the smallest size, with random weights."""
     os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.gettempdir())  # its settings file
     from ultralytics.nn.tasks import DetectionModel
 
@@ -21,7 +22,7 @@ def _yolo(n_classes: int) -> Any:
 
 def _full() -> Any:
     with torch.device("cpu"):  # its constructor runs the model for the strides
-        model = _yolo(80)
+        model = detector(80)
     strides = model.stride
     model = model.to("meta")
     model.model[-1].stride = strides  # read one by one
@@ -30,7 +31,7 @@ def _full() -> Any:
 
 MODELS = {
     "yolo11n": Model(
-        small=partial(_yolo, 4),
+        small=partial(detector, 4),
         inputs=lambda: (torch.randn(1, 3, 64, 64),),
         full=_full,
         full_inputs=lambda: (torch.randn(1, 3, 640, 640),),
