@@ -2,10 +2,6 @@
 
 from typing import Any
 
-from sparsify import Reconstruction
-
-_TUNED = {"method": "sparsegpt", "correct": True, "reconstruct": Reconstruction(4, bfloat16=True)}
-
 #: Line -> arguments of prune. `recover_s`: then so many seconds of `sparsify.recover`; `whole_s`: then as many as are
 #: left of these for everything.
 METHODS: dict[str, dict[str, Any]] = {
@@ -21,9 +17,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "ALPS": {"method": "alps"},
     "ALPS, correcting": {"method": "alps", "correct": True},
     "ALPS, correcting, reconstruct 2": {"method": "alps", "correct": True, "reconstruct": 2},
-    "SparseGPT, correcting, tuned, 4 min in all": {**_TUNED, "whole_s": 235.0},
-    "SparseGPT, correcting, tuned, 20 min in all": {**_TUNED, "whole_s": 1190.0},
     "ALPS, correcting, then recover for 4 min": {"method": "alps", "correct": True, "recover_s": 240.0},
+    "ALPS, correcting, then recover, 4 min in all": {"method": "alps", "correct": True, "whole_s": 235.0},
+    "ALPS, correcting, then recover, 20 min in all": {"method": "alps", "correct": True, "whole_s": 1190.0},
 }
 #: Column -> sparsity or pattern.
 COLUMNS: dict[str, dict[str, Any]] = {

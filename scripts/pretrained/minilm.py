@@ -114,7 +114,7 @@ def _sources() -> dict[str, list[dict[str, Tensor]]]:
     return {"news": _pieces(background), "Wikipedia": _pieces(wikipedia.articles())}
 
 
-def _pieces(texts: Sequence[str], n_tokens: int = 128, batch: int = 16) -> list[dict[str, Tensor]]:
+def _pieces(texts: Sequence[str], n_tokens: int = 128, batch: int = 8) -> list[dict[str, Tensor]]:
     """Cut texts into pieces of one length, each with its own beginning and end; a shorter rest is left out."""
     tokenizer = load_tokenizer()
     tokenizer.no_padding()

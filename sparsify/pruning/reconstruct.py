@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 from sparsify.calibration.data_parallel import average, most_of_all
 from sparsify.calibration.tunable_block import TunableBlock
 from sparsify.layers import MaskedLayer
+from sparsify.pruning.precision import check_float32, computing
 
 LR = 0.05
 _WARM_UP = 0.05  # of the budget; from there the learning rate falls to zero in a straight line
@@ -68,11 +70,11 @@ def tune_block(
     with torch.inference_mode(False), _trainable(block.module, chosen):
         parts = [_Trained(layer) for layer in chosen]
         optimizer = torch.optim.Adam([{"params": part.masters, "size": part.size} for part in parts], fused=True)
-        precision = computing(chosen[0].weight.device, bfloat16=options.bfloat16)
+        device = chosen[0].weight.device
         for step, number in enumerate(itertools.islice(shuffled(len(block), options.seed), n_steps)):
             for group in optimizer.param_groups:
                 group["lr"] = options.lr * group["size"] * ramp(step / n_steps)
-            value = _backward(block, number, precision)
+            value = _backward(block, number, computing(device, bfloat16=options.bfloat16))
             if not math.isfinite(value):
                 raise ValueError(
                     f"{block.name}: the loss of its reconstruction became {value} in step {step + 1}; take a lower lr "
@@ -101,19 +103,7 @@ def shuffled(n: int, seed: int) -> Iterator[int]:
         yield from torch.randperm(n, generator=generator, device="cpu").tolist()
 
 
-def check_float32(layers: Mapping[str, MaskedLayer]) -> None:
-    """Raise ValueError, naming the layer, for layers that bfloat16 does not make faster: those not in float32."""
-    for name, layer in layers.items():
-        if layer.weight.dtype != torch.float32:
-            raise ValueError(f"{name}: bfloat16 is for layers in float32, got {layer.weight.dtype}; leave it out")
-
-
-def computing(device: torch.device, *, bfloat16: bool) -> torch.autocast:
-    """Return a context for the forward passes of a training, in which products are in bfloat16 if asked for."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
-
-
-def _backward(block: TunableBlock, number: int, precision: torch.autocast) -> float:
+def _backward(block: TunableBlock, number: int, precision: AbstractContextManager[None]) -> float:
     """Run a batch forwards and backwards, and return the loss."""
     with torch.enable_grad():
         with precision:

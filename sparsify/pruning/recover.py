@@ -29,9 +29,10 @@ from sparsify.conversion.module_surgery import Model
 from sparsify.conversion.transaction import Transaction
 from sparsify.layers import MaskedLayer
 from sparsify.masking.unseen import refuse_unseen
-from sparsify.pruning.reconstruct import check_float32, computing, ramp, shuffled
+from sparsify.pruning.precision import check_float32, computing
+from sparsify.pruning.reconstruct import ramp, shuffled
 
-LR = 3e-3
+LR = 2e-3
 
 
 def recover(
@@ -162,7 +163,7 @@ class _Distillation:
         """Train the parameters until the budget is spent."""
         optimizer = torch.optim.Adam(parameters, lr=budget.lr, fused=True)
         order = shuffled(len(batches), seed)
-        precision = computing(parameters[0].device, bfloat16=self.bfloat16)
+        device = parameters[0].device
         with tqdm(
             total=1.0,
             desc="recover",
@@ -174,7 +175,7 @@ class _Distillation:
                     group["lr"] = budget.lr_at(spent)
                 batch = batches[next(order)]
                 with torch.inference_mode(False), torch.enable_grad():
-                    with precision:
+                    with computing(device, bfloat16=self.bfloat16):
                         targets = self._targets(batch)
                         loss = self._loss(batch, targets)
                     optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,58 @@
+"""The precision of a training's passes: float32, or bfloat16 on request with the weights in float32."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from sparsify.layers import MaskedLayer
+
+#: Tokens of a sequence from which on torch's attention in bfloat16 is the faster one on a CPU, forwards and backwards.
+_LONG = 1024
+
+
+def check_float32(layers: Mapping[str, MaskedLayer]) -> None:
+    """Raise ValueError, naming the layer, for layers that bfloat16 does not make faster: those not in float32."""
+    for name, layer in layers.items():
+        if layer.weight.dtype != torch.float32:
+            raise ValueError(f"{name}: bfloat16 is for layers in float32, got {layer.weight.dtype}; leave it out")
+
+
+@contextlib.contextmanager
+def computing(device: torch.device, *, bfloat16: bool) -> Iterator[None]:
+    """Inside the block, compute products in bfloat16 if asked for: a context for the forward passes of a training."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+        if bfloat16 and device.type == "cpu":
+            with _ShortAttentionInFloat32():
+                yield
+        else:
+            yield
+
+
+class _ShortAttentionInFloat32(TorchFunctionMode):
+    """Compute the attention of short sequences in float32: its backward pass in bfloat16 takes torch longer on CPUs."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention and _tokens(args, kwargs) < _LONG:
+            with torch.autocast("cpu", enabled=False):
+                return function(*map(_wide, args), **{name: _wide(value) for name, value in kwargs.items()})
+        return function(*args, **kwargs)
+
+
+def _tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """Return the length of the keys in a call of attention."""
+    key: Tensor = args[1] if len(args) > 1 else kwargs["key"]
+    return int(key.shape[-2])
+
+
+def _wide(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value

@@ -1,0 +1,43 @@
+"""bfloat16 in the passes of a training: products, and the attention of long sequences alone."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sparsify.pruning.precision import computing
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("tokens", [1, 129, 1023])
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("masked", [None, torch.bool, torch.bfloat16])
+def test_attention_of_short_sequences_is_in_float32(tokens: int, named: bool, masked: torch.dtype | None) -> None:
+    torch.manual_seed(0)
+    parts = [torch.randn(1, 2, n, 4, dtype=torch.bfloat16) for n in (3, tokens, tokens)]
+    mask = None if masked is None else torch.ones(3, tokens, dtype=masked).tril(tokens - 3)
+    wide = mask.float() if masked == torch.bfloat16 and mask is not None else mask
+    with computing(CPU, bfloat16=True):
+        if named:
+            names = dict(zip(("query", "key", "value"), parts, strict=True))
+            found = F.scaled_dot_product_attention(**names, attn_mask=mask)
+        else:
+            found = F.scaled_dot_product_attention(*parts, mask)
+    assert found.dtype == torch.float32
+    expected = F.scaled_dot_product_attention(*(part.float() for part in parts), attn_mask=wide)
+    assert torch.equal(found, expected)
+
+
+def test_attention_of_long_sequences_and_products_are_in_bfloat16() -> None:
+    x, weight = torch.ones(1, 1, 1024, 4), torch.ones(3, 4)
+    with computing(CPU, bfloat16=True):
+        assert F.scaled_dot_product_attention(x, x, x).dtype == torch.bfloat16
+        assert F.linear(x, weight).dtype == torch.bfloat16
+    assert F.linear(x, weight).dtype == torch.float32
+
+
+def test_all_is_in_float32_if_not_asked_for() -> None:
+    x = torch.ones(1, 1, 8, 4)
+    with computing(CPU, bfloat16=False):
+        assert F.linear(x, torch.ones(3, 4)).dtype == torch.float32
+        assert F.scaled_dot_product_attention(x, x, x).dtype == torch.float32
