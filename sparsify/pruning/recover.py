@@ -32,7 +32,7 @@ from sparsify.masking.unseen import refuse_unseen
 from sparsify.pruning.precision import check_float32, computing
 from sparsify.pruning.reconstruct import ramp, shuffled
 
-LR = 2e-3
+LR = 3e-3
 
 
 def recover(
