@@ -28,10 +28,9 @@ def process_group() -> Iterator[None]:
     if "TORCHELASTIC_RUN_ID" not in os.environ or _in_group():
         yield
         return
-    # Its functions hold the group of the moment of their import, which an optimizer brings about: the threads of such a
-    # group outlive its end, and may abort the process as it ends.
+    # Functions of torch.distributed.nn hold the group there is when they are imported, as an optimizer's first step
+    # does: the threads of a group held so outlive its end, and may abort the process at exit.
     importlib.import_module("torch.distributed.nn")
-
     dist.init_process_group("gloo", timeout=timedelta(days=30))
     try:
         yield
