@@ -40,7 +40,7 @@ RESULTS_FOLDER = Path(__file__).resolve().parent.parent / "docs" / "results"
 OUT = RESULTS_FOLDER / "oneshot.jsonl"
 #: Batches that the damage of each layer is measured on: each is run 216 times.
 N_SENSITIVITY = 4
-#: Of a recovery on small batches of much text; with the default, a minute of it lost some cosine of MiniLM at 80%.
+#: Of a recovery on small batches, hence lower than the default.
 LR = 2e-3
 _CLEAR = Path("/proc/self/clear_refs")
 

@@ -2,18 +2,17 @@
 
 import copy
 import gc
-import importlib
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import zoo_models
 from assets import AssetError, fetch
 from pretrained import minilm
 from torch import nn
 from tqdm import tqdm
+from zoo_models import why_missing, yolo
 
 from benchmarks import record
 from benchmarks.layers import INT8, OURS
@@ -36,8 +35,12 @@ TORCH, BF16, CHANNELS_LAST = "torch fp32", "torch bf16", "channels-last torch fp
 CAN_BE_LEFT_OUT = (BF16, CHANNELS_LAST, *ENGINES, *KINDS)
 MINILM, BERT, YOLO = "minilm", "bert_base", "yolo11n"
 TEXT = (MINILM, BERT)
-#: name -> batch sizes; those of TEXT read 128 tokens of text, YOLO images of 640 x 640, the others of 224 x 224
 CNNS = ("resnet50", "mobilenet_v3_large", "efficientnet_b0", "regnet_y_1_6gf", YOLO)
+#: name -> options of its conversion beside CNN_OPTIONS
+MORE_OPTIONS = {YOLO: yolo.MODELS[YOLO].convert}
+#: name -> shape of its images, if not 3 x 224 x 224
+SHAPES = {YOLO: (3, 640, 640)}
+#: name -> batch sizes; those of TEXT read 128 tokens of text, the others images
 MODELS: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(("vit_b_16", "swin_t", "convnext_tiny", *CNNS), (1, 8)),
     **dict.fromkeys(TEXT, (32,)),
@@ -57,12 +60,12 @@ def bench_models(
     instructions.
     """
     for name, batches in models.items():
-        if name == YOLO and (why := zoo_models.why_missing("yolo")):
+        if name == YOLO and (why := why_missing("yolo")):
             print(f"{name} is left out: {why}")
             continue
         model, spec = _build(name), f"hf:{name}" if name in TEXT else f"torchvision:{name}"
         for batch in tqdm(batches, desc=name):
-            inputs = make_inputs(model, spec, batch=batch, shape=(3, 640, 640) if name == YOLO else None)
+            inputs = make_inputs(model, spec, batch=batch, shape=SHAPES.get(name))
             model = with_settled_norms(model, inputs)
             low = copy.deepcopy(model).bfloat16() if BF16 not in without else None
             tokens = typical_tokens(model, inputs)
@@ -80,7 +83,9 @@ def bench_models(
                         continue
                     facts[engine.name, None] = {"error": round(engine.error or 0.0, 6), "n_bytes": engine.n_bytes}
                     calls[engine.name, None] = [engine.call]
-                kinds = {OURS: CNN_OPTIONS | _more_options(name) | {"example": inputs}} if name in CNNS else KINDS
+                kinds = KINDS
+                if name in CNNS:
+                    kinds = {OURS: {**CNN_OPTIONS, **MORE_OPTIONS.get(name, {}), "example": inputs}}
                 for kind, sparsity in [(kind, s) for kind in kinds for s in sparsities if kind not in without]:
                     fast = sparse_copy(model, sparsity, tokens, inputs, **kinds[kind])
                     facts[kind, sparsity], calls[kind, sparsity] = _facts(fast), [_call(fast, inputs)]
@@ -106,13 +111,9 @@ def _build(name: str) -> nn.Module:
         return minilm.load_dense()
     torch.manual_seed(0)
     if name == YOLO:
-        detector: nn.Module = importlib.import_module("zoo_models.yolo").detector(80)
+        detector: nn.Module = yolo.detector(80)
         return detector.eval()
     return build_model(f"torchvision:{name}")
-
-
-def _more_options(name: str) -> dict[str, Any]:
-    return dict(zoo_models.models("yolo")[name].convert) if name == YOLO else {}
 
 
 def _facts(model: nn.Module) -> dict[str, Any]:

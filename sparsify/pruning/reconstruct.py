@@ -10,7 +10,6 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -70,11 +69,10 @@ def tune_block(
     with torch.inference_mode(False), _trainable(block.module, chosen):
         parts = [_Trained(layer) for layer in chosen]
         optimizer = torch.optim.Adam([{"params": part.masters, "size": part.size} for part in parts], fused=True)
-        device = chosen[0].weight.device
         for step, number in enumerate(itertools.islice(shuffled(len(block), options.seed), n_steps)):
             for group in optimizer.param_groups:
                 group["lr"] = options.lr * group["size"] * ramp(step / n_steps)
-            value = _backward(block, number, computing(device, bfloat16=options.bfloat16))
+            value = _backward(block, number, computing(chosen[0].weight.device, bfloat16=options.bfloat16))
             if not math.isfinite(value):
                 raise ValueError(
                     f"{block.name}: the loss of its reconstruction became {value} in step {step + 1}; take a lower lr "
@@ -103,7 +101,7 @@ def shuffled(n: int, seed: int) -> Iterator[int]:
         yield from torch.randperm(n, generator=generator, device="cpu").tolist()
 
 
-def _backward(block: TunableBlock, number: int, precision: AbstractContextManager[None]) -> float:
+def _backward(block: TunableBlock, number: int, precision: contextlib.AbstractContextManager[None]) -> float:
     """Run a batch forwards and backwards, and return the loss."""
     with torch.enable_grad():
         with precision:

@@ -163,7 +163,6 @@ class _Distillation:
         """Train the parameters until the budget is spent."""
         optimizer = torch.optim.Adam(parameters, lr=budget.lr, fused=True)
         order = shuffled(len(batches), seed)
-        device = parameters[0].device
         with tqdm(
             total=1.0,
             desc="recover",
@@ -175,7 +174,7 @@ class _Distillation:
                     group["lr"] = budget.lr_at(spent)
                 batch = batches[next(order)]
                 with torch.inference_mode(False), torch.enable_grad():
-                    with computing(device, bfloat16=self.bfloat16):
+                    with computing(parameters[0].device, bfloat16=self.bfloat16):
                         targets = self._targets(batch)
                         loss = self._loss(batch, targets)
                     optimizer.zero_grad(set_to_none=True)
