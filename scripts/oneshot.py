@@ -89,6 +89,7 @@ def measure(subject: Subject, order: dict[str, Any], batches: list[dict[str, Ten
     model = sparsify.convert(subject.load(), include=subject.layers)
     order, watch = dict(order), LoadMeter()
     recover_s, whole_s = order.pop("recover_s", None), order.pop("whole_s", None)
+    move = order.get("pattern", "unstructured") if order.pop("move", False) else None
     teacher = copy.deepcopy(model) if recover_s or whole_s else None
     _reset_peak()
     started = time.perf_counter()
@@ -101,7 +102,7 @@ def measure(subject: Subject, order: dict[str, Any], batches: list[dict[str, Ten
     if teacher is not None and whole_s:
         more = batches if subject.more is None else subject.more()
         left_s = max(whole_s - (time.perf_counter() - started), 1.0)
-        sparsify.recover(model, teacher, more, seconds=left_s, lr=LR, bfloat16=True, progress=True)
+        sparsify.recover(model, teacher, more, seconds=left_s, lr=LR, bfloat16=True, move=move, progress=True)
     seconds, peak_gb = time.perf_counter() - started, _peak_gb()
     rows = [row for row in sparsify.report(model) if row.format == "masked"]
     n_weights = [row.shape[0] * row.shape[1] for row in rows]

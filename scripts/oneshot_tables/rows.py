@@ -3,7 +3,7 @@
 from typing import Any
 
 #: Line -> arguments of prune. `recover_s`: then so many seconds of `sparsify.recover`; `whole_s`: then as many as are
-#: left of these for everything.
+#: left of these for everything; `move`: with masks that move.
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"method": "magnitude"},
     "magnitude + refit": {"method": "magnitude", "refit": True},
@@ -19,7 +19,18 @@ METHODS: dict[str, dict[str, Any]] = {
     "ALPS, correcting, reconstruct 2": {"method": "alps", "correct": True, "reconstruct": 2},
     "ALPS, correcting, then recover for 4 min": {"method": "alps", "correct": True, "recover_s": 240.0},
     "ALPS, correcting, then recover, 4 min in all": {"method": "alps", "correct": True, "whole_s": 235.0},
-    "ALPS, correcting, then recover, 20 min in all": {"method": "alps", "correct": True, "whole_s": 1190.0},
+    "ALPS, correcting, then recover, moving, 4 min in all": {
+        "method": "alps",
+        "correct": True,
+        "whole_s": 235.0,
+        "move": True,
+    },
+    "ALPS, correcting, then recover, moving, 20 min in all": {
+        "method": "alps",
+        "correct": True,
+        "whole_s": 1190.0,
+        "move": True,
+    },
 }
 #: Column -> sparsity or pattern.
 COLUMNS: dict[str, dict[str, Any]] = {

@@ -33,7 +33,7 @@ from sparsify.offload.streaming import (
 )
 from sparsify.outputs import check_space
 from sparsify.pruning.recover import recover
-from sparsify.recipes.apply import recipe_layer_specs
+from sparsify.recipes.apply import recipe_layer_specs, recover_options
 from sparsify.recipes.assignment import assign_layers, convert_by_recipe
 from sparsify.recipes.schema import Recipe
 from sparsify.reporting.report import Report, Row, report
@@ -81,7 +81,7 @@ def compress_layer_by_layer(
     if not is_rank_zero():
         return None
     if teacher is not None and recipe.recover is not None:
-        recover(model, teacher, data, **recipe.recover.model_dump(), progress=not arguments.json)
+        recover(model, teacher, data, **recover_options(recipe, model), progress=not arguments.json)
     if weights is None:
         model = export(model, copy=False, **form_of(arguments, recipe, data))
         save(model, out)

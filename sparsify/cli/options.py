@@ -47,15 +47,18 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
     options |= {"layers": arguments.include, "types": arguments.types}
     given = {key: value for key, value in options.items() if value is not None}
     if arguments.recipe:
-        for stage in ("reconstruct", "recover"):
+        for stage in ("reconstruct", "recover", "move"):
             if getattr(arguments, stage) is not None:
-                raise ValueError(f"--{stage} has no effect beside --recipe; write a {stage} stage in the recipe")
+                written = "'recover: {move: true}'" if stage == "move" else f"a {stage} stage"
+                raise ValueError(f"--{stage} has no effect beside --recipe; write {written} in the recipe")
         if given:
             option = "include" if "layers" in given else next(iter(given)).replace("_", "-")
             raise ValueError(
                 f"--{option} has no effect beside --recipe; set the recipe's variables with --set NAME=VALUE"
             )
         return load_recipe(arguments.recipe, **variables(arguments.set))
+    if arguments.move and arguments.recover is None:
+        raise ValueError("--move is for the tuning of --recover; give its budget, such as --recover 240")
     for stage in ("reconstruct", "recover"):
         if getattr(arguments, stage) is not None and not given:
             raise ValueError(f"--{stage} follows pruning; say how with --sparsity FRACTION")
@@ -64,8 +67,11 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
     if not given:
         raise ValueError("say what to do with --recipe FILE or --sparsity FRACTION")
     try:
-        stages = {} if arguments.recover is None else {"recover": arguments.recover}
-        stages |= {} if arguments.reconstruct is None else {"reconstruct": {"epochs": arguments.reconstruct}}
+        stages: dict[str, Any] = {}
+        if arguments.recover is not None:
+            stages["recover"] = {**arguments.recover, "move": bool(arguments.move)}
+        if arguments.reconstruct is not None:
+            stages["reconstruct"] = {"epochs": arguments.reconstruct}
         return Recipe.model_validate({"groups": [given], **stages})
     except ValidationError as error:
         first = error.errors()[0]

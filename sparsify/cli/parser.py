@@ -88,6 +88,7 @@ def _compress(group: Groups) -> None:
     text = "tune each block once it is pruned, so many times over the data"
     prune("--reconstruct", type=int, metavar="EPOCHS", help=text)
     prune("--recover", type=_budget, metavar="BUDGET", help='then tune what is kept for so many seconds, or "200steps"')
+    prune("--move", action="store_true", default=None, help="let masks move while --recover tunes")
     prune("--seed", type=int, help="for methods that draw random numbers")
     _layers(group("the layers"), "prune")
     data = group("calibration data, and large models")

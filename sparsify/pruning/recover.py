@@ -1,4 +1,4 @@
-"""Recovery: a short distillation of a pruned model towards the dense one, its masks unchanged.
+"""Recovery: a short distillation of a pruned model towards the dense one.
 
 One-shot methods mend each layer by itself. Here the kept weights of all layers, the biases and the norms are trained
 together, so that the hidden states between blocks come close to those of the dense model, on the calibration data.
@@ -29,6 +29,7 @@ from sparsify.conversion.module_surgery import Model
 from sparsify.conversion.transaction import Transaction
 from sparsify.layers import MaskedLayer
 from sparsify.masking.unseen import refuse_unseen
+from sparsify.pruning.moving_masks import MovingMasks
 from sparsify.pruning.precision import check_float32, computing
 from sparsify.pruning.reconstruct import ramp, shuffled
 
@@ -45,6 +46,7 @@ def recover(
     lr: float = LR,
     seed: int = 0,
     bfloat16: bool = False,
+    move: str | Mapping[str, str] | None = None,
     progress: bool = False,
 ) -> Model:
     """Train the kept weights of a pruned model towards the teacher's hidden states, in place, and return the model.
@@ -58,15 +60,18 @@ def recover(
     seed: for the order of the batches
     bfloat16: compute in bfloat16, and train weights that stay in float32: several times as fast on processors with
         instructions for it
+    move: let masks move within a pattern, such as "unstructured", or within that of each layer by name (a glob); a
+        layer without one keeps its mask. Each mask keeps its number of weights, and its pattern
     progress: show a bar
 
     Trained are the kept weights of the masked layers and every Parameter of one dimension: biases and norms. Masks hold
-    exactly. The loss is the mean over the blocks of the squared distance between the outputs of both models, relative
-    to the variance of the teacher's outputs; padding does not count. Blocks are the repeated modules in a chain, seen
-    in a run; a model without them is compared at its output.
+    exactly, unless they may move. The loss is the mean over the blocks of the squared distance between the outputs of
+    both models, relative to the variance of the teacher's outputs; padding does not count. Blocks are the repeated
+    modules in a chain, seen in a run; a model without them is compared at its output.
 
-    Raises ValueError before training for a missing budget, a teacher with Parameters of the model, and data that does
-    not run. A loss of NaN or Inf raises ValueError too, and leaves the model as it was.
+    Raises ValueError before training for a missing budget, a teacher with Parameters of the model, a mask that is not
+    of its pattern, and data that does not run. A loss of NaN or Inf raises ValueError too, and leaves the model as it
+    was.
 
     >>> import copy
     >>> model = sparsify.convert(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)))
@@ -75,12 +80,14 @@ def recover(
     >>> model[0].sparsity
     0.5
 
-    Hinton et al. 2015, arXiv:1503.02531; hidden states as in Romero et al. 2015, arXiv:1412.6550.
+    Hinton et al. 2015, arXiv:1503.02531; hidden states as in Romero et al. 2015, arXiv:1412.6550; masks that move as
+    in Zhou et al. 2021, arXiv:2102.04010.
     """
     budget = _Budget(steps, seconds, lr)
     if {id(p) for p in model.parameters()} & {id(p) for p in teacher.parameters()}:
         raise ValueError("the teacher shares Parameters with the model; give a copy made before pruning")
     layers = sparse_layers(model)
+    masks = MovingMasks(layers, move)
     if bfloat16:
         check_float32(layers)
     batches = read_batches(model, data)
@@ -98,10 +105,12 @@ def recover(
         )
         blocks = [block for chain in trace.chains for block in chain] or [""]
         padding = see_padding(model, batches, [("output", block) for block in blocks])
-        distillation = _Distillation(model, teacher, blocks, padding, bfloat16)
+        distillation = _Distillation(model, teacher, blocks, padding, bfloat16, masks)
         with _trainable(model, list(layers.values())) as parameters:
             undo.keep(parameters)
+            masks.start()
             distillation.train(parameters, batches, budget, seed=seed, progress=progress)
+        masks.stop()
         for layer in layers.values():
             layer.zero_masked()
     return model
@@ -143,13 +152,14 @@ class _Budget:
 
 @dataclass(frozen=True)
 class _Distillation:
-    """A model, its teacher, and the blocks to compare, with the padding in their outputs."""
+    """A model, its teacher and the blocks to compare, the padding in their outputs, and the masks that may move."""
 
     model: nn.Module
     teacher: nn.Module
     blocks: Sequence[str]
     padding: Padding
     bfloat16: bool
+    masks: MovingMasks
 
     def train(
         self,
@@ -183,6 +193,7 @@ class _Distillation:
                     _check_targets(targets)
                     raise ValueError(f"the loss became {value} in step {step + 1}; take a lower lr than {budget.lr:g}")
                 optimizer.step()
+                self.masks.after_step(step + 1, spent, optimizer)
                 bar.update(spent - bar.n)
                 bar.set_postfix_str(f"loss {value:.4f}")
 

@@ -46,7 +46,7 @@ def apply(
         with Transaction(model) as undo:
             undo.keep((*model.parameters(), *model.buffers()))
             apply(model, plain, data=data, cache_bytes=cache_bytes, progress=progress)
-            return recover(model, teacher, data, **recipe.recover.model_dump(), progress=progress)
+            return recover(model, teacher, data, **recover_options(recipe, model), progress=progress)
     if data is not None:
         options: dict[str, Any] = {"cache_bytes": cache_bytes, "progress": progress}
         prune_with_specs(model, _group_specs(recipe, model), data, reconstruct=recipe.reconstruction, **options)
@@ -62,6 +62,16 @@ def apply(
     layers = sparse_layers(model)
     set_masks(model, {layers[name]: mask for name, mask in masks.items()})
     return model
+
+
+def recover_options(recipe: Recipe, model: nn.Module) -> dict[str, Any]:
+    """Return the arguments of `recover` for a recipe's stage; held layers keep their masks."""
+    assert recipe.recover is not None
+    options = recipe.recover.model_dump()
+    if options.pop("move"):
+        groups = zip(recipe.groups, assign_layers(recipe, model), strict=True)
+        options["move"] = {name: g.pattern for g, names in groups if g.method != HOLD for name in names}
+    return options
 
 
 def check_applicable(recipe: Recipe, *, has_data: bool) -> None:

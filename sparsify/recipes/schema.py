@@ -232,6 +232,7 @@ class Recover(BaseModel):
     lr: float = Field(LR, gt=0, allow_inf_nan=False, description="Adam's highest learning rate")
     seed: int = Field(0, ge=-_SEEDS, lt=_SEEDS, description="for the order of the batches")
     bfloat16: bool = Field(False, description="compute in bfloat16, where processors have instructions for it")
+    move: bool = Field(False, description="let masks move, each within the pattern of its group")
 
     @model_validator(mode="after")
     def _has_a_budget(self) -> Recover:
