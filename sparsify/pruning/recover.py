@@ -29,6 +29,7 @@ from sparsify.conversion.module_surgery import Model
 from sparsify.conversion.transaction import Transaction
 from sparsify.layers import MaskedLayer
 from sparsify.masking.unseen import refuse_unseen
+from sparsify.pruning.distance import relative_distance
 from sparsify.pruning.moving_masks import MovingMasks
 from sparsify.pruning.precision import check_float32, computing
 from sparsify.pruning.reconstruct import ramp, shuffled
@@ -202,14 +203,13 @@ class _Distillation:
             return _outputs(self.teacher, self.blocks, batch)
 
     def _loss(self, batch: Batch, targets: Mapping[str, Tensor]) -> Tensor:
-        """Return the mean over blocks of the outputs' squared distance, relative to the variance of the targets."""
+        """Return the mean over blocks of the relative distance of their outputs from the targets."""
         outputs = _outputs(self.model, self.blocks, batch)
         total = torch.zeros((), device=next(iter(outputs.values())).device)
         for block, output in outputs.items():
             counts = self.padding.counts(("output", block), 0, output.shape[:-1], batch)
             rows, target = input_rows(output, counts).float(), input_rows(targets[block], counts).float()
-            scale = (target - target.mean(0)).square().sum() + torch.finfo(torch.float32).tiny
-            total = total + (rows - target).square().sum() / scale
+            total = total + relative_distance(rows, target)
         return total / len(outputs)
 
 
