@@ -13,7 +13,7 @@ from sparsify.checkpoint.container import Header, LayerEntry
 from sparsify.checkpoint.shared_tensors import restore_sharing
 from sparsify.checkpoint.state_names import Names
 from sparsify.checkpoint.weight_codec import StoredWeight
-from sparsify.conversion.converters.functional import functional_kind
+from sparsify.conversion.converters.functional import Reader, functional_kind, readers
 from sparsify.conversion.converters.table import Converter, converter_for, dependent_modules, matrices, packed_type
 from sparsify.conversion.module_surgery import replace, replace_in_place
 from sparsify.conversion.transaction import Transaction
@@ -42,9 +42,9 @@ def make_layers(names: Names, header: Header, weights: dict[str, StoredWeight]) 
 
 def lay_out_as(keys: Iterable[str], names: Names, undo: Transaction) -> None:
     """Unfuse the attentions and other holders of layers, as they were when tensors of these names were saved."""
-    ordered = sorted(keys)
+    ordered, around = sorted(keys), readers(names.model)
     for name, module in names.modules.items():
-        converter = converter_for(module) or _functional_kind(module, name, ordered)
+        converter = converter_for(module) or _functional_kind(module, name, ordered, around.get(module))
         if converter is None or isinstance(module, converter.sparse):
             continue
         new = [join(name, layer) for layer in converter.layers(module) if layer and layer not in module._modules]
@@ -78,11 +78,11 @@ def set_records(names: Names, header: Header, source: str | os.PathLike[str]) ->
         )
 
 
-def _functional_kind(module: nn.Module, prefix: str, ordered: list[str]) -> Converter | None:
+def _functional_kind(module: nn.Module, prefix: str, ordered: list[str], reader: Reader | None) -> Converter | None:
     """Return the unfused form of a module with Parameters stored as layers in the file."""
     layers = [join(prefix, layer_name(name)) for name in module._parameters]
     try:
-        return functional_kind(module) if _any_below(layers, ordered) else None
+        return functional_kind(module, reader) if _any_below(layers, ordered) else None
     except ValueError:
         return None
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from sparsify.conversion.converters.convolution import is_depthwise
-from sparsify.conversion.converters.functional import functional_kind
+from sparsify.conversion.converters.functional import functional_kind, readers
 from sparsify.conversion.converters.table import (
     Converter,
     bypasses_its_layers,
@@ -148,7 +148,7 @@ def plan_convert(
     chosen = select_converters(model, types)
     owners, left = _owners(model, chosen, functional)
     everything = types is None and include in (None, "*", ["*"])
-    readers = {
+    bypassed = {
         id(child): f"{type(owner).__name__} reads its weight directly"
         for owner in model.modules()
         if bypasses_its_layers(owner)
@@ -169,8 +169,8 @@ def plan_convert(
                 f"{name or '(root)'}: it is not initialised yet; run one batch through the model first, "
                 f"or leave it dense with exclude=[{name!r}]"
             )
-        if id(module) in readers:
-            left[name] = readers[id(module)]
+        if id(module) in bypassed:
+            left[name] = bypassed[id(module)]
             continue
         if everything and is_depthwise(module):
             left[name] = DEPTHWISE
@@ -286,7 +286,7 @@ def _owners(
     """
     owners: dict[str, tuple[str, nn.Module, Converter | None]] = {}
     unread: dict[str, str] = {}
-    beside = peft_adapters(model)
+    beside, around = peft_adapters(model), readers(model)
     for name, module in model.named_modules():
         if module in beside or isinstance(module, Tied):
             continue
@@ -300,7 +300,7 @@ def _owners(
         ]
         if functional and converter_for(module) is None and name not in owners:
             try:
-                matching += [converter] if (converter := functional_kind(module)) else []
+                matching += [converter] if (converter := functional_kind(module, around.get(module))) else []
             except ValueError as error:
                 unread[name] = str(error)
         for converter in matching if name not in owners else ():

@@ -24,6 +24,11 @@ class Transposed(nn.Module):
         """Apply the layer to (..., in_features); returns (..., out_features)."""
         return torch.matmul(input, self.weight)
 
+    def extra_repr(self) -> str:
+        """Describe the layer as torch does a Linear."""
+        in_features, out_features = self.weight.shape
+        return f"in_features={in_features}, out_features={out_features}"
+
 
 class SparseTransposed(MaskedLayer, Transposed):
     """A Transposed layer under a mask; see `MaskedLayer`."""

@@ -1,6 +1,7 @@
 """Converter of modules with products in their own code, as in F.linear(x, self.weight): found by tracing.
 
-Each module is traced alone, without its children, so that one with untraceable code does not affect the others.
+Each module is traced alone, without its children, so that one with untraceable code does not affect the others. A
+ParameterDict or ParameterList has no code: the module around reads its Parameters.
 """
 
 from __future__ import annotations
@@ -30,6 +31,13 @@ class _OwnCode(fx.Tracer):
         return True
 
 
+class Reader(NamedTuple):
+    """The module whose code reads a module's Parameters, and the prefix of their names there."""
+
+    module: nn.Module
+    prefix: str
+
+
 class Products(NamedTuple):
     """The Parameters multiplied by a module's own code, each with True if stored (in, out).
 
@@ -40,39 +48,57 @@ class Products(NamedTuple):
     held: dict[str, bool]
 
 
-def multiplied(module: nn.Module) -> Products:
-    """Return the Parameters multiplied by a module's own code. Raises ValueError if the code cannot be traced."""
+def readers(model: nn.Module) -> dict[nn.Module, Reader]:
+    """Return the readers of the containers of Parameters in a model."""
+    found: dict[nn.Module, Reader] = {}
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, (nn.ParameterDict, nn.ParameterList)):
+                found.setdefault(child, Reader(module, f"{name}."))
+    return found
+
+
+def multiplied(module: nn.Module, reader: Reader | None = None) -> Products:
+    """Return the Parameters of a module that code multiplies: its own, or that of its reader.
+
+    Raises ValueError if the code cannot be traced.
+    """
     if of_experts := experts(module):
         return Products({}, of_experts)
-    matrices = {name for name, p in module._parameters.items() if p is not None and p.ndim == 2}
-    found = Products({}, {})
-    if not any(p is not None and p.ndim in (2, 3) for p in module._parameters.values()):
-        return found
-    was_training = module.training
+    code, prefix = reader or Reader(module, "")
+    factors = {prefix + name: p for name, p in module._parameters.items() if p is not None and p.ndim in (2, 3)}
+    matrices = {name for name, p in factors.items() if p.ndim == 2}
+    layers: dict[str, bool] = {}
+    others: dict[str, bool] = {}
+    if not factors:
+        return Products({}, {})
+    was_training = code.training
     try:
-        for module.training in (was_training, not was_training):
-            for node in _OwnCode().trace(module).nodes:
+        for code.training in (was_training, not was_training):
+            for node in _OwnCode().trace(code).nodes:
                 for name, transposed in _uses(node):
                     if name in matrices:
-                        found.layers.setdefault(name, transposed)
-                for name, transposed in held(module, node).items():
-                    found.held.setdefault(name, transposed)
+                        layers.setdefault(name, transposed)
+                for name, transposed in held(factors, node).items():
+                    others.setdefault(name, transposed)
     except Exception as error:  # of any kind: the code gets proxies instead of tensors
         if not matrices:  # other Parameters are seldom factors: positions, tokens
             return Products({}, {})
         raise ValueError(f"its code cannot be traced by torch.fx ({str(error).splitlines()[0]})") from None
     finally:
-        module.training = was_training
-    layers, others = found
+        code.training = was_training
     return Products(
-        {name: layers[name] for name in module._parameters if name in layers},
-        {name: others[name] for name in module._parameters if name in others and name not in layers},
+        {name: layers[prefix + name] for name in module._parameters if prefix + name in layers},
+        {name: others[prefix + name] for name in module._parameters if prefix + name in others.keys() - layers.keys()},
     )
 
 
-def functional_kind(module: nn.Module) -> Converter | None:
-    """Return the converter of a module with multiplied Parameters, or None. Raises ValueError for untraceable code."""
-    if isinstance(module, Functional) or not any(products := multiplied(module)):
+def functional_kind(module: nn.Module, reader: Reader | None = None) -> Converter | None:
+    """Return the converter of a module with multiplied Parameters, or None. Raises ValueError for untraceable code.
+
+    reader: of a container of Parameters.
+    """
+    if isinstance(module, Functional) or not any(products := multiplied(module, reader)):
         return None
     transposed = products.layers | products.held
     layers = tuple(map(layer_name, transposed))

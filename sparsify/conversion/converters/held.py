@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 import torch
@@ -23,12 +24,12 @@ def experts(module: nn.Module) -> dict[str, bool]:
     return {name: transposed for name, p in module._parameters.items() if p is not None and p.ndim == 3}
 
 
-def held(module: nn.Module, node: fx.Node) -> dict[str, bool]:
+def held(parameters: Mapping[str, nn.Parameter], node: fx.Node) -> dict[str, bool]:
     """Return the Parameter that a node of a module's code multiplies by torch.einsum or as a batch of matrices.
 
-    It has two or three dimensions, and comes with True if stored (..., in_features, out_features).
+    parameters: those of two or three dimensions, by their names in the code. The one returned comes with True if stored
+    (..., in_features, out_features).
     """
-    parameters = {name: p for name, p in module._parameters.items() if p is not None and p.ndim in (2, 3)}
     target: Any = node.target
     if node.op == "call_function" and target is torch.einsum:
         found = _of_einsum(node)
@@ -44,7 +45,10 @@ def held(module: nn.Module, node: fx.Node) -> dict[str, bool]:
 
 
 def _of_einsum(node: fx.Node) -> dict[str, bool]:
-    """Return the operand of an einsum that is an attribute with its sum over one of its last two dimensions."""
+    """Return the operand of an einsum that is an attribute with its sum over one of its last two dimensions.
+
+    It may be summed over the first of three as well, as the outputs of experts are.
+    """
     equation, *operands = node.args
     if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
         operands = list(operands[0])
@@ -55,9 +59,9 @@ def _of_einsum(node: fx.Node) -> dict[str, bool]:
     for letters, operand in zip(inputs.split(","), operands, strict=False):
         summed = [place for place, letter in enumerate(letters) if letter not in output]
         shared = all(inputs.count(letters[place]) == 2 for place in summed)
-        one_place = shared and len(summed) == 1 and summed[0] >= len(letters) - 2
-        if _is_attribute(operand) and len(letters) in (2, 3) and letters.isalpha() and one_place:
-            found[str(operand.target)] = summed[0] == len(letters) - 2
+        last = [place for place in summed if place >= len(letters) - 2]
+        if _is_attribute(operand) and len(letters) in (2, 3) and letters.isalpha() and shared and len(last) == 1:
+            found[str(operand.target)] = last[0] == len(letters) - 2
     return found
 
 
