@@ -33,13 +33,14 @@ CNN_OPTIONS: dict[str, Any] = {"types": (nn.Conv2d, nn.Linear)}
 TORCH, BF16, CHANNELS_LAST = "torch fp32", "torch bf16", "channels-last torch fp32"
 #: Candidates that a run may go without: all but TORCH, with which the others are compared.
 CAN_BE_LEFT_OUT = (BF16, CHANNELS_LAST, *ENGINES, *KINDS)
-MINILM, BERT, YOLO = "minilm", "bert_base", "yolo11n"
+MINILM, BERT = "minilm", "bert_base"
+YOLOS = ("yolo11n", "yolo11m")
 TEXT = (MINILM, BERT)
-CNNS = ("resnet50", "mobilenet_v3_large", "efficientnet_b0", "regnet_y_1_6gf", YOLO)
+CNNS = ("resnet50", "mobilenet_v3_large", "efficientnet_b0", "regnet_y_1_6gf", *YOLOS)
 #: name -> options of its conversion beside CNN_OPTIONS
-MORE_OPTIONS = {YOLO: yolo.MODELS[YOLO].convert}
+MORE_OPTIONS = dict.fromkeys(YOLOS, yolo.MODELS["yolo11n"].convert)
 #: name -> shape of its images, if not 3 x 224 x 224
-SHAPES = {YOLO: (3, 640, 640)}
+SHAPES = dict.fromkeys(YOLOS, (3, 640, 640))
 #: name -> batch sizes; those of TEXT read 128 tokens of text, the others images
 MODELS: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(("vit_b_16", "swin_t", "convnext_tiny", *CNNS), (1, 8)),
@@ -60,7 +61,7 @@ def bench_models(
     instructions.
     """
     for name, batches in models.items():
-        if name == YOLO and (why := why_missing("yolo")):
+        if name in YOLOS and (why := why_missing("yolo")):
             print(f"{name} is left out: {why}")
             continue
         model, spec = _build(name), f"hf:{name}" if name in TEXT else f"torchvision:{name}"
@@ -110,8 +111,8 @@ def _build(name: str) -> nn.Module:
             raise ValueError(f"{error}; or leave it out: --models vit_b_16 swin_t convnext_tiny") from None
         return minilm.load_dense()
     torch.manual_seed(0)
-    if name == YOLO:
-        detector: nn.Module = yolo.detector(80)
+    if name in YOLOS:
+        detector: nn.Module = yolo.detector(80, name)
         return detector.eval()
     return build_model(f"torchvision:{name}")
 

