@@ -40,8 +40,6 @@ RESULTS_FOLDER = Path(__file__).resolve().parent.parent / "docs" / "results"
 OUT = RESULTS_FOLDER / "oneshot.jsonl"
 #: Batches that the damage of each layer is measured on: each is run 216 times.
 N_SENSITIVITY = 4
-#: Of a recovery on small batches, hence lower than the default.
-LR = 2e-3
 _CLEAR = Path("/proc/self/clear_refs")
 
 
@@ -102,7 +100,7 @@ def measure(subject: Subject, order: dict[str, Any], batches: list[dict[str, Ten
     if teacher is not None and whole_s:
         more = batches if subject.more is None else subject.more()
         left_s = max(whole_s - (time.perf_counter() - started), 1.0)
-        sparsify.recover(model, teacher, more, seconds=left_s, lr=LR, bfloat16=True, move=move, progress=True)
+        sparsify.recover(model, teacher, more, seconds=left_s, lr=subject.lr, bfloat16=True, move=move, progress=True)
     seconds, peak_gb = time.perf_counter() - started, _peak_gb()
     rows = [row for row in sparsify.report(model) if row.format == "masked"]
     n_weights = [row.shape[0] * row.shape[1] for row in rows]

@@ -19,6 +19,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "ALPS, correcting, reconstruct 2": {"method": "alps", "correct": True, "reconstruct": 2},
     "ALPS, correcting, then recover for 4 min": {"method": "alps", "correct": True, "recover_s": 240.0},
     "ALPS, correcting, then recover, 4 min in all": {"method": "alps", "correct": True, "whole_s": 235.0},
+    "SparseGPT + refit, then recover, 15 min in all": {"method": "sparsegpt", "refit": True, "whole_s": 895.0},
     "ALPS, correcting, then recover, moving, 4 min in all": {
         "method": "alps",
         "correct": True,

@@ -30,6 +30,8 @@ class Subject:
     cache_bytes: int | None = None
     #: Batches to recover on; None: those of the calibration.
     more: Callable[[], list[dict[str, Tensor]]] | None = None
+    #: Of a recovery on small batches, hence lower than the default.
+    lr: float = 2e-3
 
 
 def _minilm_judge(dense: nn.Module) -> Callable[[nn.Module], dict[str, Any]]:
@@ -65,6 +67,12 @@ def _smollm_batches(n: int) -> list[dict[str, Tensor]]:
     from pretrained import smollm
 
     return smollm.calibration(n)
+
+
+def _smollm_more() -> list[dict[str, Tensor]]:
+    from pretrained import smollm
+
+    return smollm.tuning()
 
 
 def _smollm_judge(dense: nn.Module) -> Callable[[nn.Module], dict[str, Any]]:
@@ -137,7 +145,8 @@ SUBJECTS = {
     "smollm2": Subject(
         "SmolLM2-135M: the 210 Linears of the blocks",
         "64 x 384 tokens of the Brown corpus; at most 128 MiB of them stay in memory on their way through the model. "
-        "Cells without a second perplexity were calibrated on two of its files as well",
+        "Cells without a second perplexity were calibrated on two of its files as well. Recovered on all of the corpus "
+        "but the four files of the evaluation",
         ["model.layers.*"],
         64,
         _smollm_load,
@@ -145,6 +154,8 @@ SUBJECTS = {
         _smollm_judge,
         _PERPLEXITIES,
         cache_bytes=2**27,
+        more=_smollm_more,
+        lr=5e-4,
     ),
     "smollm2-generated": Subject(
         "SmolLM2-135M, calibrated on its own text",

@@ -18,7 +18,6 @@ from torch import nn
 from sparsify.calibration.data_parallel import average, most_of_all
 from sparsify.calibration.tunable_block import TunableBlock
 from sparsify.layers import MaskedLayer
-from sparsify.pruning.distance import relative_distance
 from sparsify.pruning.precision import check_float32, computing
 
 LR = 0.05
@@ -107,7 +106,8 @@ def _backward(block: TunableBlock, number: int, precision: contextlib.AbstractCo
     with torch.enable_grad():
         with precision:
             found, wanted = block.run(number)
-        loss = relative_distance(found, wanted)
+        scale = (wanted - wanted.mean(0)).square().sum() + torch.finfo(torch.float32).tiny
+        loss = (found - wanted).square().sum() / scale
         loss.backward()
     return float(loss.detach())
 

@@ -29,12 +29,13 @@ from sparsify.conversion.module_surgery import Model
 from sparsify.conversion.transaction import Transaction
 from sparsify.layers import MaskedLayer
 from sparsify.masking.unseen import refuse_unseen
-from sparsify.pruning.distance import relative_distance
 from sparsify.pruning.moving_masks import MovingMasks
 from sparsify.pruning.precision import check_float32, computing
 from sparsify.pruning.reconstruct import ramp, shuffled
 
 LR = 3e-3
+#: Memory for the teacher's outputs, which are the same each time that a batch comes.
+KEPT_BYTES = 2**30
 
 
 def recover(
@@ -68,7 +69,8 @@ def recover(
     Trained are the kept weights of the masked layers and every Parameter of one dimension: biases and norms. Masks hold
     exactly, unless they may move. The loss is the mean over the blocks of the squared distance between the outputs of
     both models, relative to the variance of the teacher's outputs; padding does not count. Blocks are the repeated
-    modules in a chain, seen in a run; a model without them is compared at its output.
+    modules in a chain, seen in a run; a model without them is compared at its output. The teacher's outputs are kept
+    for the next time that a batch comes, up to 1 GiB.
 
     Raises ValueError before training for a missing budget, a teacher with Parameters of the model, a mask that is not
     of its pattern, and data that does not run. A loss of NaN or Inf raises ValueError too, and leaves the model as it
@@ -106,7 +108,7 @@ def recover(
         )
         blocks = [block for chain in trace.chains for block in chain] or [""]
         padding = see_padding(model, batches, [("output", block) for block in blocks])
-        distillation = _Distillation(model, teacher, blocks, padding, bfloat16, masks)
+        distillation = _Distillation(model, _Targets(teacher, blocks), padding, bfloat16, masks)
         with _trainable(model, list(layers.values())) as parameters:
             undo.keep(parameters)
             masks.start()
@@ -151,13 +153,32 @@ class _Budget:
         return self.lr * ramp(spent)
 
 
+class _Targets:
+    """The teacher's outputs at each block, batch by batch: computed once, and kept as far as KEPT_BYTES go."""
+
+    def __init__(self, teacher: nn.Module, blocks: Sequence[str]) -> None:
+        self.blocks = blocks
+        self._teacher, self._kept, self._n_left = teacher, dict[int, dict[str, Tensor]](), KEPT_BYTES
+
+    def of(self, number: int, batch: Batch) -> dict[str, Tensor]:
+        """Return the outputs for a batch, with its number among all."""
+        if number in self._kept:
+            return self._kept[number]
+        with torch.no_grad():
+            outputs = _outputs(self._teacher, self.blocks, batch)
+        n_bytes = sum(output.nbytes for output in outputs.values())
+        if n_bytes <= self._n_left:
+            self._kept[number] = outputs
+            self._n_left -= n_bytes
+        return outputs
+
+
 @dataclass(frozen=True)
 class _Distillation:
-    """A model, its teacher and the blocks to compare, the padding in their outputs, and the masks that may move."""
+    """A model and its targets, the padding in the blocks' outputs, and the masks that may move."""
 
     model: nn.Module
-    teacher: nn.Module
-    blocks: Sequence[str]
+    targets: _Targets
     padding: Padding
     bfloat16: bool
     masks: MovingMasks
@@ -183,10 +204,10 @@ class _Distillation:
             for step, spent in enumerate(budget.spent()):
                 for group in optimizer.param_groups:
                     group["lr"] = budget.lr_at(spent)
-                batch = batches[next(order)]
+                batch = batches[number := next(order)]
                 with torch.inference_mode(False), torch.enable_grad():
                     with computing(parameters[0].device, bfloat16=self.bfloat16):
-                        targets = self._targets(batch)
+                        targets = self.targets.of(number, batch)
                         loss = self._loss(batch, targets)
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()
@@ -198,18 +219,19 @@ class _Distillation:
                 bar.update(spent - bar.n)
                 bar.set_postfix_str(f"loss {value:.4f}")
 
-    def _targets(self, batch: Batch) -> dict[str, Tensor]:
-        with torch.no_grad():
-            return _outputs(self.teacher, self.blocks, batch)
-
     def _loss(self, batch: Batch, targets: Mapping[str, Tensor]) -> Tensor:
-        """Return the mean over blocks of the relative distance of their outputs from the targets."""
-        outputs = _outputs(self.model, self.blocks, batch)
+        """Return the mean over blocks of the outputs' squared distance, relative to the variance of the targets.
+
+        Every row counts by its size: the massive activations of a language model's first token too, on which the
+        attention of all others leans. Scaled down to the size of other rows, they are learned too late.
+        """
+        outputs = _outputs(self.model, self.targets.blocks, batch)
         total = torch.zeros((), device=next(iter(outputs.values())).device)
         for block, output in outputs.items():
             counts = self.padding.counts(("output", block), 0, output.shape[:-1], batch)
             rows, target = input_rows(output, counts).float(), input_rows(targets[block], counts).float()
-            total = total + relative_distance(rows, target)
+            scale = (target - target.mean(0)).square().sum() + torch.finfo(torch.float32).tiny
+            total = total + (rows - target).square().sum() / scale
         return total / len(outputs)
 
 

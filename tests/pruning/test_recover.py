@@ -1,6 +1,7 @@
 """recover brings a pruned model nearer to the dense one, and touches nothing that it should not."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -102,6 +103,22 @@ def test_the_same_steps_give_the_same_model(pair: tuple[nn.Module, nn.Module], o
     for one in (model, other):
         recover(one, teacher, DATA, steps=5, seed=3)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_the_teacher_sees_each_batch_once_within_the_memory_for_its_outputs(
+    pair: tuple[nn.Module, nn.Module], one_thread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kept or not, the outputs are the same. A batch has 3 blocks x 8 x 5 x 16 floats."""
+    model, teacher = pair
+    calls: list[int] = []
+    teacher.register_forward_pre_hook(lambda *_: calls.append(1))
+    results = []
+    for n_bytes, n_calls in ((2**30, 4), (3 * 8 * 5 * 16 * 4, 1 + 3 * 3), (0, 4 * 3)):
+        monkeypatch.setattr(importlib.import_module("sparsify.pruning.recover"), "KEPT_BYTES", n_bytes)
+        calls.clear()
+        results.append(recover(copy.deepcopy(model), teacher, DATA, steps=12).state_dict())
+        assert len(calls) == n_calls
+    assert all(torch.equal(tensor, other[name]) for other in results[1:] for name, tensor in results[0].items())
 
 
 def test_padding_does_not_count(pair: tuple[nn.Module, nn.Module], one_thread: None) -> None:
