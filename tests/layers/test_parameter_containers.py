@@ -139,24 +139,29 @@ def test_a_container_read_by_untraceable_code_stays_dense_and_is_named() -> None
 
 
 class Loops(nn.Module):
-    """Reads all Parameters of its containers in loops."""
+    """Reads all Parameters of its containers in loops, of one in a list too."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.dict = nn.ParameterDict({"a": torch.randn(8, 8), "b": torch.randn(8, 8)})
         self.list = nn.ParameterList([torch.randn(8, 8), torch.randn(8, 8)])
+        self.nested = nn.ModuleList([nn.ParameterDict({"a": torch.randn(8, 8)})])
 
     def forward(self, x: Tensor) -> Tensor:
         for _, weight in self.dict.items():
             x = F.linear(x, weight)
         for weight in self.list:
             x = x @ weight
+        for weights in self.nested:
+            x = F.linear(x, weights["a"])
         return x
 
 
 def test_loops_over_containers() -> None:
     model, twin = convert(Loops(), functional=True), Loops()
-    assert sorted(sparse_layers(model)) == ["dict.a_layer", "dict.b_layer", "list.0_layer", "list.1_layer"]
+    assert sorted(sparse_layers(model)) == [
+        *("dict.a_layer", "dict.b_layer", "list.0_layer", "list.1_layer", "nested.0.a_layer")
+    ]
     assert "(1_layer): SparseTransposed(in_features=8, out_features=8, sparsity=0)" in repr(model)
     assert torch.equal(model(X), twin(X))

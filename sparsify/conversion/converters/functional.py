@@ -22,6 +22,8 @@ from sparsify.layers.transposed import SparseTransposed, Transposed
 
 _MULTIPLY = (torch.matmul, torch.mm, torch.addmm)
 _MULTIPLY_METHODS = ("matmul", "mm", "__matmul__", "addmm")
+#: Modules without code.
+_CONTAINERS = (nn.ParameterDict, nn.ParameterList, nn.ModuleDict, nn.ModuleList)
 
 
 class _OwnCode(fx.Tracer):
@@ -49,12 +51,19 @@ class Products(NamedTuple):
 
 
 def readers(model: nn.Module) -> dict[nn.Module, Reader]:
-    """Return the readers of the containers of Parameters in a model."""
+    """Return the readers of the containers of Parameters in a model: the nearest module around with code of its own."""
     found: dict[nn.Module, Reader] = {}
+
+    def look(container: nn.Module, reader: Reader) -> None:
+        for name, child in container.named_children():
+            if isinstance(child, _CONTAINERS):
+                of_child = Reader(reader.module, f"{reader.prefix}{name}.")
+                found.setdefault(child, of_child)
+                look(child, of_child)
+
     for module in model.modules():
-        for name, child in module.named_children():
-            if isinstance(child, (nn.ParameterDict, nn.ParameterList)):
-                found.setdefault(child, Reader(module, f"{name}."))
+        if not isinstance(module, _CONTAINERS):
+            look(module, Reader(module, ""))
     return found
 
 
