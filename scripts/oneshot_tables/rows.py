@@ -20,17 +20,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "ALPS, correcting, then recover for 4 min": {"method": "alps", "correct": True, "recover_s": 240.0},
     "ALPS, correcting, then recover, 4 min in all": {"method": "alps", "correct": True, "whole_s": 235.0},
     "SparseGPT + refit, then recover, 15 min in all": {"method": "sparsegpt", "refit": True, "whole_s": 895.0},
-    "ALPS, correcting, then recover, moving, 4 min in all": {
-        "method": "alps",
-        "correct": True,
-        "whole_s": 235.0,
-        "move": True,
-    },
-    "ALPS, correcting, then recover, moving, 20 min in all": {
-        "method": "alps",
-        "correct": True,
-        "whole_s": 1190.0,
-        "move": True,
+    **{
+        f"ALPS, correcting, then recover, moving, {minutes} min in all": {
+            **{"method": "alps", "correct": True, "move": True},
+            "whole_s": seconds,
+        }
+        for minutes, seconds in ((4, 235.0), (20, 1190.0))
     },
 }
 #: Column -> sparsity or pattern.

@@ -50,7 +50,7 @@ class MovingMasks:
         for name, pattern in found.items():
             _check_mask(name, layers[name], pattern)
         self._moving = [
-            _Moving(layers[name], pattern, _size(layers[name]))
+            _Moving(layers[name], pattern, _n_gone(layers[name], pattern), _size(layers[name]))
             for name, pattern in found.items()
             if 0 < layers[name].sparsity < 1
         ]
@@ -81,10 +81,14 @@ class MovingMasks:
 
 @dataclass(frozen=True)
 class _Moving:
-    """A layer whose mask moves within a pattern; size: the root mean square of its kept weights at first."""
+    """A layer whose mask moves within a pattern.
+
+    n_gone: the number of its masked units. size: the root mean square of its kept weights at first.
+    """
 
     layer: MaskedLayer
     pattern: Pattern
+    n_gone: int
     size: float
 
     @torch.no_grad()
@@ -93,10 +97,13 @@ class _Moving:
         layer = self.layer
         decay = max(1 - lr / self.size, 0.0) ** INTERVAL
         layer.weight.copy_(torch.where(layer.mask, layer.weight, layer.weight * decay))
-        mask = layer.matrix(layer.mask)
-        n_gone = int((~unit_any(mask, self.pattern)).sum())
-        best = choose_mask(layer.weight_matrix.abs(), torch.ones_like(mask), self.pattern, n_gone)
+        everything = torch.ones_like(layer.matrix(layer.mask))
+        best = choose_mask(layer.weight_matrix.abs(), everything, self.pattern, self.n_gone)
         layer.set_mask(best, back_at_zero=False)
+
+
+def _n_gone(layer: MaskedLayer, pattern: Pattern) -> int:
+    return int((~unit_any(layer.matrix(layer.mask), pattern)).sum())
 
 
 def _size(layer: MaskedLayer) -> float:

@@ -6,6 +6,7 @@ ParameterDict or ParameterList has no code: the module around reads its Paramete
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,10 +34,29 @@ class _OwnCode(fx.Tracer):
         return True
 
 
-class Reader(NamedTuple):
-    """The module whose code reads a module's Parameters, and the prefix of their names there."""
+class Code:
+    """A module's own code, traced when it is first asked for."""
 
-    module: nn.Module
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    @functools.cached_property
+    def nodes(self) -> list[fx.Node]:
+        """The nodes of the traces in both modes, training and not."""
+        module, was_training = self._module, self._module.training
+        try:
+            found: list[fx.Node] = []
+            for module.training in (was_training, not was_training):
+                found += _OwnCode().trace(module).nodes
+            return found
+        finally:
+            module.training = was_training
+
+
+class Reader(NamedTuple):
+    """The code that reads a module's Parameters, and the prefix of their names there."""
+
+    code: Code
     prefix: str
 
 
@@ -57,13 +77,13 @@ def readers(model: nn.Module) -> dict[nn.Module, Reader]:
     def look(container: nn.Module, reader: Reader) -> None:
         for name, child in container.named_children():
             if isinstance(child, _CONTAINERS):
-                of_child = Reader(reader.module, f"{reader.prefix}{name}.")
+                of_child = Reader(reader.code, f"{reader.prefix}{name}.")
                 found.setdefault(child, of_child)
                 look(child, of_child)
 
     for module in model.modules():
         if not isinstance(module, _CONTAINERS):
-            look(module, Reader(module, ""))
+            look(module, Reader(Code(module), ""))
     return found
 
 
@@ -74,28 +94,24 @@ def multiplied(module: nn.Module, reader: Reader | None = None) -> Products:
     """
     if of_experts := experts(module):
         return Products({}, of_experts)
-    code, prefix = reader or Reader(module, "")
+    code, prefix = reader or Reader(Code(module), "")
     factors = {prefix + name: p for name, p in module._parameters.items() if p is not None and p.ndim in (2, 3)}
     matrices = {name for name, p in factors.items() if p.ndim == 2}
     layers: dict[str, bool] = {}
     others: dict[str, bool] = {}
     if not factors:
         return Products({}, {})
-    was_training = code.training
     try:
-        for code.training in (was_training, not was_training):
-            for node in _OwnCode().trace(code).nodes:
-                for name, transposed in _uses(node):
-                    if name in matrices:
-                        layers.setdefault(name, transposed)
-                for name, transposed in held(factors, node).items():
-                    others.setdefault(name, transposed)
+        for node in code.nodes:
+            for name, transposed in _uses(node):
+                if name in matrices:
+                    layers.setdefault(name, transposed)
+            for name, transposed in held(factors, node).items():
+                others.setdefault(name, transposed)
     except Exception as error:  # of any kind: the code gets proxies instead of tensors
         if not matrices:  # other Parameters are seldom factors: positions, tokens
             return Products({}, {})
         raise ValueError(f"its code cannot be traced by torch.fx ({str(error).splitlines()[0]})") from None
-    finally:
-        code.training = was_training
     return Products(
         {name: layers[prefix + name] for name in module._parameters if prefix + name in layers},
         {name: others[prefix + name] for name in module._parameters if prefix + name in others.keys() - layers.keys()},
