@@ -17,6 +17,7 @@ from sparsify.conversion.foreign_masks import check_converted
 from sparsify.conversion.module_surgery import Model, copy_replacing, layers_of_type
 from sparsify.errors import LeftDenseWarning
 from sparsify.inference.coverage import notice
+from sparsify.inference.followers import steps_after
 from sparsify.inference.form_selection import FormSelector, exported_as
 from sparsify.inference.fusion import fuse_activations
 from sparsify.inference.input_layout import lay_out_as_inputs
@@ -113,6 +114,7 @@ def export(
         judge = None if quantize is None else RoundingJudge(model, quantize, max_error, example, max_input_error)
         given = judge.inputs if judge else {} if example is None else layer_inputs(model, example)
         given = given | inputs_of_recurrent(model, given, chooser.tokens) if format == "auto" else given
+        after = steps_after(model, layers.values()) if format == "auto" and fuse else {}
         replacements: dict[nn.Module, nn.Module] = {}
         hidden = not progress or format != "auto" or None  # None: shown on a terminal only
         for layer in tqdm(layers.values(), desc="measuring layers", disable=hidden):
@@ -120,7 +122,10 @@ def export(
             rounding = judge.judge(layer, chooser.tokens) if judge and packs else None
             allowed = rounding.allowed if rounding else ""
             auto = format == "auto" or (not packs and format != "dense")
-            form = chooser.choose(layer, given.get(layer), allowed) if auto else form_asked_for(layer, format, allowed)
+            if auto:
+                form = chooser.choose(layer, given.get(layer), allowed, after.get(layer))
+            else:
+                form = form_asked_for(layer, format, allowed)
             replacements[layer] = exported_as(layer, form.form, quantized=allowed != "" and form.form != "dense")
             set_form_choice(replacements[layer], form)
             set_rounding(replacements[layer], rounding)

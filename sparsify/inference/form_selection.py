@@ -13,9 +13,11 @@ from sparsify.conversion.converters.table import converter_of_layer, packed_type
 from sparsify.hardware import gpu_timing
 from sparsify.hardware.machine import last_level_cache_bytes, machine_name
 from sparsify.hardware.timing import Call, LoadMeter, measure, measure_cold
+from sparsify.inference.followers import Followed
 from sparsify.kernels import FORMS, INT8_FORMS, fits, quantizes_inputs, supports
 from sparsify.kernels.csr import dense_to_csr
 from sparsify.layers import MaskedLayer, PackedLayer
+from sparsify.layers.fused_block import FusedCall
 from sparsify.layers.records import MARGIN, FormChoice
 
 #: Rounds in which each candidate is timed once, and the time each gets in a round.
@@ -69,11 +71,14 @@ class FormSelector:
         self._others_cores: dict[int, float] = {}
 
     @torch.inference_mode()
-    def choose(self, layer: MaskedLayer, given: Tensor | None = None, rounded: str = "") -> FormChoice:
+    def choose(
+        self, layer: MaskedLayer, given: Tensor | None = None, rounded: str = "", steps: FusedCall | None = None
+    ) -> FormChoice:
         """Return the form for a layer: see PREFERENCES.
 
         given: a tensor of the shape and layout of its input, on any device; else `tokens` rows of input.
         rounded: "int8" for forms of int8 values, "int8-weights" for those of them that leave inputs as they are.
+        steps: what follows the layer; each candidate is measured with it.
         """
         packed_as = packed_type(layer)
         if packed_as is None:
@@ -102,6 +107,7 @@ class FormSelector:
             shape,
             strides,
             bool(rounded),
+            steps and (steps.norm is None, steps.activation),
         )
         if converter not in self._known:
             # A stride of 0 is an expanded tensor, which takes no values.
@@ -110,7 +116,8 @@ class FormSelector:
                 x = torch.empty_strided(shape, strides, device="cpu")
             x.normal_(generator=torch.Generator().manual_seed(0))  # the user's random numbers are not ours to draw
             candidates = _candidates(layer, forms, quantized=bool(rounded))
-            times, others_cores = self._measure_quietly(candidates, x.to(weight))
+            followed = {form: m if steps is None else Followed(m, steps) for form, m in candidates.items()}
+            times, others_cores = self._measure_quietly(followed, x.to(weight))
             n_bytes = {form: _n_bytes(module) for form, module in candidates.items()}
             packed = {form: time for form, time in times.items() if form != "dense"}
             only_packed = bool(rounded and packed) and not self.may_be_dense
@@ -247,5 +254,6 @@ def _call(module: nn.Module, x: Tensor) -> Call:
 
 def _n_bytes(module: nn.Module) -> int:
     """Return the memory of the weight."""
+    module = module.layer if isinstance(module, Followed) else module
     tensors: Iterable[Tensor] = module.tensors if isinstance(module, PackedLayer) else [module.weight]  # type: ignore[list-item]
     return sum(tensor.nbytes for tensor in tensors)

@@ -15,6 +15,7 @@ from torch import Tensor, library
 
 from sparsify.kernels import reference
 from sparsify.kernels.cpu import convolution as native
+from sparsify.kernels.cpu.memory import empty
 from sparsify.kernels.forms import is_quantized, unpack, unpack_as, unpack_in_transform
 from sparsify.kernels.geometry import Geometry, Norm
 from sparsify.kernels.observers import check_no_tangent, is_transformed
@@ -108,7 +109,7 @@ def fused_convolution(
     index, values, bias = operands("panel", index, values, bias, shape)
     number = _ACTIVATION_IDS[activation]
     last = channels_last or native.is_channels_last(x)
-    y = torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last if last else torch.contiguous_format)
+    y = empty(size, x.dtype, channels_last=last)
     return native.convolution(x, index, values, bias, shape[0], geometry, number, y, norm=norm, residual=residual)
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from sparsify.kernels.cpu import convolution as native
 from sparsify.kernels.cpu import library
+from sparsify.kernels.cpu.memory import empty
 from sparsify.kernels.geometry import Geometry, Norm
 from sparsify.kernels.torch_ops import _ACTIVATION_IDS
 
@@ -47,8 +48,7 @@ def depthwise(
     last = native.is_channels_last(x)
     if last and not _is_faster(geometry):
         return None
-    layout = torch.channels_last if last or channels_last else torch.contiguous_format
-    out = torch.empty(size, dtype=x.dtype, memory_format=layout)
+    out = empty(size, x.dtype, channels_last=last or channels_last)
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     return native.convolution(x, None, weight, bias, size[1], geometry, _ACTIVATION_IDS[activation], out, norm=norm)
 

@@ -8,7 +8,7 @@ watches a call that is left out. In any other case the code itself runs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -144,6 +144,13 @@ class FusedBlock(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle by the plain class; the class itself is in no module."""
         return _bare, (self.plain,), self.__getstate__()  # type: ignore[no-untyped-call]
+
+
+def fused_calls(model: nn.Module) -> Iterator[FusedCall]:
+    """Yield the fused calls of a model's plans."""
+    for module in model.modules():
+        if isinstance(module, FusedBlock):
+            yield from (step for step, _ in module.__dict__[_PLAN].steps if isinstance(step, FusedCall))
 
 
 def may_fuse(module: nn.Module) -> bool:

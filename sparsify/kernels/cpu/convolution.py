@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsify.kernels.cpu import library
+from sparsify.kernels.cpu.memory import empty
 from sparsify.kernels.geometry import Geometry, Norm
 
 _CONVOLUTION_CALL = struct.Struct("=9qd24q")  # struct sparsify_convolution_call
@@ -48,7 +49,8 @@ def convolution(
     n, channels, height, width = x.shape
     (kernel_height, kernel_width), (row_stride, column_stride), (top, left), (row_step, column_step) = geometry
     last = is_channels_last(x)
-    out = empty_output(x, n_out, geometry) if out is None else out
+    if out is None:
+        out = empty((n, n_out, *geometry.output_size(height, width)), x.dtype, channels_last=last)
     out_height, out_width = out.shape[2:]
     if x.stride(1 if last else 3) != 1 and x.shape[1 if last else 3] > 1:
         x = x.contiguous()

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify.kernels.cpu.memory import empty
+
 #: The forms of float values.
 FORMS = ("panel", "bitmask", "gather", "sell")
 #: The forms that quantise each row of the input; their values are int8 and end with the sums of the rows.
@@ -53,6 +55,7 @@ _SIGNATURES = {
     "nnz": (_int64, [_pointer]),
     "unpack": (_int, [_int64, _int64, _pointer, _int64, _int64, _pointer, _pointer, _pointer]),
 }
+_FEW_TOKENS = 16  # up to here an output is small
 _LINEAR_CALL = struct.Struct("=14q")  # struct sparsify_linear_call
 _INT8_CALL = struct.Struct("=15q")  # struct sparsify_int8_call
 _POINTWISE_CALL = struct.Struct("=17q")  # struct sparsify_pointwise_call
@@ -266,8 +269,13 @@ def linear(
     *leading, _ = x.shape
     # Rows that lie one after another need no tensor of two dimensions: a view takes a microsecond.
     flat, stride = (x, n_in) if x.is_contiguous() else _rows_of(x, n_in)
-    # Sizes one by one: as a tuple they take half a microsecond more.
-    y = x.new_empty(*leading, end - first) if out is None else out
+    n_tokens = math.prod(leading)
+    if out is not None:
+        y = out
+    elif n_tokens > _FEW_TOKENS:
+        y = empty((*leading, end - first), x.dtype)
+    else:  # sizes one by one: as a tuple they take half a microsecond more
+        y = x.new_empty(*leading, end - first)
     call = (
         index.data_ptr(),
         values.data_ptr(),
@@ -276,7 +284,7 @@ def linear(
         stride,
         y.data_ptr(),
         end - first if out is None else out.stride(0),
-        math.prod(leading),
+        n_tokens,
         n_out,
         n_in,
         activation,
@@ -336,7 +344,7 @@ def pointwise(
     n, _, height, width = x.shape
     if not x.is_contiguous() and (x.stride(3), x.stride(2)) != (1, width):
         x = x.contiguous()
-    y = x.new_empty((n, n_out, height, width)) if out is None else out
+    y = empty((n, n_out, height, width), x.dtype) if out is None else out
     status = _pointwise(
         DTYPES[values.dtype],
         _pack_pointwise_call(

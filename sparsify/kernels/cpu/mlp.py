@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsify.kernels.cpu import library
+from sparsify.kernels.cpu.memory import empty
 
 _MLP_CALL = struct.Struct("=30q")  # struct sparsify_mlp_call
 _mlp: Any = None
@@ -35,7 +36,7 @@ def mlp(x: Tensor, first: Layer, second: Layer, form: str) -> Tensor:
     *leading, n_in = x.shape
     flat = x if x.is_contiguous() else x.contiguous()
     tokens, n_out = math.prod(leading), second.shape[0]
-    y = x.new_empty((*leading, n_out))
+    y = empty((*leading, n_out), x.dtype)
     call = _pack_call(
         *_fields(first, flat.data_ptr(), n_in, 0, 0, tokens),
         *_fields(second, 0, 0, y.data_ptr(), n_out, tokens),

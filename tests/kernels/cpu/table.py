@@ -73,18 +73,28 @@ def pack(form: str, weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def packed_random_weight(
-    form: str, shape: tuple[int, int], sparsity: float, dtype: torch.dtype
+    form: str, shape: tuple[int, int], sparsity: float, dtype: torch.dtype, *, own: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """pack(random_weight) in a dtype, for the instruction set in use where that matters; several tests use the same."""
-    return _packed_random_weight(form, native.kernel() if form == "gather" else "", shape, sparsity, dtype)
+    """pack(random_weight) in a dtype; several tests use the same.
+
+    A gather index is packed for the instruction set in use. A panel has patterns of several rows, which some
+    instruction sets would not give it; own: as the one in use packs it.
+    """
+    packer = native.kernel() if own or form == "gather" else "portable"
+    return _packed_random_weight(form, packer if form in ("gather", "panel") else "", shape, sparsity, dtype)
 
 
 @functools.cache
 def _packed_random_weight(
-    form: str, _kernel: str, shape: tuple[int, int], sparsity: float, dtype: torch.dtype
+    form: str, packer: str, shape: tuple[int, int], sparsity: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     weight, mask = random_weight(shape, sparsity)
-    return pack(form, weight.to(dtype), mask)
+    in_use = native.kernel()
+    native.set_kernel(packer or in_use)
+    try:
+        return pack(form, weight.to(dtype), mask)
+    finally:
+        native.set_kernel(in_use)
 
 
 def assert_as_accurate_as_torch(
