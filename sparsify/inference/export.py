@@ -63,10 +63,11 @@ def export(
     the sum with a shortcut. Layers exported before are exported anew.
 
     format: the form of the weights in memory. "auto" measures each layer here and takes the fastest form, dense if
-    no sparse one is faster: no layer is left slower than dense. Where the weights of all layers are more than the
-    last-level cache holds, each is measured from memory. Or one form for all layers: "csr" (runs anywhere,
-    on the reference kernel), "panel" (many tokens), "bitmask", "gather" and "sell" (few), on GPUs "tiles" and "narrow"
-    (moderate and high sparsity), "blocks" and "2:4" (masks of these patterns), "dense" (zeros in plain weights).
+    no sparse one is faster: no layer is left slower than dense. A convolution is measured with the BatchNorm and the
+    activation after it. Where the weights of all layers are more than the last-level cache holds, each is measured from
+    memory. Or one form for all layers: "csr" (runs anywhere, on the reference kernel), "panel" (many tokens),
+    "bitmask", "gather" and "sell" (few), on GPUs "tiles" and "narrow" (moderate and high sparsity), "blocks" and "2:4"
+    (masks of these patterns), "dense" (zeros in plain weights).
     The choice is on each exported layer as `choice`, and in `report`. A bfloat16 or float16 layer keeps its dtype
     on any processor: half of the memory, multiplied in float32 by the native kernels.
     example: a typical input of the model (a tensor, a tuple, or a dict by name). The model runs on it once, and "auto"

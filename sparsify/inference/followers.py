@@ -48,7 +48,11 @@ def steps_after(model: nn.Module, layers: Iterable[MaskedLayer]) -> dict[nn.Modu
         return {}
     masked = {panel: layer for layer, panel in panels.items()}
     calls = fused_calls(fuse_activations(copy_replacing(model, panels, share_memory=True)))
-    return {masked[call.layer]: call for call in calls if call.layer in masked}
+    return {
+        masked[call.layer]: call
+        for call in calls
+        if call.layer in masked and (call.norm is not None or call.activation != "none")
+    }
 
 
 def _has_kernel(layer: MaskedLayer) -> bool:

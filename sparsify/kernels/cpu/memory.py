@@ -39,17 +39,22 @@ _free: list[_Block] = []
 
 
 def empty(size: Sequence[int], dtype: torch.dtype, *, channels_last: bool = False) -> Tensor:
-    """Make an uninitialised tensor on the CPU, without gaps, of images with channels last if told so."""
+    """Make an uninitialised tensor on the CPU, without gaps, of images with channels last if told so.
+
+    A large one cannot be resized to more elements.
+    """
     n_values = math.prod(size)
     n_bytes = n_values * dtype.itemsize
+    layout = torch.channels_last if channels_last else torch.contiguous_format
     if n_bytes < LEAST_BYTES or not _PRIVATE:
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        return torch.empty(size, dtype=dtype, memory_format=layout)
+        return torch.empty(size, dtype=dtype, device="cpu", memory_format=layout)
+    strides = [math.prod(size[i + 1 :]) for i in range(len(size))]
+    if channels_last:
+        _, channels, _, width = size
+        strides[1:] = 1, width * channels, channels
     flat = torch.frombuffer(_lease(n_bytes), dtype=dtype, count=n_values)
-    if not channels_last:
-        return flat.view(size)
-    n, channels, height, width = size
-    return flat.view(n, height, width, channels).permute(0, 3, 1, 2)
+    # A tensor of its own, no view: of a view made without gradients autograd refuses later changes in place.
+    return torch.empty(0, dtype=dtype, device="cpu").set_(flat.untyped_storage(), 0, tuple(size), tuple(strides))
 
 
 def _lease(n_bytes: int) -> Any:
@@ -72,10 +77,11 @@ def _take(n_bytes: int) -> _Block:
 
 
 def _give_back(block: _Block) -> None:
-    _free.append(block)
+    """Keep a block, and no longer those kept longest if there is too much."""
+    if block.n_bytes <= KEPT_BYTES:
+        _free.append(block)
     while sum(kept.n_bytes for kept in _free.copy()) > KEPT_BYTES:
-        if not _remove(next(iter(_free), block)):
-            return
+        _remove(_free[0])
 
 
 def _remove(block: _Block) -> bool:
