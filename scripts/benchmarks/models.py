@@ -44,6 +44,7 @@ SHAPES = dict.fromkeys(YOLOS, (3, 640, 640))
 #: name -> batch sizes; those of TEXT read 128 tokens of text, the others images
 MODELS: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(("vit_b_16", "swin_t", "convnext_tiny", *CNNS), (1, 8)),
+    "yolo11m": (1,),  # eight images take ten minutes
     **dict.fromkeys(TEXT, (32,)),
 }
 QUICK: dict[str, tuple[int, ...]] = {"convnext_tiny": (1,)}
