@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 import sparsify
 from sparsify.layers import MaskedLayer
+from sparsify.pruning.precision import lstms_that_run
 from training.data import Examples, batches
 from training.rows import ROWS, Row
 from training.tasks import TASKS, Task, loss, score
@@ -64,7 +65,7 @@ def run(
 def _step(model: nn.Module, inputs: Tensor, labels: Tensor, optimizer: torch.optim.Optimizer, task: Task) -> None:
     """Take one step of the optimizer on a batch."""
     # torch's fused attention takes six times as long as this, in bfloat16, on the way back.
-    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+    with torch.autocast("cpu", torch.bfloat16), lstms_that_run(), sdpa_kernel(SDPBackend.MATH):
         error = loss(model, inputs, labels)
     optimizer.zero_grad()
     error.backward()

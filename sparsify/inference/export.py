@@ -102,12 +102,7 @@ def export(
     model = with_masks_everywhere(model) if quantize_rest else model
     if device is not None:
         model = copy_replacing(model, {}, share_memory=True).to(device)
-    layers = layers_of_type(model, MaskedLayer)
-    if not layers:
-        raise ValueError("the model has no SparseLinear to export; call sparsify.convert(model) and prune it first")
-    for name, layer in layers.items():
-        _check_layer(name, layer, format, quantize)
-    warn_stale(layers)
+    layers = _layers_to_export(model, format, quantize)
     n_bytes = sum(layer.weight.nbytes for layer in layers.values())
     rows = 128 if tokens is None else tokens
     chooser = FormSelector(rows, prefer, may_be_dense=not quantize_rest, model_bytes=n_bytes)
@@ -178,6 +173,17 @@ def _with_masks(model: Model) -> Model:
         masked = copy_replacing(model, {layer: layer.to_sparse() for layer in packed}, share_memory=True)
     unfuse(masked)
     return masked
+
+
+def _layers_to_export(model: nn.Module, format: str, quantize: str | None) -> dict[str, MaskedLayer]:
+    """Return the masked layers of a model by name. Raises ValueError if there is none, or one cannot be exported."""
+    layers = layers_of_type(model, MaskedLayer)
+    if not layers:
+        raise ValueError("the model has no SparseLinear to export; call sparsify.convert(model) and prune it first")
+    for name, layer in layers.items():
+        _check_layer(name, layer, format, quantize)
+    warn_stale(layers)
+    return layers
 
 
 def _check_layer(name: str, layer: MaskedLayer, format: str, quantize: str | None) -> None:

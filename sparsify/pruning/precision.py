@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from sparsify.layers import MaskedLayer
 
@@ -29,10 +31,39 @@ def computing(device: torch.device, *, bfloat16: bool) -> Iterator[None]:
     """Inside the block, compute products in bfloat16 if asked for: a context for the forward passes of a training."""
     with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
         if bfloat16 and device.type == "cpu":
-            with _ShortAttentionInFloat32():
+            with _ShortAttentionInFloat32(), lstms_that_run():
                 yield
         else:
             yield
+
+
+def lstms_that_run() -> contextlib.AbstractContextManager[Any]:
+    """Return a context for bfloat16 autocast on a CPU: LSTMs compute in float32 where torch has no bfloat16 for them."""
+    return contextlib.nullcontext() if _has_bfloat16_lstm() else _LSTMInFloat32()
+
+
+@functools.cache
+def _has_bfloat16_lstm() -> bool:
+    """Return whether torch can train an LSTM in bfloat16 here: on x86 that takes AVX-512."""
+    x, weights = torch.zeros(1, 1, 1), [torch.zeros(4, 1), torch.zeros(4, 1), torch.zeros(4), torch.zeros(4)]
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.lstm(x, (x, x), weights, True, 1, 0.0, True, False, False)
+    except RuntimeError:
+        return False
+    return True
+
+
+class _LSTMInFloat32(TorchFunctionMode):
+    """Compute LSTMs in float32."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is not torch.lstm:
+            return function(*args, **(kwargs or {}))
+        with torch.autocast("cpu", enabled=False):
+            return function(*tree_map(_wide, args), **tree_map(_wide, kwargs or {}))
 
 
 class _ShortAttentionInFloat32(TorchFunctionMode):

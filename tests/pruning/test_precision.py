@@ -3,7 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from sparsify.pruning import precision
 from sparsify.pruning.precision import computing
 
 CPU = torch.device("cpu")
@@ -41,3 +43,23 @@ def test_all_is_in_float32_if_not_asked_for() -> None:
     with computing(CPU, bfloat16=False):
         assert F.linear(x, torch.ones(3, 4)).dtype == torch.float32
         assert F.scaled_dot_product_attention(x, x, x).dtype == torch.float32
+
+
+@pytest.mark.parametrize("has_kernel", [True, False])
+def test_an_lstm_runs_where_torch_has_no_bfloat16_for_it(monkeypatch: pytest.MonkeyPatch, has_kernel: bool) -> None:
+    if has_kernel and not precision._has_bfloat16_lstm():
+        pytest.skip("torch has no bfloat16 LSTM on this processor")
+    monkeypatch.setattr(precision, "_has_bfloat16_lstm", lambda: has_kernel)
+    torch.manual_seed(0)
+    lstm, head, x = nn.LSTM(8, 6, batch_first=True), nn.Linear(6, 4), torch.randn(2, 5, 8)
+    wanted, (wanted_hidden, _) = lstm(x)
+    with computing(CPU, bfloat16=True):
+        found, (hidden, _) = lstm(x if has_kernel else x.bfloat16())
+        out = head(found)
+    assert out.dtype == torch.bfloat16
+    assert found.dtype == (torch.bfloat16 if has_kernel else torch.float32)
+    # bfloat16 has 8 bits; the inputs and weights of 5 steps are rounded to it
+    torch.testing.assert_close(found.float(), wanted, rtol=0, atol=0.05)
+    torch.testing.assert_close(hidden.float(), wanted_hidden, rtol=0, atol=0.05)
+    out.float().square().mean().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in lstm.parameters())

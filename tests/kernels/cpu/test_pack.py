@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from table import DTYPES, FORMS, pack, random_weight, to_csr
+from table import DTYPES, FORMS, pack, packed_random_weight, random_weight, to_csr
 
 from sparsify.kernels.cpu import library as native
 
@@ -78,7 +78,13 @@ def test_rows_and_columns_of_uneven_density(form):
     ],
 )
 def test_resident_bytes(form, sparsity, limit):
-    index, values = pack(form, *random_weight((768, 768), sparsity))
+    index, values = packed_random_weight(form, (768, 768), sparsity, torch.float32)
+    assert (index.numel() + 4 * values.numel()) / (4 * 768 * 768) <= limit
+
+
+@pytest.mark.parametrize(("sparsity", "limit"), [(0.5, 0.64), (0.9, 0.14)])
+def test_resident_bytes_of_a_panel_with_or_without_patterns(kernel, sparsity, limit):
+    index, values = pack("panel", *random_weight((768, 768), sparsity))
     assert (index.numel() + 4 * values.numel()) / (4 * 768 * 768) <= limit
 
 
