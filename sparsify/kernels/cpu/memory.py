@@ -66,8 +66,11 @@ def _lease(n_bytes: int) -> Any:
 
 
 def _take(n_bytes: int) -> _Block:
-    """Take the smallest free block with enough room; if there is none, a new one in the place of the largest."""
-    free = sorted(_free, key=lambda block: block.n_bytes)
+    """Take the smallest free block with enough room; if there is none, a new one in the place of the largest.
+
+    Of equal blocks the one given back last, which a cache may still hold.
+    """
+    free = sorted(_free[::-1], key=lambda block: block.n_bytes)
     for block in free:
         if block.n_bytes >= n_bytes and _remove(block):
             return block

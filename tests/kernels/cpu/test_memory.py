@@ -69,6 +69,22 @@ def test_the_smallest_block_with_room_is_taken_and_a_new_one_replaces_the_larges
     assert more.numel() == (1 << 20) + 1
 
 
+def test_of_equal_blocks_the_one_given_back_last_is_taken():
+    blocks = [empty((1 << 18,), torch.float32) for _ in range(3)]
+    addresses = [block.data_ptr() for block in blocks]
+    for _ in range(3):
+        del blocks[0]
+    assert empty((1 << 18,), torch.float32).data_ptr() == addresses[2]
+
+
+def test_in_inference_mode():
+    with torch.inference_mode():
+        tensor = empty(LARGE, torch.float32, channels_last=True).fill_(2.0)
+        assert tensor.is_inference()
+        assert bool((tensor[:, 1] + tensor[:, 0] == 4).all())
+    assert bool((tensor.clone() == 2).all())
+
+
 def test_no_more_is_kept_than_said(monkeypatch):
     monkeypatch.setattr(memory, "KEPT_BYTES", 3 << 20)
     blocks = [empty((1 << 18,), torch.float32) for _ in range(5)]
