@@ -38,7 +38,7 @@ def computing(device: torch.device, *, bfloat16: bool) -> Iterator[None]:
 
 
 def lstms_that_run() -> contextlib.AbstractContextManager[Any]:
-    """Return a context for bfloat16 autocast on a CPU: LSTMs compute in float32 where torch has no bfloat16 for them."""
+    """Return a context for bfloat16 autocast on a CPU: LSTMs are float32 where torch has no bfloat16 for them."""
     return contextlib.nullcontext() if _has_bfloat16_lstm() else _LSTMInFloat32()
 
 
