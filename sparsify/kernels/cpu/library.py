@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify.kernels.cpu.memory import empty
+from sparsify.kernels.cpu.memory import LEAST_BYTES, empty
 
 #: The forms of float values.
 FORMS = ("panel", "bitmask", "gather", "sell")
@@ -55,7 +55,7 @@ _SIGNATURES = {
     "nnz": (_int64, [_pointer]),
     "unpack": (_int, [_int64, _int64, _pointer, _int64, _int64, _pointer, _pointer, _pointer]),
 }
-_FEW_TOKENS = 16  # up to here an output is small
+_MANY_VALUES = LEAST_BYTES // 4  # of an output
 _LINEAR_CALL = struct.Struct("=14q")  # struct sparsify_linear_call
 _INT8_CALL = struct.Struct("=15q")  # struct sparsify_int8_call
 _POINTWISE_CALL = struct.Struct("=17q")  # struct sparsify_pointwise_call
@@ -272,7 +272,7 @@ def linear(
     n_tokens = math.prod(leading)
     if out is not None:
         y = out
-    elif n_tokens > _FEW_TOKENS:
+    elif n_tokens * (end - first) >= _MANY_VALUES:
         y = empty((*leading, end - first), x.dtype)
     else:  # sizes one by one: as a tuple they take half a microsecond more
         y = x.new_empty(*leading, end - first)

@@ -83,8 +83,13 @@ def _give_back(block: _Block) -> None:
     """Keep a block, and no longer those kept longest if there is too much."""
     if block.n_bytes <= KEPT_BYTES:
         _free.append(block)
-    while sum(kept.n_bytes for kept in _free.copy()) > KEPT_BYTES:
-        _remove(_free[0])
+    kept = _free.copy()
+    too_much = sum(other.n_bytes for other in kept) - KEPT_BYTES
+    for other in kept:
+        if too_much <= 0:
+            return
+        if _remove(other):
+            too_much -= other.n_bytes
 
 
 def _remove(block: _Block) -> bool:

@@ -1,154 +1,77 @@
-import ctypes
-import multiprocessing
-import os
-import subprocess
-import sys
-import threading
+"""Nothing outside the arrays is touched: by a trusted index, nor by any index that check lets pass."""
+
+import itertools
 
 import pytest
 import torch
+from table import DTYPES, FORMS, before_a_guard_page, pack, random_weight
 
-from sparsify.kernels.cpu import memory
-from sparsify.kernels.cpu.memory import empty
-
-pytestmark = pytest.mark.skipif(not memory._PRIVATE, reason="this system has no private anonymous memory")
-
-LARGE = (3, 64, 50, 41)  # 1.6 MB of float32
+from sparsify.kernels.cpu import library as native
 
 
-@pytest.fixture(autouse=True)
-def _nothing_kept(monkeypatch):
-    monkeypatch.setattr(memory, "_free", [])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", FORMS)
+def test_nothing_past_the_end_is_read(kernel, form, dtype):
+    for shape, sparsity in itertools.product(((1, 1), (5, 37), (16, 32), (70, 96), (33, 1003)), (0.0, 0.4, 0.9, 1.0)):
+        weight, mask = random_weight(shape, sparsity)
+        index, values = pack(form, weight.to(dtype), mask)
+        index, values = before_a_guard_page(index), before_a_guard_page(values)
+        bias = before_a_guard_page(torch.randn(shape[0]).to(dtype))
+        for tokens in (1, 2, 5, 8, 16, 35):
+            x = before_a_guard_page(torch.randn(tokens, shape[1]).to(dtype))
+            for rows in ((0, shape[0]), (shape[0] // 2, shape[0])):
+                y = before_a_guard_page(torch.full((tokens, rows[1] - rows[0]), float("nan"), dtype=dtype))
+                native.linear(form, x, index, values, bias, shape, out=y, rows=rows)
+                assert bool(y.isfinite().all())
 
 
-@pytest.mark.parametrize("size", [(2, 3, 5, 7), LARGE, (1, 64, 100, 41), (300, 1, 50, 41)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_a_tensor_is_as_torchs_own(size, dtype, layout):
-    made, torchs = (
-        empty(size, dtype, channels_last=layout is torch.channels_last),
-        torch.empty(size, dtype=dtype, memory_format=layout),
-    )
-    assert made.shape == torchs.shape
-    assert made.stride() == torchs.stride()
-    assert made.dtype == dtype
-    assert made.is_contiguous(memory_format=layout)
-    assert made.storage_offset() == 0
-    assert not made._is_view()
-    values = torch.arange(made.numel()).view(size).to(dtype)
-    assert torch.equal(made.copy_(values), values)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("sparsity", [0.3, 0.85])
+def test_check_leaves_nothing_that_can_harm(kernel, form, sparsity):
+    """Any single byte of an index may be changed: check refuses, or kernels and unpack stay inside their inputs."""
+    shape = (20, 45)
+    index, values = pack(form, *random_weight(shape, sparsity))
+    values, x = before_a_guard_page(values), before_a_guard_page(torch.randn(2, 45))
+    generator = torch.Generator().manual_seed(4)
+    n_refused = 0
+    for position in range(index.numel()):
+        for flip in {1, 128, int(torch.randint(1, 256, (), generator=generator))}:
+            hostile = index.clone()
+            hostile[position] ^= flip
+            try:
+                native.check(form, hostile, values.numel(), shape)
+            except ValueError:
+                n_refused += 1
+                continue
+            hostile = before_a_guard_page(hostile)
+            crow, col, _ = native.unpack(form, hostile, values, shape)
+            native.pack(form, crow, col, torch.ones(col.numel()), shape)  # a CSR matrix again
+            native.linear(form, x, hostile, values, None, shape)
+    assert n_refused > index.numel()  # most changes are noticed: a third of them at the very least
 
 
-@pytest.mark.parametrize("size", [(0, 5), (1 << 18,), (1 << 18, 1), (2, 3, 1 << 16)])
-def test_other_numbers_of_dimensions(size):
-    assert empty(size, torch.float32).stride() == torch.empty(size).stride()
+@pytest.mark.parametrize("form", FORMS)
+def test_check_refuses_other_sizes(form):
+    index, values = pack(form, *random_weight((20, 45), 0.5))
+    for n in (0, 1, 63, 64, index.numel() - 1):
+        with pytest.raises(ValueError, match="damaged"):
+            native.check(form, before_a_guard_page(index[:n].clone()), values.numel(), (20, 45))
+    longer = torch.cat([index, index[:1]])
+    for bad_index, n_values, shape in (
+        (longer, values.numel(), (20, 45)),
+        (index, values.numel() - 1, (20, 45)),
+        (index, values.numel() + 1, (20, 45)),
+        (index, values.numel(), (21, 45)),
+        (index, values.numel(), (20, 44)),
+        (index, values.numel(), (20, 46)),
+    ):
+        with pytest.raises(ValueError, match="damaged"):
+            native.check(form, bad_index, n_values, shape)
 
 
-def test_memory_is_used_again_once_no_view_is_left():
-    first = empty(LARGE, torch.float32)
-    address, view, array = first.data_ptr(), first[1:, ::2], first.numpy()
-    del first
-    assert empty(LARGE, torch.float32).data_ptr() != address
-    del view
-    other = empty(LARGE, torch.float32)
-    assert other.data_ptr() != address
-    array[:] = 1
-    del array
-    assert empty(LARGE, torch.float32).data_ptr() == address
-
-
-def test_the_smallest_block_with_room_is_taken_and_a_new_one_replaces_the_largest():
-    sizes = [1 << 18, 1 << 20, 1 << 19]
-    blocks = [empty((n,), torch.float32) for n in sizes]
-    addresses = [block.data_ptr() for block in blocks]
-    del blocks
-    half = empty(((1 << 18) + 1,), torch.float32)
-    assert half.data_ptr() == addresses[2]
-    more = empty(((1 << 20) + 1,), torch.float32)
-    assert [block.n_bytes for block in memory._free] == [4 << 18]
-    assert more.numel() == (1 << 20) + 1
-
-
-def test_of_equal_blocks_the_one_given_back_last_is_taken():
-    blocks = [empty((1 << 18,), torch.float32) for _ in range(3)]
-    addresses = [block.data_ptr() for block in blocks]
-    for _ in range(3):
-        del blocks[0]
-    assert empty((1 << 18,), torch.float32).data_ptr() == addresses[2]
-
-
-def test_in_inference_mode():
-    with torch.inference_mode():
-        tensor = empty(LARGE, torch.float32, channels_last=True).fill_(2.0)
-        assert tensor.is_inference()
-        assert bool((tensor[:, 1] + tensor[:, 0] == 4).all())
-    assert bool((tensor.clone() == 2).all())
-
-
-def test_no_more_is_kept_than_said(monkeypatch):
-    monkeypatch.setattr(memory, "KEPT_BYTES", 3 << 20)
-    blocks = [empty((1 << 18,), torch.float32) for _ in range(5)]
-    del blocks
-    assert [block.n_bytes for block in memory._free] == [1 << 20] * 3
-    large = empty((1 << 20,), torch.float32)
-    del large
-    assert [block.n_bytes for block in memory._free] == [1 << 20] * 2
-
-
-def test_an_output_may_be_changed_in_place_when_gradients_are_wanted_later():
-    with torch.no_grad():
-        features = empty((1 << 18,), torch.float32).zero_()
-    weight = torch.ones(1 << 18, requires_grad=True)
-    features += weight
-    features.sum().backward()
-    assert bool((weight.grad == 1).all())
-
-
-def test_memory_of_threads_is_apart():
-    wrong = []
-
-    def fill(number):
-        for _ in range(50):
-            tensor = empty((1 << 18,), torch.float32).fill_(number)
-            wrong.extend([number] * (not bool((tensor == number).all())))
-
-    threads = [threading.Thread(target=fill, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
-
-
-def _overwrite(connection):
-    ctypes.memset(empty((1 << 18,), torch.float32).data_ptr(), 2, 1 << 20)  # without torch's threads: a fork has none
-    connection.send("done")
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-def test_a_forked_process_has_memory_of_its_own():
-    tensor = empty((1 << 18,), torch.float32).fill_(1.0)
-    kept = empty((1 << 18,), torch.float32).fill_(1.0)
-    address = kept.data_ptr()
-    del kept
-    here, there = multiprocessing.get_context("fork").Pipe()
-    process = multiprocessing.get_context("fork").Process(target=_overwrite, args=(there,))
-    process.start()
-    assert here.recv() == "done"
-    process.join()
-    again = empty((1 << 18,), torch.float32)
-    assert again.data_ptr() == address
-    assert bool((again == 1).all())
-    assert bool((tensor == 1).all())
-
-
-def test_tensors_that_live_until_the_end_are_no_trouble():
-    program = (
-        "import torch\n"
-        "from sparsify.kernels.cpu.memory import empty\n"
-        "kept = empty((1 << 20,), torch.float32).fill_(1)\n"
-        "torch.kept = [empty((1 << 20,), torch.float32), kept[5:]]\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+@pytest.mark.parametrize("form", FORMS)
+def test_check_refuses_the_index_of_another_form(form):
+    for other in set(FORMS) - {form}:
+        index, values = pack(other, *random_weight((20, 45), 0.5))
+        with pytest.raises(ValueError, match="damaged"):
+            native.check(form, index, values.numel(), (20, 45))
