@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks import isa
 from oneshot_tables.page import key, page, show, table
 from oneshot_tables.rows import ALLOCATED_COLUMN, ALLOCATED_METHODS, ALLOCATIONS, COLUMNS, LINES, METHODS, allocated
 from oneshot_tables.subjects import SUBJECTS, Subject
@@ -100,7 +101,8 @@ def measure(subject: Subject, order: dict[str, Any], batches: list[dict[str, Ten
     if teacher is not None and whole_s:
         more = batches if subject.more is None else subject.more()
         left_s = max(whole_s - (time.perf_counter() - started), 1.0)
-        sparsify.recover(model, teacher, more, seconds=left_s, lr=subject.lr, bfloat16=True, move=move, progress=True)
+        low = not {"amx_bf16", "avx512_bf16"}.isdisjoint(isa.visible())  # elsewhere float32 takes far more steps
+        sparsify.recover(model, teacher, more, seconds=left_s, lr=subject.lr, bfloat16=low, move=move, progress=True)
     seconds, peak_gb = time.perf_counter() - started, _peak_gb()
     rows = [row for row in sparsify.report(model) if row.format == "masked"]
     n_weights = [row.shape[0] * row.shape[1] for row in rows]

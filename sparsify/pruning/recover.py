@@ -61,7 +61,7 @@ def recover(
     lr: Adam's highest learning rate
     seed: for the order of the batches
     bfloat16: compute in bfloat16, and train weights that stay in float32: several times as fast on processors with
-        instructions for it
+        instructions for it, many times slower on others, such as those with AVX2 alone
     move: let masks move within a pattern, such as "unstructured", or within that of each layer by name (a glob); a
         layer without one keeps its mask. Each mask keeps its number of weights, and its pattern
     progress: show a bar
