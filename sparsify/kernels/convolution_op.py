@@ -198,7 +198,8 @@ def _fake(
     check_devices(x, index, values, scale, bias)
     geometry = _geometry(settings)
     _check(x, values, bias, (out, inner), geometry, scale)
-    return native.empty_output(x, out, geometry)
+    size = (x.shape[0], out, *geometry.output_size(x.shape[2], x.shape[3]))
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=native.format_of(x))
 
 
 def _fake_grad_input(grad: Tensor, index: Tensor, values: Tensor, out: int, inner: int, *settings: int) -> Tensor:

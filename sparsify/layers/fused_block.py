@@ -87,6 +87,10 @@ class FusedCall:
             y = self.layer.convolve_fused(x, norm, residual, self.activation, channels_last=self.pool is not None)
             if y is not None:
                 return y if self.pool is None else _in_layout_of(x, self.pool(y))
+        return self.run_apart(x, residual)
+
+    def run_apart(self, x: Any, residual: Any) -> Any:
+        """Call the modules one after the other."""
         y = self.layer(x) if self.norm is None else self.norm(self.layer(x))
         y = ACTIVATIONS[self.activation](y if residual is None else y + residual)
         return y if self.pool is None else self.pool(y)

@@ -55,7 +55,7 @@ def convolution(
     if x.stride(1 if last else 3) != 1 and x.shape[1 if last else 3] > 1:
         x = x.contiguous()
     if residual is not None and residual.stride() != out.stride():
-        residual = residual.contiguous(memory_format=_format_of(out))
+        residual = residual.contiguous(memory_format=format_of(out))
     if norm is not None and any(t is not None and not t.is_contiguous() for t in norm[:4]):
         norm = Norm(*(t if t is None else t.contiguous() for t in norm[:4]), eps=norm.eps)  # type: ignore[arg-type, misc]
     strides = list(x.stride())
@@ -94,13 +94,8 @@ def _pointers(norm: Norm) -> tuple[float, ...]:
     return mean.data_ptr(), variance.data_ptr(), weight_pointer, bias_pointer, eps
 
 
-def empty_output(x: Tensor, n_out: int, geometry: Geometry) -> Tensor:
-    """Return memory for the result of a convolution of images x."""
-    size = x.shape[0], n_out, *geometry.output_size(x.shape[2], x.shape[3])
-    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=_format_of(x))
-
-
-def _format_of(x: Tensor) -> torch.memory_format:
+def format_of(x: Tensor) -> torch.memory_format:
+    """Return the layout of images."""
     return torch.channels_last if is_channels_last(x) else torch.contiguous_format
 
 

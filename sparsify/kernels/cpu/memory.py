@@ -48,13 +48,10 @@ def empty(size: Sequence[int], dtype: torch.dtype, *, channels_last: bool = Fals
     layout = torch.channels_last if channels_last else torch.contiguous_format
     if n_bytes < LEAST_BYTES or not _PRIVATE:
         return torch.empty(size, dtype=dtype, device="cpu", memory_format=layout)
-    strides = [math.prod(size[i + 1 :]) for i in range(len(size))]
-    if channels_last:
-        _, channels, _, width = size
-        strides[1:] = 1, width * channels, channels
+    strides = torch.empty(size, dtype=dtype, device="meta", memory_format=layout).stride()
     flat = torch.frombuffer(_lease(n_bytes), dtype=dtype, count=n_values)
     # A tensor of its own, no view: of a view made without gradients autograd refuses later changes in place.
-    return torch.empty(0, dtype=dtype, device="cpu").set_(flat.untyped_storage(), 0, tuple(size), tuple(strides))
+    return torch.empty(0, dtype=dtype, device="cpu").set_(flat.untyped_storage(), 0, tuple(size), strides)
 
 
 def _lease(n_bytes: int) -> Any:
