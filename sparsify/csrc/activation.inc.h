@@ -9,10 +9,10 @@
 
 namespace {
 
-// e^a. a = n ln 2 + r with |r| <= ln 2 / 2, ln 2 in two parts so that n times the first is exact; the polynomial is
-// good to 4e-9. Past the clamp the result is 0 or infinity anyway. min and max return their second operand for NaN.
-inline Vec exp(Vec a) {
-    const Vec x = min(set1(89.0f), max(set1(-104.0f), a));
+// e^a for a <= 0. a = n ln 2 + r with |r| <= ln 2 / 2, ln 2 in two parts so that n times the first is exact; the
+// polynomial is good to 4e-9. Past the clamp the result is 0 anyway. max returns its second operand for NaN.
+inline Vec exp_of_negative(Vec a) {
+    const Vec x = max(set1(-104.0f), a);
     const Vec n = round_even(mul(x, set1(1.44269504f)));
     const Vec r = fnma(n, set1(1.42860677e-6f), fnma(n, set1(0.693145752f), x));
     Vec p = set1(0.0013950482f);
@@ -55,7 +55,11 @@ inline Vec gelu_erf(Vec a) {
 }
 
 // a / (1 + e^-b): SiLU for b = a, and GELU's tanh approximation for b = 2 sqrt(2 / pi) (a + 0.044715 a^3).
-inline Vec gate(Vec a, Vec b) { return div(a, add(set1(1.0f), exp(sub(zero(), b)))); }
+// With e = e^-|b| the fraction is 1 / (1 + e) above 0 and e / (1 + e) below: its divisor is from 1 to 2.
+inline Vec gate(Vec a, Vec b) {
+    const Vec e = exp_of_negative(sub(zero(), abs(b))), one = set1(1.0f);
+    return mul(mul(a, select(less(b, zero()), e, one)), reciprocal(add(one, e)));
+}
 
 inline Vec gelu_tanh(Vec a) {
     const Vec cubic = fma(mul(mul(a, a), a), set1(0.044715f), a);

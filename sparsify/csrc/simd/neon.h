@@ -23,7 +23,7 @@ inline Vec set1(float a) { return vdupq_n_f32(a); }
 inline Vec add(Vec a, Vec b) { return vaddq_f32(a, b); }
 inline Vec sub(Vec a, Vec b) { return vsubq_f32(a, b); }
 inline Vec mul(Vec a, Vec b) { return vmulq_f32(a, b); }
-inline Vec div(Vec a, Vec b) { return vdivq_f32(a, b); }
+inline Vec reciprocal(Vec a) { return vdivq_f32(set1(1.0f), a); }
 inline Vec fma(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
 inline Vec fnma(Vec a, Vec b, Vec c) { return vfmsq_f32(c, a, b); }
 inline Mask less(Vec a, Vec b) { return vcltq_f32(a, b); }
@@ -40,6 +40,7 @@ inline Vec look_up(const float (&table)[8], Vec at) {
 inline Vec min(Vec a, Vec b) { return select(less(a, b), a, b); }
 inline Vec max(Vec a, Vec b) { return select(less(b, a), a, b); }
 inline Vec round_even(Vec a) { return vrndnq_f32(a); }
+inline Vec evens(Vec a, Vec b) { return vuzp1q_f32(a, b); }  // a[0], a[2], b[0], b[2]
 inline Vec abs(Vec a) { return vabsq_f32(a); }
 inline Vec copysign(Vec magnitude, Vec sign) { return select(vdupq_n_u32(0x80000000u), sign, magnitude); }
 inline Vec power_of_two(int32x4_t n) {  // -126 <= n <= 127

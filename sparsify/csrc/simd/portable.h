@@ -23,7 +23,7 @@ inline Vec zero() { return set1(0.0f); }
 inline Vec add(Vec a, Vec b) { return a + b; }
 inline Vec sub(Vec a, Vec b) { return a - b; }
 inline Vec mul(Vec a, Vec b) { return a * b; }
-inline Vec div(Vec a, Vec b) { return a / b; }
+inline Vec reciprocal(Vec a) { return set1(1.0f) / a; }
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 inline Vec fnma(Vec a, Vec b, Vec c) { return c - a * b; }
 inline Vec select(Mask m, Vec if_set, Vec otherwise) { return (Vec)((m & (Mask)if_set) | (~m & (Mask)otherwise)); }
@@ -34,6 +34,7 @@ inline Vec look_up(const float (&table)[8], Vec at) {
 }
 inline Vec min(Vec a, Vec b) { return select(a < b, a, b); }
 inline Vec max(Vec a, Vec b) { return select(a > b, a, b); }
+inline Vec evens(Vec a, Vec b) { return Vec{a[0], a[2], b[0], b[2]}; }
 inline Vec abs(Vec a) { return (Vec)((Bits)a & 0x7fffffffu); }
 inline Vec copysign(Vec magnitude, Vec sign) {
     return (Vec)(((Bits)sign & 0x80000000u) | ((Bits)magnitude & 0x7fffffffu));
