@@ -80,8 +80,12 @@ void copy_row(const ConvolutionCall &call, const T *x, int64_t n, int64_t n_chan
             if (step == 1)
                 for (int64_t i = 0; i < n; i += WIDTH)
                     store(to + i, n - i >= WIDTH ? load(x + i) : load_first(x + i, int(n - i)));
-            else
-                for (int64_t i = 0; i < n; ++i) to[i] = to_float(x[i * step]);
+            else {
+                int64_t i = 0;
+                if (step == 2)  // two vectors end one value behind the last that is wanted
+                    for (; i + WIDTH < n; i += WIDTH) store(to + i, evens(load(x + 2 * i), load(x + 2 * i + WIDTH)));
+                for (; i < n; ++i) to[i] = to_float(x[i * step]);
+            }
         }
     } else {
         for (int64_t i = 0; i < n; i += WIDTH) {
