@@ -20,6 +20,7 @@ from sparsify.layers.csr_convolution import CSRConv1d, CSRConv2d, CSRConvolution
 from sparsify.layers.csr_linear import CSRLinear
 from sparsify.layers.depthwise import DepthwiseConv2d
 from sparsify.layers.fused_block import Call, FusedBlock, FusedCall, Method, Plan, Slot, may_fuse
+from sparsify.layers.max_pool import MaxPool2d
 
 #: BatchNorms that a kernel applies after a convolution.
 _NORMS = {CSRConv1d: nn.BatchNorm1d, CSRConv2d: nn.BatchNorm2d, DepthwiseConv2d: nn.BatchNorm2d}
@@ -32,7 +33,7 @@ _SUMS = {operator.add, torch.add, "add", *_SUMS_IN_PLACE}
 _PURE = (
     *(nn.Conv1d, nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.Sequential, nn.Identity, nn.ReLU, nn.ReLU6),
     *(nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d),
-    *(CSRConv1d, CSRConv2d, CSRLinear, DepthwiseConv2d),
+    *(CSRConv1d, CSRConv2d, CSRLinear, DepthwiseConv2d, MaxPool2d),
 )
 #: Values of attributes that a plan can be compared by.
 _PLAIN = (bool, int, float, str, type(None), torch.dtype)
@@ -118,7 +119,7 @@ def _may_wait(owner: nn.Module, chain: _Chain, nodes: list[fx.Node]) -> bool:
 
 
 def _is_pool(module: nn.Module | None) -> bool:
-    return type(module) is nn.MaxPool2d and not module.return_indices
+    return type(module) in (nn.MaxPool2d, MaxPool2d) and not module.return_indices  # type: ignore[union-attr]
 
 
 def is_pure(module: nn.Module | None) -> bool:

@@ -32,7 +32,8 @@ MANY_ROWS = 4096
 #: of processes ticks every 10 ms, so less than a quarter of a core is within its error.
 BUSY_CORES, N_TRIES = 0.25, 2
 
-#: A dense convolution on images with channels last, after a comma: dense is the better of both layouts.
+#: A dense convolution on images with channels last, for which it is mostly faster. Where images may have that layout,
+#: dense is the better of both.
 _DENSE_LAST = "dense, channels last"
 
 #: What a choice looks at first. "speed": the fastest form, of those as fast (within the margin) the smallest, and dense
@@ -117,7 +118,10 @@ class FormSelector:
             x.normal_(generator=torch.Generator().manual_seed(0))  # the user's random numbers are not ours to draw
             candidates = _candidates(layer, forms, quantized=bool(rounded))
             followed = {form: m if steps is None else Followed(m, steps) for form, m in candidates.items()}
+            if x.dim() == 4 and weight.is_cpu and (given is None or not x.is_contiguous()):
+                followed[_DENSE_LAST] = copy.deepcopy(followed["dense"]).to(memory_format=torch.channels_last)
             times, others_cores = self._measure_quietly(followed, x.to(weight))
+            times["dense"] = min(times["dense"], times.pop(_DENSE_LAST, math.inf))
             n_bytes = {form: _n_bytes(module) for form, module in candidates.items()}
             packed = {form: time for form, time in times.items() if form != "dense"}
             only_packed = bool(rounded and packed) and not self.may_be_dense
@@ -163,11 +167,9 @@ class FormSelector:
         """
         if isinstance(candidates["dense"], nn.Linear) and not x.is_cuda and x.numel() > MANY_ROWS * x.shape[-1]:
             candidates = _promising(candidates, x.flatten(0, -2)[: MANY_ROWS // 4])
-        calls = {form: [_call(module, x)] for form, module in candidates.items()}
-        if x.dim() == 4 and not x.is_cuda:  # dense convolutions are mostly faster with channels last
-            last = torch.channels_last
-            dense = copy.deepcopy(candidates["dense"]).to(memory_format=last)
-            calls[_DENSE_LAST] = [_call(dense, x.contiguous(memory_format=last))]
+        calls = {form: [_call(module, x)] for form, module in candidates.items() if form != _DENSE_LAST}
+        if _DENSE_LAST in candidates:
+            calls[_DENSE_LAST] = [_call(candidates[_DENSE_LAST], x.contiguous(memory_format=torch.channels_last))]
         if x.is_cuda:
             for form, module in candidates.items():
                 n = gpu_timing.n_copies(_n_bytes(module), x.device)
@@ -175,14 +177,11 @@ class FormSelector:
             timings = gpu_timing.measure_replays(calls, x.device, rounds=N_ROUNDS, sample_s=SAMPLE_S)
         else:
             large = self._too_large(candidates)
-            cold = {name: call for name, [call] in calls.items() if name.partition(",")[0] in large}
+            cold = {name: call for name, [call] in calls.items() if name in large}
             warm = {name: group for name, group in calls.items() if name not in cold}
             timings = measure(warm, rounds=N_ROUNDS, sample_s=SAMPLE_S, hopeless=HOPELESS)
             timings |= measure_cold(cold, last_level_cache_bytes(), rounds=N_ROUNDS) if cold else {}
-        times = {form: timing.median_s * 1e6 for form, timing in timings.items()}
-        if _DENSE_LAST in times:
-            times["dense"] = min(times["dense"], times.pop(_DENSE_LAST))
-        return times
+        return {form: timing.median_s * 1e6 for form, timing in timings.items()}
 
     def _too_large(self, candidates: Mapping[str, nn.Module]) -> list[str]:
         """Return the candidates whose weight comes from memory each time."""

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from sparsify.conversion.module_surgery import Model
 from sparsify.inference.block_plan import Shallow, callee, is_pure, read_plan
-from sparsify.layers import CSRLinear, DepthwiseConv2d, PackedLayer
+from sparsify.layers import CSRLinear, DepthwiseConv2d, MaxPool2d, PackedLayer
 from sparsify.layers.activations import activation_call
 from sparsify.layers.deferred import begin, end, pass_on
 from sparsify.layers.fused_block import FusedCall, fuse_block
@@ -30,14 +30,17 @@ OUTPUT = "output of the module"
 
 
 def fuse_activations(model: Model) -> Model:
-    """Let exported layers apply what follows them, in place, and return the model; depthwise ones get their kernel.
+    """Let exported layers apply what follows them, in place, and return the model.
+
+    Depthwise convolutions get their kernel, and pools channels last.
 
     A layer, BatchNorm or activation with hooks, or a linear layer in several places of the model, stays as it is.
     """
     if any(isinstance(m, PackedLayer) and m.form != "csr" for m in model.modules()):  # "csr" has torch's results
         for module in model.modules():
-            if DepthwiseConv2d.replaces(module) and not _has_hooks(module):
-                module.__class__ = DepthwiseConv2d
+            for kind in (DepthwiseConv2d, MaxPool2d):
+                if kind.replaces(module) and not _has_hooks(module):
+                    module.__class__ = kind
     known = {m: name for m in model.modules() if (name := activation_name(m))}
     for owner in list(model.modules()):
         if (plan := read_plan(owner, known)) is not None:

@@ -10,6 +10,7 @@ from sparsify.layers.depthwise import DepthwiseConv2d
 from sparsify.layers.encoder import UnfusedEncoder
 from sparsify.layers.int8_embedding import Int8Embedding
 from sparsify.layers.masked import MaskedLayer
+from sparsify.layers.max_pool import MaxPool2d
 from sparsify.layers.packed import PackedLayer
 from sparsify.layers.sparse_convolution import SparseConv2d
 from sparsify.layers.sparse_linear import SparseLinear
@@ -22,6 +23,7 @@ __all__ = [
     "DepthwiseConv2d",
     "Int8Embedding",
     "MaskedLayer",
+    "MaxPool2d",
     "PackedLayer",
     "SparseConv2d",
     "SparseLinear",

@@ -20,6 +20,7 @@ from sparsify.layers.csr_convolution import CSRConvolution
 from sparsify.layers.deferred import unfuse_activations
 from sparsify.layers.depthwise import DepthwiseConv2d
 from sparsify.layers.inference_mode import in_plain_inference
+from sparsify.layers.max_pool import MaxPool2d
 from sparsify.layers.weight_layout import undo_layouts
 
 #: The attribute of a module with its plan.
@@ -180,6 +181,8 @@ def unfuse(model: nn.Module) -> None:
         elif type(module) is DepthwiseConv2d:
             module.__dict__.pop("followed_by", None)
             module.__class__ = nn.Conv2d  # type: ignore[assignment]
+        elif type(module) is MaxPool2d:
+            module.__class__ = nn.MaxPool2d  # type: ignore[assignment]
     unfuse_activations(model)
 
 

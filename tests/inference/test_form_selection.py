@@ -215,3 +215,24 @@ def test_many_rows_are_not_multiplied_by_hopeless_forms(monkeypatch):
     assert set(choice.times_us) == {"dense", "panel"}
     few = FormSelector(choose.MANY_ROWS).choose(model)
     assert {"bitmask", "gather"} <= set(few.times_us)
+
+
+@needs_native
+@pytest.mark.parametrize("layout", [None, torch.contiguous_format, torch.channels_last])
+def test_a_dense_convolution_is_measured_in_the_layouts_that_images_may_have(monkeypatch, layout):
+    """Where images come with channels first, dense is no faster than with those."""
+    seen = []
+
+    def measure(selector, candidates, x):
+        seen.append(list(candidates))
+        return {form: {"dense": 9.0, "dense, channels last": 1.0}.get(form, 5.0) for form in candidates}
+
+    monkeypatch.setattr(FormSelector, "_measure", measure)
+    model = nn.Sequential(nn.Conv2d(16, 16, 3))
+    layer = sparsify.prune(sparsify.convert(model, types=(nn.Conv2d,)), 0.9)[0]
+    given = None if layout is None else torch.empty(1, 16, 9, 9).to(memory_format=layout)
+    choice = FormSelector(49).choose(layer, given)
+    may_be_last = layout is not torch.contiguous_format
+    assert ("dense, channels last" in seen[0]) is may_be_last
+    assert choice.form == ("dense" if may_be_last else "panel")
+    assert "dense, channels last" not in choice.times_us
