@@ -225,3 +225,18 @@ def test_nothing_past_the_end_is_read_or_written(kernel, dtype):
             x, y, residual = (t.permute(0, 3, 1, 2) for t in (x, y, residual))
         convolution(x, *packed, bias, out, geometry, out=y, norm=norm, residual=residual)
         assert bool(y.isfinite().all())
+
+
+@every_dtype
+def test_rows_of_many_positions_with_a_stride_of_two(kernel, dtype):
+    """Vectors of every other value, of rows that end with an image, a page, or a few values later."""
+    out = 5
+    for width, padding in itertools.product((15, 16, 17, 31, 32, 33, 34, 35, 63, 64, 65, 66, 97), (0, 1)):
+        geometry, shape = Geometry((3, 3), (2, 2), (padding, padding)), (out, 27)
+        packed = packed_random_weight("panel", shape, 0.5, dtype)
+        x = before_a_guard_page(randn(1, 3, 5, width, seed=width).to(dtype))
+        y = convolution(x, *packed, None, out, geometry)
+        exact, allowed = exact_and_allowed_error(
+            unfolded(x, geometry), random_weight(shape, 0.5)[0].to(dtype), None, None
+        )
+        assert bool(((as_rows(y).double() - exact).abs() <= allowed).all()), (width, padding)
