@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks import isa
 from oneshot_tables.page import key, page, show, table
 from oneshot_tables.rows import ALLOCATED_COLUMN, ALLOCATED_METHODS, ALLOCATIONS, COLUMNS, LINES, METHODS, allocated
 from oneshot_tables.subjects import SUBJECTS, Subject
@@ -35,6 +34,7 @@ from torch import Tensor, nn
 import sparsify
 from sparsify.hardware.machine import machine_name
 from sparsify.hardware.timing import LoadMeter
+from sparsify.pruning.precision import multiplies_bfloat16
 from sparsify.pruning.sensitivity import measure_sensitivity
 
 RESULTS_FOLDER = Path(__file__).resolve().parent.parent / "docs" / "results"
@@ -101,7 +101,7 @@ def measure(subject: Subject, order: dict[str, Any], batches: list[dict[str, Ten
     if teacher is not None and whole_s:
         more = batches if subject.more is None else subject.more()
         left_s = max(whole_s - (time.perf_counter() - started), 1.0)
-        low = not {"amx_bf16", "avx512_bf16"}.isdisjoint(isa.visible())  # elsewhere float32 takes far more steps
+        low = multiplies_bfloat16()  # elsewhere float32 takes far more steps
         sparsify.recover(model, teacher, more, seconds=left_s, lr=subject.lr, bfloat16=low, move=move, progress=True)
     seconds, peak_gb = time.perf_counter() - started, _peak_gb()
     rows = [row for row in sparsify.report(model) if row.format == "masked"]

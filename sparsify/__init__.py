@@ -26,6 +26,7 @@ from sparsify.errors import (
     RemovedLayerWarning,
     SavedParametrizedWarning,
     ScheduleWarning,
+    SlowBfloat16Warning,
     StaleMaskWarning,
     UnseenExpertsWarning,
 )
@@ -66,6 +67,7 @@ __all__ = [
     "SavedParametrizedWarning",
     "Schedule",
     "ScheduleWarning",
+    "SlowBfloat16Warning",
     "SparseConv2d",
     "SparseLinear",
     "SparsifyConfig",

@@ -51,6 +51,10 @@ class ScheduleWarning(UserWarning):
     """A training leaves its recipe: in pace, masks or gradients. The message names the way out."""
 
 
+class SlowBfloat16Warning(UserWarning):
+    """bfloat16 was asked for on a processor without instructions for it, where float32 is much faster."""
+
+
 class StaleMaskWarning(UserWarning):
     """A layer keeps more weights than it should, as in an average of weights. The message names the way out."""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import platform
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -13,17 +15,37 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from sparsify.errors import SlowBfloat16Warning
 from sparsify.layers import MaskedLayer
 
 #: Tokens of a sequence from which on torch's attention in bfloat16 is the faster one on a CPU, forwards and backwards.
 _LONG = 1024
 
 
-def check_float32(layers: Mapping[str, MaskedLayer]) -> None:
-    """Raise ValueError, naming the layer, for layers that bfloat16 does not make faster: those not in float32."""
+def check_bfloat16(layers: Mapping[str, MaskedLayer]) -> None:
+    """Raise ValueError, naming the layer, for layers that bfloat16 does not make faster: those not in float32.
+
+    A SlowBfloat16Warning tells of a processor that has no instructions for it.
+    """
     for name, layer in layers.items():
         if layer.weight.dtype != torch.float32:
             raise ValueError(f"{name}: bfloat16 is for layers in float32, got {layer.weight.dtype}; leave it out")
+    if any(layer.weight.is_cpu for layer in layers.values()) and not multiplies_bfloat16():
+        warnings.warn(
+            "bfloat16=True makes a training much slower on this processor, which has no instructions for products in "
+            "bfloat16; leave it out",
+            SlowBfloat16Warning,
+            stacklevel=3,
+        )
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Return whether this processor has instructions for products in bfloat16 that torch uses."""
+    if platform.machine().lower() in ("x86_64", "amd64"):  # where torch says so of AVX-512 without them too
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return supported
 
 
 @contextlib.contextmanager

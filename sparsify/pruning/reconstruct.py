@@ -18,7 +18,7 @@ from torch import nn
 from sparsify.calibration.data_parallel import average, most_of_all
 from sparsify.calibration.tunable_block import TunableBlock
 from sparsify.layers import MaskedLayer
-from sparsify.pruning.precision import check_float32, computing
+from sparsify.pruning.precision import check_bfloat16, computing
 
 LR = 0.05
 _WARM_UP = 0.05  # of the budget; from there the learning rate falls to zero in a straight line
@@ -32,7 +32,7 @@ class Reconstruction:
     lr: Adam's highest learning rate, as a part of the root mean square of a layer's kept weights
     seed: for the order of the batches
     bfloat16: compute in bfloat16, and train weights that stay in float32: several times as fast on processors with
-        instructions for it
+        instructions for it; a SlowBfloat16Warning tells of others
 
     Raises ValueError unless epochs and lr are positive and finite.
     """
@@ -64,7 +64,7 @@ def tune_block(
     """
     chosen = [layers[name] for name in block.layers]
     if options.bfloat16:
-        check_float32(layers)
+        check_bfloat16(layers)
     n_steps = options.epochs * most_of_all(len(block))
     with torch.inference_mode(False), _trainable(block.module, chosen):
         parts = [_Trained(layer) for layer in chosen]

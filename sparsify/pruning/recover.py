@@ -30,7 +30,7 @@ from sparsify.conversion.transaction import Transaction
 from sparsify.layers import MaskedLayer
 from sparsify.masking.unseen import refuse_unseen
 from sparsify.pruning.moving_masks import MovingMasks
-from sparsify.pruning.precision import check_float32, computing
+from sparsify.pruning.precision import check_bfloat16, computing
 from sparsify.pruning.reconstruct import ramp, shuffled
 
 LR = 3e-3
@@ -61,7 +61,7 @@ def recover(
     lr: Adam's highest learning rate
     seed: for the order of the batches
     bfloat16: compute in bfloat16, and train weights that stay in float32: several times as fast on processors with
-        instructions for it, many times slower on others, such as those with AVX2 alone
+        instructions for it, many times slower on others, such as those with AVX2 alone: a SlowBfloat16Warning tells
     move: let masks move within a pattern, such as "unstructured", or within that of each layer by name (a glob); a
         layer without one keeps its mask. Each mask keeps its number of weights, and its pattern
     progress: show a bar
@@ -92,7 +92,7 @@ def recover(
     layers = sparse_layers(model)
     masks = MovingMasks(layers, move)
     if bfloat16:
-        check_float32(layers)
+        check_bfloat16(layers)
     batches = read_batches(model, data)
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise ValueError("the model was made inside torch.inference_mode() and cannot be trained; make it outside")

@@ -1,12 +1,16 @@
 """bfloat16 in the passes of a training: products, and the attention of long sequences alone."""
 
+import copy
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import sparsify
 from sparsify.pruning import precision
-from sparsify.pruning.precision import computing
+from sparsify.pruning.precision import check_bfloat16, computing
 
 CPU = torch.device("cpu")
 
@@ -64,3 +68,28 @@ def test_an_lstm_runs_where_torch_has_no_bfloat16_for_it(monkeypatch: pytest.Mon
     torch.testing.assert_close(hidden.float(), wanted_hidden, rtol=0, atol=atol)
     out.float().square().mean().backward()
     assert all(bool(p.grad.isfinite().all()) for p in lstm.parameters())
+
+
+@pytest.mark.parametrize("has_instructions", [True, False])
+def test_a_processor_without_instructions_is_told_of(monkeypatch: pytest.MonkeyPatch, has_instructions: bool) -> None:
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: has_instructions)
+    layers = {"up": sparsify.SparseLinear(8, 4, 0.5)}
+    if has_instructions:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            check_bfloat16(layers)
+    else:
+        with pytest.warns(sparsify.SlowBfloat16Warning, match="leave it out"):
+            check_bfloat16(layers)
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)
+    check_bfloat16(layers)  # elsewhere than on the CPU its instructions do not matter
+
+
+def test_recover_tells_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: False)
+    torch.manual_seed(0)
+    model = sparsify.convert(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)))
+    teacher, data = copy.deepcopy(model), [torch.randn(16, 8)]
+    sparsify.prune(model, 0.5)
+    with pytest.warns(sparsify.SlowBfloat16Warning):
+        sparsify.recover(model, teacher, data, steps=1, bfloat16=True)

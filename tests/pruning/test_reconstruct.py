@@ -76,6 +76,7 @@ def test_it_comes_nearer_and_the_masks_hold(options: dict[str, Any], dtype: torc
             assert layer.pruning_result.time_s > 0
 
 
+@pytest.mark.filterwarnings("ignore::sparsify.SlowBfloat16Warning")
 def test_bfloat16_is_for_the_computation_only() -> None:
     before, one, other = (pruned(reconstruct=how) for how in (None, Reconstruction(20, bfloat16=True), 20))
     assert distance(one) < 0.8 * distance(before)

@@ -70,6 +70,7 @@ def test_it_comes_nearer_and_the_masks_hold(pair: tuple[nn.Module, nn.Module]) -
         assert bool((layer.weight[~layer.mask] == 0).all())
 
 
+@pytest.mark.filterwarnings("ignore::sparsify.SlowBfloat16Warning")
 def test_bfloat16_is_for_the_computation_only(pair: tuple[nn.Module, nn.Module]) -> None:
     model, teacher = pair
     before = distance(model, teacher)
