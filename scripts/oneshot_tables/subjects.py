@@ -142,6 +142,18 @@ SUBJECTS = {
         _EMBEDDINGS,
         more=minilm.all_batches,
     ),
+    "minilm-prose": Subject(
+        "MiniLM-L6, calibrated on three sources",
+        "480 pieces of 128 tokens, without padding: a third each of the Lee background documents, of Wikipedia and of "
+        "the Brown corpus without the 17 files of the evaluation; recovered on all text of the three",
+        minilm.ENCODER_LAYERS,
+        480,
+        minilm.load_dense,
+        partial(minilm.mixed_batches, prose=True),
+        _minilm_judge,
+        {**_EMBEDDINGS, "brown": _EMBEDDINGS["brown"].replace("that corpus", "these files")},
+        more=partial(minilm.all_batches, prose=True),
+    ),
     "smollm2": Subject(
         "SmolLM2-135M: the 210 Linears of the blocks",
         "64 x 384 tokens of the Brown corpus; at most 128 MiB of them stay in memory on their way through the model. "

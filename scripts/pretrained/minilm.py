@@ -20,6 +20,7 @@ from transformers import BertConfig, BertModel
 from transformers.utils import logging
 
 import sparsify
+from pretrained import brown
 
 MODEL_FOLDER = ASSETS / "minilm"
 DENSE_FILE = MODEL_FOLDER / "model.safetensors"
@@ -96,22 +97,29 @@ def calibration_batches(n_documents: int = N_BACKGROUND) -> list[dict[str, Tenso
     return batches
 
 
-def mixed_batches(n_pieces: int) -> list[dict[str, Tensor]]:
-    """Return pieces of 128 tokens of two sources, background documents and Wikipedia, half of them of each."""
-    return sparsify.mix_data(_sources(), n_pieces)
+def mixed_batches(n_pieces: int, *, prose: bool = False) -> list[dict[str, Tensor]]:
+    """Return pieces of 128 tokens, as many of each source: background documents, Wikipedia and, if told so, prose.
+
+    prose: the Brown corpus without the files of the evaluations.
+    """
+    return sparsify.mix_data(_sources(prose), n_pieces)
 
 
-def all_batches() -> list[dict[str, Tensor]]:
-    """Return all pieces of both sources, to tune on."""
-    return [batch for batches in _sources().values() for batch in batches]
+def all_batches(*, prose: bool = False) -> list[dict[str, Tensor]]:
+    """Return all pieces of these sources, to tune on."""
+    return [batch for batches in _sources(prose).values() for batch in batches]
 
 
 @functools.cache
-def _sources() -> dict[str, list[dict[str, Tensor]]]:
+def _sources(prose: bool) -> dict[str, list[dict[str, Tensor]]]:
     from pretrained import wikipedia
 
     background = (LEE_FOLDER / "lee_background.cor").read_text(encoding="latin-1").splitlines()
-    return {"news": _pieces(background), "Wikipedia": _pieces(wikipedia.articles())}
+    sources = {"news": _pieces(background), "Wikipedia": _pieces(wikipedia.articles())}
+    if prose:
+        others = (words for name, words in brown.corpus().items() if name not in brown.EVALUATION_FILES)
+        sources["prose"] = _pieces([" ".join(words) for words in others])
+    return sources
 
 
 def _pieces(texts: Sequence[str], n_tokens: int = 128, batch: int = 8) -> list[dict[str, Tensor]]:

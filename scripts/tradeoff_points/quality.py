@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from assets import ASSETS, PACKAGES
 from numpy.typing import NDArray
-from pretrained import minilm
+from pretrained import brown, minilm
 from torch import Tensor, nn
 
 N_TOKENS, BATCH = 128, 32
@@ -30,8 +29,8 @@ def fixed_inputs(batch: int = BATCH) -> dict[str, Tensor]:
 def brown_passages() -> tuple[list[str], NDArray[np.int64]]:
     """Return passages spread evenly over each file of the Brown corpus, and the number of the file of each."""
     passages, of_file = [], []
-    for number, name in enumerate(sorted(PACKAGES["brown"].sha256)):
-        words = [pair.rpartition("/")[0] for pair in (ASSETS / "brown" / name).read_text().split()]
+    for number, name in enumerate(brown.EVALUATION_FILES):
+        words = brown.words(name)
         starts = np.linspace(0, len(words) - N_WORDS, N_PASSAGES).astype(int)
         passages += [" ".join(words[start : start + N_WORDS]) for start in starts]
         of_file += [number] * len(starts)

@@ -19,7 +19,7 @@ pytest.importorskip("transformers", reason="transformers is missing: pip install
 
 import oneshot  # noqa: E402
 from oneshot_tables.page import page  # noqa: E402
-from pretrained import minilm  # noqa: E402
+from pretrained import brown, minilm  # noqa: E402
 
 SENTENCES = ["The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium."]
 
@@ -57,6 +57,17 @@ def test_lee_interval_holds_the_correlation_and_knows_its_size(dense: nn.Module)
     assert low < minilm.lee_correlation(embeddings, ratings) < high
     assert 0.05 < high - low < 0.3  # 50 documents: about 0.16
     assert minilm.lee_interval(embeddings, ratings) == (low, high)
+
+
+@pytest.mark.skipif(bool(assets.missing_files("wikipedia")), reason="run scripts/assets.py")
+def test_prose_to_calibrate_on_is_of_no_file_of_the_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(brown, "corpus", lambda: {"ca01": ["lion"] * 200, "ca02": ["tiger"] * 200})
+    sources = minilm._sources.__wrapped__(True)
+    assert list(sources) == ["news", "Wikipedia", "prose"]
+    lion, tiger = (minilm.load_tokenizer().encode(word).ids[1] for word in ("lion", "tiger"))
+    ids = torch.cat([batch["input_ids"] for batch in sources["prose"]])
+    assert bool((ids == tiger).any())
+    assert not bool((ids == lion).any())
 
 
 def test_convert_touches_the_36_encoder_linears_and_changes_no_output(dense: nn.Module) -> None:
