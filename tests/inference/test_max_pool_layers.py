@@ -93,6 +93,7 @@ def test_other_calls_are_torchs(layouts):
     with torch.no_grad():
         assert torch.func.vmap(pool)(images()[None]).shape == (1, 2, 24, 11, 13)
         assert torch.equal(torch.compile(pool, backend="eager")(x), pool(x))
+        assert torch.equal(torch.export.export(pool, (x,)).module()(x), pool(x))
         graph = torch.fx.symbolic_trace(nn.Sequential(pool))
         del layouts[:]
         assert torch.equal(graph(x), pool(x))
