@@ -121,9 +121,9 @@ int run_convolution_task(const void *context, int64_t number) {
     of.taps = taps;
     if (strip_kept_call != plan.panel.id || strip_kept != n_strip) {
         if (call.x_column_stride == 1)
-            fill_planes<true, T>(call, plan.shape, strip, copied);
+            copy_planes<T>(call, plan.shape, strip, copied);
         else
-            fill_planes<false, T>(call, plan.shape, strip, copied);
+            transpose_planes<T>(call, plan.shape, strip, copied);
         find_taps(call, plan.shape, strip, taps);
     }
     strip_kept_call = plan.panel.id;

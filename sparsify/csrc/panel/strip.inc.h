@@ -70,66 +70,107 @@ inline int64_t first_plane_row(const Strip &strip, int64_t image) {
     return image == strip.image ? 0 : strip.first_rows + (image - strip.image - 1) * strip.whole_rows;
 }
 
-// n values of each of n_channels channels, at most WIDTH, into their planes. Vectors may end past the n values, where
-// they write zeros: what belongs there is written later, or is zero.
-template <bool PLANES, typename T>
-void copy_row(const ConvolutionCall &call, const T *x, int64_t n, int64_t n_channels, int64_t plane, float *to) {
-    const int64_t step = call.x_column_stride * call.stride_width;
-    if constexpr (PLANES) {
-        for (int64_t c = 0; c < n_channels; ++c, x += call.x_channel_stride, to += plane) {
-            if (step == 1)
-                for (int64_t i = 0; i < n; i += WIDTH)
-                    store(to + i, n - i >= WIDTH ? load(x + i) : load_first(x + i, int(n - i)));
-            else {
-                int64_t i = 0;
-                if (step == 2)  // two vectors end one value behind the last that is wanted
-                    for (; i + WIDTH < n; i += WIDTH) store(to + i, evens(load(x + 2 * i), load(x + 2 * i + WIDTH)));
-                for (; i < n; ++i) to[i] = to_float(x[i * step]);
-            }
-        }
-    } else {
-        for (int64_t i = 0; i < n; i += WIDTH) {
-            const T *from = x + i * step;
-            Vec r[WIDTH];
-            if (n - i >= WIDTH && n_channels == WIDTH) {
-                load_transposed(from, step, r);
-#pragma GCC unroll 16
-                for (int c = 0; c < WIDTH; ++c) store(to + c * plane + i, r[c]);
-            } else {
-                for (int t = 0; t < WIDTH; ++t)
-                    r[t] = t < n - i ? load_first(from + t * step, int(n_channels)) : zero();
-                transpose(r);
-                for (int64_t c = 0; c < n_channels; ++c) store(to + c * plane + i, r[c]);
+// The columns of a phase that lie inside of the image: n from the first on, of which that one is column `from`.
+struct PhaseColumns {
+    int64_t first, n, from;
+};
+
+inline PhaseColumns columns_of_phase(const ConvolutionCall &call, const PlaneShape &shape, int64_t phase) {
+    // Column i of the phase is column i * stride - before of the image.
+    const int64_t stride = call.stride_width, before = call.left - phase;
+    const int64_t first = before > 0 ? (before + stride - 1) / stride : 0;
+    const int64_t inside = (call.width + before + stride - 1) / stride;
+    const int64_t n = (inside < shape.width ? inside : shape.width) - first;
+    return {first, n > 0 ? n : 0, first * stride - before};
+}
+
+// The rows of a strip's planes that belong to an image: n from the first on, of which that one is row `y` of the image.
+struct PlaneRows {
+    int64_t first, n, y;
+};
+
+inline PlaneRows rows_of_image(const ConvolutionCall &call, const PlaneShape &shape, const Strip &strip,
+                               int64_t image) {
+    const int64_t top = image == strip.image ? strip.row : 0;
+    const int64_t bottom = image == strip.end_image - 1 ? strip.end_row : call.out_height;
+    return {first_plane_row(strip, image), plane_rows(call, shape, bottom - top), top * call.stride_height - call.top};
+}
+
+// n values, `step` apart, into a row of a plane. A vector may end past them, where it writes zeros: what belongs there
+// is written later, or is zero.
+template <typename T>
+void copy_row(const T *x, int64_t step, int64_t n, float *to) {
+    if (step == 1) {
+        for (int64_t i = 0; i < n; i += WIDTH)
+            store(to + i, n - i >= WIDTH ? load(x + i) : load_first(x + i, int(n - i)));
+        return;
+    }
+    int64_t i = 0;
+    if (step == 2)  // two vectors end one value behind the last that is wanted
+        for (; i + WIDTH < n; i += WIDTH) store(to + i, evens(load(x + 2 * i), load(x + 2 * i + WIDTH)));
+    for (; i < n; ++i) to[i] = to_float(x[i * step]);
+}
+
+// planes[channel][phase][row][column] of a strip; zero where the padding is. x has channels first: a channel is read
+// row by row as it lies in memory, which processors foresee.
+template <typename T>
+void copy_planes(const ConvolutionCall &call, const PlaneShape &shape, const Strip &strip, float *planes) {
+    for (int64_t channel = 0; channel < call.channels; ++channel, planes += strip.plane) {
+        memset(planes, 0, size_t(strip.plane) * sizeof *planes);
+        for (int64_t phase = 0; phase < shape.n_phases; ++phase) {
+            const PhaseColumns columns = columns_of_phase(call, shape, phase);
+            for (int64_t image = strip.image; columns.n > 0 && image < strip.end_image; ++image) {
+                const PlaneRows rows = rows_of_image(call, shape, strip, image);
+                const T *const from = static_cast<const T *>(call.x) + image * call.x_image_stride +
+                                      channel * call.x_channel_stride + columns.from;
+                float *to = planes + (phase * strip.n_rows + rows.first) * shape.width + columns.first;
+                for (int64_t i = 0; i < rows.n; ++i, to += shape.width) {
+                    const int64_t y = rows.y + i * shape.row_step;
+                    if (y >= 0 && y < call.height)
+                        copy_row(from + y * call.x_row_stride, call.stride_width, columns.n, to);
+                }
             }
         }
     }
 }
 
-// planes[channel][phase][row][column] of a strip; zero where the padding is. PLANES: x is channels first, else last.
-template <bool PLANES, typename T>
-void fill_planes(const ConvolutionCall &call, const PlaneShape &shape, const Strip &strip, float *planes) {
-    const int64_t stride = call.stride_width;
+// Up to WIDTH channels of n positions, `step` apart, into a row of each of their planes, as copy_row.
+template <typename T>
+void transpose_row(const T *x, int64_t step, int64_t n, int64_t n_channels, int64_t plane, float *to) {
+    for (int64_t i = 0; i < n; i += WIDTH) {
+        const T *from = x + i * step;
+        Vec r[WIDTH];
+        if (n - i >= WIDTH && n_channels == WIDTH) {
+            load_transposed(from, step, r);
+#pragma GCC unroll 16
+            for (int c = 0; c < WIDTH; ++c) store(to + c * plane + i, r[c]);
+        } else {
+            for (int t = 0; t < WIDTH; ++t) r[t] = t < n - i ? load_first(from + t * step, int(n_channels)) : zero();
+            transpose(r);
+            for (int64_t c = 0; c < n_channels; ++c) store(to + c * plane + i, r[c]);
+        }
+    }
+}
+
+// The same planes; x has channels last.
+template <typename T>
+void transpose_planes(const ConvolutionCall &call, const PlaneShape &shape, const Strip &strip, float *planes) {
+    const int64_t step = call.x_column_stride * call.stride_width;
     for (int64_t channel = 0; channel < call.channels; channel += WIDTH) {
         const int64_t left = call.channels - channel, n_channels = left < WIDTH ? left : WIDTH;
         float *const to = planes + channel * strip.plane;
         memset(to, 0, size_t(n_channels * strip.plane) * sizeof *to);
         for (int64_t phase = 0; phase < shape.n_phases; ++phase) {
-            // Column i of the phase is column i * stride - before of the image.
-            const int64_t before = call.left - phase;
-            const int64_t first = before > 0 ? (before + stride - 1) / stride : 0;
-            const int64_t inside = (call.width + before + stride - 1) / stride;
-            const int64_t n = (inside < shape.width ? inside : shape.width) - first;
-            for (int64_t image = strip.image; n > 0 && image < strip.end_image; ++image) {
-                const int64_t top = image == strip.image ? strip.row : 0;
-                const int64_t bottom = image == strip.end_image - 1 ? strip.end_row : call.out_height;
-                const int64_t row = phase * strip.n_rows + first_plane_row(strip, image);
-                const T *from = static_cast<const T *>(call.x) + image * call.x_image_stride +
-                                channel * call.x_channel_stride + (first * stride - before) * call.x_column_stride;
-                for (int64_t i = 0; i < plane_rows(call, shape, bottom - top); ++i) {
-                    const int64_t y = top * call.stride_height + i * shape.row_step - call.top;
+            const PhaseColumns columns = columns_of_phase(call, shape, phase);
+            for (int64_t image = strip.image; columns.n > 0 && image < strip.end_image; ++image) {
+                const PlaneRows rows = rows_of_image(call, shape, strip, image);
+                const T *const from = static_cast<const T *>(call.x) + image * call.x_image_stride +
+                                      channel * call.x_channel_stride + columns.from * call.x_column_stride;
+                for (int64_t i = 0; i < rows.n; ++i) {
+                    const int64_t y = rows.y + i * shape.row_step;
                     if (y >= 0 && y < call.height)
-                        copy_row<PLANES>(call, from + y * call.x_row_stride, n, n_channels, strip.plane,
-                                         to + (row + i) * shape.width + first);
+                        transpose_row(from + y * call.x_row_stride, step, columns.n, n_channels, strip.plane,
+                                      to + (phase * strip.n_rows + rows.first + i) * shape.width + columns.first);
                 }
             }
         }
