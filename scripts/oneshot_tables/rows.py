@@ -30,7 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 #: Column -> sparsity or pattern.
 COLUMNS: dict[str, dict[str, Any]] = {
-    **{f"{n}%": {"sparsity": n / 100} for n in (50, 60, 70, 80, 90)},
+    **{f"{n}%": {"sparsity": n / 100} for n in (50, 60, 70, 80, 90, 95)},
     "2:4": {"pattern": "2:4"},
     "1x4, 50%": {"pattern": "1x4", "sparsity": 0.5},
 }

@@ -118,7 +118,8 @@ class FormSelector:
             x.normal_(generator=torch.Generator().manual_seed(0))  # the user's random numbers are not ours to draw
             candidates = _candidates(layer, forms, quantized=bool(rounded))
             followed = {form: m if steps is None else Followed(m, steps) for form, m in candidates.items()}
-            if x.dim() == 4 and weight.is_cpu and (given is None or not x.is_contiguous()):
+            may_be_last = given is None or not x.is_contiguous()
+            if may_be_last and isinstance(candidates["dense"], nn.Conv2d) and x.dim() == 4 and weight.is_cpu:
                 followed[_DENSE_LAST] = copy.deepcopy(followed["dense"]).to(memory_format=torch.channels_last)
             times, others_cores = self._measure_quietly(followed, x.to(weight))
             times["dense"] = min(times["dense"], times.pop(_DENSE_LAST, math.inf))
