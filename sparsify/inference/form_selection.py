@@ -122,7 +122,8 @@ class FormSelector:
             if may_be_last and isinstance(candidates["dense"], nn.Conv2d) and x.dim() == 4 and weight.is_cpu:
                 followed[_DENSE_LAST] = copy.deepcopy(followed["dense"]).to(memory_format=torch.channels_last)
             times, others_cores = self._measure_quietly(followed, x.to(weight))
-            times["dense"] = min(times["dense"], times.pop(_DENSE_LAST, math.inf))
+            if _DENSE_LAST in times:
+                times["dense"] = min(times["dense"], times.pop(_DENSE_LAST))
             n_bytes = {form: _n_bytes(module) for form, module in candidates.items()}
             packed = {form: time for form, time in times.items() if form != "dense"}
             only_packed = bool(rounded and packed) and not self.may_be_dense
