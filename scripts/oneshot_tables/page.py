@@ -11,6 +11,8 @@ from oneshot_tables.subjects import SUBJECTS
 from sparsify.hardware.timing import QUIET_CORES
 
 Cells = dict[str, Any]
+#: Lines that end by the clock: a faster processor gets further.
+BY_THE_CLOCK = [line for line, order in METHODS.items() if {"recover_s", "whole_s"} & order.keys()]
 
 _INTRO = f"""# One-shot results
 
@@ -39,6 +41,9 @@ def page(cells: Cells) -> str:
             text += [filled(f"{meaning}.") + "\n", *table(mine, name, METHODS, partial(show, figure=figure)), ""]
         if any(_time(cell) for cell in mine.values()):
             text += ["Seconds.\n", *table(mine, name, METHODS, _time), ""]
+        timed = {k: cell for k, cell in mine.items() if k.split(" | ")[1] in BY_THE_CLOCK}
+        if timed:
+            text += ["Processor of what ends by the clock.\n", *table(timed, name, BY_THE_CLOCK, _processor), ""]
         # Cells measured under another budget do not belong into one table.
         peaks = {k: cell for k, cell in mine.items() if cell.get("cache_bytes") == subject.cache_bytes}
         text += ["Peak memory, GB.\n", *table(peaks, name, METHODS, partial(show, figure="peak_gb")), ""]
@@ -77,6 +82,16 @@ def show(cell: dict[str, Any], figure: str) -> str:
 def _time(cell: dict[str, Any]) -> str:
     quiet = cell["others_cores"] <= QUIET_CORES and cell["threads"] == 2
     return f"{cell['time_s']:.0f}" if quiet else ""
+
+
+def _processor(cell: dict[str, Any]) -> str:
+    """Return the kind of a cell's processor and its instruction set.
+
+    >>> _processor({"machine": "AMD EPYC (x86_64 25/1), avx2, 2 threads"})
+    'x86_64 25/1, avx2'
+    """
+    kind: str = cell["machine"]
+    return kind.rpartition("(")[2].replace(")", "").rpartition(",")[0]
 
 
 def _dense(cells: Cells, subject: str) -> str:

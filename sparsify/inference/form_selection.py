@@ -119,7 +119,7 @@ class FormSelector:
             candidates = _candidates(layer, forms, quantized=bool(rounded))
             followed = {form: m if steps is None else Followed(m, steps) for form, m in candidates.items()}
             may_be_last = given is None or not x.is_contiguous()
-            if may_be_last and isinstance(candidates["dense"], nn.Conv2d) and x.dim() == 4 and weight.is_cpu:
+            if may_be_last and isinstance(layer, nn.Conv2d) and x.dim() == 4 and weight.is_cpu:
                 followed[_DENSE_LAST] = copy.deepcopy(followed["dense"]).to(memory_format=torch.channels_last)
             times, others_cores = self._measure_quietly(followed, x.to(weight))
             if _DENSE_LAST in times:
