@@ -220,7 +220,7 @@ def test_many_rows_are_not_multiplied_by_hopeless_forms(monkeypatch):
 @needs_native
 @pytest.mark.parametrize("layout", [None, torch.contiguous_format, torch.channels_last])
 def test_a_dense_convolution_is_measured_in_the_layouts_that_images_may_have(monkeypatch, layout):
-    """Where images come with channels first, dense is no faster than with those."""
+    """Images with channels first do not become others for one layer."""
     seen = []
 
     def measure(selector, candidates, x):
