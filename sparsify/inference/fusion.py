@@ -18,10 +18,10 @@ from torch.utils._pytree import tree_leaves
 
 from sparsify.conversion.module_surgery import Model
 from sparsify.inference.block_plan import Shallow, callee, is_pure, read_plan
-from sparsify.layers import CSRLinear, DepthwiseConv2d, MaxPool2d, PackedLayer
+from sparsify.layers import CSRLinear, PackedLayer
 from sparsify.layers.activations import activation_call
 from sparsify.layers.deferred import begin, end, pass_on
-from sparsify.layers.fused_block import FusedCall, fuse_block
+from sparsify.layers.fused_block import FASTER_KINDS, FusedCall, fuse_block
 
 #: Below so many outputs a row telling the layer when to defer costs as much as the activation by itself.
 FEWEST_FEATURES = 256
@@ -38,7 +38,7 @@ def fuse_activations(model: Model) -> Model:
     """
     if any(isinstance(m, PackedLayer) and m.form != "csr" for m in model.modules()):  # "csr" has torch's results
         for module in model.modules():
-            for kind in (DepthwiseConv2d, MaxPool2d):
+            for kind in FASTER_KINDS:
                 if kind.replaces(module) and not _has_hooks(module):
                     module.__class__ = kind
     known = {m: name for m in model.modules() if (name := activation_name(m))}

@@ -23,6 +23,8 @@ from sparsify.layers.inference_mode import in_plain_inference
 from sparsify.layers.max_pool import MaxPool2d
 from sparsify.layers.weight_layout import undo_layouts
 
+#: Classes that modules of torch get in an exported model; each is a subclass of torch's, and has `replaces`.
+FASTER_KINDS = (DepthwiseConv2d, MaxPool2d)
 #: The attribute of a module with its plan.
 _PLAN = "_fused_plan"
 
@@ -178,11 +180,9 @@ def unfuse(model: nn.Module) -> None:
         if isinstance(module, FusedBlock):
             module.__dict__.pop(_PLAN, None)
             module.__class__ = module.plain  # type: ignore[assignment]
-        elif type(module) is DepthwiseConv2d:
+        elif type(module) in FASTER_KINDS:
             module.__dict__.pop("followed_by", None)
-            module.__class__ = nn.Conv2d  # type: ignore[assignment]
-        elif type(module) is MaxPool2d:
-            module.__class__ = nn.MaxPool2d  # type: ignore[assignment]
+            module.__class__ = type(module).__base__  # type: ignore[assignment]
     unfuse_activations(model)
 
 
