@@ -13,7 +13,7 @@ from sparsify.kernels.cpu import training
 from sparsify.layers.copies import Origin, bits_of, origins_after, origins_of_copy
 from sparsify.layers.fsdp import shard_like, whole
 from sparsify.layers.inference_mode import making_tensors, writing_to
-from sparsify.layers.masked_weight import GradientAccumulator, masked_weight, multiplies_plainly
+from sparsify.layers.masked_weight import GradientAccumulator, kept, masked_weight, multiplies_plainly
 from sparsify.layers.records import LayerResult
 from sparsify.layers.sparse_training import SparseTrainingKernels
 from sparsify.masking.masks import make_masks
@@ -139,7 +139,7 @@ class MaskedLayer(nn.Module):
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
             return self.weight
         mask, used = self.mask, self.weight.view_as(self.weight)
-        used.register_hook(lambda gradient: torch.where(mask, gradient, 0.0))
+        used.register_hook(lambda gradient: kept(gradient, mask))
         return used
 
     @property

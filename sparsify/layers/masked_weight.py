@@ -12,6 +12,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from sparsify.kernels.cpu import training
 
+#: Values from which on a copy with cleared places is faster than torch.where, which costs less for a call.
+_FEWEST_COPIED = 1 << 14
+
 
 @dataclass
 class GradientAccumulator:
@@ -52,7 +55,7 @@ def masked_weight(
         al. 2013, arXiv:1308.3432).
     accumulator: gets the gradient of the result.
     """
-    used: Tensor = _StraightThrough.apply(weight, mask) if straight_through else torch.where(mask, weight, 0.0)
+    used: Tensor = _StraightThrough.apply(weight, mask) if straight_through else kept(weight, mask)
     if accumulator is not None and accumulator.uses is not None:
         accumulator.uses.append(used)
     elif accumulator is not None and used.requires_grad:
@@ -61,18 +64,50 @@ def masked_weight(
     return used
 
 
+def kept(values: Tensor, mask: Tensor) -> Tensor:
+    """Return torch.where(mask, values, 0), which autograd knows.
+
+    torch's own looks at each place by itself: 2.9 ms for 1536 x 576 float32 values of which half are kept, where a copy
+    in which masked places are cleared takes 0.5 ms (two threads, Emerald Rapids).
+    """
+    if not _is_plain(values, mask) or values.numel() < _FEWEST_COPIED:
+        return torch.where(mask, values, 0.0)
+    result: Tensor = _Kept.apply(values, mask)
+    return result
+
+
 def multiplies_plainly(layer: Any) -> bool:
     """Return whether a layer's forward is plain arithmetic on the CPU now, seen by no tracer, transform or method."""
+    return layer.accumulator is None and layer.masked_mode == "zero" and _is_plain(layer.weight, layer.mask)
+
+
+def _is_plain(values: Tensor, mask: Tensor) -> bool:
+    """Return whether native code can clear such values on the CPU now, seen by no tracer and no transform."""
     return (
-        not torch.compiler.is_compiling()
-        and layer.accumulator is None
-        and layer.masked_mode == "zero"
-        and training.can_clear(layer.weight, layer.mask)
-        and torch._C._get_tracing_state() is None
+        torch._C._get_tracing_state() is None
+        and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and _get_current_dispatch_mode() is None
+        and training.can_clear(values, mask)
     )
+
+
+class _Kept(torch.autograd.Function):
+    """where(mask, values, 0) of plain tensors on the CPU, and the same of its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, mask: Tensor) -> Tensor:
+        """Return a copy whose masked places are zero."""
+        ctx.save_for_backward(mask)
+        result = values.clone()
+        training.clear_masked(result, mask)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Return the gradient of kept places, differentiable again."""
+        return kept(gradient, *ctx.saved_tensors), None
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -83,7 +118,7 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(weight: Tensor, mask: Tensor) -> Tensor:
         """Return the kept weights, and zeros."""
-        return torch.where(mask, weight, 0.0)
+        return kept(weight, mask)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
