@@ -13,9 +13,7 @@ processes were, the machine, the thread count and torch's version.
 """
 
 import argparse
-import contextlib
 import copy
-import ctypes
 import gc
 import json
 import resource
@@ -32,6 +30,7 @@ from oneshot_tables.subjects import SUBJECTS, Subject
 from torch import Tensor, nn
 
 import sparsify
+from sparsify.hardware.allocator import return_freed_memory
 from sparsify.hardware.machine import machine_name
 from sparsify.hardware.timing import LoadMeter
 from sparsify.pruning.precision import multiplies_bfloat16
@@ -131,8 +130,7 @@ def _reset_peak() -> None:
     """Let the peak of this process's memory start anew, without the rests of loading, if the system is Linux."""
     gc.collect()
     if _CLEAR.exists():
-        with contextlib.suppress(AttributeError):  # not glibc
-            ctypes.CDLL(None).malloc_trim(0)
+        return_freed_memory()
         _CLEAR.write_text("5")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
 import threading
 from collections import OrderedDict
@@ -16,6 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from sparsify.checkpoint.dense_weights import check_dtype
 from sparsify.checkpoint.weight_codec import decode_weight
+from sparsify.hardware.allocator import return_freed_memory
 from sparsify.layer_names import join
 from sparsify.layers import MaskedLayer
 from sparsify.offload.journal import Journal
@@ -122,7 +122,7 @@ class DiskOffload:
                 break
             self.n_bytes -= self._in_use.pop(old)()
         if len(self._in_use) < n_before:
-            _return_memory()
+            return_freed_memory()
 
     @torch.no_grad()
     def _load(self, module: nn.Module, key: str, parameter: nn.Parameter) -> None:
@@ -247,16 +247,6 @@ def _make_placeholders(model: nn.Module, weights: LazySafetensors, keys: dict[in
                 _check_fits(weights, full, buffer)
                 module._buffers[key] = weights.read(full)
     return {id(placeholders[id(parameter)]): keys[id(parameter)] for parameter in old}
-
-
-def _return_memory() -> None:
-    """Let the C library give free memory back to the system.
-
-    It keeps the holes left by weights and activations: a model of 100 MB, with 3 MB of it in use at a time, grew by up
-    to 300 MB, and by about 50 MB with this call. A C library other than glibc has no such call.
-    """
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _placeholder(tensor: Tensor, dtype: torch.dtype | None = None, *, fill: float | bool = math.nan) -> Tensor:

@@ -89,13 +89,16 @@ class _LSTMInFloat32(TorchFunctionMode):
 
 
 class _ShortAttentionInFloat32(TorchFunctionMode):
-    """Compute the attention of short sequences in float32: its backward pass in bfloat16 takes torch longer on CPUs."""
+    """Compute the attention of short sequences in float32, where a backward pass follows.
+
+    In bfloat16 torch's forward pass on a CPU is the faster one, its backward pass the slower one.
+    """
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if function is F.scaled_dot_product_attention and _tokens(args, kwargs) < _LONG:
+        if function is F.scaled_dot_product_attention and torch.is_grad_enabled() and _tokens(args, kwargs) < _LONG:
             with torch.autocast("cpu", enabled=False):
                 return function(*map(_wide, args), **{name: _wide(value) for name, value in kwargs.items()})
         return function(*args, **kwargs)

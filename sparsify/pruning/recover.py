@@ -1,13 +1,13 @@
 """Recovery: a short distillation of a pruned model towards the dense one.
 
 One-shot methods mend each layer by itself. Here the kept weights of all layers, the biases and the norms are trained
-together, so that the hidden states between blocks come close to those of the dense model, on the calibration data.
+together, so that the hidden states between blocks and the logits come close to those of the dense model, on the
+calibration data.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import math
 import time
@@ -16,19 +16,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from sparsify.calibration.batches import Batch, input_rows, read_batches
-from sparsify.calibration.block_call import output_tensor
+from sparsify.calibration.batches import Batch, read_batches
 from sparsify.calibration.eval_mode import eval_without_cache
 from sparsify.calibration.model_trace import NEVER_RAN, trace_model
 from sparsify.calibration.padding import Padding, see_padding
 from sparsify.conversion.convert import sparse_layers
 from sparsify.conversion.module_surgery import Model
 from sparsify.conversion.transaction import Transaction
+from sparsify.hardware.allocator import keeping_freed_memory
 from sparsify.layers import MaskedLayer
 from sparsify.masking.unseen import refuse_unseen
+from sparsify.pruning.distillation import Compared, Outputs, check_outputs, distance
 from sparsify.pruning.moving_masks import MovingMasks
 from sparsify.pruning.precision import check_bfloat16, computing
 from sparsify.pruning.reconstruct import ramp, shuffled
@@ -49,6 +50,7 @@ def recover(
     seed: int = 0,
     bfloat16: bool = False,
     move: str | Mapping[str, str] | None = None,
+    logits: bool | None = None,
     progress: bool = False,
 ) -> Model:
     """Train the kept weights of a pruned model towards the teacher's hidden states, in place, and return the model.
@@ -64,13 +66,16 @@ def recover(
         instructions for it, many times slower on others, such as those with AVX2 alone: a SlowBfloat16Warning tells
     move: let masks move within a pattern, such as "unstructured", or within that of each layer by name (a glob); a
         layer without one keeps its mask. Each mask keeps its number of weights, and its pattern
+    logits: compare the logits of both models too; None: where the model's output has a field `logits`, as those of
+        transformers have. With True the output is the logits, or its first tensor
     progress: show a bar
 
     Trained are the kept weights of the masked layers and every Parameter of one dimension: biases and norms. Masks hold
     exactly, unless they may move. The loss is the mean over the blocks of the squared distance between the outputs of
-    both models, relative to the variance of the teacher's outputs; padding does not count. Blocks are the repeated
-    modules in a chain, seen in a run; a model without them is compared at its output. The teacher's outputs are kept
-    for the next time that a batch comes, up to 1 GiB.
+    both models, relative to the variance of the teacher's outputs, plus the divergence of the logits: the mean over
+    tokens or samples of KL(teacher || model), in nats. Padding does not count. Blocks are the repeated modules in a
+    chain, seen in a run; a model without them is compared at its output. The teacher's outputs are kept for the next
+    time that a batch comes, up to 1 GiB.
 
     Raises ValueError before training for a missing budget, a teacher with Parameters of the model, a mask that is not
     of its pattern, and data that does not run. A loss of NaN or Inf raises ValueError too, and leaves the model as it
@@ -97,6 +102,7 @@ def recover(
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise ValueError("the model was made inside torch.inference_mode() and cannot be trained; make it outside")
     with (
+        keeping_freed_memory(),
         torch.inference_mode(False),
         Transaction(model, teacher) as undo,
         eval_without_cache(model),
@@ -108,7 +114,7 @@ def recover(
         )
         blocks = [block for chain in trace.chains for block in chain] or [""]
         padding = see_padding(model, batches, [("output", block) for block in blocks])
-        distillation = _Distillation(model, _Targets(teacher, blocks), padding, bfloat16, masks)
+        distillation = _Distillation(model, _Targets(teacher, Compared(blocks, logits)), padding, bfloat16, masks)
         with _trainable(model, list(layers.values())) as parameters:
             undo.keep(parameters)
             masks.start()
@@ -154,22 +160,21 @@ class _Budget:
 
 
 class _Targets:
-    """The teacher's outputs at each block, batch by batch: computed once, and kept as far as KEPT_BYTES go."""
+    """The teacher's outputs, batch by batch: computed once, and kept as far as KEPT_BYTES go."""
 
-    def __init__(self, teacher: nn.Module, blocks: Sequence[str]) -> None:
-        self.blocks = blocks
-        self._teacher, self._kept, self._n_left = teacher, dict[int, dict[str, Tensor]](), KEPT_BYTES
+    def __init__(self, teacher: nn.Module, compared: Compared) -> None:
+        self.compared = compared
+        self._teacher, self._kept, self._n_left = teacher, dict[int, Outputs](), KEPT_BYTES
 
-    def of(self, number: int, batch: Batch) -> dict[str, Tensor]:
+    def of(self, number: int, batch: Batch) -> Outputs:
         """Return the outputs for a batch, with its number among all."""
         if number in self._kept:
             return self._kept[number]
         with torch.no_grad():
-            outputs = _outputs(self._teacher, self.blocks, batch)
-        n_bytes = sum(output.nbytes for output in outputs.values())
-        if n_bytes <= self._n_left:
+            outputs = self.compared.of(self._teacher, batch)
+        if outputs.n_bytes <= self._n_left:
             self._kept[number] = outputs
-            self._n_left -= n_bytes
+            self._n_left -= outputs.n_bytes
         return outputs
 
 
@@ -208,56 +213,17 @@ class _Distillation:
                 with torch.inference_mode(False), torch.enable_grad():
                     with computing(parameters[0].device, bfloat16=self.bfloat16):
                         targets = self.targets.of(number, batch)
-                        loss = self._loss(batch, targets)
+                        found = self.targets.compared.of(self.model, batch)
+                        loss = distance(found, targets, self.padding, batch)
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()
                 if not math.isfinite(value := float(loss.detach())):
-                    _check_targets(targets)
+                    check_outputs(targets)
                     raise ValueError(f"the loss became {value} in step {step + 1}; take a lower lr than {budget.lr:g}")
                 optimizer.step()
                 self.masks.after_step(step + 1, spent, optimizer)
                 bar.update(spent - bar.n)
                 bar.set_postfix_str(f"loss {value:.4f}")
-
-    def _loss(self, batch: Batch, targets: Mapping[str, Tensor]) -> Tensor:
-        """Return the mean over blocks of the outputs' squared distance, relative to the variance of the targets.
-
-        Every row counts by its size: the massive activations of a language model's first token too, on which the
-        attention of all others leans. Scaled down to the size of other rows, they are learned too late.
-        """
-        outputs = _outputs(self.model, self.targets.blocks, batch)
-        total = torch.zeros((), device=next(iter(outputs.values())).device)
-        for block, output in outputs.items():
-            counts = self.padding.counts(("output", block), 0, output.shape[:-1], batch)
-            rows, target = input_rows(output, counts).float(), input_rows(targets[block], counts).float()
-            scale = (target - target.mean(0)).square().sum() + torch.finfo(torch.float32).tiny
-            total = total + (rows - target).square().sum() / scale
-        return total / len(outputs)
-
-
-def _check_targets(targets: Mapping[str, Tensor]) -> None:
-    """Raise ValueError, naming the block, if an output of the teacher is NaN or Inf."""
-    for block, target in targets.items():
-        if not torch.isfinite(target).all():
-            raise ValueError(
-                f"{block or '(root)'}: the teacher's output on the calibration data holds NaN or Inf; mend the data, "
-                "or use float32 or bfloat16 where float16 overflows"
-            )
-
-
-def _outputs(model: nn.Module, names: Sequence[str], batch: Batch) -> dict[str, Tensor]:
-    """Run a batch, and return the first tensor in the output of each named module."""
-    outputs: dict[str, Tensor] = {}
-
-    def record(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        outputs[name] = output_tensor(output)
-
-    with contextlib.ExitStack() as hooks:
-        for name in names:
-            hook = functools.partial(record, name)
-            hooks.callback(model.get_submodule(name).register_forward_hook(hook).remove)
-        model(*batch.args, **batch.kwargs)
-    return {name: outputs[name] for name in names}
 
 
 @contextlib.contextmanager

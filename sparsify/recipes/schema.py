@@ -233,6 +233,7 @@ class Recover(BaseModel):
     seed: int = Field(0, ge=-_SEEDS, lt=_SEEDS, description="for the order of the batches")
     bfloat16: bool = Field(False, description="compute in bfloat16, where processors have instructions for it")
     move: bool = Field(False, description="let masks move, each within the pattern of its group")
+    logits: bool | None = Field(None, description="compare the logits too; none: where the output has a field of it")
 
     @model_validator(mode="after")
     def _has_a_budget(self) -> Recover:
