@@ -18,8 +18,8 @@ def keeping_freed_memory() -> Iterator[None]:
     """Inside the block, let freed memory serve the next allocations; at its end the system gets back what is left.
 
     glibc takes large tensors from the system one by one, and returns the memory that a training step ends with: in the
-    next step the system clears all of it anew, page by page. A step of a 135M-parameter model took 5.4 s on two threads,
-    and 3.8 s inside such a block (Emerald Rapids). With another C library nothing changes.
+    next step the system clears all of it anew, page by page. A step of a 135M-parameter model took 5.4 s, and 3.8 s
+    inside such a block (two threads, Emerald Rapids). With another C library nothing changes.
     """
     global _n_blocks
     _n_blocks += 1

@@ -13,6 +13,7 @@ from torch.autograd.forward_ad import unpack_dual
 from sparsify.kernels.cpu import library as native
 from sparsify.kernels.cpu import sparse_step as training
 from sparsify.kernels.cpu.sparse_step import StepIndex
+from sparsify.layers.masked_weight import kept
 
 SparseBackward = Literal["never", "auto", "always"]
 
@@ -74,7 +75,7 @@ def _is_faster(index: StepIndex, x: Tensor, weight: Tensor, mask: Tensor) -> boo
     for _ in range(N_TRIES):
         for sparse in (True, False):
             start = time.perf_counter()
-            y = training.linear(x, weight, None, index) if sparse else F.linear(x, torch.where(mask, weight, 0.0))
+            y = training.linear(x, weight, None, index) if sparse else F.linear(x, kept(weight, mask))
             torch.autograd.grad(y, (x, weight), torch.ones_like(y))
             times[sparse] = min(times.get(sparse, float("inf")), time.perf_counter() - start)
     return times[True] < times[False]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsify.layers.masked import MaskedLayer
+from sparsify.layers.masked_weight import kept
 from sparsify.layers.own_forward import check_forward
 
 
@@ -33,7 +34,7 @@ class TiedLinear(Tied, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer to (..., in_features); returns (..., out_features)."""
-        return F.linear(input, torch.where(self.mask, self.weight, 0.0), self.bias)
+        return F.linear(input, kept(self.weight, self.mask), self.bias)
 
 
 class TiedEmbedding(Tied, nn.Embedding):

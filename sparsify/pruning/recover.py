@@ -102,9 +102,9 @@ def recover(
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise ValueError("the model was made inside torch.inference_mode() and cannot be trained; make it outside")
     with (
-        keeping_freed_memory(),
         torch.inference_mode(False),
         Transaction(model, teacher) as undo,
+        keeping_freed_memory(),
         eval_without_cache(model),
         eval_without_cache(teacher),
     ):

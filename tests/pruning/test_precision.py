@@ -34,6 +34,12 @@ def test_attention_of_short_sequences_is_in_float32(tokens: int, named: bool, ma
     assert torch.equal(found, expected)
 
 
+def test_attention_without_a_backward_pass_is_in_bfloat16() -> None:
+    x = torch.randn(1, 2, 8, 4)
+    with computing(CPU, bfloat16=True), torch.no_grad():
+        assert F.scaled_dot_product_attention(x, x, x).dtype == torch.bfloat16
+
+
 def test_attention_of_long_sequences_and_products_are_in_bfloat16() -> None:
     x, weight = torch.ones(1, 1, 1024, 4), torch.ones(3, 4)
     with computing(CPU, bfloat16=True):

@@ -1,0 +1,104 @@
+"""Masked copies of weights and of gradients: those of torch.where, bit for bit, in less time."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+import sparsify
+from sparsify.layers import masked_weight
+from sparsify.layers.masked_weight import kept
+
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@pytest.fixture
+def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the fast path for few values too."""
+    monkeypatch.setattr(masked_weight, "_FEWEST_COPIED", 0)
+
+
+def values_and_mask(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(shape, generator=generator).to(dtype)
+    flat = values.view(-1)
+    flat[::7], flat[3::11], flat[5::13] = float("nan"), float("-inf"), -0.0
+    return values, torch.rand(shape, generator=generator) < 0.4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (13, 17), (130, 131), (513, 520), (3, 5, 7, 9)])
+def test_values_and_gradients_are_those_of_where(dtype: torch.dtype, shape: tuple[int, ...], any_size: None) -> None:
+    values, mask = values_and_mask(*shape, dtype=dtype)
+    gradient, _ = values_and_mask(*shape, dtype=dtype)
+    results = []
+    for function in (kept, lambda v, m: torch.where(m, v, 0.0)):
+        leaf = values.clone().requires_grad_()
+        result = function(leaf, mask)
+        result.backward(gradient)
+        results.append([result.detach(), leaf.grad])
+    for found, expected in zip(*results, strict=True):
+        assert found is not None
+        assert expected is not None
+        assert torch.equal(found.view(BITS[dtype.itemsize]), expected.view(BITS[dtype.itemsize]))
+    untouched, _ = values_and_mask(*shape, dtype=dtype)
+    assert torch.equal(values.view(BITS[dtype.itemsize]), untouched.view(BITS[dtype.itemsize]))
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_nothing_and_everything_kept(share: float, any_size: None) -> None:
+    values = torch.randn(40, 50)
+    assert torch.equal(kept(values, torch.full((40, 50), bool(share))), values * share)
+
+
+def test_gradients_of_gradients(any_size: None) -> None:
+    values = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    mask = torch.rand(5, 6) < 0.5
+    assert torch.autograd.gradcheck(lambda v: kept(v, mask), values)
+    assert torch.autograd.gradgradcheck(lambda v: kept(v, mask).pow(3), values)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")  # torch's own, too
+@pytest.mark.parametrize("how", ["transposed values", "transposed mask", "vmap", "jvp", "compiled", "meta", "scripted"])
+def test_other_ways_give_the_same(how: str, any_size: None) -> None:
+    values, mask = torch.randn(6, 8), torch.rand(6, 8) < 0.5
+    expected = values * mask
+    if how == "transposed values":
+        values = values.T.contiguous().T
+        found = kept(values, mask)
+    elif how == "transposed mask":
+        found = kept(values, mask.T.contiguous().T)
+    elif how == "vmap":
+        found = torch.func.vmap(kept)(values, mask)
+    elif how == "jvp":
+        found = torch.func.jvp(lambda v: kept(v, mask), (torch.zeros(6, 8),), (values,))[1]
+    elif how == "compiled":
+        found = torch.compile(kept, backend="eager", fullgraph=True)(values, mask)
+    elif how == "scripted":
+        found = torch.jit.trace(lambda v: kept(v, mask), torch.zeros(6, 8))(values)
+    else:
+        assert kept(values.to("meta"), mask.to("meta")).is_meta
+        return
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_a_gradient_that_has_gaps_is_masked(any_size: None) -> None:
+    values, mask = torch.randn(6, 8, requires_grad=True), torch.rand(6, 8) < 0.5
+    kept(values, mask).sum().backward()  # one value, expanded
+    assert values.grad is not None
+    assert torch.equal(values.grad, mask.float())
+
+
+def test_a_training_is_the_same_bit_for_bit(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    """Of a layer with more weights than the fast path needs, in training mode."""
+    model = sparsify.prune(sparsify.convert(torch.nn.Sequential(torch.nn.Linear(160, 160))), 0.5)
+    other, x = copy.deepcopy(model), torch.randn(8, 160)
+    for one, fewest in ((model, 0), (other, 1 << 40)):
+        monkeypatch.setattr(masked_weight, "_FEWEST_COPIED", fewest)
+        optimizer = torch.optim.Adam(one.parameters())
+        for _ in range(3):
+            optimizer.zero_grad()
+            one(x).square().sum().backward()
+            optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
