@@ -35,7 +35,11 @@ def keeping_freed_memory() -> Iterator[None]:
 
 
 def return_freed_memory() -> None:
-    """Give the system the memory that the C library holds and nobody uses, with glibc."""
+    """Give the system the memory that the C library holds and nobody uses, with glibc.
+
+    It keeps the holes left by weights and activations: a model of 100 MB, with 3 MB of it in use at a time, grew by up
+    to 300 MB, and by about 50 MB with such a call after each change.
+    """
     if _is_glibc():
         ctypes.CDLL(None).malloc_trim(0)
 

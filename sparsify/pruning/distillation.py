@@ -74,6 +74,8 @@ def distance(found: Outputs, wanted: Outputs, padding: Padding, batch: Batch) ->
     massive activations of a language model's first token too, on which the attention of all others leans. Scaled down
     to the size of other rows, they are learned too late. Padding does not count: rows of logits as many as the tokens
     of the last block are these tokens.
+
+    Raises ValueError for logits of another shape than the teacher's.
     """
     total = torch.zeros((), device=next(iter(found.hidden.values())).device)
     for block, output in found.hidden.items():
@@ -84,6 +86,11 @@ def distance(found: Outputs, wanted: Outputs, padding: Padding, batch: Batch) ->
     total = total / len(found.hidden)
     if found.logits is None or wanted.logits is None:
         return total
+    if found.logits.shape != wanted.logits.shape:
+        raise ValueError(
+            f"the model's logits have the shape {tuple(found.logits.shape)}, the teacher's {tuple(wanted.logits.shape)}"
+            "; give a teacher with the same classes, or logits=False"
+        )
     shared = counts if found.logits.shape[:-1] == lead else None
     return total + divergence(input_rows(found.logits, shared), input_rows(wanted.logits, shared))
 
@@ -104,7 +111,7 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, found: Tensor, wanted: Tensor) -> Tensor:
         """Sum over rows, some at a time."""
-        gradient, total = torch.empty_like(found), torch.zeros((), device=found.device, dtype=torch.float64)
+        gradient, total = torch.empty_like(found), torch.zeros((), device=found.device)
         n_rows = max(_AT_ONCE // found.shape[1], 1)
         for some, targets, to in zip(*(t.split(n_rows) for t in (found, wanted, gradient)), strict=True):
             log_q, log_p = _log_shares(some), _log_shares(targets)
@@ -112,7 +119,7 @@ class _Divergence(torch.autograd.Function):
             total += (p * (log_p - log_q)).sum()
             to.copy_(log_q.exp_().sub_(p).div_(len(found)))
         ctx.save_for_backward(gradient)
-        return (total / max(len(found), 1)).float()
+        return total / max(len(found), 1)
 
     @staticmethod
     def backward(ctx: Any, by: Tensor) -> tuple[Tensor, None]:

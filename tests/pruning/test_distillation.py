@@ -118,6 +118,12 @@ def test_padding_counts_neither_in_hidden_states_nor_in_logits() -> None:
     assert bool(distance(pooled, Outputs(wanted.hidden, torch.randn(2, 5)), Known({}), batch).isfinite())
 
 
+def test_logits_of_other_classes_are_refused() -> None:
+    hidden, batch = {"block": torch.randn(2, 4)}, Batch((), {}, {}, {})
+    with pytest.raises(ValueError, match=r"have the shape \(2, 5\), the teacher's \(2, 6\); give a teacher with"):
+        distance(Outputs(hidden, torch.randn(2, 5)), Outputs(hidden, torch.randn(2, 6)), Padding({}), batch)
+
+
 def test_logits_that_are_not_finite_are_told() -> None:
     fine = {"block": torch.ones(1, 2)}
     check_outputs(Outputs(fine, torch.tensor([[1.0, -torch.inf]])))
