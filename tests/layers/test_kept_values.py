@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import sparsify
+from sparsify.kernels.cpu import training
 from sparsify.layers import masked_weight
 from sparsify.layers.masked_weight import kept
 
@@ -102,3 +103,10 @@ def test_a_training_is_the_same_bit_for_bit(monkeypatch: pytest.MonkeyPatch, one
             one(x).square().sum().backward()
             optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.skipif(not training.can_clear(torch.zeros(1), torch.ones(1, dtype=torch.bool)), reason="no native code")
+def test_many_plain_values_are_copied_and_few_are_not() -> None:
+    for n, name in ((1 << 14, "_KeptBackward"), ((1 << 14) - 1, "WhereBackward0")):
+        result = kept(torch.ones(n, requires_grad=True), torch.ones(n, dtype=torch.bool))
+        assert type(result.grad_fn).__name__ == name

@@ -78,6 +78,24 @@ def test_with_a_recipe() -> None:
             compress(made, 0.5)
 
 
+@pytest.mark.parametrize("choice", [None, True, False])
+def test_a_recovery_compares_logits_as_the_recipe_says(choice: bool | None, one_thread: None) -> None:
+    """The outputs of this model are logits only if the recipe says so."""
+    torch.manual_seed(0)
+    model, data = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 5)), [torch.randn(8, 12)]
+    stage = {"steps": 3} if choice is None else {"steps": 3, "logits": choice}
+    recipe = Recipe(groups=[{"sparsity": 0.5}], recover=stage)
+    found, expected = (convert(copy.deepcopy(model)) for _ in range(2))
+    teacher = copy.deepcopy(expected)
+    sparsify.apply(found, recipe, data=data)
+    sparsify.recover(prune(expected, 0.5), teacher, data, steps=3, logits=choice)
+    other = convert(copy.deepcopy(model))
+    sparsify.recover(prune(other, 0.5), teacher, data, steps=3, logits=not choice)
+    for name, value in found.state_dict().items():
+        assert torch.equal(value, expected.state_dict()[name])
+    assert not torch.equal(found[0].weight, other[0].weight)
+
+
 def test_layers_are_chosen_by_a_function_of_name_and_module() -> None:
     def square(name: str, module: nn.Module) -> bool:
         return module.in_features == module.out_features
