@@ -79,7 +79,8 @@ def distance(found: Outputs, wanted: Outputs, padding: Padding, batch: Batch) ->
     """
     total = torch.zeros((), device=next(iter(found.hidden.values())).device)
     for block, output in found.hidden.items():
-        lead, counts = output.shape[:-1], padding.counts(("output", block), 0, output.shape[:-1], batch)
+        lead = output.shape[:-1]
+        counts = padding.counts(("output", block), 0, lead, batch)
         rows, target = (input_rows(of.hidden[block], counts).float() for of in (found, wanted))
         scale = (target - target.mean(0)).square().sum() + torch.finfo(torch.float32).tiny
         total = total + F.mse_loss(rows, target, reduction="sum") / scale
@@ -142,5 +143,5 @@ def check_outputs(outputs: Outputs) -> None:
                 f"{block or '(root)'}: the teacher's output on the calibration data holds NaN or Inf; mend the data, "
                 "or use float32 or bfloat16 where float16 overflows"
             )
-    if outputs.logits is not None and bool(((outputs.logits != outputs.logits) | (outputs.logits == torch.inf)).any()):
+    if outputs.logits is not None and bool((outputs.logits.isnan() | outputs.logits.isposinf()).any()):
         raise ValueError("the teacher's logits on the calibration data hold NaN or Inf; mend the data, or logits=False")
