@@ -16,6 +16,8 @@ from torch import Tensor
 
 from sparsify.distributed import SINGLE, Ranks
 
+#: The largest group of N:M whose scores are compared with one another; of more, sorted.
+_MOST_COMPARED = 16
 KINDS = ("unstructured", "rows", "columns", 'N:M such as "2:4"', 'blocks such as "4x1" (rows x columns)')
 
 
@@ -132,6 +134,8 @@ def prefer_kept(scores: Tensor, kept: Tensor, n_keep: int, n_kept: int | None = 
     """Rank units that are kept now above the others; the scores decide among those on the side of the cut."""
     if n_kept is None:
         n_kept = int(kept.sum())
+    if n_keep <= n_kept == kept.numel():
+        return scores
     return scores.masked_fill(~kept, -math.inf) if n_keep <= n_kept else scores.masked_fill(kept, math.inf)
 
 
@@ -157,8 +161,25 @@ def nm_mask(scores: Tensor, keep: int, group: int) -> Tensor:
     if scores.shape[1] % group:
         raise ValueError(f"N:M needs in_features divisible by {group}, got {scores.shape[1]}")
     groups = scores.reshape(-1, group)
+    if group <= _MOST_COMPARED:
+        return _is_among_best(groups.T.contiguous(), keep).T.reshape(scores.shape)
     best = groups.sort(dim=1, descending=True, stable=True).indices[:, :keep]
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, best, True).reshape(scores.shape)
+
+
+def _is_among_best(places: Tensor, keep: int) -> Tensor:
+    """Mark in each column of scores (group, n), free of NaN, the `keep` largest, of equal ones the first, by comparing.
+
+    A sort looks at each group by itself.
+    """
+    best = torch.empty_like(places, dtype=torch.bool)
+    for i, score in enumerate(places):
+        better = torch.zeros_like(score, dtype=torch.int8)
+        for j, other in enumerate(places):
+            if j != i:
+                better += other >= score if j < i else other > score
+        torch.lt(better, keep, out=best[i])
+    return best
 
 
 def keep_largest(scores: Sequence[Tensor], n_keep: int, ranks: Ranks = SINGLE) -> list[Tensor]:
@@ -182,19 +203,27 @@ def keep_largest(scores: Sequence[Tensor], n_keep: int, ranks: Ranks = SINGLE) -
     # Ties in order: all of the first tensor's, whichever rank has them, before any of the second's.
     ties = ranks.gather(torch.tensor([int((key == threshold).sum()) for key in keys], device="cpu")).T.flatten()
     before = (ties.cumsum(0) - ties).reshape(len(keys), ranks.n)[:, ranks.rank].tolist()
-    masks = []
-    for key, n_before in zip(keys, before, strict=True):
-        tied = (key == threshold).flatten()
-        first = tied & (tied.cumsum(0) <= n_ties - n_before)
-        masks.append((key > threshold) | first.reshape(key.shape))
-    return masks
+    of_key = ties.reshape(len(keys), ranks.n)[:, ranks.rank].tolist()
+    return [
+        _above(key, threshold, min(max(n_ties - n_before, 0), n_tied), n_tied)
+        for key, n_before, n_tied in zip(keys, before, of_key, strict=True)
+    ]
+
+
+def _above(keys: Tensor, threshold: int, n_ties: int, n_tied: int) -> Tensor:
+    """Return the mask of the keys above a threshold, and of the first `n_ties` of the `n_tied` that equal it."""
+    if n_ties in (0, n_tied):
+        return keys > threshold if n_ties == 0 else keys >= threshold
+    tied = (keys == threshold).flatten()
+    first = tied & (tied.cumsum(0) <= n_ties)
+    return (keys > threshold) | first.reshape(keys.shape)
 
 
 def _ordered_bits(values: Tensor) -> Tensor:
     """Map floats to integers of the same order (-0.0 and 0.0 to the same one)."""
     integer, top = (torch.int64, 63) if values.dtype == torch.float64 else (torch.int32, 31)
     bits = (values + 0.0).view(integer)
-    return torch.where(bits < 0, bits ^ (2**top - 1), bits)
+    return bits ^ (bits >> top & (2**top - 1))  # of negative ones all but the sign
 
 
 def _radix_select(keys: Sequence[Tensor], n_keep: int, bits: int, ranks: Ranks) -> tuple[int, int]:

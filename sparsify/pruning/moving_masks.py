@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sparsify.layer_names import matching
 from sparsify.layers import MaskedLayer
+from sparsify.layers.masked_weight import kept
 from sparsify.masking.patterns import (
     Pattern,
     check_fits,
@@ -96,7 +97,8 @@ class _Moving:
         """Shrink masked weights as for INTERVAL steps, and keep the largest units, as many as now."""
         layer = self.layer
         decay = max(1 - lr / self.size, 0.0) ** INTERVAL
-        layer.weight.copy_(torch.where(layer.mask, layer.weight, layer.weight * decay))
+        of_kept = kept(layer.weight, layer.mask)
+        layer.weight.sub_(of_kept).mul_(decay).add_(of_kept)  # a kept weight less itself is 0
         everything = torch.ones_like(layer.matrix(layer.mask))
         best = choose_mask(layer.weight_matrix.abs(), everything, self.pattern, self.n_gone)
         layer.set_mask(best, back_at_zero=False)

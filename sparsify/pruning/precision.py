@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import platform
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -53,7 +54,7 @@ def computing(device: torch.device, *, bfloat16: bool) -> Iterator[None]:
     """Inside the block, compute products in bfloat16 if asked for: a context for the forward passes of a training."""
     with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
         if bfloat16 and device.type == "cpu":
-            with _ShortAttentionInFloat32(), lstms_that_run():
+            with _ShortAttention(), lstms_that_run():
                 yield
         else:
             yield
@@ -88,26 +89,51 @@ class _LSTMInFloat32(TorchFunctionMode):
             return function(*tree_map(_wide, args), **tree_map(_wide, kwargs or {}))
 
 
-class _ShortAttentionInFloat32(TorchFunctionMode):
-    """Compute the attention of short sequences in float32, where a backward pass follows.
+class _ShortAttention(TorchFunctionMode):
+    """Compute the attention of short sequences by products of their own, where a backward pass follows.
 
-    In bfloat16 torch's forward pass on a CPU is the faster one, its backward pass the slower one.
+    They are in bfloat16, as autocast has them. torch's one function for attention is slow backwards on a CPU in
+    bfloat16, and twice as slow as these products in float32.
     """
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if function is F.scaled_dot_product_attention and torch.is_grad_enabled() and _tokens(args, kwargs) < _LONG:
-            with torch.autocast("cpu", enabled=False):
-                return function(*map(_wide, args), **{name: _wide(value) for name, value in kwargs.items()})
+        if function is F.scaled_dot_product_attention and torch.is_grad_enabled():
+            return _attention(*args, **kwargs)
         return function(*args, **kwargs)
 
 
-def _tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """Return the length of the keys in a call of attention."""
-    key: Tensor = args[1] if len(args) > 1 else kwargs["key"]
-    return int(key.shape[-2])
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **options: Any,
+) -> Tensor:
+    """Compute F.scaled_dot_product_attention; of less than _LONG tokens by its parts, which have no dropout."""
+    if key.shape[-2] >= _LONG or dropout_p or (attn_mask is not None and (is_causal or not _all_see(attn_mask))):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
+    if options.get("enable_gqa"):
+        n_alike = query.shape[-3] // key.shape[-3]
+        key, value = (tensor.repeat_interleave(n_alike, -3) for tensor in (key, value))
+    scale = options.get("scale")
+    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-2, -1)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=scores.dtype).masked_fill(~attn_mask, -math.inf)
+    if attn_mask is not None:
+        scores = scores + attn_mask.to(scores.dtype)
+    return torch.softmax(scores, -1) @ value
+
+
+def _all_see(mask: Tensor) -> bool:
+    """Return whether each row of a mask leaves something to see: a softmax of nothing is NaN, torch's attention 0."""
+    return bool(((mask if mask.dtype == torch.bool else mask > -math.inf).any(-1)).all())
 
 
 def _wide(value: Any) -> Any:

@@ -32,23 +32,23 @@ def apply(
     """Prune a converted model by the recipe, now, in place, and return the model.
 
     data: calibration batches, as for `prune`; all groups are then pruned in one pass through the layers
-    cache_bytes, progress: as for `prune`
+    cache_bytes, progress: as for `prune`, and for `recover`
 
     With a `recover` stage, a copy of the model before the pruning is the teacher. Raises ValueError if a schedule needs
     training (use a Pruner in the training loop), or a group data, before any mask is changed. After any error the model
     is as it was.
     """
     check_applicable(recipe, has_data=data is not None)
+    options: dict[str, Any] = {"cache_bytes": cache_bytes, "progress": progress}
     if recipe.recover is not None:
         assert data is not None
         data, teacher = list(data), copy.deepcopy(model)
         plain = recipe.model_copy(update={"recover": None})
         with Transaction(model) as undo:
             undo.keep((*model.parameters(), *model.buffers()))
-            apply(model, plain, data=data, cache_bytes=cache_bytes, progress=progress)
-            return recover(model, teacher, data, **recover_options(recipe, model), progress=progress)
+            apply(model, plain, data=data, **options)
+            return recover(model, teacher, data, **recover_options(recipe, model), **options)
     if data is not None:
-        options: dict[str, Any] = {"cache_bytes": cache_bytes, "progress": progress}
         prune_with_specs(model, _group_specs(recipe, model), data, reconstruct=recipe.reconstruction, **options)
         return model
     if cache_bytes is not None:

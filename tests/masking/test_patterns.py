@@ -1,5 +1,7 @@
 """Scores become masks of exact counts; ties go to the first in order."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -89,7 +91,7 @@ def reference_nm(scores: Tensor, keep: int, group: int) -> list[list[bool]]:
 
 
 @repeatable
-@given(st.data(), st.sampled_from([(1, 2), (2, 4), (4, 8), (1, 4), (3, 5)]))
+@given(st.data(), st.sampled_from([(1, 2), (2, 4), (4, 8), (1, 4), (3, 5), (5, 16), (5, 17)]))
 def test_nm_mask_keeps_the_best_of_each_group(data: st.DataObject, nm: tuple[int, int]) -> None:
     keep, group = nm
     rows, groups = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
@@ -100,6 +102,11 @@ def test_nm_mask_keeps_the_best_of_each_group(data: st.DataObject, nm: tuple[int
 
 def test_nm_mask_of_large_tied_groups_keeps_the_leftmost() -> None:
     assert nm_mask(torch.ones(1, 64), 16, 64).tolist() == [[True] * 16 + [False] * 48]
+
+
+def test_nm_mask_ranks_infinite_scores() -> None:
+    scores = torch.tensor([[math.inf, -math.inf, math.inf, 0.0, -math.inf, -math.inf, -math.inf, -math.inf]])
+    assert nm_mask(scores, 2, 4).tolist() == reference_nm(scores, 2, 4)
 
 
 def test_nm_mask_needs_whole_groups() -> None:

@@ -1,13 +1,13 @@
 """recover brings a pruned model nearer to the dense one, and touches nothing that it should not."""
 
 import copy
-import importlib
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import sparsify
+from sparsify.calibration.activation_store import MemoryBudget
 from sparsify.conversion.convert import sparse_layers
 from sparsify.pruning.recover import recover
 
@@ -106,20 +106,48 @@ def test_the_same_steps_give_the_same_model(pair: tuple[nn.Module, nn.Module], o
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
 
 
+@pytest.fixture
+def calls(pair: tuple[nn.Module, nn.Module]) -> list[int]:
+    """An entry for each call of the teacher."""
+    seen: list[int] = []
+    pair[1].register_forward_pre_hook(lambda *_: seen.append(1))
+    return seen
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+@pytest.mark.filterwarnings("ignore::sparsify.SlowBfloat16Warning")
 def test_the_teacher_sees_each_batch_once_within_the_memory_for_its_outputs(
-    pair: tuple[nn.Module, nn.Module], one_thread: None, monkeypatch: pytest.MonkeyPatch
+    pair: tuple[nn.Module, nn.Module], calls: list[int], one_thread: None, bfloat16: bool
 ) -> None:
-    """Kept or not, the outputs are the same. A batch has 3 blocks x 8 x 5 x 16 floats."""
+    """Kept or not, the outputs are the same. A batch has 3 blocks x 8 x 5 x 16 values, in bfloat16 of 2 bytes."""
     model, teacher = pair
-    calls: list[int] = []
-    teacher.register_forward_pre_hook(lambda *_: calls.append(1))
     results = []
-    for n_bytes, n_calls in ((2**30, 4), (3 * 8 * 5 * 16 * 4, 1 + 3 * 3), (0, 4 * 3)):
-        monkeypatch.setattr(importlib.import_module("sparsify.pruning.recover"), "KEPT_BYTES", n_bytes)
+    one = 3 * 8 * 5 * 16 * (2 if bfloat16 else 4)
+    for n_bytes, n_calls in ((None, 4), (one, 1 + 3 * 3), (one - 1, 4 * 3), (0, 4 * 3)):
         calls.clear()
-        results.append(recover(copy.deepcopy(model), teacher, DATA, steps=12).state_dict())
+        options = {"cache_bytes": n_bytes, "bfloat16": bfloat16}
+        results.append(recover(copy.deepcopy(model), teacher, DATA, steps=12, **options).state_dict())
         assert len(calls) == n_calls
     assert all(torch.equal(tensor, other[name]) for other in results[1:] for name, tensor in results[0].items())
+
+
+def test_outputs_are_kept_only_where_their_batch_may_come_again(
+    pair: tuple[nn.Module, nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = []
+    take = MemoryBudget.take
+    monkeypatch.setattr(MemoryBudget, "take", lambda self, n: bool(kept.append(n)) or take(self, n))
+    model, teacher = pair
+    recover(model, teacher, DATA, steps=6)
+    assert len(kept) == 2  # of six steps four more follow on each of the first two
+
+
+def test_a_negative_memory_for_outputs_is_refused(pair: tuple[nn.Module, nn.Module]) -> None:
+    model, teacher = pair
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="number of bytes, got -1"):
+        recover(model, teacher, DATA, steps=1, cache_bytes=-1)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_padding_does_not_count(pair: tuple[nn.Module, nn.Module], one_thread: None) -> None:

@@ -88,6 +88,15 @@ def test_the_loss_is_told_where_no_point_is_smaller_and_faster():
     assert page.verdicts(DENSE[:1]) == ["No dense int8 engine was measured."]
 
 
+def test_a_point_that_is_faster_at_one_batch_size_is_told_with_it():
+    one = point("sparsify int8 50%", "sparsify int8", 18, 150, 0.65, ms_1=[30, 30, 30])
+    lines = page.verdicts([*DENSE, one])
+    assert lines[1].startswith("No pruned model is smaller and faster than dense int8 at both")
+    assert lines[2].startswith("Smaller and faster at 32 texts alone: sparsify int8 50%; quality within the interval")
+    assert "3.00 of the shortest time at 1 text, 0.75 at 32" in lines[3]
+    assert len(lines) == 4
+
+
 def test_the_page_keeps_instruction_sets_apart_and_the_last_of_each_point(tmp_path):
     pytest.importorskip("matplotlib")
     old = point("torch float32", "dense float32", 91, 999, 0.65)
