@@ -9,8 +9,8 @@
 
 The encoder is pruned by ALPS with correction on 480 pieces of news (Lee background) and of Wikipedia; recovered models
 are then distilled for --recover seconds on all text of both, with masks that move. Quality is measured on 50 other news
-documents and on passages of the Brown corpus, which is nowhere in the calibration data. Points are kept in docs/results/tradeoff.jsonl, a line
-each, with the processor and instruction set.
+documents and on passages of the Brown corpus, which is nowhere in the calibration data. Points are kept in
+docs/results/tradeoff.jsonl, a line each, with the processor and instruction set.
 """
 
 import argparse

@@ -118,6 +118,20 @@ def test_padding_counts_neither_in_hidden_states_nor_in_logits() -> None:
     assert bool(distance(pooled, Outputs(wanted.hidden, torch.randn(2, 5)), Known({}), batch).isfinite())
 
 
+@pytest.mark.parametrize("has_logits", [False, True])
+def test_the_answer_counts_as_much_as_all_blocks(has_logits: bool) -> None:
+    """Without logits it is what the last block hands on."""
+    batch, padding = Batch((), {}, {}, {}), Padding({})
+    wanted = {"first": torch.tensor([[0.0], [2.0]]), "last": torch.tensor([[0.0], [4.0]])}
+    found = {"first": torch.tensor([[1.0], [2.0]]), "last": torch.tensor([[0.0], [8.0]])}
+    of_blocks = [1 / (1 + 1), 16 / (4 + 4)]  # squared distance, relative to the variance
+    logits = [torch.tensor([[0.0, 1.0]]).log_softmax(-1), torch.tensor([[1.0, 1.0]]).log_softmax(-1)]
+    answer = F.kl_div(*logits, log_target=True, reduction="sum") if has_logits else torch.tensor(of_blocks[1])
+    ours, theirs = logits if has_logits else (None, None)
+    right = torch.tensor(sum(of_blocks) / 2) + answer
+    torch.testing.assert_close(distance(Outputs(found, ours), Outputs(wanted, theirs), padding, batch), right)
+
+
 def test_logits_of_other_classes_are_refused() -> None:
     hidden, batch = {"block": torch.randn(2, 4)}, Batch((), {}, {}, {})
     with pytest.raises(ValueError, match=r"have the shape \(2, 5\), the teacher's \(2, 6\); give a teacher with"):

@@ -1,6 +1,7 @@
-"""bfloat16 in the passes of a training: products, and the attention of long sequences alone."""
+"""bfloat16 in the passes of a training: products, and attention."""
 
 import copy
+import math
 import warnings
 
 import pytest
@@ -15,23 +16,81 @@ from sparsify.pruning.precision import check_bfloat16, computing
 CPU = torch.device("cpu")
 
 
+#: A rounding to bfloat16 changes a number by this share at most.
+U = 2.0**-9
+
+
+def attention_and_bound(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object
+) -> tuple[torch.Tensor, float]:
+    """Return the answer in float64, and the largest error that roundings to bfloat16 can make of it.
+
+    Of a score two roundings: of the scaled query and of the sum of products (in float32), and one more for a mask. A
+    change of all scores by d changes a share by exp(2 d) at most. Shares and the answer are rounded too.
+    """
+    q, k, v = (part.detach().double() for part in (q, k, v))
+    mask = options.pop("attn_mask", None)
+    wide = mask.double() if isinstance(mask, torch.Tensor) and mask.dtype != torch.bool else mask
+    wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=wide, **options)  # type: ignore[arg-type]
+    alike = q.shape[1] // k.shape[1]
+    sizes = q.abs() @ k.abs().repeat_interleave(alike, 1).transpose(-2, -1)
+    scale = options.get("scale") or q.shape[-1] ** -0.5
+    of_mask = 0.0 if wide is None or wide.dtype == torch.bool else float(wide[wide.isfinite()].abs().max())
+    of_score = 3.1 * U * (float(sizes.max()) * float(scale) + of_mask)  # type: ignore[arg-type]
+    return wanted, (math.expm1(2 * of_score) + 2.1 * U) * float(v.abs().max())
+
+
 @pytest.mark.parametrize("tokens", [1, 129, 1023])
 @pytest.mark.parametrize("named", [True, False])
 @pytest.mark.parametrize("masked", [None, torch.bool, torch.bfloat16])
-def test_attention_of_short_sequences_is_in_float32(tokens: int, named: bool, masked: torch.dtype | None) -> None:
+def test_attention_of_short_sequences(tokens: int, named: bool, masked: torch.dtype | None) -> None:
     torch.manual_seed(0)
     parts = [torch.randn(1, 2, n, 4, dtype=torch.bfloat16) for n in (3, tokens, tokens)]
-    mask = None if masked is None else torch.ones(3, tokens, dtype=masked).tril(tokens - 3)
-    wide = mask.float() if masked == torch.bfloat16 and mask is not None else mask
+    mask = None if masked is None else torch.ones(3, tokens, dtype=masked)
+    if mask is not None and masked == torch.bool:
+        mask[1, 1:] = False
+    elif mask is not None:
+        mask[1, 1:] = -math.inf
     with computing(CPU, bfloat16=True):
         if named:
             names = dict(zip(("query", "key", "value"), parts, strict=True))
             found = F.scaled_dot_product_attention(**names, attn_mask=mask)
         else:
             found = F.scaled_dot_product_attention(*parts, mask)
-    assert found.dtype == torch.float32
-    expected = F.scaled_dot_product_attention(*(part.float() for part in parts), attn_mask=wide)
-    assert torch.equal(found, expected)
+    assert found.dtype == torch.bfloat16
+    wanted, bound = attention_and_bound(*parts, attn_mask=mask)
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("options", [{"is_causal": True}, {"scale": 0.25}, {"enable_gqa": True}, {"dropout_p": 0.0}])
+def test_options_of_attention(options: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    n_heads = 2 if "enable_gqa" in options else 4
+    parts = [torch.randn(2, n, 9, 8, dtype=torch.bfloat16).requires_grad_() for n in (4, n_heads, n_heads)]
+    with computing(CPU, bfloat16=True):
+        found = F.scaled_dot_product_attention(*parts, **options)  # type: ignore[arg-type]
+    wanted, bound = attention_and_bound(*parts, **options)
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=bound)
+    exact = [part.detach().double().requires_grad_() for part in parts]
+    answer = F.scaled_dot_product_attention(*exact, **options)  # type: ignore[arg-type]
+    rights = torch.autograd.grad(answer.square().sum(), exact)
+    for gradient, right in zip(torch.autograd.grad(found.square().sum(), parts), rights, strict=True):
+        assert float((gradient - right).norm()) < 16 * U * float(right.norm())  # eight roundings, and what they lead to
+
+
+def test_dropout_of_attention_and_rows_that_see_nothing_are_torchs() -> None:
+    torch.manual_seed(0)
+    x, nothing = torch.randn(1, 2, 8, 4), torch.ones(8, 8, dtype=torch.bool)
+    nothing[3] = False
+    for options in ({"attn_mask": nothing}, {"attn_mask": torch.zeros(8, 8).masked_fill(~nothing, -math.inf)}):
+        with computing(CPU, bfloat16=True):
+            found = F.scaled_dot_product_attention(x, x, x, **options)
+        assert torch.equal(found[:, :, 3], torch.zeros(1, 2, 4))
+    with computing(CPU, bfloat16=True):
+        dropped = F.scaled_dot_product_attention(x, x, x, dropout_p=0.999)
+        with pytest.raises(RuntimeError, match="causal"):
+            F.scaled_dot_product_attention(x, x, x, nothing, is_causal=True)
+    assert bool((dropped == 0).any())
 
 
 def test_attention_without_a_backward_pass_is_in_bfloat16() -> None:
