@@ -73,13 +73,12 @@ class Compared:
 
 
 def distance(found: Outputs, wanted: Outputs, padding: Padding, batch: Batch) -> Tensor:
-    """Return the mean over blocks of the hidden states' distance, plus the distance of the answer.
+    """Return the mean over blocks of the hidden states' distance, plus the divergence of the logits if there are any.
 
-    The answer is the logits, by their divergence, or without any the hidden states after the last block, which count
-    twice then. The distance is the squared one, relative to the variance of what is wanted. Every row counts by its
-    size: the massive activations of a language model's first token too, on which the attention of all others leans.
-    Scaled down to the size of other rows, they are learned too late. Padding does not count: rows of logits as many as
-    the tokens of the last block are these tokens.
+    The distance is the squared one, relative to the variance of what is wanted. Every row counts by its size: the
+    massive activations of a language model's first token too, on which the attention of all others leans. Scaled down
+    to the size of other rows, they are learned too late. Padding does not count: rows of logits as many as the tokens
+    of the last block are these tokens.
 
     Raises ValueError for logits of another shape than the teacher's.
     """
@@ -89,11 +88,10 @@ def distance(found: Outputs, wanted: Outputs, padding: Padding, batch: Batch) ->
         counts = padding.counts(("output", block), 0, lead, batch)
         rows, target = (input_rows(of.hidden[block], counts).float() for of in (found, wanted))
         scale = (target - target.mean(0)).square().sum() + torch.finfo(torch.float32).tiny
-        of_block = F.mse_loss(rows, target, reduction="sum") / scale
-        total = total + of_block
+        total = total + F.mse_loss(rows, target, reduction="sum") / scale
     total = total / len(found.hidden)
     if found.logits is None or wanted.logits is None:
-        return total + of_block
+        return total
     if found.logits.shape != wanted.logits.shape:
         raise ValueError(
             f"the model's logits have the shape {tuple(found.logits.shape)}, the teacher's {tuple(wanted.logits.shape)}"

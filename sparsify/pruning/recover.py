@@ -76,9 +76,8 @@ def recover(
     Trained are the kept weights of the masked layers and every Parameter of one dimension: biases and norms. Masks hold
     exactly, unless they may move. The loss is the mean over the blocks of the squared distance between the outputs of
     both models, relative to the variance of the teacher's outputs, plus the divergence of the logits: the mean over
-    tokens or samples of KL(teacher || model), in nats; without logits, plus the distance after the last block. Padding
-    does not count. Blocks are the repeated modules in a chain, seen in a run; a model without them is compared at its
-    output.
+    tokens or samples of KL(teacher || model), in nats. Padding does not count. Blocks are the repeated modules in a
+    chain, seen in a run; a model without them is compared at its output.
 
     Raises ValueError before training for a missing or negative budget, a teacher with Parameters of the model, a mask
     that is not of its pattern, and data that does not run. A loss of NaN or Inf raises ValueError too, and leaves the

@@ -119,16 +119,15 @@ def test_padding_counts_neither_in_hidden_states_nor_in_logits() -> None:
 
 
 @pytest.mark.parametrize("has_logits", [False, True])
-def test_the_answer_counts_as_much_as_all_blocks(has_logits: bool) -> None:
-    """Without logits it is what the last block hands on."""
+def test_blocks_count_equally_and_logits_as_much_as_all(has_logits: bool) -> None:
     batch, padding = Batch((), {}, {}, {}), Padding({})
     wanted = {"first": torch.tensor([[0.0], [2.0]]), "last": torch.tensor([[0.0], [4.0]])}
     found = {"first": torch.tensor([[1.0], [2.0]]), "last": torch.tensor([[0.0], [8.0]])}
     of_blocks = [1 / (1 + 1), 16 / (4 + 4)]  # squared distance, relative to the variance
     logits = [torch.tensor([[0.0, 1.0]]).log_softmax(-1), torch.tensor([[1.0, 1.0]]).log_softmax(-1)]
-    answer = F.kl_div(*logits, log_target=True, reduction="sum") if has_logits else torch.tensor(of_blocks[1])
+    of_logits = F.kl_div(*logits, log_target=True, reduction="sum") if has_logits else torch.tensor(0.0)
     ours, theirs = logits if has_logits else (None, None)
-    right = torch.tensor(sum(of_blocks) / 2) + answer
+    right = torch.tensor(sum(of_blocks) / 2) + of_logits
     torch.testing.assert_close(distance(Outputs(found, ours), Outputs(wanted, theirs), padding, batch), right)
 
 

@@ -89,62 +89,38 @@ __attribute__((always_inline)) inline void widen_two(const W *from, float *to) {
 
 // to[i] = values[i] in float32 for i < n, and perhaps for some more: there is room, and `left` values may be read.
 template <typename W>
-inline void widen_values(const W *values, int64_t n, int64_t left, float *to) {
+void widen_values(const W *values, int64_t n, int64_t left, float *to) {
     int64_t i = 0;
     for (; i < n && i + 2 * WIDTH <= left; i += 2 * WIDTH) widen_two(values + i, to + i);
     for (; i < n && i + WIDTH <= left; i += WIDTH) store(to + i, load(values + i));
     for (; i < n; ++i) to[i] = to_float(values[i]);
 }
 
-// The values of a window's cells in float32, some cells widened together. A widening broadcast for each weight takes up
-// to 1.4x the time (AVX-512), and a loop for each cell ends once per cell where the processor does not expect it.
-template <typename W>
-class WideValues {
-    static constexpr int TOGETHER = 512;
-    static_assert(TOGETHER < PANEL_MAX_CELL_VALUES, "the size of wide");
-    const W *values;
-    int64_t n_values, n_readable;  // of the window from `values` on; of the weight
-    int64_t first = 0, n_wide = 0;
-    alignas(64) float wide[PANEL_MAX_CELL_VALUES + 2 * WIDTH];
-
-public:
-    WideValues(const W *values, int64_t n_values, int64_t n_readable)
-        : values(values), n_values(n_values), n_readable(n_readable) {}
-
-    // The next n, of a cell.
-    const float *next(int64_t n) {
-        if (first + n > n_wide) {
-            values += first, n_values -= first, n_readable -= first;
-            n_wide = n > TOGETHER ? n : TOGETHER;
-            if (n_wide > n_values) n_wide = n_values;
-            widen_values(values, n_wide, n_readable, wide);
-            first = 0;
-        }
-        first += n;
-        return wide + first - n;
-    }
-};
-
 // One block of columns of one window into its sums.
 template <int V, typename W>
 void add_window(const PanelPlan &plan, int64_t block, int64_t window, int64_t n_rows, const float *tile, float *sums) {
     const LinearCall &call = plan.call;
-    PanelStart start[2];  // and of the window that follows
-    memcpy(start, call.index + sizeof(PanelHeader) + size_t(block * plan.sections.n_windows + window) * sizeof *start,
+    PanelStart start;
+    memcpy(&start, call.index + sizeof(PanelHeader) + size_t(block * plan.sections.n_windows + window) * sizeof start,
            sizeof start);
-    const W *values = static_cast<const W *>(call.values) + start[0].value;
-    const uint8_t *columns = call.index + plan.sections.columns + start[0].column;
+    const W *values = static_cast<const W *>(call.values) + start.value;
+    const uint8_t *columns = call.index + plan.sections.columns + start.column;
     const int64_t first_cell = (block * plan.sections.padded_rows + window * plan.header.window_rows) / PANEL_CELL_ROWS;
     const uint8_t *cells = call.index + plan.sections.cells + size_t(first_cell) * sizeof(PanelCell);
-    [[maybe_unused]] WideValues<W> wide(values, start[1].value - start[0].value, plan.header.n_values - start[0].value);
+    [[maybe_unused]] int64_t left = plan.header.n_values - start.value;
     for (int64_t i = 0; i < n_rows / PANEL_CELL_ROWS; ++i) {
         PanelCell cell;
         memcpy(&cell, cells + size_t(i) * sizeof cell, sizeof cell);
         if constexpr (sizeof(W) == sizeof(float)) {
             panel_cell<V>(cell, columns, values, tile, sums, block == 0);
-        } else {
-            const float *from = wide.next(4 * cell.n_quad + 12 * (cell.n_triple + cell.n_pair) + 4 * cell.n_single);
+        } else {  // widened together: a widening broadcast for each weight takes up to 1.4x the time, AVX-512
+            const int64_t n = 4 * cell.n_quad + 12 * (cell.n_triple + cell.n_pair) + 4 * cell.n_single;
+            alignas(64) float wide[PANEL_MAX_CELL_VALUES + 2 * WIDTH];
+            widen_values(values, n, left, wide);
+            const float *from = wide;
             panel_cell<V>(cell, columns, from, tile, sums, block == 0);
+            values += n;
+            left -= n;
         }
     }
 }
