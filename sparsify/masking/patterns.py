@@ -204,10 +204,10 @@ def keep_largest(scores: Sequence[Tensor], n_keep: int, ranks: Ranks = SINGLE) -
     # Ties in order: all of the first tensor's, whichever rank has them, before any of the second's.
     ties = ranks.gather(torch.tensor([int((key == threshold).sum()) for key in keys], device="cpu")).T.flatten()
     before = (ties.cumsum(0) - ties).reshape(len(keys), ranks.n)[:, ranks.rank].tolist()
-    of_key = ties.reshape(len(keys), ranks.n)[:, ranks.rank].tolist()
+    own = ties.reshape(len(keys), ranks.n)[:, ranks.rank].tolist()
     return [
         _above(key, threshold, min(max(n_ties - n_before, 0), n_tied), n_tied)
-        for key, n_before, n_tied in zip(keys, before, of_key, strict=True)
+        for key, n_before, n_tied in zip(keys, before, own, strict=True)
     ]
 
 

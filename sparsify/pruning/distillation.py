@@ -32,11 +32,6 @@ class Outputs:
         """The memory of all."""
         return sum(tensor.nbytes for tensor in (*self.hidden.values(), self.logits) if tensor is not None)
 
-    def to(self, dtype: torch.dtype) -> Outputs:
-        """Return all in another dtype."""
-        hidden = {name: tensor.to(dtype) for name, tensor in self.hidden.items()}
-        return Outputs(hidden, None if self.logits is None else self.logits.to(dtype))
-
 
 @dataclass(frozen=True)
 class Compared:

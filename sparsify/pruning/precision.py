@@ -92,8 +92,8 @@ class _LSTMInFloat32(TorchFunctionMode):
 class _ShortAttention(TorchFunctionMode):
     """Compute the attention of short sequences by products of their own, where a backward pass follows.
 
-    torch's own function is slow backwards on a CPU: in bfloat16 slower than in float32, and there slower than explicit
-    products in bfloat16, as autocast has them.
+    torch's own function is slow backwards on a CPU in bfloat16, and in float32 slower than explicit products in
+    bfloat16, as autocast has them.
     """
 
     def __torch_function__(

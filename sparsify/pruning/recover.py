@@ -120,7 +120,7 @@ def recover(
         padding = see_padding(model, batches, [("output", block) for block in blocks])
         with _trainable(model, list(layers.values())) as parameters:
             undo.keep(parameters)
-            targets = _Targets(teacher, Compared(blocks, logits), memory, bfloat16)
+            targets = _Targets(teacher, Compared(blocks, logits), memory)
             distillation = _Distillation(model, targets, padding, bfloat16, masks)
             masks.start()
             distillation.train(parameters, batches, budget, seed=seed, progress=progress)
@@ -169,13 +169,10 @@ class _Budget:
 
 
 class _Targets:
-    """The teacher's outputs, batch by batch: computed once, and kept as far as the memory for them goes.
+    """The teacher's outputs, batch by batch: computed once, and kept as far as the memory for them goes."""
 
-    bfloat16: the outputs are computed in it, and kept so: rounding them is far below their distance from the model's.
-    """
-
-    def __init__(self, teacher: nn.Module, compared: Compared, memory: MemoryBudget, bfloat16: bool) -> None:
-        self.compared, self._teacher, self._memory, self._bfloat16 = compared, teacher, memory, bfloat16
+    def __init__(self, teacher: nn.Module, compared: Compared, memory: MemoryBudget) -> None:
+        self.compared, self._teacher, self._memory = compared, teacher, memory
         self._kept: dict[int, Outputs] = {}
 
     def of(self, number: int, batch: Batch, *, again: bool) -> Outputs:
@@ -184,8 +181,6 @@ class _Targets:
             return self._kept[number]
         with torch.no_grad():
             outputs = self.compared.of(self._teacher, batch)
-        if self._bfloat16:
-            outputs = outputs.to(torch.bfloat16)
         if again and self._memory.take(outputs.n_bytes):
             self._kept[number] = outputs
         return outputs
