@@ -81,8 +81,8 @@ def compress_layer_by_layer(
     if not is_rank_zero():
         return None
     if teacher is not None and recipe.recover is not None:
-        budget = {"cache_bytes": cache_of(arguments), "progress": not arguments.json}
-        recover(model, teacher, data, **recover_options(recipe, model), **budget)
+        options = recover_options(recipe, model) | {"cache_bytes": cache_of(arguments), "progress": not arguments.json}
+        recover(model, teacher, data, **options)
     if weights is None:
         model = export(model, copy=False, **form_of(arguments, recipe, data))
         save(model, out)

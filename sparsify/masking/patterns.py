@@ -229,11 +229,12 @@ def _ordered_bits(values: Tensor) -> Tensor:
     """Map floats to integers of the same order (-0.0 and 0.0 to the same one)."""
     integer, top = (torch.int64, 63) if values.dtype == torch.float64 else (torch.int32, 31)
     bits = (values + 0.0).view(integer)
-    return bits ^ (bits >> top & (2**top - 1))  # of negative ones all but the sign
+    of_negative: Tensor = bits >> top & (2**top - 1)  # all but the sign
+    return bits ^ of_negative
 
 
 def _partition_select(keys: Tensor, n_keep: int) -> tuple[int, int]:
-    """Return what `_radix_select` does of one tensor on the CPU, in a tenth of the time."""
+    """Return what `_radix_select` does of one tensor on the CPU, several times as fast."""
     at = keys.numel() - n_keep
     threshold = int(np.partition(keys.flatten().numpy(), at)[at])
     return threshold, n_keep - int((keys > threshold).sum())
