@@ -1,16 +1,16 @@
 #!/usr/bin/env python
 """Why not just int8? Quality against latency and file size of MiniLM: dense engines, and pruned models of sparsify.
 
-    scripts/tradeoff.py prune                     the pruned models, to .assets/tradeoff: half an hour
-    scripts/tradeoff.py prune --recover 0         without recovery: some 8 minutes
+    scripts/tradeoff.py prune                     the pruned models, to .assets/tradeoff: some 40 minutes
+    scripts/tradeoff.py prune --recover 0         without recovery: some 10 minutes
     scripts/tradeoff.py measure                   every point, in turns in one process: some 5 minutes
     scripts/hide avx512 vnni -- scripts/tradeoff.py measure     the same as on AVX2
     scripts/tradeoff.py report                    docs/results/tradeoff.md and its pictures
 
-The encoder is pruned by ALPS with correction on 480 pieces of news (Lee background) and of Wikipedia; recovered models
-are then distilled for --recover seconds on all text of both, with masks that move. Quality is measured on 50 other news
-documents and on passages of the Brown corpus, which is nowhere in the calibration data. Points are kept in
-docs/results/tradeoff.jsonl, a line each, with the processor and instruction set.
+The encoder is pruned by ALPS with correction on 300 news documents (Lee background); recovered models are then
+distilled for --recover seconds on the same documents. Quality is measured on 50 other news documents and on passages
+of the Brown corpus, which is nowhere in the calibration data. Points are kept in docs/results/tradeoff.jsonl, a line
+each, with the processor and instruction set.
 """
 
 import argparse
@@ -34,13 +34,11 @@ from tradeoff_points.quality import Judge, fixed_inputs
 import sparsify
 from sparsify.hardware.machine import machine_name
 from sparsify.hardware.timing import LoadMeter, Timing, measure
-from sparsify.pruning.precision import multiplies_bfloat16
 from sparsify.reporting.dense_engines import dense_engines
 
 RESULTS_FOLDER = Path(__file__).resolve().parent.parent / "docs" / "results"
 OUT = RESULTS_FOLDER / "tradeoff.jsonl"
 PRUNED = ASSETS / "tradeoff"
-N_PIECES = 480  # of 128 tokens, to calibrate on
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
 BATCHES = (1, 32)
 ROUNDS = 11
@@ -75,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def prune(folder: Path, sparsities: Sequence[float], method: str, recover_s: float) -> None:
     """Prune the encoder to each sparsity, and save it, once as it is and once recovered."""
     folder.mkdir(parents=True, exist_ok=True)
-    dense, batches = minilm.load_dense(), minilm.mixed_batches(N_PIECES)
+    dense, batches = minilm.load_dense(), minilm.calibration_batches()
     for sparsity in sparsities:
         model = sparsify.convert(copy.deepcopy(dense), include=minilm.ENCODER_LAYERS)
         more: dict[str, Any] = {} if method == "magnitude" else {"data": batches, "correct": True, "progress": True}
@@ -83,8 +81,7 @@ def prune(folder: Path, sparsities: Sequence[float], method: str, recover_s: flo
         sparsify.save(model, folder / f"{sparsity:g}.safetensors")
         if recover_s:
             teacher = sparsify.convert(copy.deepcopy(dense), include=minilm.ENCODER_LAYERS)
-            more = {"bfloat16": multiplies_bfloat16(), "move": "unstructured", "progress": True}
-            sparsify.recover(model, teacher, minilm.all_batches(), seconds=recover_s, **more)
+            sparsify.recover(model, teacher, batches, seconds=recover_s, progress=True)
             sparsify.save(model, folder / f"{sparsity:g}-recovered.safetensors")
 
 
