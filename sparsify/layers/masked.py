@@ -13,7 +13,7 @@ from sparsify.kernels.cpu import training
 from sparsify.layers.copies import Origin, bits_of, origins_after, origins_of_copy
 from sparsify.layers.fsdp import shard_like, whole
 from sparsify.layers.inference_mode import making_tensors, writing_to
-from sparsify.layers.masked_weight import GradientAccumulator, kept, masked_weight, multiplies_plainly
+from sparsify.layers.masked_weight import GradientAccumulator, kept, masked_weight, multiplies_plainly, product_dtype
 from sparsify.layers.records import LayerResult
 from sparsify.layers.sparse_training import SparseTrainingKernels
 from sparsify.masking.masks import make_masks
@@ -118,24 +118,28 @@ class MaskedLayer(nn.Module):
         """Return the shape of an input with this many rows for the weight."""
         return n_rows, self.shape[1]
 
-    def masked_weight(self) -> Tensor:
-        """Return weight * mask.
+    def masked_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return weight * mask, in the weight's dtype or in this one.
 
         Unlike in a product, NaN and Inf in a masked weight become zero, and so do their gradients.
         """
+        through = self.masked_mode == "trained"
         return masked_weight(
-            self.weight, self.mask, straight_through=self.masked_mode == "trained", accumulator=self.accumulator
+            self.weight, self.mask, straight_through=through, accumulator=self.accumulator, dtype=dtype
         )
 
-    def forward_weight(self) -> Tensor:
-        """Return weight * mask for a product: in eval mode the weight itself, where its masked values are zero.
+    def forward_weight(self, *, is_factor: bool = False) -> Tensor:
+        """Return weight * mask: in eval mode the weight itself, where its masked values are zero.
+
+        is_factor: it is used as the factor of a product alone; then its dtype may be the one that autocast gives it.
 
         All masked values are looked at each time, since a write through `weight.data` or NumPy leaves no trace: one
         reading of weight and mask, 0.9 ms at 2048 x 2048 where the copy took 13 ms (one thread, Emerald Rapids).
         Gradients are those of weight * mask.
         """
         if self.training or not multiplies_plainly(self) or training.hides_values(self.weight.detach(), self.mask):
-            return self.masked_weight()
+            factor = is_factor and self.accumulator is None
+            return self.masked_weight(product_dtype(self.weight, self.mask) if factor else None)
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
             return self.weight
         mask, used = self.mask, self.weight.view_as(self.weight)

@@ -56,7 +56,8 @@ class SparseConv1D(MaskedLayer, Conv1D):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to (..., in_features); returns (..., out_features)."""
-        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.forward_weight()).view(*x.shape[:-1], self.nf)
+        weight = self.forward_weight(is_factor=True)
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), weight).view(*x.shape[:-1], self.nf)
 
     def __repr__(self) -> str:
         """Print as nn.Module does: Conv1D's own text would hide the type."""

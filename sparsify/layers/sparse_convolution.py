@@ -146,7 +146,7 @@ class SparseConvolution(TorchLayer):
     def forward(self, input: Tensor) -> Tensor:
         """Convolve (n, in_channels, *sizes), or one input without n."""
         convolve: Callable[..., Tensor] = self._conv_forward  # type: ignore[assignment]
-        return convolve(input, self.forward_weight(), self.bias)
+        return convolve(input, self.forward_weight(is_factor=True), self.bias)
 
     def _windows(self, input: Tensor) -> Tensor:
         """View the inputs of each output position, padded: (n, channels, *positions, *kernel)."""
@@ -167,7 +167,7 @@ class SparseTransposedConvolution(SparseConvolution):
         n_dims = len(self.kernel_size)
         padding = sizes(input, output_size, self.stride, self.padding, self.kernel_size, n_dims, self.dilation)
         settings = self.stride, self.padding, padding, self.groups, self.dilation
-        return type(self)._convolve(input, self.forward_weight(), self.bias, *settings)
+        return type(self)._convolve(input, self.forward_weight(is_factor=True), self.bias, *settings)
 
     def input_shape(self, n_rows: int) -> tuple[int, ...]:
         """Return the shape of one input with this many positions in the first dimension."""

@@ -92,9 +92,9 @@ class SparseLinear(MaskedLayer, nn.Linear):
                 and (index := self.training_kernels.index_for(self, input)) is not None
             ):
                 return training.linear(input, self.weight, self.bias, index)
-            return F.linear(input, self.forward_weight(), self.bias)
-        part = slice(*rows)
-        return F.linear(input, self.forward_weight()[part], None if self.bias is None else self.bias[part])
+            return F.linear(input, self.forward_weight(is_factor=True), self.bias)
+        part, weight = slice(*rows), self.forward_weight(is_factor=True)
+        return F.linear(input, weight[part], None if self.bias is None else self.bias[part])
 
     def reset_parameters(self) -> None:
         """Initialise weight and bias afresh, as nn.Linear does; the mask stays."""

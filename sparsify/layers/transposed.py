@@ -62,4 +62,4 @@ class SparseTransposed(MaskedLayer, Transposed):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer to (..., in_features); returns (..., out_features)."""
-        return torch.matmul(input, self.forward_weight())
+        return torch.matmul(input, self.forward_weight(is_factor=True))

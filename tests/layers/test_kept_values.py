@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import sparsify
 from sparsify.kernels.cpu import training
@@ -110,3 +111,64 @@ def test_many_plain_values_are_copied_and_few_are_not() -> None:
     for n, name in ((1 << 14, "_KeptBackward"), ((1 << 14) - 1, "WhereBackward0")):
         result = kept(torch.ones(n, requires_grad=True), torch.ones(n, dtype=torch.bool))
         assert type(result.grad_fn).__name__ == name
+
+
+@pytest.mark.parametrize("to", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("straight_through", [False, True])
+@pytest.mark.parametrize("shape", [(0, 5), (13, 17), (130, 131)])
+def test_another_dtype_is_that_of_a_cast_afterwards(
+    shape: tuple[int, ...], straight_through: bool, to: torch.dtype, any_size: None
+) -> None:
+    values, mask = values_and_mask(*shape)
+    gradient = torch.randn(shape).to(to)
+    results = []
+    for dtype in (to, None):
+        leaf = values.clone().requires_grad_()
+        used = masked_weight.masked_weight(
+            leaf, mask, straight_through=straight_through, accumulator=None, dtype=dtype
+        ).to(to)
+        used.backward(gradient)
+        assert leaf.grad is not None
+        assert leaf.grad.dtype == torch.float32
+        results.append([used.detach().view(BITS[2]), leaf.grad.view(BITS[4])])
+    for found, expected in zip(*results, strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv2d", "transposed", "conv1d of transformers"])
+@pytest.mark.parametrize("mode", ["zero", "trained"])
+def test_a_layer_under_autocast_is_the_dense_layer_with_masked_values_zero(
+    kind: str, mode: str, any_size: None
+) -> None:
+    torch.manual_seed(0)
+    dense, x = {
+        "linear": (nn.Linear(33, 17), torch.randn(5, 33)),
+        "conv2d": (nn.Conv2d(6, 5, 3, padding=1), torch.randn(2, 6, 7, 9)),
+        "transposed": (nn.ConvTranspose2d(6, 5, 3, stride=2), torch.randn(2, 6, 7, 9)),
+        "conv1d of transformers": (Conv1D(17, 33), torch.randn(5, 33)),
+    }[kind]
+    plain = copy.deepcopy(dense)
+    layer = sparsify.prune(sparsify.convert(nn.Sequential(dense), types=type(dense)), 0.6)[0]
+    with torch.no_grad():
+        plain.weight.mul_(layer.mask)
+    if mode == "trained":
+        layer.masked_mode = mode
+        layer.weight.data.add_(layer.mask.logical_not() * 7.0)
+    found = []
+    for one in (layer, plain):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = one(x)
+        assert y.dtype == torch.bfloat16
+        y.float().square().sum().backward()
+        found.append((y.detach(), one.weight.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    wanted = found[1][1] if mode == "trained" else found[1][1] * layer.mask
+    assert torch.equal(found[0][1], wanted)
+
+
+def test_products_under_autocast_take_the_cast_weight_and_tables_their_own(any_size: None) -> None:
+    layer = sparsify.prune(sparsify.convert(nn.Sequential(nn.Linear(9, 7))), 0.5)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer.forward_weight(is_factor=True).dtype == torch.bfloat16
+        assert layer.forward_weight().dtype == torch.float32
+    assert layer.forward_weight(is_factor=True).dtype == torch.float32
