@@ -122,7 +122,8 @@ def export(
                 form = chooser.choose(layer, given.get(layer), allowed, after.get(layer))
             else:
                 form = form_asked_for(layer, format, allowed)
-            replacements[layer] = exported_as(layer, form.form, quantized=allowed != "" and form.form != "dense")
+            quantized, rounded = allowed != "" and form.form != "dense", judge.take(layer) if judge else None
+            replacements[layer] = exported_as(layer, form.form, quantized=quantized, rounded=rounded)
             set_form_choice(replacements[layer], form)
             set_rounding(replacements[layer], rounding)
             set_disturbance(replacements[layer], chooser.others_cores(form))

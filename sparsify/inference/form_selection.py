@@ -16,6 +16,7 @@ from sparsify.hardware.timing import Call, LoadMeter, measure, measure_cold
 from sparsify.inference.followers import Followed
 from sparsify.kernels import FORMS, INT8_FORMS, fits, quantizes_inputs, supports
 from sparsify.kernels.csr import dense_to_csr
+from sparsify.kernels.int8 import Rounded
 from sparsify.layers import MaskedLayer, PackedLayer
 from sparsify.layers.fused_block import FusedCall
 from sparsify.layers.records import MARGIN, FormChoice
@@ -225,15 +226,15 @@ def _best(times: Mapping[str, float], n_bytes: Mapping[str, int], prefer: str) -
     return min(close, key=lambda form: (n_bytes.get(form, 0), times[form]))
 
 
-def exported_as(layer: MaskedLayer, form: str, *, quantized: bool = False) -> nn.Module:
+def exported_as(layer: MaskedLayer, form: str, *, quantized: bool = False, rounded: Rounded | None = None) -> nn.Module:
     """Make the exported layer of a masked layer in a form; "dense" is the layer before `convert`, with zeros.
 
-    quantized: with int8 values; not for "dense".
+    quantized: with int8 values, these if they are given; not for "dense".
     """
     if form != "dense":
         packed = packed_type(layer)
         assert packed is not None
-        return packed.from_sparse(layer, form=form, quantized=quantized)
+        return packed.from_sparse(layer, form=form, quantized=quantized, rounded=rounded)
     zeroed = copy.copy(layer)  # the layer itself may be in a schedule that brings its masked values back
     weight = nn.Parameter(layer.masked_weight().detach(), requires_grad=layer.weight.requires_grad)
     zeroed._parameters = {**layer._parameters, "weight": weight}

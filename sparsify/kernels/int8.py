@@ -6,6 +6,8 @@ form of the weight (`kernels/forms.py`).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,13 @@ LARGEST = 127
 
 #: The smallest scale: below it float32 loses bits, and a processor may take a number for zero.
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+
+
+class Rounded(NamedTuple):
+    """A weight rounded to int8: the values of its kept places, in the order of a CSR, and the scale of each output."""
+
+    values: Tensor  # int8 (n_kept)
+    scale: Tensor  # float32 (out_features)
 
 
 def quantize(csr: CSR, out_features: int) -> tuple[CSR, Tensor]:

@@ -12,7 +12,7 @@ from sparsify.kernels import FORMS, form_for, pack, part_names, supports, unpack
 from sparsify.kernels.cpu.pages import use_huge_pages
 from sparsify.kernels.csr import CSR, check_csr, csr_to_dense, dense_to_csr
 from sparsify.kernels.forms import SCALE
-from sparsify.kernels.int8 import check_quantized, quantize
+from sparsify.kernels.int8 import Rounded, check_quantized, quantize
 from sparsify.layers.deferred import may_defer
 from sparsify.layers.inference_mode import making_tensors
 from sparsify.layers.masked import MaskedLayer
@@ -105,16 +105,21 @@ class PackedLayer(nn.Module):
         return True
 
     @classmethod
-    def from_sparse(cls, layer: MaskedLayer, *, form: str = "csr", quantized: bool = False) -> Self:
+    def from_sparse(
+        cls, layer: MaskedLayer, *, form: str = "csr", quantized: bool = False, rounded: Rounded | None = None
+    ) -> Self:
         """Pack the kept weights of a masked layer (kept zeros included), rounded to int8 if `quantized`.
 
-        The bias is shared.
+        rounded: int8 values to take instead of the nearest ones. The bias is shared.
         """
         csr = dense_to_csr(layer.weight_matrix, layer.matrix(layer.mask))
         out_features, in_features = layer.shape
         options: dict[str, Any] = {"form": form, "masked_type": type(layer), "dense_settings": layer.settings_of(layer)}
         if quantized:
-            csr, options["scale"] = quantize(csr, out_features)
+            if rounded is None:
+                csr, options["scale"] = quantize(csr, out_features)
+            else:
+                csr, options["scale"] = csr._replace(values=rounded.values), rounded.scale
             options["dtype"] = layer.weight.dtype
         return cls(in_features, out_features, csr, layer._parameters.get("bias"), **options).train(layer.training)
 

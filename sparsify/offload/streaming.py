@@ -92,7 +92,7 @@ def write_from_disk(
         layers = sparse_layers(model)
         n_bytes = sum(layer.weight.nbytes for layer in layers.values())
         selector = FormSelector(128 if tokens is None else tokens, model_bytes=n_bytes)
-        judge = None if quantize is None else RoundingJudge(model, quantize, MAX_ERROR, example)
+        judge = None if quantize is None else RoundingJudge(model, quantize, MAX_ERROR, example, by_inputs=False)
         choices, roundings = {}, {}
         for name, layer in layers.items():
             offload.fetch(layer)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsify.masking.gram import add_damping
 from sparsify.masking.layer_solve import output_error
-from sparsify.masking.methods.sparsegpt import _inverse_factor, sparsegpt
+from sparsify.masking.methods.sparsegpt import inverse_factor, sparsegpt
 from sparsify.masking.patterns import parse_pattern
 
 
@@ -91,7 +91,7 @@ def test_a_singular_gram_matrix_is_damped(gram: Tensor) -> None:
 @pytest.mark.parametrize("n", [1, 7, 300, 523])
 def test_the_factor_is_that_of_the_inverse(n: int) -> None:
     matrix = add_damping(gram_of(n, n_rows=2 * n))
-    upper = _inverse_factor(matrix)
+    upper = inverse_factor(matrix)
     assert torch.equal(upper, upper.triu())
     torch.testing.assert_close(upper @ matrix @ upper.T, torch.eye(n, dtype=torch.float64), rtol=1e-9, atol=1e-9)
 

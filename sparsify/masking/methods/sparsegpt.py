@@ -28,7 +28,7 @@ def sparsegpt(weight: Tensor, mask: Tensor, n_removed: int, pattern: Pattern, *,
 
     Frantar and Alistarh 2023, arXiv:2301.00774.
     """
-    upper = _inverse_factor(add_damping(gram))
+    upper = inverse_factor(add_damping(gram))
     columns = weight.to(upper).T.contiguous()  # a column of the weight is a row here, and lies together in memory
     kept = mask.T.clone()
     for start, stop, n_here in _blocks(mask, n_removed, pattern):
@@ -47,7 +47,7 @@ def sparsegpt(weight: Tensor, mask: Tensor, n_removed: int, pattern: Pattern, *,
     return columns.masked_fill_(~kept, 0).T.contiguous(), kept.T.contiguous()
 
 
-def _inverse_factor(matrix: Tensor) -> Tensor:
+def inverse_factor(matrix: Tensor) -> Tensor:
     """Return the upper triangular U with Uᵀ U = the inverse of a positive definite matrix."""
     return _inverse_lower(torch.linalg.cholesky(matrix.flip(0, 1))).flip(0, 1)
 
