@@ -3,14 +3,15 @@
 
     scripts/tradeoff.py prune                     the pruned models, to .assets/tradeoff: some 40 minutes
     scripts/tradeoff.py prune --recover 0         without recovery: some 10 minutes
-    scripts/tradeoff.py measure                   every point, in turns in one process: some 5 minutes
+    scripts/tradeoff.py measure                   every point, in turns in one process: some 15 minutes
     scripts/hide avx512 vnni -- scripts/tradeoff.py measure     the same as on AVX2
     scripts/tradeoff.py report                    docs/results/tradeoff.md and its pictures
 
-The encoder is pruned by ALPS with correction on 300 news documents (Lee background); recovered models are then
-distilled for --recover seconds on the same documents. Quality is measured on 50 other news documents and on passages
-of the Brown corpus, which is nowhere in the calibration data. Points are kept in docs/results/tradeoff.jsonl, a line
-each, with the processor and instruction set.
+The encoder is pruned by ALPS with correction on news (Lee background) and Wikipedia; recovered models are then
+distilled for --recover seconds on all text of both, with masks that move. Quality is measured on 50 other news
+documents and on passages of the Brown corpus, which is nowhere in the calibration data. Recovered int8 models are
+measured as packages of AOTInductor (.pt2) too, which a call enters without the Python of transformers. Points are kept
+in docs/results/tradeoff.jsonl, a line each, with the processor and instruction set.
 """
 
 import argparse
@@ -18,7 +19,9 @@ import copy
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -34,6 +37,7 @@ from tradeoff_points.quality import Judge, fixed_inputs
 import sparsify
 from sparsify.hardware.machine import machine_name
 from sparsify.hardware.timing import LoadMeter, Timing, measure
+from sparsify.pruning.precision import multiplies_bfloat16
 from sparsify.reporting.dense_engines import dense_engines
 
 RESULTS_FOLDER = Path(__file__).resolve().parent.parent / "docs" / "results"
@@ -42,6 +46,8 @@ PRUNED = ASSETS / "tradeoff"
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
 BATCHES = (1, 32)
 ROUNDS = 11
+#: Pieces of text to calibrate on, and the learning rate of a recovery on small batches.
+N_PIECES, LR = 480, 2e-3
 #: Batch size -> a call that returns the hidden states of inputs of that size.
 Calls = dict[int, Callable[[], Tensor]]
 #: Candidate -> options of its export.
@@ -49,6 +55,7 @@ EXPORTS: dict[str, dict[str, Any]] = {
     "sparsify float32": {},
     "sparsify int8": {"quantize": "int8", "quantize_rest": True},
 }
+PACKAGE = "sparsify int8 .pt2"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def prune(folder: Path, sparsities: Sequence[float], method: str, recover_s: float) -> None:
     """Prune the encoder to each sparsity, and save it, once as it is and once recovered."""
     folder.mkdir(parents=True, exist_ok=True)
-    dense, batches = minilm.load_dense(), minilm.calibration_batches()
+    dense, batches = minilm.load_dense(), minilm.mixed_batches(N_PIECES)
     for sparsity in sparsities:
         model = sparsify.convert(copy.deepcopy(dense), include=minilm.ENCODER_LAYERS)
         more: dict[str, Any] = {} if method == "magnitude" else {"data": batches, "correct": True, "progress": True}
@@ -81,7 +88,8 @@ def prune(folder: Path, sparsities: Sequence[float], method: str, recover_s: flo
         sparsify.save(model, folder / f"{sparsity:g}.safetensors")
         if recover_s:
             teacher = sparsify.convert(copy.deepcopy(dense), include=minilm.ENCODER_LAYERS)
-            sparsify.recover(model, teacher, batches, seconds=recover_s, progress=True)
+            how: dict[str, Any] = {"lr": LR, "bfloat16": multiplies_bfloat16(), "move": "unstructured"}
+            sparsify.recover(model, teacher, minilm.all_batches(), seconds=recover_s, progress=True, **how)
             sparsify.save(model, folder / f"{sparsity:g}-recovered.safetensors")
 
 
@@ -141,6 +149,8 @@ def _candidates(
             for kind, options in EXPORTS.items():
                 name = f"{kind} {sparsity:.0%}{ending.replace('-', ', ')}"
                 yield _ours(name, kind, sparsify.load(file, minilm.load_dense()), inputs, options, scratch)
+            if ending:
+                yield _package(f"{PACKAGE} {sparsity:.0%}, recovered", file, inputs, scratch)
 
 
 def _ours(
@@ -158,6 +168,39 @@ def _ours(
     calls = {batch: _calls(fast[batch], {batch: inputs[batch]})[batch] for batch in BATCHES}
     forms = [row.format for row in sparsify.report(fast[32])]
     return name, calls, file.stat().st_size, {"kind": kind, "forms": {form: forms.count(form) for form in set(forms)}}
+
+
+class _Hidden(nn.Module):
+    """A model whose output is the hidden states alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return the hidden states, (texts, tokens, hidden)."""
+        hidden: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return hidden
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _package(
+    name: str, file: Path, inputs: dict[int, dict[str, Tensor]], scratch: Path
+) -> tuple[str, Calls, int, dict[str, Any]]:
+    """Export a pruned model in int8, and compile a package for each batch size; the larger file counts."""
+    calls, n_bytes = {}, 0
+    for batch, given in inputs.items():
+        fast = sparsify.export(sparsify.load(file, minilm.load_dense()), example=given, **EXPORTS["sparsify int8"])
+        package = scratch / f"{batch}.pt2"
+        package.unlink(missing_ok=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the compiler
+            program = torch.export.export(_Hidden(fast.requires_grad_(False)), (), dict(given))
+            torch._inductor.aoti_compile_and_package(program, package_path=str(package))
+        calls[batch] = partial(torch._inductor.aoti_load_package(str(package)), **given)
+        n_bytes = max(n_bytes, package.stat().st_size)
+    return name, calls, n_bytes, {"kind": PACKAGE}
 
 
 def _calls(model: nn.Module, inputs: dict[int, dict[str, Tensor]]) -> Calls:

@@ -80,7 +80,8 @@ def export(
     packed and put there.
     quantize: "int8" rounds kept weights to int8, with a scale for each output, and where it is faster also the inputs
     of a layer, each row by itself as it comes; "int8-weights" rounds no inputs. A layer that "auto" keeps dense is not
-    rounded.
+    rounded. With an example of enough rows, a third more than a layer has inputs, its weights make up for each other's
+    rounding, if that is better on rows left out; else each goes to the nearest value.
     quantize_rest: with `quantize`, int8 for the rest too: "auto" keeps no layer dense, Linears without a mask are
     layers with all weights kept, and Embeddings hold int8 rows.
     fuse: False leaves activations, BatchNorms and sums to the modules after a layer.

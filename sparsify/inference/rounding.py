@@ -39,8 +39,8 @@ class RoundingJudge:
     """Judges for each masked layer of a model what may be int8, by the inputs in one run of an example.
 
     A layer without inputs there, and every layer without an example, is judged by rows of random numbers. The judge
-    rounds too: to the nearest values, or by the layer's inputs in its first call, if the example has as many rows as
-    the layer has inputs and that is better on a last quarter of the rows, left out for this.
+    rounds too: to the nearest values, or by the layer's inputs in its first call, if three quarters of the rows are at
+    least as many as the layer's inputs, and that is better on the last quarter, which is left out for this.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class RoundingJudge:
         weight, mask = _weight_and_mask(layer)
         if layer not in self._rounded:
             fits = self._by_inputs and layer.input_groups == 1
-            self._rounded[layer], rows = _best(weight, mask, rows) if fits else (_nearest(weight, mask), rows)
+            self._rounded[layer], rows = _better(weight, mask, rows) if fits else (_nearest(weight, mask), rows)
         rows = _some(rows)
         rounded = _as_float(self._rounded[layer], weight, mask)
         outputs = rows @ weight.T
@@ -130,7 +130,7 @@ def _weight_and_mask(layer: MaskedLayer) -> tuple[Tensor, Tensor]:
     return layer.matrix(layer.masked_weight()).detach().float(), layer.matrix(layer.mask)
 
 
-def _best(weight: Tensor, mask: Tensor, rows: Tensor) -> tuple[Rounded | None, Tensor]:
+def _better(weight: Tensor, mask: Tensor, rows: Tensor) -> tuple[Rounded | None, Tensor]:
     """Round a weight to the nearest values, or by its inputs where that is better; return the rows to judge it on."""
     nearest, n_fitted = _nearest(weight, mask), min(len(rows) * 3 // 4, _MOST_FITTED)
     if nearest is None or n_fitted < weight.shape[1] or not bool(rows.isfinite().all()):

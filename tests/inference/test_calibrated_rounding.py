@@ -60,6 +60,14 @@ def test_the_sweep_is_that_of_its_definition(shape: tuple[int, int], sparsity: f
     assert values.shape == nearest.values.shape
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e25])
+def test_inputs_of_any_size_give_finite_steps(scale: float) -> None:
+    weight, mask, rows = drawn(5, 16, 40, 0.5)
+    values, _ = round_by_inputs(weight, mask, scale * rows)
+    expected = quantize(dense_to_csr(weight, mask), 5)[0] if scale == 0 else round_by_inputs(weight, mask, rows)
+    assert int((values.int() - expected.values.int()).abs().max()) <= (scale != 0)
+
+
 def test_outputs_on_other_rows_change_less_than_by_the_nearest_values() -> None:
     weight, mask, rows = drawn(24, 48, 400, 0.5)
     changes = []
