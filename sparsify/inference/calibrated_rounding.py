@@ -21,7 +21,8 @@ def round_by_inputs(weight: Tensor, mask: Tensor, rows: Tensor) -> Rounded:
     Frantar et al. 2023, arXiv:2210.17323 (GPTQ).
     """
     _, scale = quantize(dense_to_csr(weight, mask), len(weight))
-    rows = rows / rows.abs().max().clamp(min=torch.finfo(rows.dtype).tiny)  # squares of large inputs are finite, too
+    _, exponent = torch.frexp(rows.abs().max())
+    rows = torch.ldexp(rows, -exponent)  # squares of large inputs are finite, too
     gram = (rows.T @ rows).double()
     order = gram.diagonal().argsort(descending=True)
     upper = inverse_factor(add_damping(gram[order][:, order])).float()

@@ -28,11 +28,15 @@ def drawn(out: int, n_in: int, n_rows: int, sparsity: float, seed: int = 0) -> t
     return weight * mask, mask, mixed + shared + 0.3 * torch.randn(n_rows, n_in, generator=generator)
 
 
-def slow(weight: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
-    """Round by the definition, with the inverse of what is left in each step; int8 values with zeros between."""
+def slow(weight: Tensor, mask: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Round by the definition, with the inverse of what is left in each step.
+
+    Returns int8 values with zeros between, what they were before they were rounded, and the order of the columns.
+    """
     _, scale = quantize(dense_to_csr(weight, mask), len(weight))
     gram = (rows.T @ rows).double()
-    hessian, left = add_damping(gram), gram.diagonal().argsort(descending=True).tolist()
+    order = gram.diagonal().argsort(descending=True)
+    hessian, left = add_damping(gram), order.tolist()
     present, values = (weight / scale[:, None]).double(), torch.zeros_like(weight, dtype=torch.int8)
     while left:
         inverse = torch.linalg.inv(hessian[left][:, left])
@@ -40,7 +44,7 @@ def slow(weight: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
         values[:, j] = (present[:, j].round().clamp(-127, 127) * mask[:, j]).to(torch.int8)
         error = (present[:, j] - values[:, j]) / inverse[0, 0]
         present[:, left] -= error[:, None] * inverse[0, 1:]
-    return values
+    return values, present, order
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9, 1.0])
@@ -53,19 +57,20 @@ def test_the_sweep_is_that_of_its_definition(shape: tuple[int, int], sparsity: f
     assert values.dtype == torch.int8
     found = torch.zeros(shape, dtype=torch.int8)
     found[mask] = values
-    # float32 carries other last bits than float64: a value amid two steps may go to the other one, and the rest with it
-    away = (found.int() - slow(weight, mask, rows).int()).abs()
-    assert int(away.max()) <= 1
-    assert float((away > 0).float().mean()) <= 0.01
     assert values.shape == nearest.values.shape
+    expected, before, order = slow(weight, mask, rows)
+    for row in (found != expected).any(1).nonzero().flatten().tolist():
+        # the sweep carries float32: a value amid two steps may go to the other one, and those behind it with it
+        first = next(j for j in order.tolist() if found[row, j] != expected[row, j])
+        assert float((before[row, first] % 1 - 0.5).abs()) < 1e-3
 
 
-@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e25])
-def test_inputs_of_any_size_give_finite_steps(scale: float) -> None:
+@pytest.mark.parametrize("scale", [0.0, 2.0**-100, 2.0**100])
+def test_the_size_of_inputs_is_of_no_account(scale: float) -> None:
     weight, mask, rows = drawn(5, 16, 40, 0.5)
     values, _ = round_by_inputs(weight, mask, scale * rows)
     expected = quantize(dense_to_csr(weight, mask), 5)[0] if scale == 0 else round_by_inputs(weight, mask, rows)
-    assert int((values.int() - expected.values.int()).abs().max()) <= (scale != 0)
+    assert torch.equal(values, expected.values)
 
 
 def test_outputs_on_other_rows_change_less_than_by_the_nearest_values() -> None:
